@@ -1,0 +1,1 @@
+"""Program to bundle: partition, lowering, ONNX, quantization, manifest."""

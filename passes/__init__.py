@@ -1,0 +1,11 @@
+"""Program -> Program: one file per rewrite, and what they share in ``infra``."""
+
+from offramp.passes.canonicalize import Canonicalize
+from offramp.passes.infra.base import Pass, PassResult
+from offramp.passes.infra.pipeline import apply
+from offramp.passes.insert_adapter import InsertAdapter
+from offramp.passes.insert_exits import InsertExits
+from offramp.passes.insert_scores import InsertScores
+from offramp.passes.truncate import Truncate
+
+__all__ = ["Canonicalize", "InsertAdapter", "InsertExits", "InsertScores", "Pass", "PassResult", "Truncate", "apply"]

@@ -1,0 +1,33 @@
+"""``canonicalize``: bring the graph into canonical form again, after other rewrites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from offramp.passes.infra.base import Pass, PassResult
+from offramp.passes.infra.editor import Editor
+from offramp.program.canonical import canonicalize
+from offramp.program.program import Program
+
+
+@dataclass(frozen=True, repr=False)
+class Canonicalize(Pass):
+    """Remove what computes nothing and merge what computes the same.
+
+    ``y = clone(x); a = f(y); b = f(x)``  becomes  ``a = b = f(x)``
+
+    Requires: nothing (``capture`` has done it once already).
+    Ensures: a second run makes no edit. Cuts of stacks and states of exits keep their nodes.
+    Invalidates: names of merged weights.
+    """
+
+    name: ClassVar[str] = "canonicalize"
+
+    def run(self, program: Program) -> PassResult:
+        """Canonicalise a copy of the graph."""
+        editor = Editor(program, repr(self))
+        kept = {name for stack in program.stacks.values() for name in stack.cuts}
+        kept |= {name for item in program.exits for name in (item.hidden, item.state)}
+        editor.edits["erased"] += canonicalize(editor.module, kept)
+        return editor.finish()

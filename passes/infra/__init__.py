@@ -1,0 +1,1 @@
+"""What passes share: the contract, the pipeline and its text, the editor, the verifier."""

@@ -1,0 +1,100 @@
+"""What a pass is: the contract that every rewrite keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from offramp.program.program import Program
+from offramp.runtime.errors import SpecError
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    ``edits`` counts the changes by kind (``inserted``, ``replaced``, ``erased``), as the editor counted them.
+    ``notes`` says which sites were skipped and why.
+    """
+
+    program: Program
+    edits: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Whether the pass changed anything: derived from the edits, never claimed."""
+        return any(self.edits.values())
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite of programs: a frozen dataclass whose fields are its options.
+
+    The program is verified before and after a pass, and is free in between. A pass works on a private copy of
+    the graph (tensors are shared) and returns a new program. Where it cannot apply it raises with the reason,
+    or returns an unmodified result whose notes name the sites that it skipped and why; it never warns and
+    carries on. ``repr`` of a pass is its text in a pipeline.
+    """
+
+    name: ClassVar[str]
+
+    def requires(self, program: Program) -> None:
+        """Raise a ``SpecError`` that names every stack, block or option which does not fit the program."""
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite the program."""
+        raise NotImplementedError
+
+    def ensures(self, before: Program, result: PassResult) -> None:
+        """Raise a ``PassError`` where the result is not what the pass promises."""
+
+    def __repr__(self) -> str:
+        options = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value != item.default:
+                options.append(f"{item.name}={_text(value)}")
+        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "|".join(map(str, value))
+    return str(value)
+
+
+def stack_named(program: Program, name: str | None) -> str:
+    """The stack of that name; None stands for the only stack.
+
+    Raises:
+        SpecError: there is no such stack, or None was given and there are several.
+    """
+    names = list(program.stacks)
+    if name is None and len(names) == 1:
+        return names[0]
+    if name is None:
+        raise SpecError(f"the program has the stacks {names}: say which one", hint=f"stack={names[-1] if names else '...'}")
+    if name not in program.stacks:
+        raise SpecError(f"unknown stack {name!r}; the program has {names}", hint="`offramp inspect` shows the stacks")
+    return name
+
+
+def blocks_named(program: Program, stack: str, after: Any) -> tuple[int, ...]:
+    """Block counts of a stack, 1 to blocks - 1; "all" stands for every one.
+
+    Raises:
+        SpecError: a count outside of the stack, or the full depth, which is no early exit.
+    """
+    last = program.stacks[stack].blocks
+    if after == "all":
+        return tuple(range(1, last))
+    counts = (after,) if isinstance(after, int) else tuple(after)
+    wrong = [count for count in counts if not isinstance(count, int) or not 0 < count < last]
+    if wrong or not counts:
+        raise SpecError(
+            f"after={_text(wrong)} is no place for an exit: stack {stack!r} has {last} blocks",
+            hint=f"counts from 1 to {last - 1} (block {last} is full depth, always there), or all",
+        )
+    return tuple(sorted(set(counts)))

@@ -1,0 +1,136 @@
+"""The editor: the one way in which passes change a graph. It counts edits and stamps provenance."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from offramp.passes.infra.base import PassResult
+from offramp.program.graph import attribute, results
+from offramp.program.program import Program
+from offramp.runtime.errors import PassError
+
+
+class Editor:
+    """A private copy of a program's graph, and the edits made to it.
+
+    Every node made by it carries ``meta["provenance"]``: the pass, and the node that it was made for. Names of
+    existing nodes do not change; node lookups go by name (``editor[name]``).
+    """
+
+    def __init__(self, program: Program, pass_text: str) -> None:
+        self.program = program
+        self.text = pass_text
+        self.graph = fx.Graph()
+        copied = self.graph.graph_copy(program.graph, {}, return_output_node=True)
+        assert copied is not None
+        self.graph.output(copied[0])
+        self.module = fx.GraphModule(program.graph_module, self.graph, "Program")
+        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.edits: Counter[str] = Counter()
+        self._fake = _fake_mode(program.graph)
+
+    def __getitem__(self, name: str) -> fx.Node:
+        return self.nodes[name]
+
+    def parameter(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:
+        """A new weight of the program under ``name``, read by a new node before ``like``."""
+        owner, _, leaf = name.rpartition(".")
+        holder = self.module
+        for part in owner.split(".") if owner else ():
+            if not hasattr(holder, part):
+                holder.add_module(part, torch.nn.Module())
+            holder = getattr(holder, part)
+        if hasattr(holder, leaf):
+            raise PassError(f"the program already has a weight named {name}")
+        setattr(holder, leaf, torch.nn.Parameter(value.clone()))
+        with self.graph.inserting_before(like):
+            node = self.graph.create_node("get_attr", name)
+        node.meta["val"] = self._fake.from_tensor(getattr(holder, leaf), static_shapes=True)
+        return self._made(node, like)
+
+    def call(self, target: Any, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:
+        """A new call of ``target`` right after node ``at``; the value's shape is computed from the arguments'."""
+        with self.graph.inserting_after(at):
+            node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        with self._fake, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        return self._made(node, at)
+
+    def clone(self, nodes: Iterable[fx.Node], mapping: dict[fx.Node, fx.Node], at: fx.Node) -> dict[fx.Node, fx.Node]:
+        """Copies of ``nodes`` (in graph order) after ``at``, reading through ``mapping``, which is extended."""
+        for node in nodes:
+            with self.graph.inserting_after(at):
+                copied = self.graph.node_copy(node, lambda arg: mapping.get(arg, arg))
+            mapping[node] = at = self._made(copied, node)
+        return mapping
+
+    def copied_weights(self, nodes: Iterable[fx.Node], prefix: str, at: fx.Node) -> dict[fx.Node, fx.Node]:
+        """A trained copy of every weight that ``nodes`` read, named ``prefix`` + its name."""
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            for weight in node.all_input_nodes:
+                if weight.op == "get_attr" and weight not in mapping:
+                    value = attribute(self.module, str(weight.target))
+                    if isinstance(value, torch.nn.Parameter):
+                        mapping[weight] = self.parameter(f"{prefix}.{weight.target}", value.detach(), at)
+        return mapping
+
+    def replace_uses(self, old: fx.Node, new: fx.Node, inside: Iterable[fx.Node]) -> None:
+        """Let ``inside`` read ``new`` instead of ``old``."""
+        for node in inside:
+            if old in node.all_input_nodes:
+                node.replace_input_with(old, new)
+                self.edits["replaced"] += 1
+
+    def returns(self, added: Mapping[str, fx.Node], dropped: Iterable[str] = ()) -> None:
+        """Let the graph return ``added`` under their names too, and no longer ``dropped``."""
+        output = self.graph.output_node()
+        known = {name: node for name, node in results(self.graph).items() if name not in set(dropped)}
+        taken = set(known) & set(added)
+        if taken:
+            raise PassError(f"the program already returns {sorted(taken)}")
+        output.args = ({**known, **added},)
+
+    def drop_dead(self) -> None:
+        """Erase nodes that nothing reads."""
+        before = len(self.graph.nodes)
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.edits["erased"] += before - len(self.graph.nodes)
+
+    def finish(self, notes: tuple[str, ...] = (), **changes: Any) -> PassResult:
+        """The rewritten program, with ``changes`` of its fields; the given program where nothing was edited."""
+        if not any(self.edits.values()):
+            return PassResult(self.program, dict(self.edits), notes)
+        self.graph.lint()
+        self.module.delete_all_unused_submodules()
+        self.module.recompile()
+        history = (*self.program.history, self.text)
+        program = replace(self.program, graph_module=self.module, history=history, **changes)
+        return PassResult(program, dict(self.edits), notes)
+
+    def _made(self, node: fx.Node, origin: fx.Node) -> fx.Node:
+        node.meta = copy.copy(node.meta)
+        node.meta["provenance"] = {"pass": self.text, "from": origin.name}
+        for key in ("nn_module_stack", "stack_trace"):
+            if key in origin.meta:
+                node.meta.setdefault(key, origin.meta[key])
+        self.nodes[node.name] = node
+        self.edits["inserted"] += 1
+        return node
+
+
+def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise PassError("the graph carries no shapes: capture it with offramp.capture")

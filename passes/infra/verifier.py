@@ -1,0 +1,96 @@
+"""The verifier: small named checks that every program passes before and after every pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from offramp.program.graph import ancestors, attribute, dependents, is_symint, is_tensor, results
+from offramp.program.program import Program
+from offramp.runtime.errors import PassError
+
+Check = Callable[[Program], str | None]
+
+
+def graph_is_sound(program: Program) -> str | None:
+    """Nodes are in order, and every weight that is read exists."""
+    try:
+        program.graph.lint()
+        for node in program.graph.find_nodes(op="get_attr"):
+            attribute(program.graph_module, str(node.target))
+    except (RuntimeError, AttributeError, AssertionError) as error:
+        return str(error)
+    return None
+
+
+def values_have_shapes(program: Program) -> str | None:
+    """Every node knows the shape and dtype of its value."""
+    bare = [
+        node.name
+        for node in program.graph.nodes
+        if node.op != "output" and not is_tensor(node) and not is_symint(node) and not isinstance(node.meta.get("val"), (tuple, list))
+    ]
+    return f"nodes without a shape: {bare[:5]}" if bare else None
+
+
+def outputs_are_there(program: Program) -> str | None:
+    """The graph returns the model's outputs and everything that exits name."""
+    known = set(results(program.graph))
+    named = set(program.outputs).union(*[{*e.outputs.values(), *e.scores.values()} for e in program.exits])
+    missing = sorted(named - known)
+    unnamed = sorted(known - named)
+    if missing or unnamed:
+        return f"missing outputs {missing}, outputs that nothing names {unnamed}"
+    return None
+
+
+def cuts_are_closed(program: Program) -> str | None:
+    """What comes after a cut reads from before it only through the cut (or values made before the stack)."""
+    for stack in program.stacks.values():
+        missing = [name for name in stack.cuts if name not in program.nodes]
+        if missing:
+            return f"stack {stack.name} has lost the nodes {missing}"
+        for index, name in enumerate(stack.cuts[1:], 1):
+            before = dependents([program.nodes[stack.cuts[index - 1]]], program.graph)
+            inside = before & ancestors([program.nodes[name]]) - {program.nodes[name]}
+            after = ancestors(
+                [results(program.graph)[output] for output in program.outputs], stop=[program.nodes[name]]
+            )
+            leaks = (inside & after) - {program.nodes[name]}
+            if leaks:
+                node = min(leaks, key=lambda leak: leak.name)
+                return f"{node.name} is made in block {index - 1} of stack {stack.name} and used after it"
+    return None
+
+
+def exits_are_early(program: Program) -> str | None:
+    """An exit reads nothing that deeper blocks of its stack make."""
+    for item in program.exits:
+        stack = program.stacks[item.stack]
+        if item.hidden != stack.cuts[item.after]:
+            return f"exit {item.stack}.{item.after} does not leave at its block"
+        if item.after == stack.blocks:
+            continue
+        deeper = {program.nodes[name] for name in stack.cuts[item.after + 1 :]}
+        made = [results(program.graph)[name] for name in (*item.outputs.values(), *item.scores.values())]
+        late = ancestors([program.nodes[item.state], *made]) & deeper
+        if late:
+            return f"exit {item.stack}.{item.after} waits for {sorted(node.name for node in late)}"
+    return None
+
+
+CHECKS: dict[str, Check] = {
+    check.__name__.replace("_", "-"): check
+    for check in (graph_is_sound, values_have_shapes, outputs_are_there, cuts_are_closed, exits_are_early)
+}
+
+
+def verify(program: Program, where: str) -> None:
+    """Run every check.
+
+    Raises:
+        PassError: naming each check that failed, what it found, and ``where``.
+    """
+    failed = {name: found for name, check in CHECKS.items() if (found := check(program)) is not None}
+    if failed:
+        text = "; ".join(f"{name}: {found}" for name, found in failed.items())
+        raise PassError(f"{where}: {text}", hint="set OFFRAMP_DUMP=dir to see the graph before and after each pass")

@@ -1,0 +1,64 @@
+"""``truncate``: the program that always leaves a stack at one exit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
+from offramp.passes.infra.editor import Editor
+from offramp.program.graph import dependents
+from offramp.program.program import Program
+from offramp.runtime.errors import PassError
+
+
+@dataclass(frozen=True, repr=False)
+class Truncate(Pass):
+    """Static truncation: the stack's output is the state after ``after`` blocks, whatever the input.
+
+    ``h2 -> block3 -> block4 -> tail``  becomes  ``h2 -> tail`` (through the exit's adapter and own head, if
+    there is an exit after that block). This is what an exit forced by the runtime must compute.
+
+    Requires: the stack exists, with more blocks than ``after``.
+    Ensures: the deeper blocks, and every exit of the stack, are gone.
+    Invalidates: the stack's record; the program keeps its other stacks and their exits.
+    """
+
+    name: ClassVar[str] = "truncate"
+    stack: str | None = None
+    after: int = 1
+
+    def requires(self, program: Program) -> None:
+        """The stack and the block exist."""
+        blocks_named(program, stack_named(program, self.stack), self.after)
+
+    def run(self, program: Program) -> PassResult:
+        """Rewire what reads the stack's output, and drop what is no longer used."""
+        name = stack_named(program, self.stack)
+        stack = program.stacks[name]
+        there = next((item for item in program.exits_of(name) if item.after == self.after), None)
+        editor = Editor(program, repr(self))
+        output = editor[stack.output]
+        state = editor[there.state if there else stack.cuts[self.after]]
+        readers = dependents([output], editor.graph) | {editor.graph.output_node()}
+        gone = [
+            key
+            for item in program.exits_of(name)
+            for key in (*item.outputs.values(), *item.scores.values())
+            if key not in program.outputs
+        ]
+        known = dict(editor.graph.output_node().args[0])  # type: ignore[arg-type]
+        for key, own in (there.outputs if there else {}).items():
+            known[key] = known[own]
+        editor.graph.output_node().args = ({key: node for key, node in known.items() if key not in gone},)
+        moved = [node for node in editor.graph.nodes if node in readers]
+        editor.replace_uses(output, state, moved)
+        editor.drop_dead()
+        stacks = {key: value for key, value in program.stacks.items() if key != name}
+        return editor.finish(stacks=stacks, exits=tuple(item for item in program.exits if item.stack != name))
+
+    def ensures(self, before: Program, result: PassResult) -> None:
+        """The deeper blocks are gone."""
+        stack = before.stacks[stack_named(before, self.stack)]
+        if stack.output in result.program.nodes:
+            raise PassError(f"{self!r} left the stack's output {stack.output} in the graph")

@@ -1,0 +1,224 @@
+"""Canonical form: what computes nothing goes away, and one value has one node."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, shape_key, storage_key
+
+_ASSERTIONS = ("_assert", "sym_constrain", "_check")
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_END = torch.iinfo(torch.int64).max
+
+
+def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int:
+    """Bring the graph of ``module`` into canonical form, in place; returns the number of edits.
+
+    Wrappers are inlined, assertions dropped, operations that change nothing removed (clone, detach, full
+    slices, dropout in eval mode, ...), views written as reshapes, sizes read from the inputs where an input
+    has that size, equal pure computations merged, weights named once per storage. Nodes whose names are in
+    ``protected`` stay. A second call makes no edit.
+    """
+    graph = module.graph
+    edits = _inline_wrappers(module)
+    edits += _drop_assertions(graph)
+    edits += _reshapes(graph)
+    edits += _drop_identities(graph, frozenset(protected))
+    edits += _sizes_from_inputs(graph)
+    edits += _merge_equal(module, frozenset(protected))
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(lambda node: node.op == "placeholder" or node.op == "output")
+    edits += before - len(graph.nodes)
+    graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return edits
+
+
+def _inline_wrappers(module: fx.GraphModule) -> int:
+    """``set_grad_enabled`` and disabled autocast regions become plain nodes."""
+    edits = 0
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _WRAPPERS:
+            continue
+        at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+        holder: Any = node.args[at]
+        body = getattr(module, str(holder.target))
+        with graph.inserting_before(node):
+            env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True))
+            for inner in body.graph.nodes:
+                if inner.op == "output":
+                    returned = inner.args[0]
+                elif inner.op != "placeholder":
+                    env[inner] = graph.node_copy(inner, env.__getitem__)
+        flat = [env[item] for item in returned]
+        for user in list(node.users):
+            user.replace_all_uses_with(flat[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not holder.users:
+            graph.erase_node(holder)
+        edits += 1
+    if edits:
+        edits += _inline_wrappers(module)
+    return edits
+
+
+def _drop_assertions(graph: fx.Graph) -> int:
+    found = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and getattr(node.target, "__name__", "").startswith(_ASSERTIONS)
+    ]
+    for node in reversed(found):
+        graph.erase_node(node)
+    return len(found)
+
+
+def _reshapes(graph: fx.Graph) -> int:
+    """``view`` needs a memory layout that dropping a clone may change; ``reshape`` does not."""
+    edits = 0
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+            edits += 1
+    return edits
+
+
+def _same(node: fx.Node) -> bool:
+    arg = node.args[0]
+    return isinstance(arg, fx.Node) and is_tensor(arg) and shape_key(arg) == shape_key(node)
+
+
+def _full_slice(node: fx.Node) -> bool:
+    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    return _same(node) and start in (None, 0) and step == 1 and (end is None or end == _END or isinstance(end, fx.Node))
+
+
+def _scalar(value: object) -> Callable[[fx.Node], bool]:
+    def check(node: fx.Node) -> bool:
+        return len(node.args) > 1 and node.args[1] == value and not isinstance(node.args[1], fx.Node) and _same(node)
+
+    return check
+
+
+def _always(_: fx.Node) -> bool:
+    return True
+
+
+_IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.clone.default: _always,
+    aten.alias.default: _always,
+    aten.detach.default: _always,
+    aten.detach_.default: _always,
+    aten.contiguous.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten.dropout.default: lambda node: node.args[2] is False,
+    aten.feature_dropout.default: lambda node: node.args[2] is False,
+    aten._to_copy.default: lambda node: _same(node),
+    aten.to.dtype: lambda node: _same(node),
+    aten.to.device: lambda node: _same(node),
+    aten.to.dtype_layout: lambda node: _same(node),
+    aten.type_as.default: lambda node: _same(node),
+    aten.slice.Tensor: _full_slice,
+    aten.expand.default: _same,
+    aten.reshape.default: _same,
+    aten.add.Tensor: _scalar(0),
+    aten.sub.Tensor: _scalar(0),
+    aten.mul.Tensor: _scalar(1),
+    aten.div.Tensor: _scalar(1),
+}
+
+
+def _drop_identities(graph: fx.Graph, protected: frozenset[str]) -> int:
+    edits = 0
+    for node in list(graph.nodes):
+        check = _IDENTITIES.get(node.target) if node.op == "call_function" else None
+        if check is None or node.name in protected or not check(node):
+            continue
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+        edits += 1
+    return edits
+
+
+def _sizes_from_inputs(graph: fx.Graph) -> int:
+    """Read every size that some input has from that input, so that blocks do not depend on each other."""
+    edits = 0
+    inputs: dict[str, tuple[fx.Node, int]] = {}
+    last = None
+    for node in graph.find_nodes(op="placeholder"):
+        last = node
+        for axis, size in enumerate(shape(node)):
+            if isinstance(size, torch.SymInt):
+                inputs.setdefault(str(expression(size)), (node, axis))
+    readers: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_symint(node):
+            continue
+        place = inputs.get(str(expression(node.meta["val"])))
+        if place is None:
+            continue
+        if place not in readers:
+            if node.target is aten.sym_size.int and tuple(node.args) == place and node.prev.op == "placeholder":
+                readers[place] = node
+                continue
+            assert last is not None
+            with graph.inserting_after(last):
+                reader = graph.call_function(aten.sym_size.int, place)
+            reader.meta = {"val": node.meta["val"]}
+            readers[place] = last = reader
+        elif readers[place] is node:
+            continue
+        node.replace_all_uses_with(readers[place])
+        graph.erase_node(node)
+        edits += 1
+    return edits
+
+
+def _merge_equal(module: fx.GraphModule, protected: frozenset[str]) -> int:
+    """Merge nodes that compute the same from the same; weights are the same when their storage is."""
+    graph = module.graph
+    seen: dict[Any, fx.Node] = {}
+    edits = 0
+    for node in list(graph.nodes):
+        if node.name in protected:
+            continue
+        if node.op == "get_attr":
+            value = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            key: Any = ("get_attr", storage_key(value)) if isinstance(value, torch.Tensor) else node
+        elif node.op == "call_function" and _pure(node):
+            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        else:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            edits += 1
+    return edits
+
+
+def _pure(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in node.target.tags and not node.target._schema.is_mutable
+    return getattr(node.target, "__module__", "") == operator.add.__module__
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return (type(value).__name__, value)
+

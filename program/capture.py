@@ -1,0 +1,232 @@
+"""A model becomes a graph: ``torch.export``, then one flat ``fx`` graph with named inputs and outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from offramp.program.canonical import canonicalize
+from offramp.program.graph import results, shape
+from offramp.program.program import Program, analyse
+from offramp.runtime.errors import CaptureError
+
+log = logging.getLogger(__name__)
+
+ExampleInputs = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
+Dynamic = Mapping[str, Mapping[int, str]]
+
+
+def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dynamic | None = None) -> Program:
+    """Capture the forward of ``module`` as a program, and find its axes and stacks.
+
+    Args:
+        module: any ``nn.Module`` (a ``torch.fx.GraphModule`` too) whose forward takes and returns tensors.
+            It is captured in eval mode and without a cache; its mode is restored, its weights are shared.
+        example_inputs: tensors by the names of the forward's parameters, or in their order. Use a batch of at
+            least two rows and sizes that differ from each other; a batch of one row is doubled for capture.
+        dynamic: names of the axes that may vary, ``{"input_ids": {0: "batch", 1: "tokens"}}``; every other
+            axis is then fixed. None lets every axis vary that the model lets vary (of inputs with four or
+            more axes, such as images, only the first).
+
+    Raises:
+        CaptureError: the forward cannot be captured (control flow that depends on data, say), returns
+            something that is not a tensor, or changes its buffers.
+    """
+    inputs = _named(module, example_inputs)
+    was_training = module.training
+    module.eval()
+    try:
+        with _plain_attention():
+            if dynamic is None:
+                inputs = _doubled(module, inputs)
+            with torch.no_grad():
+                expected = named_outputs(module(**inputs))
+            exported = _export(module, inputs, dynamic)
+        graph_module = _flatten(exported, inputs, list(expected))
+    finally:
+        module.train(was_training)
+    canonicalize(graph_module)
+    example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
+    names = _axis_names(graph_module, dynamic)
+    return analyse(graph_module, example, expected, names)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """torch.nn's fused encoder layer hides what it computes: capture the plain one."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _named(module: torch.nn.Module, example: ExampleInputs) -> dict[str, torch.Tensor]:
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(example, torch.Tensor):
+        example = (example,)
+    if isinstance(example, Mapping):
+        given: dict[str, Any] = dict(example)
+    else:
+        if len(example) > len(names):
+            raise CaptureError(f"{len(example)} example inputs for a forward with parameters {names}")
+        given = dict(zip(names, example, strict=False))
+    unknown = sorted(set(given) - set(names))
+    if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+        raise CaptureError(f"the forward has no parameter {unknown}; its parameters are {names}")
+    wrong = {name: type(value).__name__ for name, value in given.items() if not isinstance(value, torch.Tensor)}
+    if wrong or not given:
+        raise CaptureError(
+            f"example inputs must be tensors, found {wrong or 'none'}",
+            hint="wrap the model in a module whose forward takes tensors only and sets the rest itself",
+        )
+    return {name: value.detach() for name, value in given.items()}
+
+
+def _doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """torch.export fixes an axis of size one, so a batch of one row is captured as two."""
+    if any(value.dim() == 0 or value.shape[0] != 1 for value in inputs.values()):
+        return inputs
+    doubled = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
+    try:
+        with torch.no_grad():
+            module(**doubled)
+    except Exception as error:
+        log.info("a batch of two rows does not run (%s): capturing one", error)
+        return inputs
+    return doubled
+
+
+def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a forward's result by name: keys of mappings, ``output0``, ... of tuples.
+
+    Raises:
+        CaptureError: something in it is neither a tensor nor None.
+    """
+    if isinstance(value, torch.Tensor):
+        return {name or "output": value}
+    if value is None:
+        return {}
+    found: dict[str, torch.Tensor] = {}
+    if isinstance(value, Mapping):
+        items = [(str(key), item) for key, item in value.items()]
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        items = list(zip(value._fields, value, strict=True))
+    elif isinstance(value, (tuple, list)):
+        items = [(f"output{i}" if not name else str(i), item) for i, item in enumerate(value)]
+    else:
+        raise CaptureError(
+            f"the forward returns outputs that are not tensors: {name or 'output'} is a {type(value).__name__}",
+            hint="wrap the model in a module that returns tensors only",
+        )
+    for key, item in items:
+        found |= named_outputs(item, f"{name}.{key}" if name else key)
+    return found
+
+
+def _export(
+    module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: Dynamic | None
+) -> ExportedProgram:
+    if dynamic is not None:
+        unknown = sorted(set(dynamic) - set(inputs))
+        if unknown:
+            raise CaptureError(f"dynamic names inputs {unknown}, the example inputs are {sorted(inputs)}")
+        attempts = [{name: {axis: Dim.AUTO for axis in dynamic.get(name, {})} for name in inputs}]
+    else:
+        free = {
+            name: {axis: Dim.AUTO for axis in range(1 if value.dim() > 3 else value.dim())}
+            for name, value in inputs.items()
+        }
+        rows = {value.shape[0] for value in inputs.values() if value.dim()}
+        joint = {size: Dim(f"rows{size}") for size in rows if sum(v.shape[:1] == (size,) for v in inputs.values()) > 1}
+        shared = {
+            name: {axis: joint.get(inputs[name].shape[0], d) if axis == 0 else d for axis, d in dims.items()}
+            for name, dims in free.items()
+        }
+        only_rows = {name: {axis: d for axis, d in dims.items() if axis == 0} for name, dims in free.items()}
+        attempts = [shared, free, only_rows] if joint else [free, only_rows]
+    first: Exception | None = None
+    for dims in attempts:
+        try:
+            exported = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+            return exported.run_decompositions({})
+        except Exception as error:
+            log.info("torch.export failed with %s: %s", dims, error)
+            first = first or error
+    assert first is not None
+    text = str(first).strip() or type(first).__name__
+    place = next((line.strip() for line in text.splitlines() if "File " in line), "")
+    raise CaptureError(
+        f"torch.export cannot capture {type(module).__name__}: {text.splitlines()[0]}{' at ' + place if place else ''}",
+        hint="Python control flow must not depend on the contents of tensors, and the forward must run "
+        "without a cache (use_cache=False); see the cause above this error",
+    ) from first
+
+
+def _flatten(exported: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:
+    """The exported graph with weights as attributes, tensor inputs by name, and a dictionary of outputs."""
+    signature = exported.graph_signature
+    changed = [spec.target for spec in signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
+    if changed:
+        raise CaptureError(
+            f"the forward changes its own state or inputs: {changed}",
+            hint="offramp captures pure forwards; keep such buffers out of the eval forward",
+        )
+    attributes: dict[str, Any] = {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    specs = dict(zip(exported.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node]
+            if spec.kind == InputKind.USER_INPUT:
+                if node.name in inputs:
+                    env[node] = graph.placeholder(node.name)
+                    env[node].meta = dict(node.meta)
+                continue
+            target = str(spec.target)
+            tensors = exported.constants if spec.target in exported.constants else exported.state_dict
+            attributes[target] = tensors[target]
+            env[node] = graph.create_node("get_attr", target, name=node.name)
+            env[node].meta = dict(node.meta)
+        elif node.op == "output":
+            returned = [arg for arg in node.args[0] if isinstance(arg, fx.Node)]
+            graph.output({name: env[arg] for name, arg in zip(names, returned, strict=True)})
+        else:
+            if node.op == "get_attr":  # the body of a wrapper, inlined by canonicalize
+                attributes[str(node.target)] = getattr(exported.graph_module, str(node.target))
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph_module = fx.GraphModule(attributes, graph, "Program")
+    for name, tensor in attributes.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            owner, _, leaf = name.rpartition(".")
+            setattr(graph_module.get_submodule(owner), leaf, tensor)
+    return graph_module
+
+
+def _axis_names(graph_module: fx.GraphModule, dynamic: Dynamic | None) -> dict[Any, str]:
+    """The names that the user gave to axes, by symbol; an axis that the model fixes is an error."""
+    names: dict[Any, str] = {}
+    if dynamic is None:
+        return names
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        for axis, name in dynamic.get(str(node.target), {}).items():
+            size = shape(node)[axis]
+            if not isinstance(size, torch.SymInt):
+                raise CaptureError(
+                    f"axis {axis} of {node.target} ({name}) is fixed at {size} by the model",
+                    hint="leave it out of dynamic, or give example inputs whose sizes are larger than one",
+                )
+            names[size.node.expr] = name
+    assert results(graph_module.graph)
+    return names

@@ -1,0 +1,169 @@
+"""Reading an ``fx`` graph: what its nodes hold, who depends on whose data, and running a piece of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+#: Results depend on the shape of their tensor argument, never on what is in it.
+SHAPE_ONLY: frozenset[Any] = frozenset(
+    {
+        aten.sym_size.int,
+        aten.sym_numel.default,
+        aten.sym_stride.int,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.empty_like.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+        aten.new_empty.default,
+    }
+)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the node's value is one tensor."""
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_symint(node: fx.Node) -> bool:
+    """Whether the node's value is a size: an integer that depends on shapes only."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The (symbolic) shape of a tensor node."""
+    return tuple(node.meta["val"].shape)
+
+
+def expression(size: Any) -> Any:
+    """A size as a sympy expression, or as the plain int that it is."""
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def shape_key(node: fx.Node) -> str:
+    """The shape and dtype of a tensor node as text, equal where the shapes are provably equal."""
+    value = node.meta["val"]
+    return f"{[str(expression(size)) for size in value.shape]}:{value.dtype}"
+
+
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose *contents* this node reads: shapes and weights do not count."""
+    if node.op != "call_function" and node.op != "output":
+        return []
+    if node.target in SHAPE_ONLY:
+        return []
+    return [arg for arg in node.all_input_nodes if arg.op != "get_attr" and not is_symint(arg)]
+
+
+def weights(node: fx.Node) -> list[fx.Node]:
+    """The weights (``get_attr`` nodes) that this node reads."""
+    return [arg for arg in node.all_input_nodes if arg.op == "get_attr"]
+
+
+def attribute(module: torch.nn.Module, target: str) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node names."""
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, torch.Tensor), target
+    return value
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors exactly when they are the same view of the same memory."""
+    return (
+        tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+    )
+
+
+def ancestors(targets: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[fx.Node]:
+    """``targets`` and everything they are computed from, not going past the nodes of ``stop`` (kept)."""
+    barrier, seen, todo = set(stop), set(), list(targets)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in barrier:
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def dependents(sources: Iterable[fx.Node], graph: fx.Graph) -> set[fx.Node]:
+    """Every call that reads, directly or not, the contents of ``sources`` (which are not in the result)."""
+    reached = set(sources)
+    found = set()
+    for node in graph.nodes:
+        if node.op == "call_function" and node not in reached and any(a in reached for a in data_inputs(node)):
+            reached.add(node)
+            found.add(node)
+    return found
+
+
+def source(node: fx.Node) -> str:
+    """Where a node comes from: ``module path, file:line`` of the user's model, as far as known."""
+    parts = []
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        path, kind = list(stack.values())[-1]
+        kind = kind if isinstance(kind, str) else kind.__name__
+        parts.append(f"{path or 'the model'} ({kind.rsplit('.', 1)[-1]})")
+    trace = node.meta.get("stack_trace")
+    if trace:
+        frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+        if frames:
+            file, line = frames[-1].split(",")[:2]
+            parts.append(f"{file[5:].strip(chr(34))}:{line.strip().removeprefix('line ')}")
+    return ", ".join(parts) or f"node {node.name}"
+
+
+def run(
+    module: torch.nn.Module,
+    nodes: Sequence[fx.Node],
+    values: dict[fx.Node, Any],
+    keep: Callable[[fx.Node], bool] = lambda node: True,
+) -> dict[fx.Node, Any]:
+    """Compute ``nodes`` (in graph order) from ``values``; the values of kept nodes are added to it.
+
+    Values that are not kept are freed after their last use.
+    """
+    last = {arg: node for node in nodes for arg in node.all_input_nodes}
+    ending: dict[fx.Node, list[fx.Node]] = {}
+    for arg, node in last.items():
+        ending.setdefault(node, []).append(arg)
+    for node in nodes:
+        if node in values:
+            continue
+        if node.op == "get_attr":
+            values[node] = attribute(module, str(node.target))
+        elif node.op == "call_function":
+            args = fx.node.map_arg(node.args, values.__getitem__)
+            kwargs = fx.node.map_arg(node.kwargs, values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        for arg in ending.get(node, ()):
+            if not keep(arg):
+                values.pop(arg, None)
+    return values
+
+
+def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
+    """The graph's inputs by name."""
+    return {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+
+
+def results(graph: fx.Graph) -> Mapping[str, fx.Node]:
+    """The graph's outputs by name (a program's graph returns a dictionary)."""
+    found: Mapping[str, fx.Node] = graph.output_node().args[0]  # type: ignore[assignment]
+    return found

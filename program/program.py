@@ -1,0 +1,156 @@
+"""The program: one captured graph and the facts known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.program.attention import AttentionSite, attention_sites, is_causal
+from offramp.program.axes import Axes, find_axes
+from offramp.program.graph import ancestors, dependents, results, run
+from offramp.program.stacks import Stack, find_stacks, name_stacks
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A place where a stack may be left, by names of graph nodes and of graph outputs.
+
+    ``hidden`` is the stack's hidden state after ``after`` blocks, ``state`` what stands for the stack's output
+    when it is left here (``hidden`` through the adapter). ``outputs`` maps the model's outputs to the graph
+    outputs that hold them for this exit (empty where another stack follows); ``scores`` maps measures to graph
+    outputs of shape [batch]. ``after`` equal to the number of blocks is full depth: it only carries scores.
+    """
+
+    stack: str
+    after: int
+    hidden: str
+    state: str
+    head: str = "shared"
+    adapter: str = "identity"
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured model: its graph, and what is known of it. Passes make new ones; nothing changes in place.
+
+    ``graph_module`` takes tensors by name and returns a dictionary: the model's ``outputs``, and what passes
+    added. ``example_inputs`` and ``example_outputs`` are what the model was captured with, and what eager torch
+    gave. ``history`` is the pipeline text that made it.
+    """
+
+    graph_module: fx.GraphModule
+    outputs: tuple[str, ...]
+    axes: Axes
+    stacks: Mapping[str, Stack]
+    example_inputs: Mapping[str, torch.Tensor]
+    example_outputs: Mapping[str, torch.Tensor]
+    exits: tuple[Exit, ...] = ()
+    history: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The ``fx`` graph."""
+        return self.graph_module.graph
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """The graph as a trainable module: ``module(**inputs)`` returns a dictionary of tensors.
+
+        The model's outputs stand under their own names; an exit's under ``exit.outputs`` and ``exit.scores``.
+        Weights are those of the captured model, not copies.
+        """
+        return self.graph_module
+
+    @cached_property
+    def nodes(self) -> Mapping[str, fx.Node]:
+        """The graph's nodes by name."""
+        return {node.name: node for node in self.graph.nodes}
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs: the captured forward's parameters."""
+        return tuple(self.example_inputs)
+
+    def next_stack(self, name: str) -> str | None:
+        """The stack that reads this stack's output, None for one whose tail ends in the model's outputs."""
+        reached = dependents([self.nodes[self.stacks[name].output]], self.graph)
+        for other, stack in self.stacks.items():
+            if other != name and self.nodes[stack.cuts[1]] in reached:
+                return other
+        return None
+
+    def exits_of(self, stack: str) -> list[Exit]:
+        """The exits of a stack, shallowest first."""
+        return sorted((item for item in self.exits if item.stack == stack), key=lambda item: item.after)
+
+    def block_nodes(self, stack: Stack, index: int) -> list[fx.Node]:
+        """The nodes of block ``index`` (0-based) that read the hidden state, in graph order."""
+        first, last = self.nodes[stack.cuts[index]], self.nodes[stack.cuts[index + 1]]
+        inside = dependents([first], self.graph) & ancestors([last], stop=[first])
+        return [node for node in self.graph.nodes if node in inside]
+
+    def tail_nodes(self, stack: Stack) -> list[fx.Node]:
+        """The nodes between the stack's output and the model's outputs that read it, in graph order."""
+        end = self.nodes[stack.output]
+        inside = dependents([end], self.graph) & ancestors(results(self.graph)[name] for name in self.outputs)
+        return [node for node in self.graph.nodes if node in inside]
+
+    def with_history(self, text: str) -> Program:
+        """The same program, with one more step in its history."""
+        return replace(self, history=(*self.history, text))
+
+    def __str__(self) -> str:
+        from offramp.program.show import render
+
+        return render(self)
+
+    __repr__ = __str__
+
+
+def analyse(
+    graph_module: fx.GraphModule,
+    example_inputs: Mapping[str, torch.Tensor],
+    example_outputs: Mapping[str, torch.Tensor],
+    axis_names: Mapping[Any, str],
+) -> Program:
+    """The program of a canonical graph: its axes and stacks, found from scratch."""
+    sites = attention_sites(graph_module.graph)
+    found = find_stacks(graph_module.graph, sites)
+    causal = [any(_is_causal(graph_module, site, example_inputs) for site in sites if _inside(site, stack)) for stack in found]
+    return Program(
+        graph_module,
+        tuple(example_outputs),
+        find_axes(graph_module, example_inputs, sites, axis_names),
+        name_stacks(found, causal),
+        example_inputs,
+        example_outputs,
+    )
+
+
+def _inside(site: AttentionSite, stack: Any) -> bool:
+    return any(site.weights in block for block in stack.blocks)
+
+
+def _is_causal(module: fx.GraphModule, site: AttentionSite, example: Mapping[str, torch.Tensor]) -> bool:
+    return is_causal(site, evaluate(module, [mask.node for mask in site.masks], example))
+
+
+def evaluate(
+    module: fx.GraphModule, wanted: Any, inputs: Mapping[str, torch.Tensor]
+) -> dict[fx.Node, torch.Tensor]:
+    """The values of the ``wanted`` nodes on ``inputs``, computing only what they need."""
+    wanted = list(wanted)
+    needed = ancestors(wanted)
+    order = [node for node in module.graph.nodes if node in needed]
+    values: dict[fx.Node, Any] = {node: inputs[str(node.target)] for node in order if node.op == "placeholder"}
+    keep: Callable[[fx.Node], bool] = set(wanted).__contains__
+    with torch.no_grad():
+        run(module, order, values, keep)
+    return {node: values[node] for node in wanted}

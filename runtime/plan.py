@@ -1,0 +1,149 @@
+"""A manifest made ready to run: segments as functions, and which values live on after each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import onnxruntime as ort
+
+from offramp.runtime.errors import BundleError
+from offramp.runtime.manifest import DTYPES, Exit, Manifest, Part, Segment, Stack
+from offramp.runtime.memory import Env, Memory
+from offramp.runtime.sessions import check_bindings
+
+Names: TypeAlias = frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A segment: ``run`` reads ``inputs`` from an environment and adds the segment's outputs to it."""
+
+    name: str
+    inputs: tuple[str, ...]
+    run: Callable[[Env], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyExit:
+    """An exit: ``calls`` make ``results`` and the scores that are not ``free`` out of ``reads``.
+
+    ``results`` maps what a stack gives to its surroundings, under the names of full depth, to this exit's
+    values: the model's outputs, or the stack's output where other stages follow.
+    """
+
+    after: int
+    calls: tuple[Call, ...]
+    reads: Names
+    results: Mapping[str, str]
+    scores: Mapping[str, str]
+    free: Names
+    full: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyPart:
+    """Calls, then perhaps an exit; ``live`` are the values that the rest of the stack needs."""
+
+    calls: tuple[Call, ...]
+    exit: ReadyExit | None
+    live: Names
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyStack:
+    """A stack; ``reads`` are the values that it takes from outside."""
+
+    stack: Stack
+    parts: tuple[ReadyPart, ...]
+    reads: Names
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A stage: a segment or a stack; ``live`` are the values that the later stages and the outputs need."""
+
+    run: Call | ReadyStack
+    live: Names
+
+
+def prepare(
+    manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], memory: Memory
+) -> tuple[Step, ...]:
+    """The manifest's stages, ready to run.
+
+    Raises:
+        BundleError: a segment's bindings do not fit its file.
+    """
+    problems: list[str] = []
+    calls: dict[str, Call] = {}
+    for name, segment in manifest.segments.items():
+        session = sessions[segment.file]
+        wrong = check_bindings(
+            f"segment {name!r} ({segment.file})",
+            session,
+            {key: DTYPES[manifest.values[value].dtype] for key, value in segment.inputs.items()},
+            {key: DTYPES[manifest.values[value].dtype] for key, value in segment.outputs.items()},
+        )
+        problems += wrong
+        if not wrong:
+            calls[name] = Call(name, tuple(segment.inputs.values()), memory.prepare(segment, session))
+    if problems:
+        raise BundleError("segments do not fit their files:\n  " + "\n  ".join(problems))
+
+    live = frozenset(manifest.outputs.values())
+    steps: list[Step] = []
+    for stage in reversed(manifest.stages):
+        if stage.stack is None:
+            segment = manifest.segments[stage.segment or ""]
+            steps.append(Step(calls[segment.name], live))
+            before = _needed(live, [segment])
+        else:
+            stack = _stack(manifest, manifest.stacks[stage.stack], calls)
+            steps.append(Step(stack, live))
+            before = stack.reads | live.difference(*(part.exit.results for part in stack.parts if part.exit))
+        live = before
+    return tuple(reversed(steps))
+
+
+def _stack(manifest: Manifest, stack: Stack, calls: Mapping[str, Call]) -> ReadyStack:
+    exits = {exit_.after: exit_ for exit_ in stack.exits}
+    live: Names = frozenset()
+    parts: list[ReadyPart] = []
+    for part in reversed(stack.parts):
+        needed = live
+        ready = None
+        if part.depth in exits:
+            ready = _exit(manifest, stack, exits[part.depth], calls)
+            needed |= ready.reads | {ready.scores[measure] for measure in ready.free}
+        parts.append(ReadyPart(tuple(calls[name] for name in part.segments), ready, live))
+        live = _needed(needed, _segments(manifest, part))
+    return ReadyStack(stack, tuple(reversed(parts)), live)
+
+
+def _exit(manifest: Manifest, stack: Stack, exit_: Exit, calls: Mapping[str, Call]) -> ReadyExit:
+    segments = _segments(manifest, exit_)
+    made = {value for segment in segments for value in segment.outputs.values()}
+    results = {manifest.outputs[name]: value for name, value in exit_.outputs.items()}
+    results = results or {stack.output: exit_.state}
+    return ReadyExit(
+        exit_.after,
+        tuple(calls[name] for name in exit_.segments),
+        _needed(frozenset(results.values()), segments),
+        results,
+        exit_.scores,
+        frozenset(measure for measure, value in exit_.scores.items() if value not in made),
+        full=exit_.after == stack.blocks,
+    )
+
+
+def _segments(manifest: Manifest, piece: Part | Exit) -> list[Segment]:
+    return [manifest.segments[name] for name in piece.segments]
+
+
+def _needed(after: Names, segments: Iterable[Segment]) -> Names:
+    """The values that have to be there before ``segments`` run, for those in ``after`` to be there then."""
+    for segment in reversed(list(segments)):
+        after = (after - set(segment.outputs.values())) | set(segment.inputs.values())
+    return after

@@ -1,0 +1,149 @@
+"""What a policy is, and how a run asks it: scores in, "leave" or "go on" out, for each row by itself.
+
+A policy keeps nothing between runs or rows, so one object may serve many threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.runtime.errors import ExecutionError, PolicyError
+from offramp.runtime.manifest import Exit, Stack
+
+Rows: TypeAlias = NDArray[np.bool_]
+Scores: TypeAlias = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a policy sees at an exit: the rows that are still in the stack, and no others.
+
+    Attributes:
+        stack: The stack's name.
+        after: How many blocks are done.
+        blocks: How many the stack has.
+        scores: For each measure that was asked for, float32 [rows] (int64 for "prediction").
+        rows: Where these rows are in the batch of the run, int64 [rows], increasing.
+        history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order.
+    """
+
+    stack: str
+    after: int
+    blocks: int
+    scores: Scores
+    rows: NDArray[np.int64]
+    history: Mapping[int, Scores]
+
+
+class Policy:
+    """Base of all policies; a plain function ``(state) -> bool [rows]`` serves as well.
+
+    The exit at full depth is not a policy's business: there every row leaves.
+    """
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        """The scores that `leave` needs at this exit; None where it is not to be asked at all."""
+        raise NotImplementedError
+
+    def leave(self, state: State) -> Rows:
+        """Which rows leave here: bool [rows]."""
+        raise NotImplementedError
+
+    def check(self, stacks: Mapping[str, Stack]) -> None:
+        """Raise PolicyError where this policy names a stack, an exit or a score that is not there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """This policy as JSON has it, for ``Manifest.policy``; `policies.from_dict` reads it.
+
+        Raises:
+            PolicyError: this policy is none of offramp's own.
+        """
+        raise PolicyError(f"{self!r} is not one of offramp's own policies, so JSON cannot hold it")
+
+
+@dataclass(frozen=True, slots=True)
+class Function(Policy):
+    """A plain function as a policy: asked at every exit, with every score that there is."""
+
+    function: Callable[[State], Any]
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return tuple(exit_.scores)
+
+    def leave(self, state: State) -> Rows:
+        leaving: Rows = np.asarray(self.function(state))
+        return leaving
+
+
+class Asker:
+    """One stack in one run: asks the policy at the exits, and keeps the scores.
+
+    ``record`` holds them by ``after`` and measure, [rows of the batch]: NaN (or -1) for rows that had left.
+    """
+
+    def __init__(self, policy: Policy, stack: Stack, batch: int) -> None:
+        self._policy, self._stack, self._batch = policy, stack, batch
+        self._history: dict[int, Scores] = {}
+        self.record: dict[int, dict[str, NDArray[Any]]] = {}
+        self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
+        for exit_ in stack.exits[:-1]:
+            missing = set(self.wanted[exit_.after] or ()) - exit_.scores.keys()
+            if missing:
+                raise PolicyError(
+                    f"the exit of {stack.name!r} after {exit_.after} blocks does not have the scores "
+                    f"{', '.join(sorted(missing))}; there are:\n{listing({stack.name: stack})}",
+                    hint=f"insert-scores{{measure={min(missing)}}}",
+                )
+
+    def ask(self, after: int, rows: NDArray[np.int64], found: Scores) -> Rows:
+        """Which of ``rows`` leave; ``found`` has the wanted scores of these rows."""
+        scores = {measure: self._score(after, measure, rows.size, array) for measure, array in found.items()}
+        state = State(self._stack.name, after, self._stack.blocks, scores, rows, dict(self._history))
+        leave = self._policy.leave(state)
+        if not isinstance(leave, np.ndarray) or leave.dtype != np.bool_ or leave.shape != rows.shape:
+            shown = f"{leave.dtype} {list(leave.shape)}" if isinstance(leave, np.ndarray) else repr(leave)
+            raise PolicyError(
+                f"the policy has to return bool [{rows.size}] after {after} blocks of {state.stack!r}, "
+                f"one per row that is still there; it returned {shown}"
+            )
+        self._history[after] = scores
+        self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
+        return leave
+
+    def keep(self, stay: NDArray[np.int64]) -> None:
+        """Forget the rows that left; ``stay`` says which of the last rows did not."""
+        self._history = {
+            after: {measure: score[stay] for measure, score in scores.items()}
+            for after, scores in self._history.items()
+        }
+
+    def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
+        if array.size != rows:
+            raise ExecutionError(
+                f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "
+                f"{list(array.shape)}, expected [{rows}]"
+            )
+        kind = np.float32 if array.dtype.kind == "f" else np.int64
+        return array.reshape(rows).astype(kind, copy=False)
+
+    def _whole(self, rows: NDArray[np.int64], score: NDArray[Any]) -> NDArray[Any]:
+        if rows.size == self._batch:
+            return score
+        whole = np.full(self._batch, np.nan if score.dtype.kind == "f" else -1, score.dtype)
+        whole[rows] = score
+        return whole
+
+
+def listing(stacks: Mapping[str, Stack]) -> str:
+    """The exits of the stacks and their scores, one line a stack, for messages."""
+    lines = []
+    for name, stack in stacks.items():
+        scores = sorted({measure for exit_ in stack.exits for measure in exit_.scores}) or ["none"]
+        exits = ", ".join(str(exit_.after) for exit_ in stack.exits)
+        lines.append(f"  {name}: exits after {exits} of {stack.blocks} blocks; scores {', '.join(scores)}")
+    return "\n".join(lines)

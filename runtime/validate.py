@@ -1,0 +1,226 @@
+"""Checks of a manifest that types cannot express: names refer to things, and values flow.
+
+Each check yields its problems as text; none of them stops another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+
+from offramp.runtime.axes import evaluate, names
+from offramp.runtime.manifest import DTYPES, Exit, Manifest, Segment, Stack, Value
+
+
+def problems_of(manifest: Manifest) -> list[str]:
+    """All that is wrong with a manifest whose fields have the right types; empty when nothing is."""
+    problems = [
+        *_axes(manifest),
+        *(text for name, value in manifest.values.items() for text in _value(manifest, name, value)),
+        *_references(manifest),
+        *(text for stack in manifest.stacks.values() for text in _stack(stack)),
+    ]
+    return problems or list(_Flow(manifest).problems())
+
+
+def _axes(manifest: Manifest) -> Iterator[str]:
+    for name, (low, high) in manifest.axes.items():
+        if low < 0 or (high is not None and high < low):
+            yield f"axes.{name}: a range from {low} to {high} holds nothing"
+    if manifest.batch is not None and manifest.batch not in manifest.axes:
+        yield f"batch: there is no axis {manifest.batch!r}"
+    values = [manifest.values[name] for name in manifest.inputs if name in manifest.values]
+    if manifest.batch is not None and not any(_counts(value, manifest.batch) for value in values):
+        yield f"batch: no input has rows, so nothing says how long {manifest.batch!r} is"
+
+
+def _value(manifest: Manifest, name: str, value: Value) -> Iterator[str]:
+    where = f"values.{name}"
+    if value.dtype not in DTYPES:
+        yield f"{where}.dtype: {value.dtype!r} is none of {', '.join(DTYPES)}"
+    unknown: set[str] = set()
+    for size in value.shape:
+        try:
+            unknown |= names(size) - manifest.axes.keys()
+        except ValueError as error:
+            yield f"{where}.shape: {error}"
+            return
+    if unknown:
+        yield f"{where}.shape: no such axes: {', '.join(sorted(unknown))}"
+    if value.batch_axis is None:
+        return
+    if manifest.batch is None or not 0 <= value.batch_axis < len(value.shape) or value.batch_factor < 1:
+        yield f"{where}.batch_axis: no rows can lie on axis {value.batch_axis} of {list(value.shape)}"
+    elif not unknown and not _holds_rows(value, manifest):
+        yield (
+            f"{where}.batch_axis: axis {value.batch_axis} of {list(value.shape)} is not "
+            f"{value.batch_factor} times {manifest.batch}"
+        )
+
+
+def _counts(value: Value, batch: str) -> bool:
+    try:
+        return any(names(size) == {batch} for size in value.shape)
+    except ValueError:
+        return False
+
+
+def _holds_rows(value: Value, manifest: Manifest) -> bool:
+    assert value.batch_axis is not None
+    for rows in (2, 5):
+        sizes = dict.fromkeys(manifest.axes, 3) | {manifest.batch or "": rows}
+        try:
+            if evaluate(value.shape[value.batch_axis], sizes) != rows * value.batch_factor:
+                return False
+        except ValueError:
+            return False
+    return True
+
+
+def _references(manifest: Manifest) -> Iterator[str]:
+    named: list[tuple[str, str, str]] = [
+        ("segments", k, segment.name) for k, segment in manifest.segments.items()
+    ]
+    named += [("stacks", k, stack.name) for k, stack in manifest.stacks.items()]
+    yield from (f"{kind}.{key}.name: is {name!r}" for kind, key, name in named if key != name)
+    for name, segment in manifest.segments.items():
+        if segment.file not in manifest.files:
+            yield f"segments.{name}.file: {segment.file!r} is not in files"
+    for key, file in manifest.take.items():
+        dtype, _, axis = key.partition("/")
+        if dtype not in DTYPES or not axis.isdecimal():
+            yield f'take.{key}: a key looks like "float32/0"'
+        if file not in manifest.files:
+            yield f"take.{key}: {file!r} is not in files"
+    for i, stage in enumerate(manifest.stages):
+        if (stage.segment is None) == (stage.stack is None):
+            yield f"stages[{i}]: has to name either a segment or a stack"
+        elif stage.segment is not None and stage.segment not in manifest.segments:
+            yield f"stages[{i}].segment: there is no segment {stage.segment!r}"
+        elif stage.stack is not None and stage.stack not in manifest.stacks:
+            yield f"stages[{i}].stack: there is no stack {stage.stack!r}"
+    for name, stack in manifest.stacks.items():
+        for segment_name in _segments_of(stack):
+            if segment_name not in manifest.segments:
+                yield f"stacks.{name}: there is no segment {segment_name!r}"
+        if not any(stage.stack == name for stage in manifest.stages):
+            yield f"stacks.{name}: no stage runs it"
+
+
+def _segments_of(stack: Stack) -> Iterator[str]:
+    for part in stack.parts:
+        yield from part.segments
+    for exit_ in stack.exits:
+        yield from exit_.segments
+
+
+def _stack(stack: Stack) -> Iterator[str]:
+    for kind, depths in (
+        ("parts", [part.depth for part in stack.parts]),
+        ("exits", [exit_.after for exit_ in stack.exits]),
+    ):
+        where = f"stacks.{stack.name}.{kind}"
+        if not depths or depths[0] < 0 or any(a >= b for a, b in pairwise(depths)):
+            yield f"{where}: depths have to increase, found {depths}"
+        if depths and depths[-1] != stack.blocks:
+            yield f"{where}: the last depth is {depths[-1]}, the stack has {stack.blocks} blocks"
+    loose = {exit_.after for exit_ in stack.exits} - {part.depth for part in stack.parts}
+    if loose:
+        yield f"stacks.{stack.name}.exits: no part ends at depth {', '.join(map(str, sorted(loose)))}"
+
+
+def _kind(manifest: Manifest, name: str) -> tuple[object, ...]:
+    value = manifest.values.get(name)
+    return (value.dtype, len(value.shape), value.batch_axis, value.batch_factor) if value else ()
+
+
+class _Flow:
+    """Runs the plan in thought: which values are there when a segment runs."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._made: dict[str, str] = {}
+        self._used: set[str] = set()
+
+    def problems(self) -> Iterator[str]:
+        manifest = self._manifest
+        there: set[str] = set()
+        for name in manifest.inputs:
+            yield from self._make(name, "the inputs", there)
+        last = len(manifest.stages) - 1
+        final: Exit | None = None
+        for i, stage in enumerate(manifest.stages):
+            if stage.segment is not None:
+                yield from self._run(stage.segment, there)
+            elif stage.stack is not None:
+                stack = manifest.stacks[stage.stack]
+                yield from self._loop(stack, there, ends=i == last)
+                final = stack.exits[-1] if i == last else None
+        outputs = dict(manifest.outputs)
+        if final is not None:
+            for name, value in final.outputs.items():
+                if outputs.pop(name, None) != value:
+                    yield f"outputs.{name}: is not {value!r}, which full depth of the last stack makes it"
+        yield from self._there(outputs.values(), there, "outputs")
+
+    def _loop(self, stack: Stack, there: set[str], *, ends: bool) -> Iterator[str]:
+        where = f"stacks.{stack.name}"
+        inner = set(there)
+        exits = {exit_.after: exit_ for exit_ in stack.exits}
+        yield from self._there([stack.input], there, f"{where}.input")
+        for part in stack.parts:
+            for segment in part.segments:
+                yield from self._run(segment, inner)
+            if part.depth in exits:
+                place = f"{where}, exit after {part.depth}"
+                yield from self._leave(exits[part.depth], inner, place, stack.output, ends=ends)
+        outputs = {str(sorted(exit_.outputs)) for exit_ in stack.exits}
+        if len(outputs) > 1:
+            yield f"{where}.exits: their outputs differ: {' and '.join(sorted(outputs))}"
+        last = stack.exits[-1].state
+        if stack.output == last or stack.output not in self._made:
+            yield from self._make(stack.output, where, there, again=stack.output == last)
+        else:
+            yield f"{where}.output: {stack.output!r} is not {last!r}, and {self._made[stack.output]} makes it"
+
+    def _leave(self, exit_: Exit, inner: set[str], where: str, output: str, *, ends: bool) -> Iterator[str]:
+        here = set(inner)
+        for segment in exit_.segments:
+            yield from self._run(segment, here)
+        if bool(exit_.outputs) != ends:
+            yield f"{where}: " + ("has no outputs" if ends else "has outputs, but other stages follow")
+        yield from self._there([exit_.state], here, f"{where}, state")
+        yield from self._there(exit_.outputs.values(), here, f"{where}, outputs")
+        stands_for = {exit_.state: output} if not ends else {}
+        stands_for |= {made: self._manifest.outputs.get(name, made) for name, made in exit_.outputs.items()}
+        for made, full in stands_for.items():
+            if _kind(self._manifest, made) != _kind(self._manifest, full):
+                yield f"{where}: {made!r} and {full!r} differ in dtype, rank or batch axis"
+        yield from self._there(exit_.scores.values(), here, f"{where}, scores")
+        for measure, name in exit_.scores.items():
+            rank_axis_factor = _kind(self._manifest, name)[1:]
+            if self._manifest.batch and rank_axis_factor != (1, 0, 1):
+                yield f"{where}, score {measure}: {name!r} has not the shape [{self._manifest.batch}]"
+
+    def _run(self, name: str, there: set[str]) -> Iterator[str]:
+        segment: Segment = self._manifest.segments[name]
+        if name in self._used:
+            yield f"segments.{name}: runs at two places; a segment is one use of a file"
+        self._used.add(name)
+        yield from self._there(segment.inputs.values(), there, f"segments.{name}.inputs")
+        for value in segment.outputs.values():
+            yield from self._make(value, f"segment {name!r}", there)
+
+    def _make(self, name: str, by: str, there: set[str], *, again: bool = False) -> Iterator[str]:
+        if name not in self._manifest.values:
+            yield f"values.{name}: missing, but {by} makes it"
+        if name in self._made and not again:
+            yield f"values.{name}: made by {self._made[name]} and by {by}"
+        self._made.setdefault(name, by)
+        there.add(name)
+
+    def _there(self, wanted: Iterable[str], there: set[str], where: str) -> Iterator[str]:
+        for name in wanted:
+            if name not in there:
+                known = name in self._manifest.values
+                yield f"{where}: {name!r} is {'not made before, where it is seen' if known else 'no value'}"

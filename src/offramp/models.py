@@ -1,0 +1,178 @@
+"""How a command line names a model, and how the name becomes a module with example inputs.
+
+========================== ==================================================================================
+``path/file.py:factory``   a function of a file; its folder is importable, as under ``python path/file.py``
+``package.module:factory`` a function of a module that can be imported from here
+``hf:DIRECTORY_OR_ID``     a directory by ``save_pretrained``, or an id of the hub (needs transformers)
+``zoo:NAME``               a model of `offramp.zoo`
+========================== ==================================================================================
+
+A factory takes no argument and returns ``(module, example_inputs)``: a ``torch.nn.Module``, and a dict (by
+parameter name) or a tuple of tensors.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, TypeAlias
+
+from offramp import zoo
+from offramp.runtime.errors import OfframpError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Inputs: TypeAlias = dict[str, Tensor] | tuple[Tensor, ...]
+    Factory: TypeAlias = Callable[[], tuple[nn.Module, Inputs]]
+
+
+class ModelError(OfframpError, ValueError):
+    """A model's name leads nowhere; base of the errors of `resolve`."""
+
+    stage = "model"
+
+
+class ModelNameError(ModelError):
+    """The name has none of the four forms."""
+
+
+class FactoryMissingError(ModelError):
+    """There is no such file, module, or function in it."""
+
+
+class FactoryResultError(ModelError):
+    """A factory returned something else than a module and its example inputs."""
+
+
+class PretrainedModelError(ModelError):
+    """A directory or hub id could not be loaded, or it takes an input that no example is known for."""
+
+
+def resolve(name: str) -> Factory:
+    """The factory behind a name; calling it loads the model, which may take long.
+
+    What needs no import is checked at once: the form, that a file exists, that the zoo has the model. The
+    rest is checked by the call. Both raise `ModelError` or `offramp.zoo.ZooError`. What a model's own code
+    raises passes through.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme == "zoo":
+        if rest not in zoo.names():
+            raise zoo.UnknownModelError(f"the zoo has no model {rest!r}", hint=_zoo_names())
+        return lambda: zoo.load(rest)
+    if scheme == "hf" and rest:
+        return lambda: _load_pretrained(rest)
+    place, _, function = name.rpartition(":")
+    if not place or not function.isidentifier():
+        raise ModelNameError(
+            f"{name!r} names no model",
+            hint=f"file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or {_zoo_names()}",
+        )
+    if place.endswith(".py"):
+        path = Path(place).expanduser().resolve()
+        if not path.is_file():
+            raise FactoryMissingError(f"there is no file {place}", hint=f"a path seen from {Path.cwd()}")
+        return lambda: _call(path.parent, lambda: _import_file(path), function, name)
+    return lambda: _call(Path.cwd(), lambda: _import_module(place), function, name)
+
+
+def _zoo_names() -> str:
+    return " ".join(f"zoo:{name}" for name in zoo.names())
+
+
+def _load_pretrained(source: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    try:
+        from offramp import _pretrained
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise PretrainedModelError(
+            f"hf:{source} needs transformers, which is not installed", hint="pip install 'offramp[demo]'"
+        ) from error
+    return _pretrained.load(source)
+
+
+def _call(folder: Path, load: Callable[[], ModuleType], function: str, name: str) -> tuple[nn.Module, Inputs]:
+    with _importable(folder):
+        module = load()
+        factory = getattr(module, function, None)
+        if not callable(factory):
+            raise FactoryMissingError(
+                f"{name!r}: {module.__name__} has no function {function}", hint=_functions(module)
+            )
+        return _checked(factory(), name)
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """As long as it lasts, modules of this folder can be imported, before all others."""
+    entry = str(folder)
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        sys.path.remove(entry)
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"_offramp_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise FactoryMissingError(f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses and pickle look for the classes of a module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # found, and it misses a module of its own
+        raise FactoryMissingError(
+            f"there is no module {error.name}",
+            hint=f"install it, name a file.py, or run where it lies (now {Path.cwd()})",
+        ) from error
+
+
+def _functions(module: ModuleType) -> str:
+    found = [
+        name
+        for name, value in vars(module).items()
+        if callable(value)
+        and getattr(value, "__module__", None) == module.__name__
+        and not name.startswith("_")
+    ]
+    return f"one of {', '.join(found)}" if found else "define one: it returns (module, example_inputs)"
+
+
+def _checked(result: object, name: str) -> tuple[nn.Module, Inputs]:
+    from torch import Tensor, nn
+
+    hint = "return (module, example_inputs), a torch.nn.Module and a dict or tuple of tensors"
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise FactoryResultError(f"{name!r} returned {_kind(result)}, expected a pair", hint=hint)
+    module, inputs = result
+    if not isinstance(module, nn.Module):
+        raise FactoryResultError(f"{name!r} returned {_kind(module)} as the module", hint=hint)
+    if isinstance(inputs, Tensor) or not isinstance(inputs, (Mapping, tuple, list)) or not inputs:
+        raise FactoryResultError(f"{name!r} returned {_kind(inputs)} as example inputs", hint=hint)
+    named = list(inputs.items()) if isinstance(inputs, Mapping) else list(enumerate(inputs))
+    for key, value in named:
+        if not isinstance(value, Tensor):
+            raise FactoryResultError(f"{name!r} returned {_kind(value)} as example input {key!r}", hint=hint)
+    return module, dict(named) if isinstance(inputs, Mapping) else tuple(inputs)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, (tuple, list, Mapping)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

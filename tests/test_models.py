@@ -1,0 +1,251 @@
+"""Names of models: each form leads to a module with inputs, and each way to fail says what to try."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from offramp import models, zoo
+
+FACTORIES = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import neighbour
+
+
+@dataclass
+class Config:
+    width: int = 3
+
+
+def by_name():
+    width = Config().width
+    return nn.Linear(width, 2), {"input": torch.ones(2, width)}
+
+
+def by_position():
+    from late_neighbour import SIZE
+    return nn.Linear(SIZE, 2), [torch.ones(2, SIZE)]
+
+
+def alone():
+    return nn.Linear(3, 2)
+
+
+def no_module():
+    return "model", {"input": torch.ones(2, 3)}
+
+
+def no_inputs():
+    return nn.Linear(3, 2), {}
+
+
+def bare_tensor():
+    return nn.Linear(3, 2), torch.ones(2, 3)
+
+
+def list_in_dict():
+    return nn.Linear(3, 2), {"input": [1, 2, 3]}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    (tmp_path / "neighbour.py").write_text("")
+    (tmp_path / "late_neighbour.py").write_text("SIZE = 3")
+    path = tmp_path / "my_models.py"
+    path.write_text(FACTORIES)
+    return path
+
+
+def test_file_and_factory(file: Path) -> None:
+    module, inputs = models.resolve(f"{file}:by_name")()
+    assert isinstance(inputs, dict)
+    assert module(**inputs).shape == (2, 2)
+
+
+def test_inputs_by_position_become_a_tuple(file: Path) -> None:
+    module, inputs = models.resolve(f"{file}:by_position")()
+    assert isinstance(inputs, tuple)
+    assert module(*inputs).shape == (2, 2)
+
+
+def test_module_of_the_working_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(file.parent)
+    module, _ = models.resolve("my_models:by_name")()
+    assert isinstance(module, nn.Linear)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "model", "model.py", "hf:", "file.py:", ":factory", "file.py:not a name"]
+)
+def test_other_forms_are_refused(name: str) -> None:
+    with pytest.raises(models.ModelNameError, match=r"(?s)names no model.*file\.py:factory.*zoo:minilm"):
+        models.resolve(name)
+
+
+def test_unknown_zoo_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(zoo.UnknownModelError, match=r"(?s)no model 'berta'.*zoo:minilm") as caught:
+        models.resolve("zoo:berta")
+    assert isinstance(caught.value, ValueError)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(models.FactoryMissingError, match=r"there is no file .*gone\.py"):
+        models.resolve(f"{tmp_path / 'gone.py'}:factory")
+
+
+def test_missing_module() -> None:
+    with pytest.raises(models.FactoryMissingError, match="there is no module no_such_package"):
+        models.resolve("no_such_package.models:factory")()
+
+
+def test_missing_import_inside_a_module_is_not_mistaken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needs_more.py").write_text("import no_such_dependency")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
+        models.resolve("needs_more:factory")()
+
+
+def test_missing_factory_lists_the_functions_of_the_file(file: Path) -> None:
+    with pytest.raises(
+        models.FactoryMissingError, match=r"(?s)no function bynome.*one of .*by_name, by_position"
+    ):
+        models.resolve(f"{file}:bynome")()
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [
+        ("alone", "returned a Linear, expected a pair"),
+        ("no_module", "returned a str as the module"),
+        ("no_inputs", "returned a dict of 0 as example inputs"),
+        ("bare_tensor", "returned a Tensor as example inputs"),
+        ("list_in_dict", "returned a list of 3 as example input 'input'"),
+    ],
+)
+def test_what_a_factory_returns_is_checked(file: Path, factory: str, reason: str) -> None:
+    with pytest.raises(models.FactoryResultError, match=reason):
+        models.resolve(f"{file}:{factory}")()
+
+
+def tiny(kind: str) -> transformers.PreTrainedModel:
+    """A transformers model of two layers with random weights, one of each kind of input."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    match kind:
+        case "encoder":
+            return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=50, **sizes))
+        case "decoder":
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes))
+        case "encoder-decoder":
+            config = transformers.T5Config(
+                vocab_size=50,
+                d_model=16,
+                d_kv=8,
+                d_ff=32,
+                num_layers=2,
+                num_heads=2,
+                decoder_start_token_id=0,
+            )
+            return transformers.T5ForConditionalGeneration(config)
+        case "image":
+            return transformers.ViTModel(transformers.ViTConfig(image_size=32, patch_size=16, **sizes))
+        case "waveform":
+            config = transformers.Wav2Vec2Config(
+                **sizes,
+                conv_dim=(16, 16),
+                conv_stride=(10, 8),
+                conv_kernel=(10, 8),
+                num_conv_pos_embeddings=4,
+                num_conv_pos_embedding_groups=2,
+            )
+            return transformers.Wav2Vec2Model(config)
+        case "spectrogram":
+            config = transformers.WhisperConfig(
+                vocab_size=50,
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=32,
+                decoder_ffn_dim=32,
+                max_source_positions=20,
+                max_target_positions=20,
+                num_mel_bins=8,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                decoder_start_token_id=1,
+            )
+            return transformers.WhisperForConditionalGeneration(config)
+        case "patches":
+            config = transformers.ASTConfig(max_length=32, num_mel_bins=16, **sizes)
+            return transformers.ASTModel(config)
+        case _:
+            config = transformers.CLIPConfig(
+                text_config={"vocab_size": 50, "projection_dim": 8, **sizes},
+                vision_config={"image_size": 32, "patch_size": 16, "projection_dim": 8, **sizes},
+                projection_dim=8,
+            )
+            return transformers.CLIPModel(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("encoder", {"input_ids": (2, 9), "attention_mask": (2, 9)}),
+        ("decoder", {"input_ids": (2, 9), "attention_mask": (2, 9)}),
+        ("encoder-decoder", {"input_ids": (2, 9), "attention_mask": (2, 9), "decoder_input_ids": (2, 7)}),
+        ("image", {"pixel_values": (2, 3, 32, 32)}),
+        ("waveform", {"input_values": (2, 4000)}),
+        ("spectrogram", {"input_features": (2, 8, 40), "decoder_input_ids": (2, 7)}),
+        ("patches", {"input_values": (2, 32, 16)}),
+        ("text and image", {"input_ids": (2, 9), "attention_mask": (2, 9), "pixel_values": (2, 3, 32, 32)}),
+    ],
+)
+def test_pretrained_directory(tmp_path: Path, kind: str, expected: dict[str, tuple[int, ...]]) -> None:
+    saved = tiny(kind).eval()
+    saved.save_pretrained(tmp_path)
+    module, inputs = models.resolve(f"hf:{tmp_path}")()
+    assert isinstance(inputs, dict)
+    assert {name: tuple(tensor.shape) for name, tensor in inputs.items()} == expected
+    assert type(module) is type(saved)
+    assert not module.training
+    assert not getattr(module.config, "use_cache", False)
+    with torch.inference_mode():
+        found, original = module(**inputs)[0], saved(**inputs)[0]
+    torch.testing.assert_close(found, original, rtol=0, atol=0)
+
+
+def test_only_encoders_get_padding(tmp_path: Path) -> None:
+    for kind, padded in (("encoder", True), ("decoder", False)):
+        tiny(kind).save_pretrained(tmp_path / kind)
+        _, inputs = models.resolve(f"hf:{tmp_path / kind}")()
+        assert isinstance(inputs, dict)
+        assert bool((inputs["attention_mask"] == 0).any()) is padded
+
+
+def test_pretrained_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(
+        models.PretrainedModelError, match=r"(?s)could not be loaded.*config\.json and weights"
+    ):
+        models.resolve(f"hf:{tmp_path}")()
+
+
+def test_pretrained_of_an_unknown_kind(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"}))
+    with pytest.raises(models.PretrainedModelError, match="could not be loaded"):
+        models.resolve(f"hf:{tmp_path}")()

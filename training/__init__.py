@@ -1,0 +1,1 @@
+"""Makes rewritten programs good: losses, distillation, phases, calibration."""
