@@ -8,8 +8,8 @@ Reads SST-2 as ``sst2/{train,dev,test}.tsv`` (header, then ``sentence<TAB>label`
 Each head is a logistic regression on the masked mean of the hidden state after its block. The features are
 standardised for the fit, and the standardisation is folded into the weights. Most training rows are fragments
 of a sentence while the task is whole sentences, so a row may weigh more the longer it is; that weighting and
-the L2 penalty are chosen by the loss on the long rows of dev, which judges confidence as well as accuracy. Test
-is not used to choose anything.
+the L2 penalty are chosen by the loss on the long rows of dev, which judges confidence as well as accuracy.
+Nothing is chosen on test.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def fit(features: Tensor, labels: Tensor, row_weights: Tensor, penalty: float) -
 def train(train_split: Split, dev: Split, block: int) -> tuple[Head, float, float]:
     """The best head for one block with the length power and the penalty that were chosen."""
     features = torch.from_numpy(train_split.features[block]).float()
-    mean, deviation = features.mean(dim=0), features.std(dim=0)
+    mean, deviation = features.mean(dim=0), features.std(dim=0).clamp(min=1e-3)  # some features are constant
     features = (features - mean) / deviation
     long = dev.lengths >= LONG
     held_out = (torch.from_numpy(dev.features[block]).float()[long] - mean) / deviation

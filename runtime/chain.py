@@ -99,7 +99,7 @@ class Chain:
         if policy is None:
             policy = self.policy
         elif not isinstance(policy, Policy):
-            policy = Function(policy)
+            policy = Function(policy)  # which checks that it can be called
         policy.check(self.stacks)
         arrays, batch = self._inputs.check(inputs)
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
@@ -126,7 +126,7 @@ class Chain:
         size = sum(file.bytes for file in manifest.files.values())
         files = len({segment.file for segment in manifest.segments.values()})
         lines = [
-            f"<offramp.Chain {manifest.model!r}, {manifest.precision}, {size / 1e6:.1f} MB",
+            f"<offramp.Chain {manifest.model!r}, {manifest.precision}, {size:,} bytes",
             f"  inputs {_listed(self.inputs)}; outputs {_listed(self.outputs)}",
             listing(manifest.stacks),
             f"  {len(manifest.segments)} segments of {files} files; policy {self.policy!r}>",
@@ -135,7 +135,7 @@ class Chain:
 
 
 def _listed(values: Mapping[str, Value]) -> str:
-    return ", ".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in values.items())
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _device_of(providers: Providers | None) -> tuple[str, int] | None:

@@ -36,9 +36,11 @@ class Inputs:
         Raises:
             InputError: names, dtypes, ranks or sizes do not fit. All problems are in one message.
         """
-        expected = ", ".join(
-            f"{name} {value.dtype} {list(value.shape)}" for name, value in self._values.items()
-        )
+        expected = ", ".join(f"{name} {value}" for name, value in self._values.items())
+        if not isinstance(given, Mapping):
+            raise InputError(
+                f"inputs map names to arrays, this is a {type(given).__name__}; names: {expected}"
+            )
         problems = [f"{name!r} is missing" for name in self._values if name not in given]
         problems += [f"{name!r} is not an input" for name in given if name not in self._values]
         arrays: dict[str, NDArray[Any]] = {}
@@ -84,18 +86,15 @@ def _array(name: str, value: Value, given: Any) -> NDArray[Any]:
     wanted = np.dtype(value.dtype)
     try:
         array = np.asarray(given)
-        if isinstance(given, list | tuple | bool | int | float) and array.size == 0:
-            array = array.astype(wanted)
-        elif isinstance(given, list | tuple | bool | int | float) and np.can_cast(
-            array.dtype, wanted, "same_kind"
-        ):
-            array = np.asarray(given, wanted)
+        if isinstance(given, list | tuple | bool | int | float):
+            exact = array.size == 0 or np.can_cast(array.dtype, wanted, "same_kind")
+            array = np.asarray(given, wanted) if exact else array
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{name!r} cannot be an array of {wanted}: {error}") from error
     if array.dtype != wanted:
         raise InputError(f"{name!r} is {array.dtype}, expected {wanted}: use .astype(np.{wanted})")
     if array.ndim != len(value.shape):
-        raise InputError(f"{name!r} has the shape {list(array.shape)}, expected {list(value.shape)}")
+        raise InputError(f"{name!r} has the shape {list(array.shape)}, expected {value}")
     for axis, size in enumerate(value.shape):
         if isinstance(size, int) and array.shape[axis] != size:
             raise InputError(f"axis {axis} of {name!r} has {array.shape[axis]} places, expected {size}")

@@ -49,6 +49,9 @@ class Value:
     batch_axis: int | None = None
     batch_factor: int = 1
 
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+
 
 @dataclass(frozen=True)
 class Segment:

@@ -72,6 +72,12 @@ class Function(Policy):
 
     function: Callable[[State], Any]
 
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise PolicyError(
+                f"{self.function!r} is no policy", hint="offramp.Confidence(0.9), or a function"
+            )
+
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return tuple(exit_.scores)
 

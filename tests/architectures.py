@@ -6,7 +6,7 @@ where an architecture lets them: batch 2, 9 tokens, width 32, 4 heads of 8, 4 bl
 vocabulary 99.
 
 `REQUIRED` and `OTHERS` capture with `torch.export`. `NOT_CAPTURED` only runs eagerly; its reason is the first
-line of what torch.export said, or the guard that binds the exported graph to one batch size. `REFUSED` is what
+line of what torch.export said, or the guard that binds the exported graph to one batch. `REFUSED` is what
 offramp has to turn down. A factory imports transformers when it is called, not before.
 """
 
@@ -398,21 +398,31 @@ class _RegisterTokens(_Encoder):
         return super().run(x, F.pad(mask, (3, 0), value=True))[:, 3:]
 
 
+class _BiasedBlock(_Block):
+    """With a table, turns the mask into a bias by relative position; returns what the next block takes."""
+
+    def __init__(self, owner: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(17, HEADS) if owner else None
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.table is not None:
+            positions = torch.arange(x.shape[1])
+            distance = (positions[None, :] - positions[:, None]).clamp(-8, 8) + 8
+            mask = self.table(distance).permute(2, 0, 1)[None].masked_fill(~mask, -1e9)
+        return super().forward(x, mask), mask
+
+
 class _FirstBlockBias(_Encoder):
-    """As in T5, the first block owns the table of relative positions and hands its bias on to the others."""
+    """As in T5, the first block computes the bias and the others get it."""
 
     def __init__(self) -> None:
-        super().__init__(core=_sdpa)
-        self.table = self.blocks[0].table = nn.Embedding(17, HEADS)
+        super().__init__()
+        self.blocks = nn.ModuleList(_BiasedBlock(owner=index == 0) for index in range(BLOCKS))
 
     def run(self, x: Tensor, mask: Tensor) -> Tensor:
-        bias = None
         for block in self.blocks:
-            if bias is None:
-                positions = torch.arange(x.shape[1])
-                distance = (positions[None, :] - positions[:, None]).clamp(-8, 8) + 8
-                bias = self.table(distance).permute(2, 0, 1)[None].masked_fill(~mask, -1e9)
-            x = block(x, bias)
+            x, mask = block(x, mask)
         return x
 
 

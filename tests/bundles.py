@@ -25,7 +25,12 @@ _WIDTH, _CLASSES = 8, 5
 
 def _weights() -> dict[str, NDArray[np.float32]]:
     random = np.random.default_rng(7)
-    shapes = {"words": (WORDS, _WIDTH), "targets": (WORDS, _WIDTH), "places": (LONGEST, _WIDTH), "head": (_WIDTH, _CLASSES)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "words": (WORDS, _WIDTH),
+        "targets": (WORDS, _WIDTH),
+        "places": (LONGEST, _WIDTH),
+        "head": (_WIDTH, _CLASSES),
+    }
     shapes |= {f"block{i}": (_WIDTH, _WIDTH) for i in range(1, 5)}
     shapes |= {f"adapter{i}": (_WIDTH,) for i in range(1, 5)}
     return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
@@ -47,7 +52,9 @@ class Writer:
         root.mkdir(parents=True, exist_ok=True)
         (root / m.WEIGHTS_FILE).write_bytes(self._data)
 
-    def value(self, name: str, dtype: str, *shape: int | str, axis: int | None = None, factor: int = 1) -> str:
+    def value(
+        self, name: str, dtype: str, *shape: int | str, axis: int | None = None, factor: int = 1
+    ) -> str:
         self.values[name] = m.Value(dtype, shape, axis, factor)
         return name
 
@@ -76,9 +83,17 @@ class Writer:
         return {f"float32/{axis}": f"take{axis}.onnx" for axis in (0, 1)}
 
     def finish(self, **fields: Any) -> Path:
-        common = {"batch": "batch", "axes": {"batch": (1, None), "tokens": (1, LONGEST)}, "take": self.takers()}
+        common = {
+            "batch": "batch",
+            "axes": {"batch": (1, None), "tokens": (1, LONGEST)},
+            "take": self.takers(),
+        }
         found = m.Manifest(
-            model="tiny", values=self.values, segments=self.segments, files=listed(self.root), **(common | fields)
+            model="tiny",
+            values=self.values,
+            segments=self.segments,
+            files=listed(self.root),
+            **(common | fields),
         )
         (self.root / m.MANIFEST_FILE).write_text(m.to_json(found), encoding="utf-8")
         return self.root
@@ -132,11 +147,16 @@ def classifier(
         if i in (*exits, 4):
             state = hidden(f"adapted{i}") if adapters and i < 4 else f"hidden{i}"
             names = () if scores == "block" else ("top1", "entropy", "prediction")
-            found = {n: w.value(f"{n}{i}", "int64" if n == "prediction" else "float32", rows, axis=at) for n in names}
+            found = {
+                n: w.value(f"{n}{i}", "int64" if n == "prediction" else "float32", rows, axis=at)
+                for n in names
+            }
             logits = {"logits": w.value(f"logits{i}", "float32", rows, _CLASSES, axis=at)}
             pieces = [w.segment(f"exit{i}.tail", "tail.onnx", {"hidden": state}, logits | found)]
             if state.startswith("adapted"):
-                pieces.insert(0, w.segment(f"exit{i}.adapter", _adapter(w, i), {"hidden": f"hidden{i}"}, {"out": state}))
+                pieces.insert(
+                    0, w.segment(f"exit{i}.adapter", _adapter(w, i), {"hidden": f"hidden{i}"}, {"out": state})
+                )
             found = found or {"calm": f"calm{i}"}
             ways.append(m.Exit(i, tuple(pieces), state, logits, found))
     parts = tuple(m.Part(i, (f"block{i}",)) for i in range(1, 5))
@@ -167,7 +187,12 @@ def translator(root: Path) -> Path:
     for name in ("table", "places"):
         w.value(name, "float32", "tokens", _WIDTH)
     _prologue(w, "first")
-    w.segment("read", "prologue.onnx", {"ids": "source"}, {"hidden": "hidden0", "context": "context", "table": "table"})
+    w.segment(
+        "read",
+        "prologue.onnx",
+        {"ids": "source"},
+        {"hidden": "hidden0", "context": "context", "table": "table"},
+    )
     _tail(w, "first")
     _block(w, "block1", "first"), _block(w, "block2", "first")
     around = {"context": "context", "table": "table"}
@@ -176,7 +201,8 @@ def translator(root: Path) -> Path:
     w.segment("adapt1", _adapter(w, 1), {"hidden": "hidden1"}, {"out": "adapted1"})
     w.file(
         "bridge.onnx",
-        """(float[b, t, 8] hidden, int64[b, t] ids) => (float[b, one, 8] memory, float[b, t, 8] out, float[t, 8] table) {
+        """(float[b, t, 8] hidden, int64[b, t] ids)
+        => (float[b, one, 8] memory, float[b, t, 8] out, float[t, 8] table) {
             axis = Constant <value_ints = [1]> ()
             memory = ReduceMean (hidden, axis)
             out = Gather (targets, ids)
@@ -197,7 +223,9 @@ def translator(root: Path) -> Path:
     around = {"context": "memory", "table": "places"}
     ways = []
     for i in (1, 2):
-        w.segment(f"decoder{i}", f"block{i}.onnx", {"hidden": f"state{i - 1}", **around}, {"out": f"state{i}"})
+        w.segment(
+            f"decoder{i}", f"block{i}.onnx", {"hidden": f"state{i - 1}", **around}, {"out": f"state{i}"}
+        )
         w.value(f"logits{i}", "float32", "batch", _CLASSES, axis=0)
         w.value(f"top1.{i}", "float32", "batch", axis=0)
         outputs = {"logits": f"logits{i}", "top1": f"top1.{i}"}
@@ -212,7 +240,12 @@ def translator(root: Path) -> Path:
         inputs=("source", "target"),
         outputs={"logits": "logits2", "memory": "memory"},
         stacks={"encoder": encoder, "decoder": decoder},
-        stages=(m.Stage(segment="read"), m.Stage(stack="encoder"), m.Stage(segment="bridge"), m.Stage(stack="decoder")),
+        stages=(
+            m.Stage(segment="read"),
+            m.Stage(stack="encoder"),
+            m.Stage(segment="bridge"),
+            m.Stage(stack="decoder"),
+        ),
     )
 
 
@@ -248,7 +281,8 @@ def _block(w: Writer, weight: str, layout: str) -> str:
     shape = "[-1, 3]" if layout == "folded" else "[-1, 1]"
     return w.file(
         f"{weight}.onnx",
-        f"""(float[b, t, 8] hidden, float[b, one, 8] context, float table) => (float[b, t, 8] out, float[r] calm) {{
+        f"""(float[b, t, 8] hidden, float[b, one, 8] context, float table)
+        => (float[b, t, 8] out, float[r] calm) {{
             mixed = MatMul (hidden, {weight})
             moved = Add (mixed, context)
             placed = Add (moved, table)
@@ -274,7 +308,8 @@ def _tail(w: Writer, layout: str) -> None:
     axis = 0 if layout == "second" else 1
     w.file(
         "tail.onnx",
-        f"""(float[b, t, 8] hidden) => (float[r, 5] logits, float[r] top1, float[r] entropy, int64[r] prediction) {{
+        f"""(float[b, t, 8] hidden)
+        => (float[r, 5] logits, float[r] top1, float[r] entropy, int64[r] prediction) {{
             axis = Constant <value_ints = [{axis}]> ()
             shape = Constant <value_ints = [-1, {3 if layout == "folded" else 1}, 8]> ()
             one = Constant <value_ints = [1]> ()
@@ -294,7 +329,9 @@ def _tail(w: Writer, layout: str) -> None:
     )
 
 
-def expected(ids: NDArray[np.int64], after: int, *, adapters: bool = False, shared: bool = False) -> NDArray[np.float32]:
+def expected(
+    ids: NDArray[np.int64], after: int, *, adapters: bool = False, shared: bool = False
+) -> NDArray[np.float32]:
     """Logits of a `classifier` whose rows all leave after so many blocks: float32 [rows, 5]."""
     folded = ids.reshape(-1, ids.shape[-1])
     hidden = WEIGHTS["words"][folded]

@@ -1,0 +1,168 @@
+"""The manifest of a partitioned program: names for values, segments bound to files, the plan of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from offramp.export.lower import Function, close
+from offramp.export.partition import Piece, Plan, StackPlan
+from offramp.export.write import Writer
+from offramp.program.graph import placeholders, results, shape
+from offramp.program.program import Exit, Program
+from offramp.runtime import manifest as m
+
+Progress = Callable[[str, int, int], None]
+
+
+class Describer:
+    """Lowers the pieces of a plan through a writer, and says in manifest terms what they compute."""
+
+    def __init__(self, program: Program, plan: Plan, writer: Writer, progress: Progress | None = None) -> None:
+        self.program, self.plan, self.writer = program, plan, writer
+        self.progress = progress or (lambda name, done, total: None)
+        self.values: dict[str, m.Value] = {}
+        self.segments: dict[str, m.Segment] = {}
+        self.origin: dict[str, fx.Node] = {}
+        self.returned = results(program.graph)
+        self.names = {node: name for name, node in placeholders(program.graph).items()}
+        for stack in program.stacks.values():
+            for depth, name in enumerate(stack.cuts):
+                self.names.setdefault(program.nodes[name], f"{stack.name}.{depth}")
+        self.batch = self._batch()
+        self._total = sum(piece is not None for piece in (*plan.before, plan.tail)) + sum(
+            len(s.blocks) + len(s.adapters) + len(s.heads) for s in plan.stacks
+        )
+
+    def manifest(self, model: str, provenance: Mapping[str, Any], policy: Mapping[str, Any] | None) -> m.Manifest:
+        """Lower everything and describe it (``files`` and ``validation`` are still empty)."""
+        for name, node in placeholders(self.program.graph).items():
+            self._value(name, node)
+        stages: list[m.Stage] = []
+        stacks: dict[str, m.Stack] = {}
+        for before, plan in zip(self.plan.before, self.plan.stacks, strict=True):
+            if before is not None:
+                stages.append(m.Stage(segment=self._segment(before)))
+            stacks[plan.stack.name] = self._stack(plan, final=plan is self.plan.stacks[-1])
+            stages.append(m.Stage(stack=plan.stack.name))
+        final = stacks[self.plan.stacks[-1].stack.name].exits[-1]
+        axes = self.program.axes
+        take = {}
+        for value in self.values.values():
+            if value.batch_axis is not None:
+                take[f"{value.dtype}/{value.batch_axis}"] = self.writer.take(value.dtype, value.batch_axis)
+        return m.Manifest(
+            model=model,
+            inputs=tuple(self.program.inputs),
+            outputs=final.outputs,
+            batch=axes.names[axes.batch] if self.batch else None,
+            axes={axes.names[symbol]: limits for symbol, limits in axes.ranges.items() if symbol in axes.names},
+            values=self.values,
+            segments=self.segments,
+            stacks=stacks,
+            stages=tuple(stages),
+            files={},
+            take=take,
+            policy=policy,
+            provenance=provenance,
+        )
+
+    def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
+        stack = plan.stack
+        parts = [m.Part(depth, (self._segment(piece),)) for depth, piece in plan.blocks]
+        known = {item.after: item for item in self.program.exits_of(stack.name)}
+        exits = [self._exit(plan, item, final) for after, item in known.items() if after < stack.blocks]
+        exits.append(self._full(plan, known.get(stack.blocks), final))
+        return m.Stack(
+            stack.name, stack.role, stack.blocks, self._name(stack.input), self._name(stack.output), tuple(parts), tuple(exits)
+        )
+
+    def _full(self, plan: StackPlan, item: Exit | None, final: bool) -> m.Exit:
+        stack, tail = plan.stack, self.plan.tail
+        output = self._name(stack.output)
+        if not final:
+            return m.Exit(stack.blocks, (), output, {}, {})
+        segments = (self._segment(tail),) if tail else ()
+        outputs = {name: self._name(self.returned[name].name) for name in self.program.outputs}
+        scores = {measure: self._name(self.returned[key].name) for measure, key in (item.scores if item else {}).items()}
+        return m.Exit(stack.blocks, segments, output, outputs, scores)
+
+    def _exit(self, plan: StackPlan, item: Exit, final: bool) -> m.Exit:
+        stack, tail = plan.stack, self.plan.tail
+        prefix = f"{stack.name}.{item.after}/"
+        state = self._name(item.hidden)
+        segments: list[str] = []
+        made: dict[fx.Node, str] = {}
+        if item.after in plan.adapters:
+            state = f"{prefix}state"
+            segments.append(self._segment(plan.adapters[item.after], {self.program.nodes[item.state]: state}))
+        if item.after in plan.heads:
+            head = plan.heads[item.after]
+            segments.append(self._segment(head))
+            made = {node: self.names[node] for node in head.outputs}
+        elif final and tail:
+            renamed = {node: prefix + self.names.get(node, node.name) for node in tail.outputs}
+            renamed[self.program.nodes[stack.output]] = state
+            segments.append(self._segment(tail, renamed, f"{prefix}tail"))
+            made = renamed
+        outputs, scores = {}, {}
+        if final:
+            for name in self.program.outputs:
+                own = self.returned[item.outputs[name]] if item.head == "own" else self.returned[name]
+                at_end = self.returned[name] is self.program.nodes[stack.output]
+                outputs[name] = state if at_end and own not in made else made.get(own) or self._name(own.name)
+        for measure, key in item.scores.items():
+            node = self.returned[key]
+            full = next((e for e in self.program.exits_of(stack.name) if e.after == stack.blocks), None)
+            if node in self.names and node not in made:
+                scores[measure] = self.names[node]
+            elif node in made:
+                scores[measure] = made[node]
+            elif full and measure in full.scores:
+                scores[measure] = made[self.returned[full.scores[measure]]]
+        return m.Exit(item.after, tuple(segments), state, outputs, scores, item.head, item.adapter)
+
+    def _segment(self, piece: Piece, renamed: Mapping[fx.Node, str] | None = None, name: str | None = None) -> str:
+        """Lower a piece (or use its file again) and bind it to values; returns the segment's name."""
+        name = name or piece.name
+        if name in self.segments:
+            return name
+        self.progress(name, len(self.segments), self._total)
+        function: Function = close(piece)
+        file = self.writer.segment(function, piece.name)
+        renamed = renamed or {}
+        inputs, outputs = {}, {}
+        for i, node in enumerate(function.inputs):
+            inputs[f"in{i}"] = renamed.get(node) or self.names[node]
+        for i, node in enumerate(function.outputs):
+            value = renamed.get(node) or self.names.setdefault(node, node.name)
+            outputs[f"out{i}"] = value
+            self._value(value, node)
+        self.segments[name] = m.Segment(name, file, inputs, outputs)
+        return name
+
+    def _name(self, node: str) -> str:
+        return self.names[self.program.nodes[node]]
+
+    def _value(self, name: str, node: fx.Node) -> None:
+        self.origin[name] = node
+        sizes = tuple(self.program.axes.describe(size) for size in shape(node))
+        place = self.program.axes.batch_axis(node) if self.batch else None
+        axis, factor = place or (None, 1)
+        self.values[name] = m.Value(str(node.meta["val"].dtype).removeprefix("torch."), sizes, axis, factor)
+
+    def _batch(self) -> bool:
+        """Whether rows can be taken out of every value that crosses segments."""
+        pieces: Sequence[Piece | None] = [
+            *self.plan.before, self.plan.tail,
+            *(piece for s in self.plan.stacks for _, piece in s.blocks),
+        ]  # fmt: skip
+        try:
+            for piece in pieces:
+                for node in (*piece.inputs, *piece.outputs) if piece else ():
+                    self.program.axes.batch_axis(node)
+        except ValueError:
+            return False
+        return self.program.axes.batch is not None

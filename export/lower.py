@@ -1,0 +1,195 @@
+"""Lowering: a piece of a program becomes an ONNX model, once per distinct structure."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import operator
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+import torch.utils._pytree as pytree
+from torch import fx
+from torch.export.exported_program import ExportedProgram, ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+
+from offramp.export.partition import Piece
+from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
+from offramp.runtime.errors import ExportError
+
+OPSET = 23
+
+
+@dataclass(frozen=True)
+class Function:
+    """A piece as a closed function of tensors: its activations first, then its weights, then nothing else.
+
+    ``key`` is equal for two functions exactly when they are the same computation of tensors of the same
+    shapes and dtypes; ``weights`` are ``get_attr`` nodes of the program, in the order of the parameters.
+    """
+
+    graph: fx.Graph
+    inputs: tuple[fx.Node, ...]
+    weights: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    key: str
+
+
+def close(piece: Piece) -> Function:
+    """The piece as a function: sizes are read from its own inputs, weights become parameters.
+
+    A size that none of the inputs has, and that cannot be computed from theirs, brings the tensor that it
+    is read from along as one more input.
+    """
+    weights = list(dict.fromkeys(arg for n in piece.nodes for arg in n.all_input_nodes if arg.op == "get_attr"))
+    inputs = list(piece.inputs)
+    inside = set(piece.nodes)
+    for node in piece.nodes:
+        for arg in node.all_input_nodes:
+            if is_symint(arg):
+                inputs += [extra for extra in _unread(arg, inside, inputs) if extra not in inputs]
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate([*inputs, *weights]):
+        env[node] = graph.placeholder(f"in{i}" if i < len(inputs) else f"w{i - len(inputs)}")
+        env[node].meta["val"] = node.meta["val"]
+    sizes = {str(expression(s)): (n, axis) for n in reversed(inputs) for axis, s in reversed(list(enumerate(shape(n)))) if isinstance(s, torch.SymInt)}
+
+    def size(node: fx.Node) -> fx.Node:
+        if node not in env:
+            place = sizes.get(str(expression(node.meta["val"])))
+            if place is not None:
+                env[node] = graph.call_function(aten.sym_size.int, (env[place[0]], place[1]))
+            else:
+                for arg in node.all_input_nodes:
+                    if is_symint(arg):
+                        size(arg)
+                env[node] = graph.node_copy(node, env.__getitem__)
+            env[node].meta = {"val": node.meta["val"]}
+        return env[node]
+
+    for node in piece.nodes:
+        for arg in node.all_input_nodes:
+            if is_symint(arg):
+                size(arg)
+        env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in piece.outputs))
+    return Function(graph, tuple(inputs), tuple(weights), piece.outputs, _key(graph))
+
+
+def _unread(node: fx.Node, inside: set[fx.Node], inputs: list[fx.Node]) -> list[fx.Node]:
+    """The tensors outside of the piece that a size must be read from."""
+    have = {str(expression(s)) for n in inputs for s in shape(n)}
+    if str(expression(node.meta["val"])) in have:
+        return []
+    needed = []
+    for arg in node.all_input_nodes:
+        if is_symint(arg):
+            needed += _unread(arg, inside, inputs)
+        elif is_tensor(arg) and arg not in inside and arg not in inputs:
+            needed.append(arg)
+    return needed
+
+
+def _key(graph: fx.Graph) -> str:
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        kind = f"{[str(expression(s)) for s in value.shape]}{value.dtype}" if isinstance(value, torch.Tensor) else ""
+        args = fx.node.map_arg((node.args, node.kwargs), lambda arg: f"%{index[arg]}")
+        lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kind}")
+    return "\n".join(lines)
+
+
+def translate(function: Function, name: str) -> onnx.ModelProto:
+    """The function as an ONNX model: inputs ``in0...``, then ``w0...``; outputs ``out0...``.
+
+    Raises:
+        ExportError: an operator has no ONNX form; the message names it and its place in the model.
+    """
+    placeholders = list(function.graph.find_nodes(op="placeholder"))
+    returned = function.graph.output_node().args[0]
+    assert isinstance(returned, tuple)
+    signature = ExportGraphSignature(
+        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in placeholders],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in returned],  # type: ignore[union-attr]
+    )
+    call = ModuleCallSignature(
+        [], [], pytree.tree_structure((tuple(placeholders), {})), pytree.tree_structure(tuple(returned))
+    )
+    ranges: dict[Any, Any] = {}
+    for node in placeholders:
+        for s in shape(node):
+            if isinstance(s, torch.SymInt):
+                ranges |= {symbol: s.node.shape_env.var_to_range[symbol] for symbol in s.node.expr.free_symbols}
+    exported = ExportedProgram(
+        root=torch.nn.Module(),
+        graph=function.graph,
+        graph_signature=signature,
+        state_dict={},
+        range_constraints=ranges,
+        module_call_graph=[ModuleCallEntry(fqn="", signature=call)],
+    )
+    try:
+        with _quiet():
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+    except Exception as error:
+        raise _refusal(function, name, error) from error
+    assert program is not None
+    model: onnx.ModelProto = program.model_proto
+    _rename(model, function)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs and warns about its own business."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.disabled for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.disabled = True
+        try:
+            yield
+        finally:
+            for logger, state in zip(loggers, before, strict=True):
+                logger.disabled = state
+
+
+def _refusal(function: Function, name: str, error: Exception) -> ExportError:
+    text = str(error)
+    for node in function.graph.nodes:
+        if node.op == "call_function" and f"{node.target}" in text and node.target is not operator.getitem:
+            return ExportError(
+                f"segment {name}: {node.target} cannot be lowered to ONNX opset {OPSET} ({source(node)})",
+                hint="rewrite this line of the model with operators that ONNX has",
+            )
+    return ExportError(f"segment {name} cannot be lowered to ONNX opset {OPSET}: {text.splitlines()[0] if text else error!r}")
+
+
+def _rename(model: onnx.ModelProto, function: Function) -> None:
+    count = len(function.inputs)
+    names = {v.name: f"in{i}" if i < count else f"w{i - count}" for i, v in enumerate(model.graph.input)}
+    for i, value in enumerate(model.graph.output):
+        if value.name in names:  # returned as it came in
+            node = model.graph.node.add(op_type="Identity", input=[value.name], output=[f"same_{i}"])
+            value.name = node.output[0]
+        names.setdefault(value.name, f"out{i}")
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        value.name = names.get(value.name, value.name)
+    _rename_nodes(model.graph, names)
+
+
+def _rename_nodes(graph: onnx.GraphProto, names: dict[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename_nodes(attribute.g, names)

@@ -1,0 +1,230 @@
+"""Cut a program at its stacks: which nodes make up which segment, and which values cross."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from offramp.program.graph import ancestors, dependents, is_symint, is_tensor, results, shape
+from offramp.program.program import Exit, Program
+from offramp.program.stacks import Stack
+from offramp.runtime.errors import ExportError, SpecError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment before it is lowered: computes ``outputs`` from ``inputs`` (tensors) by ``nodes``."""
+
+    name: str
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass
+class StackPlan:
+    """The pieces of one stack: blocks by the depth they reach, and what each exit runs."""
+
+    stack: Stack
+    blocks: list[tuple[int, Piece]] = field(default_factory=list)
+    adapters: dict[int, Piece] = field(default_factory=dict)
+    heads: dict[int, Piece] = field(default_factory=dict)
+
+
+@dataclass
+class Plan:
+    """Pieces in the order in which they run: before each stack (None: nothing to do), the stacks, the tail."""
+
+    before: list[Piece | None]
+    stacks: list[StackPlan]
+    tail: Piece | None
+
+
+def partition(program: Program, segments: int | None = None) -> Plan:
+    """Cut the program into pieces.
+
+    Every block is a piece of its own; with ``segments`` each stack's blocks are grouped into about so many
+    pieces of near-equal size, cut at its exits in any case. Work that several pieces share and that does not
+    depend on a stack's hidden state (masks, position tables, an encoder's output) is done once, before the
+    first stack that can use it.
+
+    Raises:
+        SpecError: ``segments`` is not a positive number.
+        ExportError: the program has no stack to cut at.
+    """
+    if segments is not None and segments < 1:
+        raise SpecError(f"segments={segments}: at least one")
+    if not program.stacks:
+        raise ExportError("the program has no stack", hint="`offramp inspect` says what was found")
+    return _Partition(program, segments).plan()
+
+
+class _Partition:
+    def __init__(self, program: Program, segments: int | None) -> None:
+        self.program = program
+        self.graph = program.graph
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        self.returned = results(self.graph)
+        self.stacks = self._ordered()
+        self.cuts = {program.nodes[name] for stack in self.stacks for name in stack.cuts}
+        self.level = self._levels()
+        self.segments = segments
+
+    def _ordered(self) -> list[Stack]:
+        """Stacks in the order in which they can run."""
+        stacks = list(self.program.stacks.values())
+        nodes = self.program.nodes
+        done: list[Stack] = []
+        while stacks:
+            for stack in stacks:
+                needed = ancestors([nodes[stack.output]])
+                if all(nodes[other.output] not in needed for other in stacks if other is not stack):
+                    done.append(stack)
+                    stacks.remove(stack)
+                    break
+            else:
+                raise ExportError(f"the stacks {[stack.name for stack in stacks]} wait for each other")
+        return done
+
+    def _levels(self) -> dict[fx.Node, int | None]:
+        """By node: how many stacks must have run for it; None for what depends on the inside of a stack."""
+        level: dict[fx.Node, int | None] = {node: 0 for node in self.graph.nodes}
+        for index, stack in enumerate(self.stacks):
+            inner = [self.program.nodes[name] for name in stack.cuts[:-1]]
+            after = dependents([self.program.nodes[stack.output]], self.graph)
+            inside = dependents(inner, self.graph) - after
+            for node in after:
+                level[node] = index + 1
+            for node in inside:
+                level[node] = None
+        for index, stack in enumerate(self.stacks):
+            level[self.program.nodes[stack.output]] = index + 1
+        return level
+
+    def _slice(self, outputs: Iterable[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
+        """What computes ``outputs`` without going past ``stop``: calls only."""
+        outputs = list(outputs)
+        stop = set(stop) - set(outputs)
+        return {n for n in ancestors(outputs, stop=stop) - stop if n.op == "call_function"}
+
+    def _groups(self, stack: Stack) -> list[tuple[int, int]]:
+        """Runs of blocks, (first, last) exclusive, that make one piece each."""
+        exits = {item.after for item in self.program.exits_of(stack.name)}
+        count = self.segments or stack.blocks
+        bounds = {round(i * stack.blocks / count) for i in range(1, count)} if count < stack.blocks else set(range(1, stack.blocks))
+        edges = [0, *sorted((bounds | exits) - {0, stack.blocks}), stack.blocks]
+        return list(zip(edges, edges[1:], strict=False))
+
+    def plan(self) -> Plan:
+        wanted: dict[tuple[str, str, int], tuple[list[fx.Node], set[fx.Node]]] = {}
+        nodes = self.program.nodes
+        for stack in self.stacks:
+            wanted["entry", stack.name, 0] = ([nodes[stack.input]], self.cuts)
+            exits = {item.after: item for item in self.program.exits_of(stack.name)}
+            for first, last in self._groups(stack):
+                inner = {nodes[name] for name in stack.cuts[first + 1 : last]}
+                scores = self._scores(exits[last], stack)[0] if last in exits else []
+                wanted["block", stack.name, last] = ([nodes[stack.cuts[last]], *scores], self.cuts - inner)
+            for after, item in exits.items():
+                if after < stack.blocks and item.head == "own":
+                    made = [self.returned[name] for name in item.outputs.values()]
+                    wanted["head", stack.name, after] = ([*made, *self._scores(item, stack)[1]], self.cuts)
+                elif after < stack.blocks and item.adapter != "identity":
+                    wanted["adapter", stack.name, after] = ([nodes[item.state]], self.cuts)
+        last_stack = self.stacks[-1]
+        finals = [self.returned[name] for name in self.program.outputs]
+        for item in self.program.exits:
+            if item.after == self.program.stacks[item.stack].blocks:
+                finals += [self.returned[name] for name in item.scores.values()]
+        finals = [node for node in _unique(finals) if node.op == "call_function" and node not in self.cuts]
+        wanted["tail", last_stack.name, 0] = (finals, self.cuts)
+
+        shared = self._shared([self._slice(*request) for request in wanted.values()])
+        return self._assemble(wanted, shared)
+
+    def _scores(self, item: Exit, stack: Stack) -> tuple[list[fx.Node], list[fx.Node]]:
+        """An exit's scores: those made from hidden states alone, and those that need its head."""
+        head = {self.returned[name] for name in item.outputs.values()} | {self.program.nodes[item.state]}
+        own, late = [], []
+        for name in item.scores.values():
+            node = self.returned[name]
+            full = item.after == stack.blocks
+            (late if full or ancestors([node], stop=self.cuts) & head else own).append(node)
+        return own, late
+
+    def _shared(self, slices: Sequence[set[fx.Node]]) -> set[fx.Node]:
+        """Values that several pieces need, that no stack's inside goes into, and that are worth passing on."""
+        counts = Counter(node for part in slices for node in part)
+        return {
+            node
+            for node, count in counts.items()
+            if count > 1 and self.level[node] is not None and is_tensor(node) and not self._trivial(node)
+        }
+
+    def _trivial(self, node: fx.Node) -> bool:
+        """Constants of one element are made where they are used."""
+        sizes = shape(node)
+        single = all(isinstance(size, int) and size == 1 for size in sizes)
+        return single and not any(arg.op == "placeholder" for arg in ancestors([node]))
+
+    def _assemble(
+        self,
+        wanted: dict[tuple[str, str, int], tuple[list[fx.Node], set[fx.Node]]],
+        shared: set[fx.Node],
+    ) -> Plan:
+        pieces: dict[tuple[str, str, int], Piece] = {}
+        stop = self.cuts | shared
+        crossing: set[fx.Node] = set()
+        for key, (outputs, cuts) in wanted.items():
+            if key[0] in ("entry", "tail"):
+                continue
+            pieces[key] = self._piece(self._label(key), outputs, cuts | shared)
+            crossing |= {node for node in pieces[key].inputs if node in shared}
+        last = len(self.stacks)
+        finals = wanted["tail", self.stacks[-1].name, 0][0]
+        early = [node for node in finals if node in shared and self.level[node] != last]
+        crossing |= set(early)
+        late = {node for node in shared if self.level[node] == last}
+        tail = self._piece("tail", [node for node in finals if node not in early], stop - late)
+        crossing |= {node for node in tail.inputs if node in shared}
+        before: list[Piece | None] = []
+        for index in range(last - 1, -1, -1):
+            stack = self.stacks[index]
+            here = sorted((node for node in crossing if self.level[node] == index), key=self.order.__getitem__)
+            outputs = _unique([self.program.nodes[stack.input], *here])
+            earlier = {node for node in shared if (self.level[node] or 0) < index}
+            others = self.cuts - {self.program.nodes[stack.input]}
+            outputs = [node for node in outputs if node.op == "call_function" and node not in others]
+            piece = self._piece(f"before-{stack.name}", outputs, (self.cuts - set(outputs)) | earlier)
+            crossing |= {node for node in piece.inputs if node in shared}
+            before.append(piece if outputs else None)
+        plans = []
+        for stack in self.stacks:
+            plan = StackPlan(stack)
+            for (kind, name, depth), piece in pieces.items():
+                if name == stack.name and kind == "block":
+                    plan.blocks.append((depth, piece))
+                elif name == stack.name and kind in ("adapter", "head"):
+                    (plan.adapters if kind == "adapter" else plan.heads)[depth] = piece
+            plans.append(plan)
+        return Plan(before[::-1], plans, tail if tail.nodes else None)
+
+    def _label(self, key: tuple[str, str, int]) -> str:
+        kind, name, depth = key
+        return f"{name}.{depth}" if kind == "block" else f"{name}.{depth}-{kind}"
+
+    def _piece(self, name: str, outputs: Sequence[fx.Node], stop: set[fx.Node]) -> Piece:
+        made = [node for node in _unique(outputs) if node.op == "call_function"]
+        inside = self._slice(made, stop - set(made))
+        calls = sorted((node for node in inside if not is_symint(node)), key=self.order.__getitem__)
+        inputs = {
+            arg for node in calls for arg in node.all_input_nodes if is_tensor(arg) and arg not in inside and arg.op != "get_attr"
+        }
+        return Piece(name, tuple(sorted(inputs, key=self.order.__getitem__)), tuple(made), tuple(calls))
+
+
+def _unique(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return list(dict.fromkeys(nodes))

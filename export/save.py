@@ -1,0 +1,95 @@
+"""``save``: a program becomes a bundle directory, validated against torch before it gets its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from offramp.export.describe import Describer, Progress
+from offramp.export.lower import OPSET
+from offramp.export.partition import partition
+from offramp.export.validate import validate
+from offramp.export.write import Writer
+from offramp.program.program import Program
+from offramp.runtime.errors import ExportError
+from offramp.runtime.manifest import MANIFEST_FILE, to_json
+
+
+def save(
+    program: Program,
+    path: str | os.PathLike[str],
+    precision: str = "fp32",
+    *,
+    segments: int | None = None,
+    files: Sequence[str | os.PathLike[str]] = (),
+    policy: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export a program as a bundle of ONNX segments, and validate it.
+
+    Args:
+        path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
+        precision: "fp32", the only one so far.
+        segments: pieces per stack; None makes every block a segment of its own. Exits always end a segment.
+        files: further files to put into the bundle, a tokenizer for example.
+        policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
+        name: what the bundle calls the model; the path's name if None.
+        progress: called with a segment's name, how many are done, and how many there are.
+
+    Returns:
+        The validation figures (largest relative errors), as they stand in the manifest.
+
+    Raises:
+        ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
+            scale; nothing is left at ``path`` then that was not there before.
+    """
+    if precision != "fp32":
+        raise ExportError(f"precision={precision!r} is not supported", hint='precision="fp32"')
+    target = Path(path)
+    if target.exists() and not (target / MANIFEST_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target} exists and is no bundle", hint="another path; offramp replaces bundles only")
+    plan = partition(program, segments)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        writer = Writer(directory, program.graph_module)
+        describer = Describer(program, plan, writer, progress)
+        manifest = describer.manifest(name or target.stem, _provenance(program), policy)
+        for file in files:
+            shutil.copyfile(file, directory / Path(file).name)
+        manifest = replace(manifest, files=writer.close())
+        figures = validate(program, manifest, directory, describer.origin)
+        manifest = replace(manifest, validation=figures)
+        (directory / MANIFEST_FILE).write_text(to_json(manifest))
+        directory.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        directory.rename(target)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return figures
+
+
+def _provenance(program: Program) -> dict[str, Any]:
+    return {
+        "pipeline": list(program.history),
+        "opset": OPSET,
+        "versions": {
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }
+
+

@@ -1,0 +1,157 @@
+"""Translation validation: every segment, the whole chain and every exit against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from offramp.passes import Truncate, apply
+from offramp.program.graph import run
+from offramp.program.program import Program
+from offramp.program.sizes import other_sizes
+from offramp.runtime.chain import Chain
+from offramp.runtime.errors import ExportError
+from offramp.runtime.manifest import Manifest
+from offramp.runtime.policies import Depth, Never
+from offramp.runtime.sessions import open_sessions
+
+#: The largest error that is let through, relative to the scale of the expected values (fp32).
+TOLERANCE = 1e-4
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+def error(found: np.ndarray[Any, Any], expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected magnitude; infinite where shapes differ.
+
+    Values that are not finite must agree exactly; integers and booleans too.
+    """
+    wanted = expected.detach().cpu().numpy()
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return float("inf")
+    if wanted.size == 0:
+        return 0.0
+    if wanted.dtype.kind != "f":
+        return 0.0 if np.array_equal(found, wanted) else float("inf")
+    finite = np.isfinite(wanted)
+    if not np.array_equal(finite, np.isfinite(found)) or not np.array_equal(found[~finite], wanted[~finite], equal_nan=True):
+        return float("inf")
+    wanted, found = wanted[finite].astype(np.float64), found[finite].astype(np.float64)
+    if wanted.size == 0:
+        return 0.0
+    # masks hold the dtype's most negative number: it must not hide what is wrong with the rest
+    scale = np.abs(wanted[np.abs(wanted) < 1e9]).max(initial=0.0) or 1.0
+    return float((np.abs(found - wanted) / np.maximum(scale, np.where(np.abs(wanted) < 1e9, 0.0, np.abs(wanted)))).max())
+
+
+def worst(found: Arrays, expected: Mapping[str, torch.Tensor]) -> float:
+    """The largest error over outputs by name."""
+    return max((error(found[name], value) for name, value in expected.items()), default=0.0)
+
+
+def eager(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's own outputs of the program's graph in torch."""
+    with torch.no_grad():
+        returned = program.module(**inputs)
+    return {name: returned[name] for name in program.outputs}
+
+
+def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapping[str, fx.Node]) -> dict[str, Any]:
+    """Compare a bundle's files with the program they were made from; ``origin`` names the node of each value.
+
+    Returns the largest relative errors: ``segments`` (each segment on torch's values of its inputs), ``chain``
+    (full depth), ``exits`` (every exit forced, against the truncated program), ``rows`` (rows that leave at
+    different exits, against each row alone), ``other_shapes`` (other batch sizes and lengths).
+
+    Raises:
+        ExportError: an error is above the tolerance; the message names the segment or exit.
+    """
+    chain = Chain(manifest, directory)
+    figures = {
+        "segments": _segments(program, manifest, directory, origin),
+        "chain": _checked("the chain at full depth", worst(_run(chain, program.example_inputs), eager(program, program.example_inputs))),
+        "exits": 0.0,
+        "other_shapes": 0.0,
+    }
+    for inputs in other_sizes(program):
+        sizes = {name: tuple(value.shape) for name, value in inputs.items()}
+        figures["other_shapes"] = max(
+            figures["other_shapes"], _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), eager(program, inputs)))
+        )
+    for stack in program.stacks:
+        for item in program.exits_of(stack):
+            if item.after == program.stacks[stack].blocks:
+                continue
+            expected = eager(apply(program, [Truncate(stack, item.after)]), program.example_inputs)
+            found = _run(chain, program.example_inputs, Depth({stack: item.after}))
+            figures["exits"] = max(
+                figures["exits"], _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected))
+            )
+    figures["rows"] = _rows(program, chain)
+    return {**figures, "tolerance": TOLERANCE}
+
+
+def _run(chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
+    return chain.run({name: value.numpy() for name, value in inputs.items()}, policy or Never()).outputs
+
+
+def _checked(what: str, found: float) -> float:
+    if not found <= TOLERANCE:
+        raise ExportError(
+            f"{what} differs from torch: relative error {found:.1e}, allowed {TOLERANCE:.0e}",
+            hint="an operator is lowered wrongly, or the model is not deterministic; please report it with the model",
+        )
+    return found
+
+
+def _segments(program: Program, manifest: Manifest, directory: Path, origin: Mapping[str, fx.Node]) -> float:
+    """Each segment alone, on the values that torch computes for its inputs."""
+    nodes = set(origin.values())
+    values: dict[fx.Node, Any] = {
+        node: program.example_inputs[str(node.target)] for node in program.graph.find_nodes(op="placeholder")
+    }
+    order = [node for node in program.graph.nodes if node.op != "output"]
+    with torch.no_grad():
+        run(program.graph_module, order, values, nodes.__contains__)
+    largest = 0.0
+    sessions = open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
+    for segment in manifest.segments.values():
+        names = {*segment.inputs.values(), *segment.outputs.values()}
+        if segment.name.endswith("/tail") or not all(name in origin for name in names):
+            continue  # a shared head on an exit's state: checked as an exit
+        feed = {key: values[origin[name]].numpy() for key, name in segment.inputs.items()}
+        arrays = sessions[segment.file].run(list(segment.outputs), feed)
+        found = dict(zip(segment.outputs.values(), arrays, strict=True))
+        expected = {name: values[origin[name]] for name in segment.outputs.values()}
+        largest = max(largest, _checked(f"segment {segment.name}", worst(found, expected)))
+    return largest
+
+
+def _rows(program: Program, chain: Chain) -> float:
+    """Rows that leave one after the other must get what they get together."""
+    if chain.manifest.batch is None:
+        return 0.0
+    stack = list(chain.stacks.values())[-1]
+    exits = [item.after for item in stack.exits]
+    if len(exits) < 2:
+        return 0.0
+    inputs = {name: value.numpy() for name, value in program.example_inputs.items()}
+    mixed = chain.run(inputs, lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)))
+    largest = 0.0
+    for at, after in enumerate(exits):
+        forced = chain.run(inputs, Depth({stack.name: after}))
+        for name, value in chain.manifest.outputs.items():
+            axis = chain.manifest.values[value].batch_axis
+            if axis is None:
+                continue
+            rows = np.flatnonzero(mixed.exits[stack.name] == after)
+            rows = rows[rows % len(exits) == at]
+            if len(rows) and chain.manifest.values[value].batch_factor == 1:
+                wanted = torch.from_numpy(np.take(forced.outputs[name], rows, axis))
+                largest = max(largest, _checked(f"a row that leaves after block {after}", error(np.take(mixed.outputs[name], rows, axis), wanted)))
+    return largest

@@ -1,0 +1,117 @@
+"""Writing a bundle's files: every weight once in one file, ONNX models that refer to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+
+from offramp.export.lower import OPSET, Function, translate
+from offramp.program.graph import attribute, storage_key
+from offramp.runtime.errors import ExportError
+from offramp.runtime.manifest import WEIGHTS_FILE, File
+
+_ALIGNMENT = 64
+
+_ELEMENTS: dict[torch.dtype, int] = {
+    torch.float32: TensorProto.FLOAT,
+    torch.float64: TensorProto.DOUBLE,
+    torch.int64: TensorProto.INT64,
+    torch.int32: TensorProto.INT32,
+    torch.int16: TensorProto.INT16,
+    torch.int8: TensorProto.INT8,
+    torch.uint8: TensorProto.UINT8,
+    torch.bool: TensorProto.BOOL,
+}
+
+
+class Writer:
+    """Writes ONNX files and the weights file into a directory.
+
+    A function that was translated once is not translated again: another use of the same structure gets a copy
+    with its own weights bound, and the very same weights get the very same file.
+    """
+
+    def __init__(self, directory: Path, module: torch.nn.Module) -> None:
+        self.directory = directory
+        self.module = module
+        self.translations = 0
+        self._weights = (directory / WEIGHTS_FILE).open("wb")
+        self._placed: dict[Any, tuple[int, int]] = {}
+        self._models: dict[str, onnx.ModelProto] = {}
+        self._files: dict[Any, str] = {}
+
+    def segment(self, function: Function, name: str) -> str:
+        """Write the ONNX file of a function, if there is none yet; returns the file's name."""
+        tensors = [attribute(self.module, str(node.target)) for node in function.weights]
+        places = [self._place(tensor) for tensor in tensors]
+        identity = (function.key, tuple(places))
+        if identity not in self._files:
+            if function.key not in self._models:
+                self._models[function.key] = translate(function, name)
+                self.translations += 1
+            model = onnx.ModelProto()
+            model.CopyFrom(self._models[function.key])
+            _bind(model, tensors, places)
+            self._files[identity] = f"{name.replace('/', '-')}.onnx"
+            (self.directory / self._files[identity]).write_bytes(model.SerializeToString(deterministic=True))
+        return self._files[identity]
+
+    def take(self, dtype: str, axis: int) -> str:
+        """Write the ONNX file that gathers rows of a tensor along ``axis``; returns the file's name."""
+        name = f"take-{dtype}-{axis}.onnx"
+        element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        graph = helper.make_graph(
+            [helper.make_node("Gather", ["data", "indices"], ["taken"], axis=axis)],
+            "take",
+            [helper.make_tensor_value_info("data", element, None), helper.make_tensor_value_info("indices", TensorProto.INT64, [None])],
+            [helper.make_tensor_value_info("taken", element, None)],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
+        (self.directory / name).write_bytes(model.SerializeToString(deterministic=True))
+        return name
+
+    def close(self) -> dict[str, File]:
+        """Finish, and return size and hash of every file in the directory."""
+        self._weights.close()
+        return {path.name: hashed(path) for path in sorted(self.directory.iterdir())}
+
+    def _place(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Offset and size in bytes of a weight in the weights file; it is written when first asked for."""
+        key = storage_key(tensor)
+        if key not in self._placed:
+            if tensor.dtype not in _ELEMENTS:
+                raise ExportError(f"a weight of dtype {tensor.dtype} cannot be exported", hint="module.float() before capture")
+            offset = -self._weights.tell() % _ALIGNMENT + self._weights.tell()
+            self._weights.write(b"\0" * (offset - self._weights.tell()))
+            data = tensor.detach().cpu().contiguous().numpy().tobytes()
+            self._weights.write(data)
+            self._placed[key] = (offset, len(data))
+        return self._placed[key]
+
+
+def _bind(model: onnx.ModelProto, tensors: Sequence[torch.Tensor], places: Sequence[tuple[int, int]]) -> None:
+    """Turn the parameters ``w0...`` into initializers that lie in the weights file."""
+    kept = [value for value in model.graph.input if not value.name.startswith("w")]
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    for i, (tensor, (offset, size)) in enumerate(zip(tensors, places, strict=True)):
+        proto = model.graph.initializer.add(name=f"w{i}", data_type=_ELEMENTS[tensor.dtype], dims=tensor.shape)
+        if size == 0:
+            proto.raw_data = b""
+            continue
+        proto.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", WEIGHTS_FILE), ("offset", offset), ("length", size)):
+            proto.external_data.add(key=key, value=str(value))
+
+
+def hashed(path: Path) -> File:
+    """Size and sha256 of a file."""
+    with path.open("rb") as stream:
+        return File(path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest())

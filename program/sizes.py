@@ -1,0 +1,49 @@
+"""Inputs of other sizes than those that a program was captured with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from offramp.program.graph import expression, placeholders, shape
+from offramp.program.program import Program
+
+
+def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tensor]:
+    """The example inputs, cropped or repeated along the axes named by their symbols in ``sizes``."""
+    inputs = {}
+    for name, node in placeholders(program.graph).items():
+        value = program.example_inputs[name]
+        for axis, size in enumerate(shape(node)):
+            wanted = sizes.get(expression(size))
+            if wanted is not None and wanted != value.shape[axis]:
+                places = torch.arange(wanted) % value.shape[axis]
+                value = value.index_select(axis, places)
+        inputs[name] = value
+    return inputs
+
+
+def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
+    """Inputs of sizes that were not captured: one row, three rows, and shorter and longer sequences."""
+    axes = program.axes
+    example = {}
+    for name, node in placeholders(program.graph).items():
+        for axis, size in enumerate(shape(node)):
+            if isinstance(size, torch.SymInt):
+                example.setdefault(expression(size), program.example_inputs[name].shape[axis])
+    choices: list[dict[Any, int]] = []
+    if axes.batch in example:
+        choices += [{axes.batch: 1}, {axes.batch: example[axes.batch] + 1}]
+    rest = {symbol: size for symbol, size in example.items() if symbol != axes.batch}
+    if rest:
+        choices.append({symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in rest.items()})
+        longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in rest.items()}
+        choices.append(longer | ({axes.batch: 1} if axes.batch in example else {}))
+    return [resized(program, sizes) for sizes in choices]
+
+
+def _within(limits: tuple[int, int | None] | None, size: int) -> int:
+    low, high = limits or (1, None)
+    return max(low, 2, size if high is None else min(high, size))
