@@ -57,7 +57,11 @@ def close(piece: Piece) -> Function:
     for i, node in enumerate([*inputs, *weights]):
         env[node] = graph.placeholder(f"in{i}" if i < len(inputs) else f"w{i - len(inputs)}")
         env[node].meta["val"] = node.meta["val"]
-    sizes = {str(expression(s)): (n, axis) for n in reversed(inputs) for axis, s in reversed(list(enumerate(shape(n)))) if isinstance(s, torch.SymInt)}
+    sizes: dict[str, tuple[fx.Node, int]] = {}
+    for node in inputs:
+        for axis, s in enumerate(shape(node)):
+            if not isinstance(expression(s), int):
+                sizes.setdefault(str(expression(s)), (node, axis))
 
     def size(node: fx.Node) -> fx.Node:
         if node not in env:
@@ -77,8 +81,27 @@ def close(piece: Piece) -> Function:
             if is_symint(arg):
                 size(arg)
         env[node] = graph.node_copy(node, env.__getitem__)
+    _widen_masks(graph)
     graph.output(tuple(env[node] for node in piece.outputs))
     return Function(graph, tuple(inputs), tuple(weights), piece.outputs, _key(graph))
+
+
+def _widen_masks(graph: fx.Graph) -> None:
+    """ONNX Runtime's Attention wants a mask row for every query; torch lets one row stand for all."""
+    for node in graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default):
+        mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+        if mask is None or len(shape(mask)) < 2 or expression(shape(mask)[-2]) != 1:
+            continue
+        query = node.args[0]
+        rows = shape(query)[-2]
+        with graph.inserting_before(node):
+            if not isinstance(expression(rows), int):
+                rows = graph.call_function(aten.sym_size.int, (query, len(shape(query)) - 2))
+                rows.meta = {"val": shape(query)[-2]}
+            wide = graph.call_function(aten.expand.default, (mask, [*[-1] * (len(shape(mask)) - 2), rows, -1]))
+        with mask.meta["val"].fake_mode:
+            wide.meta = {"val": mask.meta["val"].expand(*[-1] * (len(shape(mask)) - 2), shape(query)[-2], -1)}
+        node.replace_input_with(mask, wide)
 
 
 def _unread(node: fx.Node, inside: set[fx.Node], inputs: list[fx.Node]) -> list[fx.Node]:
@@ -125,8 +148,8 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     ranges: dict[Any, Any] = {}
     for node in placeholders:
         for s in shape(node):
-            if isinstance(s, torch.SymInt):
-                ranges |= {symbol: s.node.shape_env.var_to_range[symbol] for symbol in s.node.expr.free_symbols}
+            if not isinstance(expression(s), int):
+                ranges |= {symbol: s.node.shape_env.var_to_range[symbol] for symbol in expression(s).free_symbols}
     exported = ExportedProgram(
         root=torch.nn.Module(),
         graph=function.graph,
@@ -143,6 +166,7 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     assert program is not None
     model: onnx.ModelProto = program.model_proto
     _rename(model, function)
+    _strip(model)
     return model
 
 
@@ -184,6 +208,14 @@ def _rename(model: onnx.ModelProto, function: Function) -> None:
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         value.name = names.get(value.name, value.name)
     _rename_nodes(model.graph, names)
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Drop what only the exporter's own debugging reads."""
+    del model.metadata_props[:], model.graph.metadata_props[:], model.graph.value_info[:]
+    for item in (*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        del item.metadata_props[:]
+        item.doc_string = ""
 
 
 def _rename_nodes(graph: onnx.GraphProto, names: dict[str, str]) -> None:

@@ -136,7 +136,7 @@ def _ranges(inputs: Any, symbols: Mapping[Any, tuple[str, int]]) -> dict[Any, tu
     ranges: dict[Any, tuple[int, int | None]] = {}
     for node in inputs:
         for size in shape(node) if is_tensor(node) else ():
-            if isinstance(size, torch.SymInt) and expression(size) in symbols:
+            if expression(size) in symbols:
                 found = size.node.shape_env.var_to_range[expression(size)]
                 upper = int(found.upper) if found.upper.is_number and found.upper < 2**31 else None
                 lower = int(found.lower) if found.lower.is_number else 0

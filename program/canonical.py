@@ -156,7 +156,7 @@ def _sizes_from_inputs(graph: fx.Graph) -> int:
     for node in graph.find_nodes(op="placeholder"):
         last = node
         for axis, size in enumerate(shape(node)):
-            if isinstance(size, torch.SymInt):
+            if not isinstance(expression(size), int):
                 inputs.setdefault(str(expression(size)), (node, axis))
     readers: dict[tuple[fx.Node, int], fx.Node] = {}
     for node in list(graph.nodes):

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from offramp.program.canonical import canonicalize
-from offramp.program.graph import results, shape
+from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, analyse
 from offramp.runtime.errors import CaptureError
 
@@ -47,9 +47,9 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
         with _plain_attention():
             if dynamic is None:
                 inputs = _doubled(module, inputs)
+            exported = _export(module, inputs, dynamic)  # before any call: models cache tables of the first length
             with torch.no_grad():
                 expected = named_outputs(module(**inputs))
-            exported = _export(module, inputs, dynamic)
         graph_module = _flatten(exported, inputs, list(expected))
     finally:
         module.train(was_training)
@@ -222,11 +222,11 @@ def _axis_names(graph_module: fx.GraphModule, dynamic: Dynamic | None) -> dict[A
     for node in graph_module.graph.find_nodes(op="placeholder"):
         for axis, name in dynamic.get(str(node.target), {}).items():
             size = shape(node)[axis]
-            if not isinstance(size, torch.SymInt):
+            if isinstance(expression(size), int):
                 raise CaptureError(
-                    f"axis {axis} of {node.target} ({name}) is fixed at {size} by the model",
+                    f"axis {axis} of {node.target} ({name}) is fixed at {expression(size)} by the model",
                     hint="leave it out of dynamic, or give example inputs whose sizes are larger than one",
                 )
-            names[size.node.expr] = name
+            names[expression(size)] = name
     assert results(graph_module.graph)
     return names

@@ -45,7 +45,10 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 def expression(size: Any) -> Any:
     """A size as a sympy expression, or as the plain int that it is."""
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+    if not isinstance(size, torch.SymInt):
+        return size
+    found = size.node.expr
+    return int(found) if found.is_Integer else found
 
 
 def shape_key(node: fx.Node) -> str:

@@ -31,7 +31,7 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
     example = {}
     for name, node in placeholders(program.graph).items():
         for axis, size in enumerate(shape(node)):
-            if isinstance(size, torch.SymInt):
+            if not isinstance(expression(size), int):
                 example.setdefault(expression(size), program.example_inputs[name].shape[axis])
     choices: list[dict[Any, int]] = []
     if axes.batch in example:

@@ -101,7 +101,9 @@ def _chains(graph: fx.Graph, attentions: set[fx.Node], order: Mapping[fx.Node, i
         reads[node] = 1 << order[node]
         for arg in data_inputs(node):
             reads[node] |= reads[arg]
-        streams = children.get(node, [])
+        branches = children.get(node, [])
+        streams = [c for c in branches if is_tensor(node) and is_tensor(c) and shape_key(c) == shape_key(node)]
+        streams = streams or branches
         apart = [c for c in streams if not any(reads[c] >> order[other] & 1 for other in streams if other is not c)]
         best = max(apart, key=lambda c: depth[c], default=None)
         rival = max(streams, key=lambda c: mixed[c], default=None)
@@ -110,7 +112,7 @@ def _chains(graph: fx.Graph, attentions: set[fx.Node], order: Mapping[fx.Node, i
         before = onward.get(node)
         depth[node] = 1 + (depth[before] if before else 0)
         mixed[node] = (mixed[before] if before else 0) + (
-            node in attentions or _mixes_aside([c for c in streams if c is not before], attentions)
+            node in attentions or _mixes_aside([c for c in branches if c is not before], attentions, reads[before] if before else 0, order)
         )
         children.setdefault(parents[node], []).append(node)
     chains = []
@@ -125,16 +127,18 @@ def _chains(graph: fx.Graph, attentions: set[fx.Node], order: Mapping[fx.Node, i
     return sorted(chains, key=lambda chain: -len(chain.nodes))
 
 
-def _mixes_aside(branches: Sequence[fx.Node], attentions: set[fx.Node]) -> bool:
-    """Whether an attention lies on one of the branches that join the stream."""
+def _mixes_aside(
+    branches: Sequence[fx.Node], attentions: set[fx.Node], stream: int, order: Mapping[fx.Node, int]
+) -> bool:
+    """Whether an attention lies on one of the branches, before they meet what the stream reads (a bit set)."""
     todo, seen = list(branches), set()
-    while todo and len(seen) < 60:
+    while todo:
         here = todo.pop()
         if here in attentions:
             return True
-        if here not in seen:
+        if here not in seen and not stream >> order[here] & 1:
             seen.add(here)
-            todo += [arg for arg in data_inputs(here) if len(arg.users) == 1]
+            todo += data_inputs(here)
     return False
 
 
@@ -225,32 +229,49 @@ def _cut(chain: _Chain, heavy: Sequence[int], start: int, period: int, count: in
     firsts = [heavy[start + period * k] for k in range(count)]
     lasts = [heavy[start + period * (k + 1) - 1] for k in range(count)]
     gaps = [list(range(end + 1, begin)) for end, begin in zip(lasts, firsts[1:], strict=False)]
-    previous = heavy[start - 1] if start > 0 else -1
-    lead = list(range(previous + 1, firsts[0]))
-    head = _common_suffix([_op(chain.nodes[i]) for i in lead], [_op(chain.nodes[i]) for i in gaps[0]])
-    entry = firsts[0] - 1 - head
-    if entry < 0:
+    lead = list(range(heavy[start - 1] + 1 if start > 0 else 0, firsts[0]))
+    following = heavy[start + period * count] if start + period * count < len(heavy) else len(chain.nodes)
+    light = [[_op(chain.nodes[i]) for i in gap] for gap in (lead, gaps[0], range(lasts[-1] + 1, following))]
+    # a gap is the end of a block, which the last block has too, then the start of the next
+    opening = _common_suffix(light[0], light[1])
+    closing = len(gaps[0]) - opening
+    if light[2][:closing] != light[1][:closing]:
+        closing = _common_suffix(light[2][::-1], light[1][::-1])
+        opening = len(gaps[0]) - closing
+    ends = [end + closing for end in lasts]
+    entry = firsts[0] - 1 - opening
+    if entry >= 0:
+        entered = chain.nodes[entry]
+    elif entry == -1 and (found := _stream(chain, ends[0] + 1)) is not None:
+        entered = found
+    else:
         return []
-    tail = max(0, len(gaps[0]) - head)
-    cuts = [entry] + [end + tail if begin_gap else end for end, begin_gap in zip(lasts[:-1], gaps, strict=True)]
-    after = min(tail, len(chain.nodes) - 1 - lasts[-1])
-    cuts.append(lasts[-1] + after)
-    groups = [[cuts[0]]]
-    for here, there in zip(cuts, cuts[1:], strict=False):
-        if shape_key(chain.nodes[here]) != shape_key(chain.nodes[there]):
+    nodes = [entered, *(chain.nodes[i] for i in ends)]
+    spans = list(zip([entry, *ends], ends, strict=False))
+    groups: list[list[int]] = [[]]
+    for k, (here, there) in enumerate(zip(nodes, nodes[1:], strict=False)):
+        if not is_tensor(here) or not is_tensor(there) or shape_key(here) != shape_key(there):
             groups.append([])
-        groups[-1].append(there)
+        else:
+            groups[-1].append(k)
     return [
         Found(
-            [chain.nodes[i] for i in group],
-            [
-                [node for i in range(a + 1, b + 1) for node in chain.pieces[i]]
-                for a, b in zip(group, group[1:], strict=False)
-            ],
+            [nodes[group[0]], *(nodes[k + 1] for k in group)],
+            [[node for i in range(spans[k][0] + 1, spans[k][1] + 1) for node in chain.pieces[i]] for k in group],
         )
         for group in groups
-        if len(group) > 2
+        if len(group) > 1
     ]
+
+
+def _stream(chain: _Chain, start: int) -> fx.Node | None:
+    """What enters the first block where the chain begins inside of it: the value that its first node reads
+    where the first node of the second block (number ``start``) reads the hidden state."""
+    first, second, hidden = chain.nodes[0], chain.nodes[start], chain.nodes[start - 1]
+    for mine, other in zip(first.args, second.args, strict=False):
+        if other is hidden and isinstance(mine, fx.Node) and is_tensor(mine):
+            return mine
+    return None
 
 
 def _op(node: fx.Node) -> str:

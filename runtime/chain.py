@@ -13,7 +13,7 @@ from offramp.runtime import bundle, policies
 from offramp.runtime.inputs import Inputs
 from offramp.runtime.manifest import Manifest, Stack, Value
 from offramp.runtime.memory import DEVICES, Device, Host, Index, Memory
-from offramp.runtime.plan import Call, prepare
+from offramp.runtime.plan import Call, prepare, ready_takers
 from offramp.runtime.policy import Asker, Function, Policy, State, listing
 from offramp.runtime.result import Result, Timing
 from offramp.runtime.sessions import Providers, open_sessions
@@ -36,6 +36,7 @@ def load(
 
     Raises:
         BundleError: the bundle is incomplete, altered, unsafe, too new, or contradicts itself.
+        PolicyError: its default policy asks for exits or scores that it does not have.
         ExecutionError: a provider or a number of threads cannot be had.
     """
     manifest, root = bundle.read(path, verify=verify)
@@ -71,9 +72,9 @@ class Chain:
         if device:
             files |= dict.fromkeys(manifest.take.values())
         sessions = open_sessions(Path(root), files, providers, threads)
-        takers = {key: sessions[file] for key, file in manifest.take.items() if file in sessions}
         self._memory: Memory = Host(manifest.values)
         if device:
+            takers = ready_takers(manifest, sessions)
             self._memory = Device(manifest.values, device, _read_back(manifest), takers)
         self._steps = prepare(manifest, sessions, self._memory)
         self._inputs = Inputs(manifest)

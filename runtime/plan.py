@@ -107,6 +107,20 @@ def prepare(
     return tuple(reversed(steps))
 
 
+def ready_takers(
+    manifest: Manifest, sessions: Mapping[str, ort.InferenceSession]
+) -> dict[str, ort.InferenceSession]:
+    """The sessions of ``Manifest.take``, by its keys; BundleError where a file does not fit."""
+    problems: list[str] = []
+    for key, file in manifest.take.items():
+        kind = DTYPES[key.partition("/")[0]]
+        inputs = {"data": kind, "indices": DTYPES["int64"]}
+        problems += check_bindings(f"take {key!r} ({file})", sessions[file], inputs, {"taken": kind})
+    if problems:
+        raise BundleError("files that gather rows do not fit:\n  " + "\n  ".join(problems))
+    return {key: sessions[file] for key, file in manifest.take.items()}
+
+
 def _stack(manifest: Manifest, stack: Stack, calls: Mapping[str, Call]) -> ReadyStack:
     exits = {exit_.after: exit_ for exit_ in stack.exits}
     live: Names = frozenset()

@@ -59,8 +59,8 @@ class Depth(Policy):
 class _Threshold(Policy):
     """What `Confidence` and `Entropy` share: a threshold for one measure, or one for each exit."""
 
-    threshold: float | None
-    measure: str
+    threshold: float | None = None
+    measure: str = ""
     _: KW_ONLY
     thresholds: Mapping[int, float] = field(default_factory=dict)
 
@@ -103,7 +103,7 @@ class Confidence(_Threshold):
     ``measure`` is "top1" (highest softmax probability, as in DEED, arXiv 2311.08623, and CALM, 2207.07061),
     "margin" (the two highest, CALM), "cosine" (this block's hidden state against the one before: MuE,
     2211.11152) or whatever else the bundle scores. ``thresholds`` sets single exits apart, by ``after``;
-    with ``threshold=None`` only those are asked.
+    without a ``threshold`` only those are asked.
     """
 
     measure: str = "top1"

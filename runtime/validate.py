@@ -51,7 +51,7 @@ def _value(manifest: Manifest, name: str, value: Value) -> Iterator[str]:
         return
     if manifest.batch is None or not 0 <= value.batch_axis < len(value.shape) or value.batch_factor < 1:
         yield f"{where}.batch_axis: no rows can lie on axis {value.batch_axis} of {list(value.shape)}"
-    elif not unknown and not _holds_rows(value, manifest):
+    elif not unknown and not _holds_rows(value.shape[value.batch_axis], value.batch_factor, manifest):
         yield (
             f"{where}.batch_axis: axis {value.batch_axis} of {list(value.shape)} is not "
             f"{value.batch_factor} times {manifest.batch}"
@@ -65,14 +65,14 @@ def _counts(value: Value, batch: str) -> bool:
         return False
 
 
-def _holds_rows(value: Value, manifest: Manifest) -> bool:
-    assert value.batch_axis is not None
+def _holds_rows(size: int | str, factor: int, manifest: Manifest) -> bool:
+    """Whether ``size`` is ``factor`` times the batch, tried at two lengths of the batch."""
     for rows in (2, 5):
-        sizes = dict.fromkeys(manifest.axes, 3) | {manifest.batch or "": rows}
         try:
-            if evaluate(value.shape[value.batch_axis], sizes) != rows * value.batch_factor:
-                return False
+            found = evaluate(size, dict.fromkeys(manifest.axes, 3) | {manifest.batch or "": rows})
         except ValueError:
+            return False
+        if found != rows * factor:
             return False
     return True
 

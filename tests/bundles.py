@@ -101,8 +101,13 @@ class Writer:
 
 def listed(root: Path) -> dict[str, m.File]:
     """All files of a bundle but the manifest, as a manifest lists them."""
-    data = {path.name: path.read_bytes() for path in sorted(root.iterdir()) if path.name != m.MANIFEST_FILE}
-    return {name: m.File(len(content), hashlib.sha256(content).hexdigest()) for name, content in data.items()}
+    files = sorted(path for path in root.iterdir() if path.is_file() and path.name != m.MANIFEST_FILE)
+    return {path.name: listed_file(path) for path in files}
+
+
+def listed_file(path: Path) -> m.File:
+    content = path.read_bytes()
+    return m.File(len(content), hashlib.sha256(content).hexdigest())
 
 
 def classifier(

@@ -63,7 +63,8 @@ def test_text_examples_differ_in_length_and_padding_does_not_matter(name: str) -
     alone = {key: value[row : row + 1, : int(lengths[row])] for key, value in inputs.items()}
     with torch.inference_mode():
         padded, unpadded = module(**inputs)["logits"][row], module(**alone)["logits"][0]
-    torch.testing.assert_close(padded if padded.ndim == 1 else padded[: len(unpadded)], unpadded)
+    kept = padded if padded.ndim == 1 else padded[: len(unpadded)]
+    torch.testing.assert_close(kept, unpadded, atol=1e-4, rtol=1e-4)
 
 
 def test_minilm_judges_its_examples() -> None:
