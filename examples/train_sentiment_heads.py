@@ -3,7 +3,7 @@
     python examples/train_sentiment_heads.py [--output FILE]
 
 Reads SST-2 as ``sst2/{train,dev,test}.tsv`` (header, then ``sentence<TAB>label``) in ``$OFFRAMP_DATA``, or in
-``../shared/data`` beside the checkout. Takes about five minutes on two cores.
+``../shared/data`` beside the checkout. Takes about five minutes on two idle cores.
 
 Each head is a logistic regression on the masked mean of the hidden state after its block. The features are
 standardised for the fit, and the standardisation is folded into the weights. Most training rows are fragments

@@ -53,12 +53,11 @@ def partition(program: Program, segments: int | None = None) -> Plan:
 
     Raises:
         SpecError: ``segments`` is not a positive number.
-        ExportError: the program has no stack to cut at.
+        StructureError: the program has no stack to cut at.
     """
     if segments is not None and segments < 1:
         raise SpecError(f"segments={segments}: at least one")
-    if not program.stacks:
-        raise ExportError("the program has no stack", hint="`offramp inspect` says what was found")
+    program.require_stacks()
     return _Partition(program, segments).plan()
 
 

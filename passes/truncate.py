@@ -53,9 +53,10 @@ class Truncate(Pass):
         editor.graph.output_node().args = ({key: node for key, node in known.items() if key not in gone},)
         moved = [node for node in editor.graph.nodes if node in readers]
         editor.replace_uses(output, state, moved)
-        editor.drop_dead()
+        exits = tuple(item for item in program.exits if item.stack != name)
+        editor.drop_dead(keep={item.state for item in exits})
         stacks = {key: value for key, value in program.stacks.items() if key != name}
-        return editor.finish(stacks=stacks, exits=tuple(item for item in program.exits if item.stack != name))
+        return editor.finish(stacks=stacks, exits=exits)
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The deeper blocks are gone."""

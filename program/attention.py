@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from offramp.program.graph import aten, data_inputs, expression, is_tensor, shap
 _SDPA = (aten.scaled_dot_product_attention.default,)
 _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _CONTRACTION = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+_GUARDS = (aten.clamp.default, aten.clamp_min.default, aten.add.Tensor)
 _DROPPING = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 _WEIGHTED = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default)
 
@@ -96,15 +97,22 @@ def _fused(node: fx.Node) -> AttentionSite:
 
 
 def _written_out(node: fx.Node) -> AttentionSite | None:
-    """A softmax written as ``exp(x) / sum(exp(x))``."""
+    """A softmax written as ``e / sum(e)`` with ``e = exp(x)``, or ``exp(x)`` times a mask."""
     top, bottom = node.args[0], node.args[1]
-    if not (isinstance(top, fx.Node) and isinstance(bottom, fx.Node) and top.target is aten.exp.default):
+    while isinstance(bottom, fx.Node) and bottom.target in _GUARDS and bottom.args[0] is not top:
+        bottom = bottom.args[0]
+    if not isinstance(bottom, fx.Node) or bottom.target is not aten.sum.dim_IntList or bottom.args[0] is not top:
         return None
-    while bottom.target in (aten.clamp.default, aten.clamp_min.default, aten.add.Tensor) and bottom.args[0] is not top:
-        bottom = bottom.args[0]  # type: ignore[assignment]
-    if bottom.target is not aten.sum.dim_IntList or bottom.args[0] is not top:
+    assert isinstance(top, fx.Node)
+    masks = []
+    if top.target is aten.mul.Tensor:
+        factors = [arg for arg in top.all_input_nodes if arg.target is not aten.exp.default]
+        masks = [Mask(arg) for arg in factors]
+        top = next((arg for arg in top.all_input_nodes if arg.target is aten.exp.default), top)
+    if top.target is not aten.exp.default:
         return None
-    return _decomposed(node, top.args[0], int(bottom.args[1][0]))  # type: ignore[index,arg-type]
+    site = _decomposed(node, top.args[0], int(bottom.args[1][0]))  # type: ignore[index,arg-type]
+    return replace(site, masks=(*site.masks, *masks)) if site else None
 
 
 def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | None:

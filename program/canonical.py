@@ -32,7 +32,7 @@ def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int
     edits += _sizes_from_inputs(graph)
     edits += _merge_equal(module, frozenset(protected))
     before = len(graph.nodes)
-    graph.eliminate_dead_code(lambda node: node.op == "placeholder" or node.op == "output")
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in protected)
     edits += before - len(graph.nodes)
     graph.lint()
     module.delete_all_unused_submodules()

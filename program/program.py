@@ -13,7 +13,8 @@ from torch import fx
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.axes import Axes, find_axes
 from offramp.program.graph import ancestors, dependents, results, run
-from offramp.program.stacks import Stack, find_stacks, name_stacks
+from offramp.program.stacks import Stack, find_stacks, name_stacks, why_none
+from offramp.runtime.errors import StructureError
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class Program:
     def inputs(self) -> tuple[str, ...]:
         """The names of the inputs: the captured forward's parameters."""
         return tuple(self.example_inputs)
+
+    def require_stacks(self) -> Mapping[str, Stack]:
+        """The stacks.
+
+        Raises:
+            StructureError: there is none; the message says what was found instead.
+        """
+        if not self.stacks:
+            reason, hint = why_none(self.graph, attention_sites(self.graph))
+            raise StructureError(reason, hint=hint)
+        return self.stacks
 
     def next_stack(self, name: str) -> str | None:
         """The stack that reads this stack's output, None for one whose tail ends in the model's outputs."""

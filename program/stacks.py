@@ -67,13 +67,15 @@ class Found:
     blocks: list[list[fx.Node]]
 
 
-def find_stacks(graph: fx.Graph, sites: Sequence[AttentionSite]) -> list[Found]:
-    """Every stack of two or more blocks, in graph order."""
+def find_stacks(
+    graph: fx.Graph, sites: Sequence[AttentionSite], outputs: Sequence[fx.Node] | None = None
+) -> list[Found]:
+    """Every stack of two or more blocks, in graph order; ``outputs`` may leave out some of the graph's."""
     attentions = {site.weights for site in sites}
     order = {node: i for i, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     found: list[Found] = []
-    for chain in _chains(graph, attentions, order):
+    for chain in _chains(graph, outputs or list(results(graph).values()), attentions, order):
         for stack in _runs(chain, attentions, order):
             if not taken & {node for block in stack.blocks for node in block}:
                 taken |= {node for block in stack.blocks for node in block}
@@ -81,15 +83,17 @@ def find_stacks(graph: fx.Graph, sites: Sequence[AttentionSite]) -> list[Found]:
     return sorted(found, key=lambda stack: order[stack.cuts[0]])
 
 
-def _chains(graph: fx.Graph, attentions: set[fx.Node], order: Mapping[fx.Node, int]) -> list[_Chain]:
+def _chains(
+    graph: fx.Graph, outputs: Sequence[fx.Node], attentions: set[fx.Node], order: Mapping[fx.Node, int]
+) -> list[_Chain]:
     """The paths of the post-dominator tree, longest first, each with the pieces between its nodes.
 
     Where paths join, the one goes on that the others read from (a residual stream, not the branch that
     is added to it), unless a branch holds a whole stack more (the stream then feeds its blocks from aside).
     """
     sink = graph.output_node()
-    flow: nx.DiGraph = nx.DiGraph([(sink, node) for node in results(graph).values()])
-    live = sorted(_live(graph), key=order.__getitem__)
+    flow: nx.DiGraph = nx.DiGraph([(sink, node) for node in outputs])
+    live = sorted(_live(outputs), key=order.__getitem__)
     flow.add_edges_from((node, arg) for node in live for arg in data_inputs(node))
     parents = nx.immediate_dominators(flow, sink)
     children: dict[fx.Node, list[fx.Node]] = {}
@@ -142,10 +146,10 @@ def _mixes_aside(
     return False
 
 
-def _live(graph: fx.Graph) -> set[fx.Node]:
+def _live(outputs: Sequence[fx.Node]) -> set[fx.Node]:
     """Every node whose contents the outputs depend on."""
     seen: set[fx.Node] = set()
-    todo = list(results(graph).values())
+    todo = list(outputs)
     while todo:
         node = todo.pop()
         if node not in seen:
@@ -283,6 +287,32 @@ def _common_suffix(a: Sequence[str], b: Sequence[str]) -> int:
     while count < min(len(a), len(b)) and a[-1 - count] == b[-1 - count]:
         count += 1
     return count
+
+
+def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]:
+    """Why a graph has no stack, and what to try."""
+    if not sites:
+        return (
+            "no stack: the model has no attention (two products of activations with a softmax between them)",
+            "offramp rewrites transformers; recurrent, state-space, convolutional and plain feed-forward models have none",
+        )
+    if len(sites) == 1:
+        return (
+            "no stack: the model has one attention, and a stack is two or more transformer blocks",
+            "a model with more blocks; one block leaves nothing to skip",
+        )
+    returned = results(graph)
+    for name, node in returned.items():
+        if len(returned) > 1 and find_stacks(graph, sites, [node]):
+            inner = [other for other in returned if other != name]
+            return (
+                f"no stack: with the outputs {inner} the model returns values from between its blocks",
+                f"wrap the model so that it returns {name!r} only (output_hidden_states=False, say)",
+            )
+    return (
+        f"no stack: the model has {len(sites)} attentions, but the pieces between its residual joins do not repeat",
+        "blocks whose weights have equal shapes, each reading the hidden state that the one before made",
+    )
 
 
 def name_stacks(found: Sequence[Found], causal: Sequence[bool]) -> dict[str, Stack]:

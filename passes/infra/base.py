@@ -69,9 +69,10 @@ def stack_named(program: Program, name: str | None) -> str:
     """The stack of that name; None stands for the only stack.
 
     Raises:
+        StructureError: the program has no stack at all.
         SpecError: there is no such stack, or None was given and there are several.
     """
-    names = list(program.stacks)
+    names = list(program.require_stacks())
     if name is None and len(names) == 1:
         return names[0]
     if name is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -100,10 +100,10 @@ class Editor:
             raise PassError(f"the program already returns {sorted(taken)}")
         output.args = ({**known, **added},)
 
-    def drop_dead(self) -> None:
-        """Erase nodes that nothing reads."""
+    def drop_dead(self, keep: Collection[str] = ()) -> None:
+        """Erase nodes that nothing reads; those named in ``keep`` stay."""
         before = len(self.graph.nodes)
-        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        self.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in keep)
         self.edits["erased"] += before - len(self.graph.nodes)
 
     def finish(self, notes: tuple[str, ...] = (), **changes: Any) -> PassResult:
