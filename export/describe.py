@@ -76,7 +76,13 @@ class Describer:
         exits = [self._exit(plan, item, final) for after, item in known.items() if after < stack.blocks]
         exits.append(self._full(plan, known.get(stack.blocks), final))
         return m.Stack(
-            stack.name, stack.role, stack.blocks, self._name(stack.input), self._name(stack.output), tuple(parts), tuple(exits)
+            stack.name,
+            stack.role,
+            stack.blocks,
+            self._name(stack.input),
+            self._name(stack.output),
+            tuple(parts),
+            tuple(exits),
         )
 
     def _full(self, plan: StackPlan, item: Exit | None, final: bool) -> m.Exit:
@@ -86,7 +92,9 @@ class Describer:
             return m.Exit(stack.blocks, (), output, {}, {})
         segments = (self._segment(tail),) if tail else ()
         outputs = {name: self._name(self.returned[name].name) for name in self.program.outputs}
-        scores = {measure: self._name(self.returned[key].name) for measure, key in (item.scores if item else {}).items()}
+        scores = {
+            measure: self._name(self.returned[key].name) for measure, key in (item.scores if item else {}).items()
+        }
         return m.Exit(stack.blocks, segments, output, outputs, scores)
 
     def _exit(self, plan: StackPlan, item: Exit, final: bool) -> m.Exit:

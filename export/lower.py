@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
+import onnxscript.optimizer
 import torch
 import torch.utils._pytree as pytree
 from torch import fx
 from torch.export.exported_program import ExportedProgram, ModuleCallEntry, ModuleCallSignature
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputKind, OutputSpec, TensorArgument
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 
 from offramp.export.partition import Piece
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
@@ -82,6 +90,7 @@ def close(piece: Piece) -> Function:
                 size(arg)
         env[node] = graph.node_copy(node, env.__getitem__)
     _widen_masks(graph)
+    _plain_reshapes(graph)
     graph.output(tuple(env[node] for node in piece.outputs))
     return Function(graph, tuple(inputs), tuple(weights), piece.outputs, _key(graph))
 
@@ -102,6 +111,20 @@ def _widen_masks(graph: fx.Graph) -> None:
         with mask.meta["val"].fake_mode:
             wide.meta = {"val": mask.meta["val"].expand(*[-1] * (len(shape(mask)) - 2), shape(query)[-2], -1)}
         node.replace_input_with(mask, wide)
+
+
+def _plain_reshapes(graph: fx.Graph) -> None:
+    """A reshape is decomposed by the strides of its input, which decomposing others changes: copy, then view."""
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        with graph.inserting_before(node):
+            copied = graph.call_function(
+                aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format}
+            )
+        value = node.args[0].meta["val"]
+        with value.fake_mode:
+            copied.meta = {"val": torch.empty_like(value, memory_format=torch.contiguous_format)}
+        node.target = aten.view.default
+        node.replace_input_with(node.args[0], copied)
 
 
 def _unread(node: fx.Node, inside: set[fx.Node], inputs: list[fx.Node]) -> list[fx.Node]:
@@ -136,11 +159,10 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
         ExportError: an operator has no ONNX form; the message names it and its place in the model.
     """
     placeholders = list(function.graph.find_nodes(op="placeholder"))
-    returned = function.graph.output_node().args[0]
-    assert isinstance(returned, tuple)
+    returned: Any = function.graph.output_node().args[0]
     signature = ExportGraphSignature(
         [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in placeholders],
-        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in returned],  # type: ignore[union-attr]
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in returned],
     )
     call = ModuleCallSignature(
         [], [], pytree.tree_structure((tuple(placeholders), {})), pytree.tree_structure(tuple(returned))
@@ -160,10 +182,12 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     )
     try:
         with _quiet():
-            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False)
+            # the exporter's own optimizer also fuses rotary embeddings, which ONNX Runtime then refuses to broadcast
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
+            assert program is not None
+            onnxscript.optimizer.optimize(program.model)
     except Exception as error:
         raise _refusal(function, name, error) from error
-    assert program is not None
     model: onnx.ModelProto = program.model_proto
     _rename(model, function)
     _strip(model)
@@ -194,7 +218,9 @@ def _refusal(function: Function, name: str, error: Exception) -> ExportError:
                 f"segment {name}: {node.target} cannot be lowered to ONNX opset {OPSET} ({source(node)})",
                 hint="rewrite this line of the model with operators that ONNX has",
             )
-    return ExportError(f"segment {name} cannot be lowered to ONNX opset {OPSET}: {text.splitlines()[0] if text else error!r}")
+    return ExportError(
+        f"segment {name} cannot be lowered to ONNX opset {OPSET}: {text.splitlines()[0] if text else error!r}"
+    )
 
 
 def _rename(model: onnx.ModelProto, function: Function) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class _Partition:
 
     def _levels(self) -> dict[fx.Node, int | None]:
         """By node: how many stacks must have run for it; None for what depends on the inside of a stack."""
-        level: dict[fx.Node, int | None] = {node: 0 for node in self.graph.nodes}
+        level: dict[fx.Node, int | None] = dict.fromkeys(self.graph.nodes, 0)
         for index, stack in enumerate(self.stacks):
             inner = [self.program.nodes[name] for name in stack.cuts[:-1]]
             after = dependents([self.program.nodes[stack.output]], self.graph)
@@ -113,9 +114,13 @@ class _Partition:
         """Runs of blocks, (first, last) exclusive, that make one piece each."""
         exits = {item.after for item in self.program.exits_of(stack.name)}
         count = self.segments or stack.blocks
-        bounds = {round(i * stack.blocks / count) for i in range(1, count)} if count < stack.blocks else set(range(1, stack.blocks))
+        bounds = (
+            {round(i * stack.blocks / count) for i in range(1, count)}
+            if count < stack.blocks
+            else set(range(1, stack.blocks))
+        )
         edges = [0, *sorted((bounds | exits) - {0, stack.blocks}), stack.blocks]
-        return list(zip(edges, edges[1:], strict=False))
+        return list(itertools.pairwise(edges))
 
     def plan(self) -> Plan:
         wanted: dict[tuple[str, str, int], tuple[list[fx.Node], set[fx.Node]]] = {}
@@ -147,7 +152,8 @@ class _Partition:
     def _scores(self, item: Exit, stack: Stack) -> tuple[list[fx.Node], list[fx.Node]]:
         """An exit's scores: those made from hidden states alone, and those that need its head."""
         head = {self.returned[name] for name in item.outputs.values()} | {self.program.nodes[item.state]}
-        own, late = [], []
+        own: list[fx.Node] = []
+        late: list[fx.Node] = []
         for name in item.scores.values():
             node = self.returned[name]
             full = item.after == stack.blocks
@@ -220,7 +226,10 @@ class _Partition:
         inside = self._slice(made, stop - set(made))
         calls = sorted((node for node in inside if not is_symint(node)), key=self.order.__getitem__)
         inputs = {
-            arg for node in calls for arg in node.all_input_nodes if is_tensor(arg) and arg not in inside and arg.op != "get_attr"
+            arg
+            for node in calls
+            for arg in node.all_input_nodes
+            if is_tensor(arg) and arg not in inside and arg.op != "get_attr"
         }
         return Piece(name, tuple(sorted(inputs, key=self.order.__getitem__)), tuple(made), tuple(calls))
 

@@ -39,14 +39,18 @@ def error(found: np.ndarray[Any, Any], expected: torch.Tensor) -> float:
     if wanted.dtype.kind != "f":
         return 0.0 if np.array_equal(found, wanted) else float("inf")
     finite = np.isfinite(wanted)
-    if not np.array_equal(finite, np.isfinite(found)) or not np.array_equal(found[~finite], wanted[~finite], equal_nan=True):
+    if not np.array_equal(finite, np.isfinite(found)) or not np.array_equal(
+        found[~finite], wanted[~finite], equal_nan=True
+    ):
         return float("inf")
     wanted, found = wanted[finite].astype(np.float64), found[finite].astype(np.float64)
     if wanted.size == 0:
         return 0.0
     # masks hold the dtype's most negative number: it must not hide what is wrong with the rest
     scale = np.abs(wanted[np.abs(wanted) < 1e9]).max(initial=0.0) or 1.0
-    return float((np.abs(found - wanted) / np.maximum(scale, np.where(np.abs(wanted) < 1e9, 0.0, np.abs(wanted)))).max())
+    return float(
+        (np.abs(found - wanted) / np.maximum(scale, np.where(np.abs(wanted) < 1e9, 0.0, np.abs(wanted)))).max()
+    )
 
 
 def worst(found: Arrays, expected: Mapping[str, torch.Tensor]) -> float:
@@ -74,14 +78,18 @@ def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapp
     chain = Chain(manifest, directory)
     figures = {
         "segments": _segments(program, manifest, directory, origin),
-        "chain": _checked("the chain at full depth", worst(_run(chain, program.example_inputs), eager(program, program.example_inputs))),
+        "chain": _checked(
+            "the chain at full depth",
+            worst(_run(chain, program.example_inputs), eager(program, program.example_inputs)),
+        ),
         "exits": 0.0,
         "other_shapes": 0.0,
     }
     for inputs in other_sizes(program):
         sizes = {name: tuple(value.shape) for name, value in inputs.items()}
         figures["other_shapes"] = max(
-            figures["other_shapes"], _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), eager(program, inputs)))
+            figures["other_shapes"],
+            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), eager(program, inputs))),
         )
     for stack in program.stacks:
         for item in program.exits_of(stack):
@@ -90,7 +98,8 @@ def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapp
             expected = eager(apply(program, [Truncate(stack, item.after)]), program.example_inputs)
             found = _run(chain, program.example_inputs, Depth({stack: item.after}))
             figures["exits"] = max(
-                figures["exits"], _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected))
+                figures["exits"],
+                _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected)),
             )
     figures["rows"] = _rows(program, chain)
     return {**figures, "tolerance": TOLERANCE}
@@ -124,7 +133,7 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         names = {*segment.inputs.values(), *segment.outputs.values()}
         if segment.name.endswith("/tail") or not all(name in origin for name in names):
             continue  # a shared head on an exit's state: checked as an exit
-        feed = {key: values[origin[name]].numpy() for key, name in segment.inputs.items()}
+        feed = {key: values[origin[name]].detach().numpy() for key, name in segment.inputs.items()}
         arrays = sessions[segment.file].run(list(segment.outputs), feed)
         found = dict(zip(segment.outputs.values(), arrays, strict=True))
         expected = {name: values[origin[name]] for name in segment.outputs.values()}
@@ -141,7 +150,10 @@ def _rows(program: Program, chain: Chain) -> float:
     if len(exits) < 2:
         return 0.0
     inputs = {name: value.numpy() for name, value in program.example_inputs.items()}
-    mixed = chain.run(inputs, lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)))
+    mixed = chain.run(
+        inputs,
+        lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)),
+    )
     largest = 0.0
     for at, after in enumerate(exits):
         forced = chain.run(inputs, Depth({stack.name: after}))
@@ -153,5 +165,11 @@ def _rows(program: Program, chain: Chain) -> float:
             rows = rows[rows % len(exits) == at]
             if len(rows) and chain.manifest.values[value].batch_factor == 1:
                 wanted = torch.from_numpy(np.take(forced.outputs[name], rows, axis))
-                largest = max(largest, _checked(f"a row that leaves after block {after}", error(np.take(mixed.outputs[name], rows, axis), wanted)))
+                largest = max(
+                    largest,
+                    _checked(
+                        f"a row that leaves after block {after}",
+                        error(np.take(mixed.outputs[name], rows, axis), wanted),
+                    ),
+                )
     return largest

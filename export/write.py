@@ -70,7 +70,10 @@ class Writer:
         graph = helper.make_graph(
             [helper.make_node("Gather", ["data", "indices"], ["taken"], axis=axis)],
             "take",
-            [helper.make_tensor_value_info("data", element, None), helper.make_tensor_value_info("indices", TensorProto.INT64, [None])],
+            [
+                helper.make_tensor_value_info("data", element, None),
+                helper.make_tensor_value_info("indices", TensorProto.INT64, [None]),
+            ],
             [helper.make_tensor_value_info("taken", element, None)],
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
@@ -87,7 +90,10 @@ class Writer:
         key = storage_key(tensor)
         if key not in self._placed:
             if tensor.dtype not in _ELEMENTS:
-                raise ExportError(f"a weight of dtype {tensor.dtype} cannot be exported", hint="module.float() before capture")
+                raise ExportError(
+                    f"a weight of dtype {tensor.dtype} cannot be exported",
+                    hint="module.float() before capture",
+                )
             offset = -self._weights.tell() % _ALIGNMENT + self._weights.tell()
             self._weights.write(b"\0" * (offset - self._weights.tell()))
             data = tensor.detach().cpu().contiguous().numpy().tobytes()

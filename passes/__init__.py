@@ -8,4 +8,13 @@ from offramp.passes.insert_exits import InsertExits
 from offramp.passes.insert_scores import InsertScores
 from offramp.passes.truncate import Truncate
 
-__all__ = ["Canonicalize", "InsertAdapter", "InsertExits", "InsertScores", "Pass", "PassResult", "Truncate", "apply"]
+__all__ = [
+    "Canonicalize",
+    "InsertAdapter",
+    "InsertExits",
+    "InsertScores",
+    "Pass",
+    "PassResult",
+    "Truncate",
+    "apply",
+]

@@ -100,7 +100,9 @@ class InsertScores(Pass):
         notes = []
         for at, item in enumerate(exits):
             full = item.after == stack.blocks
-            if item.stack != name or (self.after != "all" and not full and item.after not in blocks_named(program, name, self.after)):
+            if item.stack != name or (
+                self.after != "all" and not full and item.after not in blocks_named(program, name, self.after)
+            ):
                 continue
             scores = dict(item.scores)
             for measure in self.measures:
@@ -187,7 +189,10 @@ class _Builder:
         if measure == "entropy":
             logs = self.call(aten.log_softmax.int, logits, -1, torch.float32)
             chances = self.call(aten.exp.default, logs)
-            places = self.call(aten.neg.default, self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, chances, logs), [-1]))
+            places = self.call(
+                aten.neg.default,
+                self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, chances, logs), [-1]),
+            )
         else:
             chances = self.call(aten.softmax.int, logits, -1, torch.float32)
             if measure == "top1":
@@ -195,7 +200,10 @@ class _Builder:
             else:
                 best = self.call(aten.topk.default, chances, 2)
                 best = self._item(best, 0)
-                first, second = self.call(aten.select.int, best, -1, 0), self.call(aten.select.int, best, -1, 1)
+                first, second = (
+                    self.call(aten.select.int, best, -1, 0),
+                    self.call(aten.select.int, best, -1, 1),
+                )
                 places = self.call(aten.sub.Tensor, first, second)
         if len(shape(places)) == 1 and self.batch_axis(places) is not None:
             return places

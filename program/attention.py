@@ -16,7 +16,13 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _CONTRACTION = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
 _GUARDS = (aten.clamp.default, aten.clamp_min.default, aten.add.Tensor)
 _DROPPING = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
-_WEIGHTED = (aten.linear.default, aten.addmm.default, aten.mm.default, aten.conv1d.default, aten.conv2d.default)
+_WEIGHTED = (
+    aten.linear.default,
+    aten.addmm.default,
+    aten.mm.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
         if node.target in _WEIGHTED or node.target in _SOFTMAX or node.target in _SDPA:
             continue
         if node.target is aten.tanh.default:
-            softcap = _constant_factor(node.args[0])  # type: ignore[arg-type]
+            softcap = _constant_factor(node.args[0])
         scale *= _factor(node)
         if len(inputs) > 1 and product is None:
             carrying = [arg for arg in inputs if _has_contraction(arg)]
@@ -153,7 +159,18 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
     key_axis = axis % rank
     query_axis = rank - 2 if key_axis == rank - 1 else rank - 1
     return AttentionSite(
-        "decomposed", query, key, value, tuple(masks), scale, softcap, False, weights, output, query_axis, key_axis
+        "decomposed",
+        query,
+        key,
+        value,
+        tuple(masks),
+        scale,
+        softcap,
+        False,
+        weights,
+        output,
+        query_axis,
+        key_axis,
     )
 
 

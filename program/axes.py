@@ -72,7 +72,7 @@ def find_axes(
             size = expression(size)
             if isinstance(size, sympy.Symbol):
                 symbols.setdefault(size, (name, axis))
-    attended = set()
+    attended: set[Any] = set()
     for site in sites:
         for size in site.token_sizes:
             attended |= getattr(expression(size), "free_symbols", set())
@@ -87,16 +87,26 @@ def _by_axis(symbols: Mapping[Any, tuple[str, int]]) -> list[Any]:
 
 def _independent(module: fx.GraphModule, example: Mapping[str, torch.Tensor], symbol: Any) -> bool:
     """Whether changing the first place along ``symbol`` leaves the outputs at all other places as they are."""
-    changed = dict(example)
+    changed, places = dict(example), {}
     for name, node in placeholders(module.graph).items():
         for axis, size in enumerate(shape(node)):
             if expression(size) == symbol:
                 changed[name] = _perturbed(changed[name], axis)
+                places[name] = axis
     outputs = list(results(module.graph).items())
     if not all(any(expression(size) == symbol for size in shape(node)) for _, node in outputs):
         return False
     with torch.no_grad():
-        before, after = module(**example), module(**changed)
+        before = module(**example)
+        try:
+            after = module(**changed)
+        except (IndexError, RuntimeError):  # such ids are not valid: the last place's are
+            after = module(
+                **{
+                    name: _rolled(example[name], places[name]) if name in places else value
+                    for name, value in example.items()
+                }
+            )
     for name, node in outputs:
         axis = next(i for i, size in enumerate(shape(node)) if expression(size) == symbol)
         rest = torch.arange(1, before[name].shape[axis])
@@ -104,6 +114,13 @@ def _independent(module: fx.GraphModule, example: Mapping[str, torch.Tensor], sy
         if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
             return False
     return True
+
+
+def _rolled(value: torch.Tensor, axis: int) -> torch.Tensor:
+    """The first place along ``axis`` gets what the last one has."""
+    value = value.clone()
+    value.select(axis, 0).copy_(value.select(axis, -1))
+    return value
 
 
 def _perturbed(value: torch.Tensor, axis: int) -> torch.Tensor:

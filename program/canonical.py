@@ -27,7 +27,8 @@ def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int
     graph = module.graph
     edits = _inline_wrappers(module)
     edits += _drop_assertions(graph)
-    edits += _reshapes(graph)
+    edits += _sizes_not_tensors(graph)
+    edits += _plain_operators(graph)
     edits += _drop_identities(graph, frozenset(protected))
     edits += _sizes_from_inputs(graph)
     edits += _merge_equal(module, frozenset(protected))
@@ -51,16 +52,20 @@ def _inline_wrappers(module: fx.GraphModule) -> int:
         holder: Any = node.args[at]
         body = getattr(module, str(holder.target))
         with graph.inserting_before(node):
-            env: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True))
+            env: dict[fx.Node, Any] = dict(
+                zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True)
+            )
             for inner in body.graph.nodes:
                 if inner.op == "output":
                     returned = inner.args[0]
                 elif inner.op != "placeholder":
                     env[inner] = graph.node_copy(inner, env.__getitem__)
-        flat = [env[item] for item in returned]
-        for user in list(node.users):
+        flat = [env[item] for item in returned] if isinstance(returned, (tuple, list)) else env[returned]
+        for user in list(node.users) if isinstance(flat, list) else ():
             user.replace_all_uses_with(flat[user.args[1]])
             graph.erase_node(user)
+        if not isinstance(flat, list):
+            node.replace_all_uses_with(flat)
         graph.erase_node(node)
         if not holder.users:
             graph.erase_node(holder)
@@ -81,14 +86,72 @@ def _drop_assertions(graph: fx.Graph) -> int:
     return len(found)
 
 
-def _reshapes(graph: fx.Graph) -> int:
-    """``view`` needs a memory layout that dropping a clone may change; ``reshape`` does not."""
+def _plain_operators(graph: fx.Graph) -> int:
+    """``view`` needs a memory layout that dropping a clone may change, ``reshape`` does not; ``c - x`` is ``-x + c``."""
     edits = 0
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):
             node.target = aten.reshape.default
             edits += 1
+        elif node.target is aten.rsub.Scalar and len(node.args) == 2:
+            with graph.inserting_before(node):
+                negative = graph.call_function(aten.neg.default, (node.args[0],))
+            negative.meta = {**node.meta, "val": node.args[0].meta["val"]}
+            node.target, node.args = aten.add.Tensor, (negative, node.args[1])
+            edits += 1
     return edits
+
+
+_ARITHMETIC = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.floor_divide.default: operator.floordiv,
+}
+
+
+def _sizes_not_tensors(graph: fx.Graph) -> int:
+    """Sizes that went through a tensor (``scalar_tensor(size)``, arithmetic, ``item``) are sizes again."""
+
+    def size(node: Any) -> Any:
+        """The node's value as a size, written before ``here``; None where it is not made of sizes."""
+        if not isinstance(node, fx.Node):
+            return node if isinstance(node, int) else None
+        if node.target in (aten.scalar_tensor.default, aten._to_copy.default, aten.clone.default):
+            return node.args[0] if is_symint(node.args[0]) else size(node.args[0])  # type: ignore[arg-type]
+        if node.target is aten.rsub.Scalar or node.target in _ARITHMETIC:
+            parts = [size(arg) for arg in node.args[:2]]
+            if len(node.args) != 2 or any(part is None for part in parts):
+                return None
+            if node.target is aten.rsub.Scalar:
+                parts.reverse()
+            target = operator.sub if node.target is aten.rsub.Scalar else _ARITHMETIC[node.target]
+            made = graph.call_function(target, tuple(parts))
+            made.meta = {"val": target(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in parts))}
+            return made
+        return None
+
+    edits = 0
+    for node in graph.find_nodes(op="call_function", target=aten.item.default):
+        with graph.inserting_before(node):
+            found = size(node.args[0])
+        if found is not None:
+            node.replace_all_uses_with(found)
+            graph.erase_node(node)
+            edits += 1
+    if edits:
+        _refresh(graph)
+    return edits
+
+
+def _refresh(graph: fx.Graph) -> None:
+    """Compute every node's shape again, from those of the inputs."""
+    mode = next(node.meta["val"].fake_mode for node in graph.nodes if is_tensor(node))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            with mode, torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
 
 
 def _same(node: fx.Node) -> bool:
@@ -97,8 +160,10 @@ def _same(node: fx.Node) -> bool:
 
 
 def _full_slice(node: fx.Node) -> bool:
-    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
-    return _same(node) and start in (None, 0) and step == 1 and (end is None or end == _END or isinstance(end, fx.Node))
+    defaults: list[Any] = [None, 0, None, None, 1]
+    start, end, step = [*node.args, *defaults[len(node.args) :]][2:]
+    reaches = end is None or end == _END or isinstance(end, fx.Node)
+    return reaches and start in (None, 0) and step == 1 and _same(node)
 
 
 def _scalar(value: object) -> Callable[[fx.Node], bool]:
@@ -221,4 +286,3 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, slice):
         return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
     return (type(value).__name__, value)
-

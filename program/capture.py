@@ -101,7 +101,7 @@ def _doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[s
     try:
         with torch.no_grad():
             module(**doubled)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (the model's own; one row is then captured)
         log.info("a batch of two rows does not run (%s): capturing one", error)
         return inputs
     return doubled
@@ -134,17 +134,15 @@ def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
     return found
 
 
-def _export(
-    module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: Dynamic | None
-) -> ExportedProgram:
+def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: Dynamic | None) -> ExportedProgram:
     if dynamic is not None:
         unknown = sorted(set(dynamic) - set(inputs))
         if unknown:
             raise CaptureError(f"dynamic names inputs {unknown}, the example inputs are {sorted(inputs)}")
-        attempts = [{name: {axis: Dim.AUTO for axis in dynamic.get(name, {})} for name in inputs}]
+        attempts = [{name: dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in inputs}]
     else:
         free = {
-            name: {axis: Dim.AUTO for axis in range(1 if value.dim() > 3 else value.dim())}
+            name: dict.fromkeys(range(1 if value.dim() > 3 else value.dim()), Dim.AUTO)
             for name, value in inputs.items()
         }
         rows = {value.shape[0] for value in inputs.values() if value.dim()}
@@ -158,9 +156,10 @@ def _export(
     first: Exception | None = None
     for dims in attempts:
         try:
-            exported = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
-            return exported.run_decompositions({})
-        except Exception as error:
+            exported: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+            functional: ExportedProgram = exported.run_decompositions({})
+            return functional
+        except Exception as error:  # noqa: BLE001 (whatever the model raises; the first is reported below)
             log.info("torch.export failed with %s: %s", dims, error)
             first = first or error
     assert first is not None

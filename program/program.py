@@ -135,7 +135,9 @@ def analyse(
     """The program of a canonical graph: its axes and stacks, found from scratch."""
     sites = attention_sites(graph_module.graph)
     found = find_stacks(graph_module.graph, sites)
-    causal = [any(_is_causal(graph_module, site, example_inputs) for site in sites if _inside(site, stack)) for stack in found]
+    causal = [
+        any(_is_causal(graph_module, site, example_inputs) for site in sites if _inside(site, stack)) for stack in found
+    ]
     return Program(
         graph_module,
         tuple(example_outputs),
@@ -154,9 +156,7 @@ def _is_causal(module: fx.GraphModule, site: AttentionSite, example: Mapping[str
     return is_causal(site, evaluate(module, [mask.node for mask in site.masks], example))
 
 
-def evaluate(
-    module: fx.GraphModule, wanted: Any, inputs: Mapping[str, torch.Tensor]
-) -> dict[fx.Node, torch.Tensor]:
+def evaluate(module: fx.GraphModule, wanted: Any, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
     """The values of the ``wanted`` nodes on ``inputs``, computing only what they need."""
     wanted = list(wanted)
     needed = ancestors(wanted)

@@ -18,7 +18,9 @@ def render(program: Program) -> str:
     for name, node in placeholders(program.graph).items():
         lines.append(f"  input   {name:<18} {_type(program, node)}")
     limits = [
-        f"{axes.names[symbol]} {low}..{'' if high is None else high}" for symbol, (low, high) in axes.ranges.items() if symbol in axes.names
+        f"{axes.names[symbol]} {low}..{'' if high is None else high}"
+        for symbol, (low, high) in axes.ranges.items()
+        if symbol in axes.names
     ]
     lines.append(f"  axes    {', '.join(limits) or 'all fixed'}; rows lie on {axes.names.get(axes.batch, 'no axis')}")
     for stack in program.stacks.values():
@@ -40,7 +42,13 @@ def _stack(program: Program, stack: Stack) -> list[str]:
     hidden = program.nodes[stack.input]
     inside = {node for nodes in own for node in nodes}
     context = sorted(
-        {arg.name for nodes in own for node in nodes for arg in node.all_input_nodes if arg not in inside and _crosses(arg)}
+        {
+            arg.name
+            for nodes in own
+            for node in nodes
+            for arg in node.all_input_nodes
+            if arg not in inside and _crosses(arg)
+        }
         - set(stack.cuts)
     )
     tail = program.tail_nodes(stack)
@@ -77,7 +85,7 @@ def _crosses(node: fx.Node) -> bool:
 
 
 def _storages(program: Program, nodes: Iterable[fx.Node]) -> dict[object, int]:
-    found = {}
+    found: dict[object, int] = {}
     for node in nodes:
         for arg in node.all_input_nodes:
             if arg.op == "get_attr":

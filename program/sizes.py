@@ -28,7 +28,7 @@ def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tenso
 def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
     """Inputs of sizes that were not captured: one row, three rows, and shorter and longer sequences."""
     axes = program.axes
-    example = {}
+    example: dict[Any, int] = {}
     for name, node in placeholders(program.graph).items():
         for axis, size in enumerate(shape(node)):
             if not isinstance(expression(size), int):

@@ -7,6 +7,7 @@ with at least one attention in each repetition. Module paths only give names.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,9 @@ from torch import fx
 from offramp.program.attention import AttentionSite
 from offramp.program.graph import data_inputs, is_tensor, results, shape, shape_key, weights
 
-_GENERIC = re.compile(r"\d+|(hidden_)?(layers?|blocks?|h|stages?|groups?|modules?|model|transformer|net|network)(_\w+)?")
+_GENERIC = re.compile(
+    r"\d+|(hidden_)?(layers?|blocks?|h|stages?|groups?|modules?|model|transformer|net|network)(_\w+)?"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def _chains(
         before = onward.get(node)
         depth[node] = 1 + (depth[before] if before else 0)
         mixed[node] = (mixed[before] if before else 0) + (
-            node in attentions or _mixes_aside([c for c in branches if c is not before], attentions, reads[before] if before else 0, order)
+            node in attentions
+            or _mixes_aside([c for c in branches if c is not before], attentions, reads[before] if before else 0, order)
         )
         children.setdefault(parents[node], []).append(node)
     chains = []
@@ -253,7 +257,7 @@ def _cut(chain: _Chain, heavy: Sequence[int], start: int, period: int, count: in
     nodes = [entered, *(chain.nodes[i] for i in ends)]
     spans = list(zip([entry, *ends], ends, strict=False))
     groups: list[list[int]] = [[]]
-    for k, (here, there) in enumerate(zip(nodes, nodes[1:], strict=False)):
+    for k, (here, there) in enumerate(itertools.pairwise(nodes)):
         if not is_tensor(here) or not is_tensor(there) or shape_key(here) != shape_key(there):
             groups.append([])
         else:
@@ -269,8 +273,11 @@ def _cut(chain: _Chain, heavy: Sequence[int], start: int, period: int, count: in
 
 
 def _stream(chain: _Chain, start: int) -> fx.Node | None:
-    """What enters the first block where the chain begins inside of it: the value that its first node reads
-    where the first node of the second block (number ``start``) reads the hidden state."""
+    """What enters the first block where the chain begins inside of it.
+
+    That is the value that its first node reads where the first node of the second block (number ``start``)
+    reads the hidden state.
+    """
     first, second, hidden = chain.nodes[0], chain.nodes[start], chain.nodes[start - 1]
     for mine, other in zip(first.args, second.args, strict=False):
         if other is hidden and isinstance(mine, fx.Node) and is_tensor(mine):
@@ -294,7 +301,7 @@ def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]
     if not sites:
         return (
             "no stack: the model has no attention (two products of activations with a softmax between them)",
-            "offramp rewrites transformers; recurrent, state-space, convolutional and plain feed-forward models have none",
+            "a transformer; recurrent, state-space, convolutional and plain feed-forward models have nothing to leave",
         )
     if len(sites) == 1:
         return (

@@ -38,9 +38,7 @@ class Inputs:
         """
         expected = ", ".join(f"{name} {value}" for name, value in self._values.items())
         if not isinstance(given, Mapping):
-            raise InputError(
-                f"inputs map names to arrays, this is a {type(given).__name__}; names: {expected}"
-            )
+            raise InputError(f"inputs map names to arrays, this is a {type(given).__name__}; names: {expected}")
         problems = [f"{name!r} is missing" for name in self._values if name not in given]
         problems += [f"{name!r} is not an input" for name in given if name not in self._values]
         arrays: dict[str, NDArray[Any]] = {}

@@ -68,9 +68,7 @@ class Step:
     live: Names
 
 
-def prepare(
-    manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], memory: Memory
-) -> tuple[Step, ...]:
+def prepare(manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], memory: Memory) -> tuple[Step, ...]:
     """The manifest's stages, ready to run.
 
     Raises:
@@ -107,9 +105,7 @@ def prepare(
     return tuple(reversed(steps))
 
 
-def ready_takers(
-    manifest: Manifest, sessions: Mapping[str, ort.InferenceSession]
-) -> dict[str, ort.InferenceSession]:
+def ready_takers(manifest: Manifest, sessions: Mapping[str, ort.InferenceSession]) -> dict[str, ort.InferenceSession]:
     """The sessions of ``Manifest.take``, by its keys; BundleError where a file does not fit."""
     problems: list[str] = []
     for key, file in manifest.take.items():

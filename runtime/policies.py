@@ -85,8 +85,7 @@ class _Threshold(Policy):
         if missing:
             listed = ",".join(map(str, sorted(missing)))
             raise PolicyError(
-                f"no exit after {listed} blocks with the score {self.measure!r}; "
-                f"there are:\n{listing(stacks)}",
+                f"no exit after {listed} blocks with the score {self.measure!r}; there are:\n{listing(stacks)}",
                 hint=f"insert-exits{{after={listed}}},insert-scores{{measure={self.measure}}}",
             )
 
@@ -207,9 +206,7 @@ def _named(stacks: Mapping[str, Stack], name: str) -> None:
 def _scored(stacks: Mapping[str, Stack], measure: str) -> None:
     early = [exit_ for stack in stacks.values() for exit_ in stack.exits[:-1]]
     if not early:
-        raise PolicyError(
-            f"there is no exit before full depth:\n{listing(stacks)}", hint="insert-exits{after=...}"
-        )
+        raise PolicyError(f"there is no exit before full depth:\n{listing(stacks)}", hint="insert-exits{after=...}")
     if not any(measure in exit_.scores for exit_ in early):
         raise PolicyError(
             f"no exit before full depth has the score {measure!r}; there are:\n{listing(stacks)}",

@@ -74,9 +74,7 @@ class Function(Policy):
 
     def __post_init__(self) -> None:
         if not callable(self.function):
-            raise PolicyError(
-                f"{self.function!r} is no policy", hint="offramp.Confidence(0.9), or a function"
-            )
+            raise PolicyError(f"{self.function!r} is no policy", hint="offramp.Confidence(0.9), or a function")
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return tuple(exit_.scores)

@@ -78,9 +78,7 @@ def _holds_rows(size: int | str, factor: int, manifest: Manifest) -> bool:
 
 
 def _references(manifest: Manifest) -> Iterator[str]:
-    named: list[tuple[str, str, str]] = [
-        ("segments", k, segment.name) for k, segment in manifest.segments.items()
-    ]
+    named: list[tuple[str, str, str]] = [("segments", k, segment.name) for k, segment in manifest.segments.items()]
     named += [("stacks", k, stack.name) for k, stack in manifest.stacks.items()]
     yield from (f"{kind}.{key}.name: is {name!r}" for kind, key, name in named if key != name)
     for name, segment in manifest.segments.items():

@@ -24,9 +24,7 @@ class Left(NamedTuple):
     values: Env
 
 
-def walk(
-    stack: ReadyStack, env: Env, rows: Index, asker: Asker, memory: Memory, trace: list[Timing]
-) -> list[Left]:
+def walk(stack: ReadyStack, env: Env, rows: Index, asker: Asker, memory: Memory, trace: list[Timing]) -> list[Left]:
     """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
     left: list[Left] = []
     for part in stack.parts:

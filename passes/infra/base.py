@@ -76,7 +76,10 @@ def stack_named(program: Program, name: str | None) -> str:
     if name is None and len(names) == 1:
         return names[0]
     if name is None:
-        raise SpecError(f"the program has the stacks {names}: say which one", hint=f"stack={names[-1] if names else '...'}")
+        raise SpecError(
+            f"the program has the stacks {names}: say which one",
+            hint=f"stack={names[-1] if names else '...'}",
+        )
     if name not in program.stacks:
         raise SpecError(f"unknown stack {name!r}; the program has {names}", hint="`offramp inspect` shows the stacks")
     return name

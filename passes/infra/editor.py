@@ -29,15 +29,15 @@ class Editor:
         self.program = program
         self.text = pass_text
         self.graph = fx.Graph()
-        copied = self.graph.graph_copy(program.graph, {}, return_output_node=True)
-        assert copied is not None
-        self.graph.output(copied[0])
+        copied: Any = self.graph.graph_copy(program.graph, {})
+        self.graph.output(copied)
         self.module = fx.GraphModule(program.graph_module, self.graph, "Program")
         self.nodes = {node.name: node for node in self.graph.nodes}
         self.edits: Counter[str] = Counter()
         self._fake = _fake_mode(program.graph)
 
     def __getitem__(self, name: str) -> fx.Node:
+        """The node of that name."""
         return self.nodes[name]
 
     def parameter(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:

@@ -57,7 +57,8 @@ def _run(step: Pass, program: Program) -> PassResult:
         raise
     except Exception as error:
         raise PassError(
-            f"{step!r} failed: {type(error).__name__}: {error}", hint="please report this, with the cause above"
+            f"{step!r} failed: {type(error).__name__}: {error}",
+            hint="please report this, with the cause above",
         ) from error
     return result
 

@@ -27,7 +27,10 @@ def values_have_shapes(program: Program) -> str | None:
     bare = [
         node.name
         for node in program.graph.nodes
-        if node.op != "output" and not is_tensor(node) and not is_symint(node) and not isinstance(node.meta.get("val"), (tuple, list))
+        if node.op != "output"
+        and not is_tensor(node)
+        and not is_symint(node)
+        and not isinstance(node.meta.get("val"), (tuple, list))
     ]
     return f"nodes without a shape: {bare[:5]}" if bare else None
 

@@ -38,6 +38,7 @@ def save(
     """Export a program as a bundle of ONNX segments, and validate it.
 
     Args:
+        program: what to export.
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
         precision: "fp32", the only one so far.
         segments: pieces per stack; None makes every block a segment of its own. Exits always end a segment.
@@ -91,5 +92,3 @@ def _provenance(program: Program) -> dict[str, Any]:
             "onnxruntime": onnxruntime.__version__,
         },
     }
-
-
