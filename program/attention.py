@@ -153,7 +153,7 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
     output = _consumer(weights)
     if output is None:
         return None
-    query, key = _operands(product)
+    query, key = _operands(product)[-2:]  # baddbmm has what it adds to before them
     value = next((arg for arg in _operands(output) if not _leads(weights, arg)), output)
     rank = len(shape(weights))
     key_axis = axis % rank
@@ -230,7 +230,7 @@ def _consumer(weights: fx.Node, limit: int = 40) -> fx.Node | None:
 
 
 def _leads(start: fx.Node, end: fx.Node) -> bool:
-    todo, seen = [end], set()
+    todo, seen = [end], set[fx.Node]()
     while todo:
         node = todo.pop()
         if node is start:

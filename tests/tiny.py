@@ -50,6 +50,10 @@ def text(tokens: int = TOKENS, rows: int = ROWS) -> Inputs:
     return {"input_ids": ids(tokens, rows), "attention_mask": padding(tokens, rows)}
 
 
+def signal() -> Tensor:
+    return torch.randn(TOKENS, ROWS, WIDTH, generator=torch.Generator().manual_seed(3))
+
+
 def two_texts() -> Inputs:
     return {"source_ids": ids(SOURCES, seed=2), "source_mask": padding(SOURCES), "input_ids": ids()}
 
@@ -164,6 +168,37 @@ class TwoStacks(nn.Module):
         for block in self.decoder.blocks:
             x = block(x, None, memory, reach)
         return self.decoder.head(self.decoder.leave(x))
+
+
+class TimeFirst(nn.Module):
+    """``[time, rows, features]`` throughout, attention by ``bmm`` over rows and heads together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block("post") for _ in range(3))
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def attend(self, attention: Attention, x: Tensor) -> Tensor:
+        time, rows, _ = x.shape
+        q = attention.q(x) * (WIDTH // HEADS) ** -0.5
+        k, v = attention.kv(x).chunk(2, -1)
+        q, k, v = (y.reshape(time, rows * HEADS, -1).transpose(0, 1) for y in (q, k, v))
+        y = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        return attention.out(y.transpose(0, 1).reshape(time, rows, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block.norms[0](x + self.attend(block.attention, x))
+            x = block.norms[1](x + block.mlp(x))
+        return self.head(x.mean(0))
+
+
+class Mixing(Encoder):
+    """The mean over the rows of a batch is taken from every row."""
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        x = super().embed(input_ids)
+        return x - x.mean(0, keepdim=True)
 
 
 def cut(model: nn.Module, blocks: int, path: str = "blocks") -> nn.Module:

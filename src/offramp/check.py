@@ -1,0 +1,221 @@
+"""``check``: will this model work? Every block gets an exit; then export, run, and compare with torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp import models
+from offramp.export import save
+from offramp.export.validate import TOLERANCE, Arrays, eager, worst
+from offramp.passes import InsertExits, Truncate, apply
+from offramp.program import Program, capture
+from offramp.program.capture import ExampleInputs, named_outputs
+from offramp.program.sizes import other_sizes
+from offramp.runtime import Chain, Depth, Never, OfframpError, Policy, load
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class StackReport:
+    """A stack that was found: its name, role, number of blocks, and whether it keeps a cache."""
+
+    name: str
+    role: str
+    blocks: int
+    cached: bool
+
+
+@dataclass
+class Report:
+    """What a check found. What it did not reach is None.
+
+    Attributes:
+        model: What the caller calls the model.
+        ok: Whether the model works, with every figure of ``max_error`` within the tolerance.
+        stage: Where it failed: model, capture, structure, rewrite, export, load or run.
+        reason: What failed, and what to try.
+        stacks: The stacks, in the order in which they run.
+        segments: How many segments the bundle has.
+        exits: How many exits before full depth.
+        max_error: Largest errors, relative to the scale of what was expected: ``graph`` (eager against
+            captured), ``chain`` (eager against the chain at full depth), ``exits`` (every forced exit against
+            the same truncation in torch), ``cache`` (step by step against one pass), ``other_shapes`` (batch
+            sizes and lengths that were not captured).
+        seconds: Wall time by step.
+        bytes: Sizes of the model's parameters and of the bundle.
+    """
+
+    model: str
+    ok: bool = False
+    stage: str | None = None
+    reason: str | None = None
+    stacks: list[StackReport] = field(default_factory=list)
+    segments: int | None = None
+    exits: int | None = None
+    max_error: dict[str, float | None] = field(
+        default_factory=lambda: dict.fromkeys(("graph", "chain", "exits", "cache", "other_shapes"))
+    )
+    seconds: dict[str, float | None] = field(
+        default_factory=lambda: dict.fromkeys(("capture", "rewrite", "export", "run"))
+    )
+    bytes: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(("parameters", "bundle")))
+
+    def to_json(self) -> str:
+        """One line of JSON. An error that is no number (shapes differ, say) is null; ``reason`` has it."""
+        fields = asdict(self)
+        fields["max_error"] = {name: _rounded(error) for name, error in self.max_error.items()}
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False)
+
+
+def check(
+    model: str | nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    pipeline: str | None = None,
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Take a model through capture, rewriting, export and the runtime, and compare at every step.
+
+    Args:
+        model: a name that `offramp.models.resolve` knows, or a module.
+        example_inputs: for a module, as ``offramp.capture`` takes them.
+        pipeline: passes instead of an exit with a shared head after every block of every stack.
+        name: what the report calls the model; its name or class if None.
+        progress: as for ``offramp.save``.
+
+    What offramp refuses, and what differs from torch, is in the report. An exception other than OfframpError
+    passes through: it is a fault of the model's own code or of offramp.
+    """
+    return Check(model, example_inputs, pipeline=pipeline, name=name, progress=progress).run()
+
+
+class Check:
+    """A check that keeps what it knows: after an exception ``report`` has it, and ``stage`` says where."""
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        example_inputs: ExampleInputs | None = None,
+        *,
+        pipeline: str | None = None,
+        name: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model, self._inputs, self._pipeline, self._progress = model, example_inputs, pipeline, progress
+        self.report = Report(name or (model if isinstance(model, str) else type(model).__name__))
+        self.stage = "model"
+        self._wrong: list[str] = []
+
+    def run(self) -> Report:
+        """All steps; see `check`."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="offramp-check-") as folder:
+                self._steps(Path(folder) / "model.offramp")
+        except OfframpError as error:
+            self.failed(error.stage, error.reason if error.hint is None else f"{error.reason}; try: {error.hint}")
+        return self.report
+
+    def failed(self, stage: str, reason: str) -> None:
+        """Note in the report that the model does not work."""
+        self.report.ok, self.report.stage = False, stage
+        self.report.reason = " ".join(reason.split())
+
+    def _steps(self, path: Path) -> None:
+        report = self.report
+        module, inputs = models.resolve(self._model)() if isinstance(self._model, str) else (self._model, self._inputs)
+        report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())
+        with self._timed("capture"):
+            program = capture(module, inputs if inputs is not None else {})
+            stacks = program.require_stacks().values()
+        report.stacks = [StackReport(stack.name, stack.role, stack.blocks, cached=False) for stack in stacks]
+        with self._timed("rewrite"):
+            everywhere = [InsertExits(stack.name, after="all", head="shared") for stack in stacks]
+            program = apply(program, everywhere if self._pipeline is None else self._pipeline)
+        report.exits = len(_forced(program))
+        with self._timed("export"):
+            save(program, path, name=report.model, progress=self._progress)
+        report.bytes["bundle"] = sum(file.stat().st_size for file in path.iterdir())
+        with self._timed("run"):
+            chain = load(path)
+            report.segments = len(chain.manifest.segments)
+            with _as_captured(module):
+                self._compare(module, program, chain)
+        if self._wrong:
+            self.failed("run", "; ".join(self._wrong))
+        report.ok = not self._wrong
+
+    @contextmanager
+    def _timed(self, step: str) -> Iterator[None]:
+        self.stage = step
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.report.seconds[step] = round(perf_counter() - started, 2)
+
+    def _compare(self, module: nn.Module, program: Program, chain: Chain) -> None:
+        inputs = program.example_inputs
+        expected = named_outputs(module(**inputs))
+        self._figure("graph", "the captured graph", _arrays(eager(program, inputs)), expected)
+        self._figure("chain", "the chain at full depth", _run(chain, inputs), expected)
+        for stack, after in _forced(program):
+            cut = eager(apply(program, [Truncate(stack, after)]), inputs)
+            what = f"the exit after block {after} of stack {stack}"
+            self._figure("exits", what, _run(chain, inputs, Depth({stack: after})), cut)
+        for others in other_sizes(program):
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in others.items())
+            try:
+                expected = named_outputs(module(**others))
+            except Exception:  # noqa: BLE001 - sizes that the model's own code does not take
+                expected = eager(program, others)
+            self._figure("other_shapes", f"the chain on {sizes}", _run(chain, others), expected)
+
+    def _figure(self, key: str, what: str, found: Arrays, expected: Mapping[str, Tensor]) -> None:
+        error = worst(found, expected)
+        self.report.max_error[key] = max(error, self.report.max_error[key] or 0.0)
+        if not error <= TOLERANCE:
+            self._wrong.append(f"{what} differs from torch: relative error {error:.1e}, allowed {TOLERANCE:.0e}")
+
+
+def _forced(program: Program) -> list[tuple[str, int]]:
+    """The exits before full depth: stack and number of blocks."""
+    return [(item.stack, item.after) for item in program.exits if item.after < program.stacks[item.stack].blocks]
+
+
+@contextmanager
+def _as_captured(module: nn.Module) -> Iterator[None]:
+    """As capture ran the module: in eval mode, without gradients and torch.nn's fused encoder layer."""
+    training, fused = module.training, torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _run(chain: Chain, inputs: Mapping[str, Tensor], policy: Policy | None = None) -> Arrays:
+    return chain.run(_arrays(inputs), policy or Never()).outputs
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value.numpy() for name, value in tensors.items()}
+
+
+def _rounded(error: float | None) -> float | None:
+    return None if error is None or not math.isfinite(error) else float(f"{error:.2g}")

@@ -1,0 +1,67 @@
+"""What subcommands share: arguments, a table, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+PIPELINE = 'for example "insert-exits{after=2|4},insert-scores{measure=top1}"'
+
+
+def model_argument(parser: argparse.ArgumentParser, or_bundle: str = "") -> None:
+    """MODEL."""
+    forms = "file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or zoo:NAME"
+    parser.add_argument("model", metavar="MODEL", help=forms + or_bundle)
+
+
+def pipeline_argument(parser: argparse.ArgumentParser, default: str) -> None:
+    """-p PIPELINE."""
+    parser.add_argument(
+        "-p", "--pipeline", metavar="PIPELINE", help=f"passes to apply, {PIPELINE}; {default} if left out"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
+    return number
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Aligned columns: numbers to the right (floats with three digits), all else to the left."""
+    cells = [[_cell(value) for value in row] for row in (items := list(rows))]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    right = [bool(items) and all(isinstance(row[i], int | float) for row in items) for i in range(len(heads))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if number else text.ljust(width)
+            for text, width, number in zip(row, widths, right, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join(line(row) for row in [list(heads), *cells])
+
+
+def _cell(value: object) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else str(value)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar on stderr for ``offramp.save``; None where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda name, done, total: bar.update(
+            task, description=f"{what} {name}", completed=done, total=total
+        )

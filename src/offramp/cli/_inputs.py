@@ -1,0 +1,115 @@
+"""Inputs for a bundle from files, from text, or made up."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from offramp.runtime.chain import Chain
+from offramp.runtime.errors import InputError
+
+Inputs = dict[str, Any]
+TOKENIZER = "tokenizer.json"
+_PARTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+
+
+def given(chain: Chain, bundle: Path, files: Sequence[str], texts: Sequence[str]) -> Inputs:
+    """What ``--input name=file.npy`` and ``--text`` say, the former on top of the latter."""
+    import numpy as np
+
+    inputs = encode(chain, bundle, texts) if texts else {}
+    for item in files:
+        name, sign, file = item.partition("=")
+        if not sign:
+            raise InputError(f"cannot read the input {item!r}", hint="--input name=file.npy")
+        try:
+            inputs[name] = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"input {name!r}: {file} cannot be read: {error}", hint="numpy.save writes one") from error
+    return inputs
+
+
+def encode(chain: Chain, bundle: Path, texts: Sequence[str]) -> Inputs:
+    """Token ids, and where the bundle takes them masks and types, [texts, tokens], by its own tokenizer."""
+    import numpy as np
+
+    if TOKENIZER not in chain.manifest.files or "input_ids" not in chain.inputs:
+        raise InputError(
+            f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or takes no input_ids",
+            hint="--input name=file.npy; or offramp export --file tokenizer.json",
+        )
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise InputError("text needs the package tokenizers", hint="pip install tokenizers") from error
+    tokenizer = Tokenizer.from_file(str(bundle / TOKENIZER))
+    length, longest = _lengths(chain)
+    known: Mapping[str, Any] = tokenizer.padding or {"pad_id": 0, "pad_token": "[PAD]"}
+    kept = {key: known[key] for key in ("pad_id", "pad_token", "pad_type_id", "direction") if key in known}
+    tokenizer.enable_padding(**kept, length=length)
+    if longest is not None:
+        tokenizer.enable_truncation(longest)
+    rows = tokenizer.encode_batch(list(texts))
+    return {
+        name: np.array([getattr(row, part) for row in rows], chain.inputs[name].dtype)
+        for name, part in _PARTS.items()
+        if name in chain.inputs
+    }
+
+
+def _lengths(chain: Chain) -> tuple[int | None, int | None]:
+    """How many tokens a row of ``input_ids`` has to have, and has at most; None for any number."""
+    size = chain.inputs["input_ids"].shape[-1]
+    if isinstance(size, int):
+        return size, size
+    return None, chain.manifest.axes.get(size, (1, None))[1]
+
+
+def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
+    """Arrays that fit the bundle: masks of ones, other whole numbers 0, noise for the rest.
+
+    Every axis but the batch's has ``tokens`` places, or as near to that as its limits allow.
+    """
+    import numpy as np
+
+    from offramp.runtime.axes import evaluate
+
+    sizes = {
+        axis: max(low, min(batch if axis == chain.manifest.batch else tokens, high or tokens))
+        for axis, (low, high) in chain.manifest.axes.items()
+    }
+    random = np.random.default_rng(0)
+    inputs: Inputs = {}
+    for name, value in chain.inputs.items():
+        shape = [evaluate(size, sizes) for size in value.shape]
+        if value.dtype.startswith("float"):
+            inputs[name] = random.standard_normal(shape).astype(value.dtype)
+        else:
+            keep = "mask" in name and "padding" not in name
+            inputs[name] = np.full(shape, keep, value.dtype)
+    return inputs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """BUNDLE, --input, --text, --threads and --provider."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a directory that offramp export wrote")
+    parser.add_argument(
+        "-i", "--input", metavar="NAME=FILE.npy", action="append", default=[], help="an input; may be repeated"
+    )
+    parser.add_argument(
+        "-t",
+        "--text",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help=f"a row of text, for a bundle with {TOKENIZER} (needs the package tokenizers); may be repeated",
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="of ONNX Runtime; as many as cores if left out")
+    parser.add_argument(
+        "--provider",
+        metavar="NAME",
+        action="append",
+        help="of ONNX Runtime, CUDAExecutionProvider for example; may be repeated, best first",
+    )

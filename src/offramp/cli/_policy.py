@@ -1,0 +1,59 @@
+"""Policies as text: ``never``, ``depth:encoder=2``, ``confidence:0.9,measure=top1``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from offramp.runtime.errors import PolicyError
+from offramp.runtime.policies import from_dict
+from offramp.runtime.policy import Policy
+
+SPECS = (
+    "never, depth:2, depth:encoder=2, confidence:0.9, confidence:0.9,measure=margin, "
+    "confidence:1=0.95,2=0.9, entropy:0.3, patience:2"
+)
+# What a value without a name sets, by policy.
+_FIRST = {"depth": "depth", "confidence": "threshold", "entropy": "threshold", "patience": "patience"}
+
+
+def parse(text: str) -> Policy:
+    """The policy that a text names.
+
+    ``NAME:VALUE,KEY=VALUE,...``: of depth the keys are stacks, of confidence and entropy they are numbers of
+    blocks with thresholds of their own, or ``measure``.
+
+    Raises:
+        PolicyError: there is no such policy, or it has no such option.
+    """
+    name, _, rest = text.strip().partition(":")
+    data: dict[str, Any] = {"name": name}
+    for part in filter(None, (part.strip() for part in rest.split(","))):
+        key, sign, value = (item.strip() for item in part.partition("="))
+        if not sign:
+            first = _FIRST.get(name)
+            if first is None or first in data:
+                raise _unreadable(text, f"{part!r} is one value too many")
+            data[first] = _number(key, text)
+        elif name == "depth":
+            depths = data.setdefault("depth", {})
+            if not isinstance(depths, dict):
+                raise _unreadable(text, "a depth for all stacks, or one for each")
+            depths[key] = _number(value, text)
+        elif key.isdigit():
+            data.setdefault("thresholds", {})[key] = _number(value, text)
+        else:
+            data[key] = value
+    if name in _FIRST and len(data) == 1:
+        raise _unreadable(text, f"{name} needs a value")
+    return from_dict(data)
+
+
+def _number(text: str, spec: str) -> int | float:
+    try:
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+    except ValueError:
+        raise _unreadable(spec, f"{text!r} is no number") from None
+
+
+def _unreadable(text: str, why: str) -> PolicyError:
+    return PolicyError(f"cannot read the policy {text!r}: {why}", hint=SPECS)

@@ -1,0 +1,57 @@
+"""Captured programs that the tests share: programs never change, and the end of the session checks that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import tiny
+
+
+def _lent(captured: tiny.Captured) -> Iterator[tiny.Captured]:
+    before = str(captured.program.graph), captured.program.graph_module.state_dict().keys()
+    yield captured
+    after = str(captured.program.graph), captured.program.graph_module.state_dict().keys()
+    assert after == before, "a test or a pass changed a shared program in place"
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Iterator[tiny.Captured]:
+    """Four blocks with the norm before, a padding mask, and a class of every row."""
+    yield from _lent(tiny.captured(tiny.Encoder, tiny.text()))
+
+
+@pytest.fixture(scope="session")
+def labeller() -> Iterator[tiny.Captured]:
+    """Four blocks with the norm behind, a padding mask, and a class of every token."""
+    yield from _lent(
+        tiny.captured(
+            partial(tiny.Encoder, "post", enter=True, leave=False, pooled=False),
+            tiny.text(),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Iterator[tiny.Captured]:
+    """A causal language model whose head is its table of words."""
+    yield from _lent(tiny.captured(tiny.Decoder, {"input_ids": tiny.ids()}))
+
+
+@pytest.fixture(scope="session")
+def two_stacks() -> Iterator[tiny.Captured]:
+    """An encoder, and a decoder that attends to it."""
+    yield from _lent(tiny.captured(tiny.TwoStacks, tiny.two_texts()))
+
+
+@pytest.fixture(scope="session")
+def time_first() -> Iterator[tiny.Captured]:
+    """Rows lie on axis 1: two blocks of a multi-head attention written out, no mask."""
+    yield from _lent(tiny.captured(tiny.TimeFirst, {"x": tiny.signal()}))
+
+
+@pytest.fixture(scope="session")
+def mixing() -> Iterator[tiny.Captured]:
+    """No axis counts rows: the mean over the batch goes into every row."""
+    yield from _lent(tiny.captured(tiny.Mixing, tiny.text()))
