@@ -197,17 +197,14 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporter logs and warns about its own business."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.disabled for logger in loggers]
+    before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.disabled = True
+        logging.disable(logging.WARNING)
         try:
             yield
         finally:
-            for logger, state in zip(loggers, before, strict=True):
-                logger.disabled = state
+            logging.disable(before)
 
 
 def _refusal(function: Function, name: str, error: Exception) -> ExportError:
@@ -231,7 +228,7 @@ def _rename(model: onnx.ModelProto, function: Function) -> None:
             node = model.graph.node.add(op_type="Identity", input=[value.name], output=[f"same_{i}"])
             value.name = node.output[0]
         names.setdefault(value.name, f"out{i}")
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
         value.name = names.get(value.name, value.name)
     _rename_nodes(model.graph, names)
 

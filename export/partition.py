@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from offramp.program.graph import ancestors, dependents, is_symint, is_tensor, results, shape
+from offramp.program.graph import ancestors, data_inputs, dependents, expression, is_symint, is_tensor, results, shape
 from offramp.program.program import Exit, Program
 from offramp.program.stacks import Stack
 from offramp.runtime.errors import ExportError, SpecError
@@ -60,6 +60,14 @@ def partition(program: Program, segments: int | None = None) -> Plan:
         raise SpecError(f"segments={segments}: at least one")
     program.require_stacks()
     return _Partition(program, segments).plan()
+
+
+def whole(program: Program) -> Piece:
+    """The model's outputs as one piece, uncut: what one session for the whole model would run."""
+    outputs = _unique(results(program.graph)[name] for name in program.outputs)
+    inside = {node for node in ancestors(outputs) if node.op == "call_function" and not is_symint(node)}
+    inputs = tuple(node for node in program.graph.nodes if node.op == "placeholder" and set(node.users))
+    return Piece("model", inputs, tuple(outputs), tuple(node for node in program.graph.nodes if node in inside))
 
 
 class _Partition:
@@ -170,10 +178,25 @@ class _Partition:
         }
 
     def _trivial(self, node: fx.Node) -> bool:
-        """Constants of one element are made where they are used."""
-        sizes = shape(node)
-        single = all(isinstance(size, int) and size == 1 for size in sizes)
-        return single and not any(arg.op == "placeholder" for arg in ancestors([node]))
+        """Whether a value is made where it is used: constants of one element, and positions in the batch.
+
+        The latter (``arange`` over the rows, say) would be wrong for rows that are left when others have gone.
+        """
+        if any(arg.op == "placeholder" for arg in self._read(node)):
+            return False
+        sizes = [expression(arg.meta["val"]) for arg in ancestors([node]) if is_symint(arg)]
+        by_rows = any(self.program.axes.batch in getattr(size, "free_symbols", ()) for size in sizes)
+        return by_rows or all(isinstance(expression(size), int) and size == 1 for size in shape(node))
+
+    def _read(self, node: fx.Node) -> set[fx.Node]:
+        """Every node whose contents this one depends on."""
+        found, todo = set[fx.Node](), [node]
+        while todo:
+            here = todo.pop()
+            if here not in found:
+                found.add(here)
+                todo += data_inputs(here)
+        return found
 
     def _assemble(
         self,
@@ -225,13 +248,13 @@ class _Partition:
         made = [node for node in _unique(outputs) if node.op == "call_function"]
         inside = self._slice(made, stop - set(made))
         calls = sorted((node for node in inside if not is_symint(node)), key=self.order.__getitem__)
-        inputs = {
+        inputs = _unique(  # by first use: equal blocks agree on it, on the order in the graph they do not
             arg
             for node in calls
             for arg in node.all_input_nodes
             if is_tensor(arg) and arg not in inside and arg.op != "get_attr"
-        }
-        return Piece(name, tuple(sorted(inputs, key=self.order.__getitem__)), tuple(made), tuple(calls))
+        )
+        return Piece(name, tuple(inputs), tuple(made), tuple(calls))
 
 
 def _unique(nodes: Iterable[fx.Node]) -> list[fx.Node]:

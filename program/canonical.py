@@ -231,8 +231,8 @@ def _sizes_from_inputs(graph: fx.Graph) -> int:
         if place is None:
             continue
         if place not in readers:
-            if node.target is aten.sym_size.int and tuple(node.args) == place and node.prev.op == "placeholder":
-                readers[place] = node
+            if node.target is aten.sym_size.int and tuple(node.args) == place and node.prev is last:
+                readers[place] = last = node
                 continue
             assert last is not None
             with graph.inserting_after(last):

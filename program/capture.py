@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,9 +157,9 @@ def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: D
     first: Exception | None = None
     for dims in attempts:
         try:
-            exported: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
-            functional: ExportedProgram = exported.run_decompositions({})
-            return functional
+            with warnings.catch_warnings():  # torch's own deprecations, and models that cache tables while traced
+                warnings.simplefilter("ignore")
+                return _functional(module, inputs, dims)
         except Exception as error:  # noqa: BLE001 (whatever the model raises; the first is reported below)
             log.info("torch.export failed with %s: %s", dims, error)
             first = first or error
@@ -170,6 +171,12 @@ def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: D
         hint="Python control flow must not depend on the contents of tensors, and the forward must run "
         "without a cache (use_cache=False); see the cause above this error",
     ) from first
+
+
+def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
+    exported: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+    functional: ExportedProgram = exported.run_decompositions({})
+    return functional
 
 
 def _flatten(exported: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:

@@ -7,6 +7,10 @@ from functools import partial
 
 import pytest
 import tiny
+from hypothesis import settings
+
+settings.register_profile("offramp", derandomize=True, database=None, deadline=None, max_examples=20)
+settings.load_profile("offramp")
 
 
 def _lent(captured: tiny.Captured) -> Iterator[tiny.Captured]:

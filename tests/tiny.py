@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from offramp.program import Program, capture
@@ -210,7 +210,7 @@ def cut(model: nn.Module, blocks: int, path: str = "blocks") -> nn.Module:
     return short
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Captured:
     """A model, the inputs that it was captured with, and the program."""
 
@@ -253,3 +253,23 @@ def assert_same(
     torch.testing.assert_close(
         {name: found[name] for name in expected}, dict(expected), rtol=rtol, atol=atol
     )
+
+
+def added(before: Program, after: Program) -> list[fx.Node]:
+    """The nodes of ``after`` that ``before`` has not."""
+    return [node for name, node in after.nodes.items() if name not in before.nodes]
+
+
+def assert_provenance(before: Program, after: Program, text: str) -> None:
+    """Every new node tells the pass that made it, and a node that was there for which it was made."""
+    new = added(before, after)
+    assert new
+    for node in new:
+        assert node.meta["provenance"]["pass"] == text, node.name
+        assert node.meta["provenance"]["from"] in after.nodes, node.name
+
+
+def operators(program: Program) -> list[str]:
+    """The operators of the graph in order, ``linear.default`` and so on."""
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    return [str(node.target).removeprefix("aten.") for node in calls]

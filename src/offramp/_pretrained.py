@@ -35,12 +35,8 @@ def load(source: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
             if hasattr(part, "use_cache"):
                 part.use_cache = False
         names = config.architectures or []
-        model_class = next(
-            (getattr(transformers, name) for name in names if hasattr(transformers, name)), None
-        )
-        model = (model_class or transformers.AutoModel).from_pretrained(
-            source, config=config, dtype=torch.float32
-        )
+        model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        model = (model_class or transformers.AutoModel).from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
         raise PretrainedModelError(
             f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}",
@@ -69,9 +65,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
         mask = torch.ones(BATCH, TOKENS, dtype=torch.int64)
         if not model.can_generate():
             mask[-1, -PADDING:] = 0
-            inputs["input_ids"] = inputs["input_ids"].masked_fill(
-                mask == 0, _setting(config, "pad_token_id", 0)
-            )
+            inputs["input_ids"] = inputs["input_ids"].masked_fill(mask == 0, _setting(config, "pad_token_id", 0))
         inputs["attention_mask"] = mask
     if "pixel_values" in accepted and _setting(config, "image_size", 0):
         inputs.setdefault("pixel_values", _images(config, random))
@@ -110,12 +104,8 @@ def _spectrogram(config: PretrainedConfig, random: torch.Generator) -> Tensor:
     """``[2, bins, frames]`` float32 of the one length that the positions allow, or ``[2, frames, bins]``."""
     bins = _setting(config, "num_mel_bins", 0)
     if bins:
-        return torch.randn(
-            BATCH, bins, 2 * _setting(config, "max_source_positions", FRAMES), generator=random
-        )
-    width = _setting(config, "input_feat_per_channel", 0) or _setting(
-        config, "feature_projection_input_dim", 80
-    )
+        return torch.randn(BATCH, bins, 2 * _setting(config, "max_source_positions", FRAMES), generator=random)
+    width = _setting(config, "input_feat_per_channel", 0) or _setting(config, "feature_projection_input_dim", 80)
     return torch.randn(BATCH, FRAMES, width, generator=random)
 
 
@@ -137,6 +127,4 @@ def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 
 def _setting(config: PretrainedConfig, name: str, default: T) -> T:
     """The first value that this configuration or one inside it has for the name."""
-    return next(
-        (value for part in _configs(config) if (value := getattr(part, name, None)) is not None), default
-    )
+    return next((value for part in _configs(config) if (value := getattr(part, name, None)) is not None), default)

@@ -147,9 +147,7 @@ def _functions(module: ModuleType) -> str:
     found = [
         name
         for name, value in vars(module).items()
-        if callable(value)
-        and getattr(value, "__module__", None) == module.__name__
-        and not name.startswith("_")
+        if callable(value) and getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
     ]
     return f"one of {', '.join(found)}" if found else "define one: it returns (module, example_inputs)"
 

@@ -14,22 +14,23 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from offramp.runtime.errors import OfframpError
 
 COMMANDS = ("inspect", "check", "export", "run", "bench", "demo")
+_EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
 _WIDTH = 100  # of help pages, so that they do not depend on the terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit status is 0 ok, 1 refused or wrong, 2 usage (argparse raises SystemExit)."""
     args = build_parser().parse_args(argv)
-    if args.dump:
+    if getattr(args, "dump", None):
         os.environ["OFFRAMP_DUMP"] = args.dump
-    with warnings.catch_warnings():
-        _set_up_logs(args.verbose)
+    with _noise(args.verbose):
         try:
             status: int = _module(args.command).run(args)
             return status
@@ -37,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         except OfframpError as error:
             return _failed(f"{error.stage}: {error}", args.verbose)
-        except ImportError as error:  # of a package that an extra of offramp brings
-            return _failed(str(error), args.verbose)
+        except ImportError as error:
+            known = (error.name or "").partition(".")[0] in _EXTRAS
+            hint = "\n  try: pip install 'offramp[demo]'" if known else ""
+            return _failed(f"{error}{hint}", args.verbose)
         except Exception as error:  # noqa: BLE001 - the last resort of a program
             text = f"internal error: {type(error).__name__}: {error}\n  try: the same with -v, which shows where"
             return _failed(text, args.verbose)
@@ -51,32 +54,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="offramp",
         description="Early exits for transformers: rewrite a PyTorch model, export it, run it under ONNX Runtime.",
-        epilog="MODEL is file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or zoo:NAME; a factory "
-        "returns (module, example_inputs).",
+        epilog="offramp COMMAND --help tells more.",
         formatter_class=_formatter,
     )
     parser.add_argument("--version", action="version", version=f"offramp {__version__}")
-    _shared_options(parser, verbose=False, dump=None)
+    _verbose(parser, default=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = _module(name)
         text = (module.__doc__ or "").strip()
-        command = commands.add_parser(
-            name, help=text.splitlines()[0], description=text, formatter_class=_formatter
-        )
+        command = commands.add_parser(name, help=text.splitlines()[0], description=text, formatter_class=_formatter)
         module.arguments(command)
-        _shared_options(command, verbose=argparse.SUPPRESS, dump=argparse.SUPPRESS)
+        _verbose(command, default=argparse.SUPPRESS)
     return parser
 
 
-def _shared_options(parser: argparse.ArgumentParser, verbose: object, dump: object) -> None:
-    """Options that may stand before or after the subcommand; the defaults of the latter must not win."""
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", default=verbose, help="show logs, warnings and tracebacks"
-    )
-    parser.add_argument(
-        "--dump", metavar="DIR", default=dump, help="let every pass write its graph before and after to DIR"
-    )
+def _verbose(parser: argparse.ArgumentParser, default: object) -> None:
+    """-v, before or after the subcommand: the default of the one must not undo the other."""
+    text = "show logs, warnings and tracebacks"
+    parser.add_argument("-v", "--verbose", action="store_true", default=default, help=text)
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -87,13 +83,20 @@ def _module(command: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{command}")
 
 
-def _set_up_logs(verbose: bool) -> None:
+@contextmanager
+def _noise(verbose: bool) -> Iterator[None]:
+    """Logs and warnings on stderr, or silence: torch and others report on their own insides."""
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
-    else:
+        yield
+        return
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for noisy in ("torch", "transformers"):  # they report on their own insides
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _failed(text: str, verbose: bool) -> int:

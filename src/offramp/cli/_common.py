@@ -6,21 +6,38 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-PIPELINE = 'for example "insert-exits{after=2|4},insert-scores{measure=top1}"'
+if TYPE_CHECKING:
+    from offramp.program import Program
+
+PIPELINE = 'for example "insert-exits{after=2|4}"'
 
 
 def model_argument(parser: argparse.ArgumentParser, or_bundle: str = "") -> None:
     """MODEL."""
-    forms = "file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or zoo:NAME"
+    forms = (
+        "file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or zoo:NAME; a factory returns "
+        "(module, example_inputs)"
+    )
     parser.add_argument("model", metavar="MODEL", help=forms + or_bundle)
 
 
 def pipeline_argument(parser: argparse.ArgumentParser, default: str) -> None:
-    """-p PIPELINE."""
+    """-p PIPELINE and --dump DIR."""
     parser.add_argument(
         "-p", "--pipeline", metavar="PIPELINE", help=f"passes to apply, {PIPELINE}; {default} if left out"
     )
+    parser.add_argument("--dump", metavar="DIR", help="let every pass write its graph before and after to DIR")
+
+
+def captured(name: str) -> Program:
+    """The program of the model of that name."""
+    import offramp
+    from offramp import models
+
+    capture = offramp.capture  # before the model: without torch this says what to install
+    return capture(*models.resolve(name)())
 
 
 def positive(text: str) -> int:
@@ -33,7 +50,8 @@ def positive(text: str) -> int:
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns: numbers to the right (floats with three digits), all else to the left."""
-    cells = [[_cell(value) for value in row] for row in (items := list(rows))]
+    items = list(rows)
+    cells = [[_cell(value) for value in row] for row in items]
     widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
     right = [bool(items) and all(isinstance(row[i], int | float) for row in items) for i in range(len(heads))]
 
@@ -62,6 +80,4 @@ def progress(what: str) -> Iterator[Callable[[str, int, int], None] | None]:
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
-        yield lambda name, done, total: bar.update(
-            task, description=f"{what} {name}", completed=done, total=total
-        )
+        yield lambda name, done, total: bar.update(task, description=f"{what} {name}", completed=done, total=total)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from offramp.runtime.chain import Chain
 from offramp.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from offramp.runtime.chain import Chain
 
 Inputs = dict[str, Any]
 TOKENIZER = "tokenizer.json"
@@ -76,10 +78,10 @@ def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
 
     from offramp.runtime.axes import evaluate
 
-    sizes = {
-        axis: max(low, min(batch if axis == chain.manifest.batch else tokens, high or tokens))
-        for axis, (low, high) in chain.manifest.axes.items()
-    }
+    sizes: dict[str, int] = {}
+    for axis, (low, high) in chain.manifest.axes.items():
+        wanted = batch if axis == chain.manifest.batch else tokens
+        sizes[axis] = max(low, wanted if high is None else min(wanted, high))
     random = np.random.default_rng(0)
     inputs: Inputs = {}
     for name, value in chain.inputs.items():

@@ -47,9 +47,7 @@ class Package:
         """Where the file lies, after its checksum; raises `PackageMissingError` or `FileChangedError`."""
         path = self._folder() / name
         if not path.is_file():
-            raise FileChangedError(
-                f"{self.requirement} has no file {name}", hint=self._install("--force-reinstall")
-            )
+            raise FileChangedError(f"{self.requirement} has no file {name}", hint=self._install("--force-reinstall"))
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
         if found != self.sha256[name]:
@@ -62,9 +60,7 @@ class Package:
     def _folder(self) -> Path:
         spec = importlib.util.find_spec(self.module)
         if spec is None or not spec.submodule_search_locations:
-            raise PackageMissingError(
-                f"the weights in {self.requirement} are not installed", hint=self._install()
-            )
+            raise PackageMissingError(f"the weights in {self.requirement} are not installed", hint=self._install())
         return Path(spec.submodule_search_locations[0])
 
     def _install(self, *options: str) -> str:

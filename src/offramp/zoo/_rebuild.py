@@ -35,7 +35,5 @@ def rebuild(
             logging.enable_progress_bar()
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
     if wrong:
-        raise ZooError(
-            f"the weights do not fit {model_class.__name__}: {wrong}", hint="another transformers version"
-        )
+        raise ZooError(f"the weights do not fit {model_class.__name__}: {wrong}", hint="another transformers version")
     return model.eval()

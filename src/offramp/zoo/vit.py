@@ -52,14 +52,8 @@ def backbone_weights(path: Path) -> dict[str, Tensor]:
     embeddings of 37 x 37 patches are resampled here, once, to the 16 x 16 of 224 pixels.
     """
     graph = onnx.load(path).graph
-    constants = {
-        init.name: torch.from_numpy(np.array(numpy_helper.to_array(init))) for init in graph.initializer
-    }
-    state = {
-        name.removeprefix("backbone."): value
-        for name, value in constants.items()
-        if name.startswith("backbone.")
-    }
+    constants = {init.name: torch.from_numpy(np.array(numpy_helper.to_array(init))) for init in graph.initializer}
+    state = {name.removeprefix("backbone."): value for name, value in constants.items() if name.startswith("backbone.")}
     for node in graph.node:
         if node.op_type == "MatMul" and node.input[1] in constants:
             layer = ".".join(node.name.split("/")[2:-1])
@@ -81,7 +75,5 @@ def _position_embeddings(graph: onnx.GraphProto, constants: dict[str, Tensor]) -
     side = round(of_patches.shape[1] ** 0.5)
     square = of_patches.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     patches = IMAGE_SIZE // PATCH_SIZE
-    resampled = nn.functional.interpolate(
-        square, size=(patches, patches), mode="bicubic", align_corners=False
-    )
+    resampled = nn.functional.interpolate(square, size=(patches, patches), mode="bicubic", align_corners=False)
     return torch.cat((of_class, resampled.flatten(2).transpose(1, 2)), dim=1)

@@ -1,0 +1,84 @@
+"""What benchmarks share: alternating timing, a table, a JSON file with versions and sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from offramp.export.lower import close
+from offramp.export.partition import whole
+from offramp.export.write import Writer
+from offramp.program import Program
+from offramp.runtime.cores import physical_cores
+
+BUILD = Path("build/benchmarks")
+
+
+def alternate(runs: Mapping[str, Callable[[], object]], seconds: float = 4.0, least: int = 9) -> dict[str, float]:
+    """Median milliseconds of each, run in turns (A B C A B C ...) until each has had ``seconds`` in all."""
+    for run in runs.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    started = time.perf_counter()
+    while time.perf_counter() - started < seconds * len(runs) or min(map(len, times.values())) < least:
+        for name, run in runs.items():
+            begun = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - begun) * 1e3)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def one_session(program: Program, directory: Path, options: ort.SessionOptions) -> Callable[[Mapping[str, Any]], Any]:
+    """The same model, lowered the same way, as one file in one session."""
+    directory.mkdir(parents=True, exist_ok=True)
+    writer = Writer(directory, program.graph_module)
+    function = close(whole(program))
+    file = writer.segment(function, "model")
+    writer.close()
+    session = ort.InferenceSession(directory / file, options)
+    names = [node.name for node in function.inputs]
+    outputs = [f"out{i}" for i in range(len(function.outputs))]
+    return lambda inputs: session.run(outputs, {f"in{i}": inputs[name] for i, name in enumerate(names)})
+
+
+def report(name: str, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print one table and write ``build/benchmarks/NAME.json``."""
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()])
+    Console(width=160).print(table)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    about = {
+        "versions": {package: version(package) for package in ("torch", "onnxruntime", "numpy", "onnx")},
+        "machine": platform.machine(),
+        "threads": physical_cores(),
+        "load": os.getloadavg()[0],
+        "torch_threads": torch.get_num_threads(),
+    }
+    (BUILD / f"{name}.json").write_text(json.dumps({"title": title, "about": about, "rows": rows}, indent=1) + "\n")
+
+
+def data(folder: str) -> Path:
+    """The benchmark data in ``folder``: under ``$OFFRAMP_DATA``, or ``../shared/data`` beside the checkout."""
+    root = Path(os.environ.get("OFFRAMP_DATA", "../shared/data"))
+    if not (root / folder).exists():
+        raise SystemExit(
+            f"no {root / folder}: set OFFRAMP_DATA to a directory that holds {folder} (SST-2 is part of GLUE; "
+            "tsv files train, dev and test with the columns sentence and label)"
+        )
+    return root / folder

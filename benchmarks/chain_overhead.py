@@ -1,0 +1,88 @@
+"""What does cutting a model into segments cost? The chain at full depth against one session, and eager torch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+import offramp
+from benchmarks._common import BUILD, alternate, one_session, report
+from offramp import zoo
+from offramp.runtime import sessions
+
+Inputs = Mapping[str, Any]
+CASES = {"minilm": [(1, 32), (1, 128), (8, 32), (8, 128)], "vit": [(1, 0), (8, 0)]}
+SEGMENTS = {"minilm": (1, 2, 3, 6), "vit": (1, 2, 3, 6, 12)}
+POOL_SEGMENTS = 6
+
+
+def inputs_of(name: str, batch: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Random inputs: images, or token ids without padding."""
+    random = np.random.default_rng(0)
+    if name == "vit":
+        return {"pixel_values": random.standard_normal((batch, 3, 224, 224), np.float32)}
+    ids = random.integers(1000, 20000, (batch, tokens))
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def bundles(name: str, program: offramp.Program) -> dict[int, Path]:
+    """One bundle for each number of segments."""
+    found = {}
+    for count in SEGMENTS[name]:
+        found[count] = BUILD / f"{name}-{count}.offramp"
+        offramp.save(program, found[count], segments=count)
+    return found
+
+
+def main() -> None:
+    """Print one table: milliseconds, and ratios to one session on the same pool."""
+    prepared = {}
+    own_pools = {}
+    for name in CASES:  # sessions with pools of their own must exist before the process gets its one pool
+        module, example = zoo.load(name)
+        program = offramp.capture(module, example)
+        with mock.patch.object(sessions, "session_options", lambda threads=None: ort.SessionOptions()):
+            paths = bundles(name, program)
+            own_pools[name] = offramp.load(paths[POOL_SEGMENTS])
+        prepared[name] = (module, program, paths)
+    rows = []
+    for name, (module, program, paths) in prepared.items():
+        single = one_session(program, BUILD / f"{name}-one", sessions.session_options())
+        chains = {count: offramp.load(path) for count, path in paths.items()}
+        for batch, tokens in CASES[name]:
+            inputs = inputs_of(name, batch, tokens)
+            tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
+            runs: dict[str, Callable[[], object]] = {"one": functools.partial(single, inputs)}
+            runs |= {str(count): functools.partial(chain.run, inputs) for count, chain in chains.items()}
+            found = alternate(runs, seconds=3.0)
+            # spinning pools disturb each other, so these two take turns with one session apart from the rest
+            aside: dict[str, Callable[[], object]] = {
+                "one": functools.partial(single, inputs),
+                "pools": functools.partial(own_pools[name].run, inputs),
+                "eager": functools.partial(_eager, module, tensors),
+            }
+            other = alternate(aside, seconds=2.0)
+            pieces = len(chains[POOL_SEGMENTS].manifest.segments)
+            row: dict[str, Any] = {"model": name, "batch": batch, "tokens": tokens or 257, "one session ms": found["one"]}
+            row |= {f"x{count}": round(found[str(count)] / found["one"], 3) if count in chains else "" for count in (1, 2, 3, 6, 12)}
+            row["us a segment at 6"] = round((found[str(POOL_SEGMENTS)] - found["one"]) * 1e3 / pieces, 1)
+            row["own pools, x6"] = round(other["pools"] / other["one"], 2)
+            row["eager torch"] = round(other["eager"] / other["one"], 2)
+            rows.append(row)
+    report("chain_overhead", "chain at full depth / one session, by segments a stack", rows)
+
+
+def _eager(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    with torch.inference_mode():
+        module(**tensors)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Do early exits pay on a real task? SST-2 test, MiniLM with its own heads: threshold against accuracy and time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import offramp
+from benchmarks._common import BUILD, alternate, data, report
+from offramp import zoo
+from offramp.zoo import minilm
+
+BATCHES = (1, 32)
+THRESHOLDS = (0.55, 0.6, 0.7, 0.8, 0.9)
+EXITS = "1|2|3|4|5"
+
+
+def bundle() -> Path:
+    """MiniLM with an exit after each block, and the heads that were trained for them."""
+    path = BUILD / "sentiment.offramp"
+    program = offramp.capture(*zoo.load("minilm"))
+    program = offramp.apply(program, f"insert-exits{{after={EXITS},head=own}},insert-scores{{measure=top1}}")
+    weights = {key: value for head in minilm.exit_heads().values() for key, value in head.items()}
+    program.module.load_state_dict(weights, strict=False)
+    offramp.save(program, path)
+    return path
+
+
+def batches(size: int) -> tuple[list[dict[str, np.ndarray[Any, Any]]], np.ndarray[Any, Any]]:
+    """The 872 test sentences in batches of near-equal length, and their labels in that order."""
+    rows = [line.rstrip("\n").split("\t") for line in (data("sst2") / "test.tsv").read_text().splitlines()[1:]]
+    if size > 1:
+        rows.sort(key=lambda row: len(row[0]))
+    encoded = [minilm.tokenize(*[text for text, _ in rows[i : i + size]]) for i in range(0, len(rows), size)]
+    labels = np.array([int(label) for _, label in rows])
+    return [{name: tensor.numpy() for name, tensor in batch.items()} for batch in encoded], labels
+
+
+def main() -> None:
+    """Print one table for each batch size: accuracy and time in one row."""
+    chain = offramp.load(bundle())
+    last = chain.stacks["encoder"].blocks
+    policies: dict[str, offramp.Policy] = {"full depth": offramp.Never()}
+    policies |= {f"always after {after}": offramp.Depth({"encoder": after}) for after in (1, 2, 3, 5)}
+    for kept in ((2, 3, 4, 5), (3, 5)):
+        for threshold in THRESHOLDS:
+            name = f"top1 >= {threshold:.2f} after {', '.join(map(str, kept))}"
+            policies[name] = offramp.Confidence(thresholds=dict.fromkeys(kept, threshold))
+    rows = []
+    for size in BATCHES:
+        inputs, labels = batches(size)
+
+        def sweep(policy: offramp.Policy, inputs: list[Any] = inputs) -> list[offramp.Result]:
+            return [chain.run(batch, policy) for batch in inputs]
+
+        times = alternate({name: lambda p=policy: sweep(p) for name, policy in policies.items()}, 2.0, least=3)
+        full = 0.0
+        for name, policy in policies.items():
+            results = sweep(policy)
+            answers = np.concatenate([result.outputs["logits"].argmax(-1) for result in results])
+            depth = np.concatenate([result.exits["encoder"] for result in results])
+            accuracy = float((answers == labels).mean())
+            full = full or accuracy
+            rows.append(
+                {
+                    "batch": size,
+                    "policy": name,
+                    "accuracy": round(accuracy, 4),
+                    "holds": "yes" if accuracy >= full else "no",
+                    "mean blocks": round(float(depth.mean()), 2),
+                    "ms a sentence": times[name] / len(labels),
+                    "speed-up": round(times["full depth"] / times[name], 2),
+                }
+            )
+    report("sentiment", f"SST-2 test, 872 sentences, MiniLM of {last} blocks; holds: accuracy >= full depth", rows)
+
+
+if __name__ == "__main__":
+    main()

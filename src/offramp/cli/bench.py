@@ -1,0 +1,71 @@
+"""Time a bundle at full depth and at every exit.
+
+The ways alternate (A B C A B C ...), so that a machine that drifts does so for all; figures are medians. Inputs
+are made up unless they are given: masks of ones, other whole numbers 0, noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli import _common, _inputs
+
+if TYPE_CHECKING:
+    from offramp.runtime import Chain, Policy
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    _inputs.add_arguments(parser)
+    number = _common.positive
+    parser.add_argument("--batch", metavar="N", type=number, default=1, help="rows of made-up inputs (default 1)")
+    parser.add_argument(
+        "--tokens", metavar="N", type=number, default=64, help="length of their other free axes (default 64)"
+    )
+    parser.add_argument("--repeat", metavar="N", type=number, default=20, help="runs of each way (default 20)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, time and print."""
+    import offramp
+
+    chain = offramp.load(args.bundle, args.provider, args.threads)
+    if args.input or args.text:
+        inputs = _inputs.given(chain, args.bundle, args.input, args.text)
+    else:
+        inputs = _inputs.made_up(chain, args.batch, args.tokens)
+    print(", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items()))
+    ways: dict[str, Policy] = {"full depth": offramp.Never()}
+    for name, stack in chain.stacks.items():
+        for item in stack.exits[:-1]:
+            ways[f"{name} {item.after} of {stack.blocks}"] = offramp.Depth({name: item.after})
+    times, segments = measure(chain, inputs, ways, args.repeat)
+    full = statistics.median(times["full depth"])
+    rows = [(way, statistics.median(all_), min(all_), full / statistics.median(all_)) for way, all_ in times.items()]
+    print(f"\n{_common.table(('left after', 'median ms', 'least ms', 'speed-up'), rows)}")
+    parts = [(name, statistics.median(all_)) for name, all_ in segments.items()]
+    print(f"\n{_common.table(('segment', 'median ms'), parts)}")
+    return 0
+
+
+def measure(
+    chain: Chain, inputs: Mapping[str, Any], ways: Mapping[str, Policy], repeat: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Milliseconds of ``repeat`` alternating runs after two that do not count: by way, and by segment."""
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    segments: dict[str, list[float]] = defaultdict(list)
+    for round_ in range(-2, repeat):
+        for way, policy in ways.items():
+            started = perf_counter()
+            result = chain.run(inputs, policy)
+            elapsed = (perf_counter() - started) * 1e3
+            if round_ >= 0:
+                times[way].append(elapsed)
+                for timing in result.trace:
+                    segments[timing.segment].append(timing.milliseconds)
+    return times, segments

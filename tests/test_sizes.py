@@ -1,0 +1,91 @@
+"""Other sizes: programs compute what eager computes for every batch and length that the model takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_axes import Limited
+
+from offramp.program import Program, capture
+from offramp.program.graph import expression, placeholders, shape
+from offramp.program.sizes import other_sizes, resized
+
+NAMES = ["encoder", "labeller", "decoder", "two_stacks", "time_first", "mixing"]
+
+
+def _symbols(program: Program) -> dict[str, Any]:
+    return {name: symbol for symbol, name in program.axes.names.items()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_sizes_are_other_and_compute_the_same(name: str, request: pytest.FixtureRequest) -> None:
+    captured: tiny.Captured = request.getfixturevalue(name)
+    example = {name: value.shape for name, value in captured.program.example_inputs.items()}
+    seen = []
+    for inputs in other_sizes(captured.program):
+        sizes = {name: value.shape for name, value in inputs.items()}
+        assert sizes != example
+        assert sizes not in seen
+        seen.append(sizes)
+        tiny.assert_same(tiny.outputs(captured.program.module, inputs), captured.eager(inputs))
+    assert len(seen) == (2 if name == "mixing" else 4)
+
+
+def test_other_sizes_of_rows_and_tokens(encoder: tiny.Captured) -> None:
+    sizes = [tuple(inputs["input_ids"].shape) for inputs in other_sizes(encoder.program)]
+    rows, tokens = tiny.ROWS, tiny.TOKENS
+    assert sizes == [(1, tokens), (rows + 1, tokens), (rows, tokens * 2 // 3), (1, tokens + tokens // 2 + 1)]
+
+
+def test_other_sizes_stay_within_the_limits() -> None:
+    program = capture(Limited(), torch.randn(3, 7, 4))
+    assert max(inputs["x"].shape[1] for inputs in other_sizes(program)) == 8
+
+
+def test_a_program_of_fixed_sizes_has_no_others() -> None:
+    program = capture(Limited(), torch.randn(3, 7, 4), dynamic={})
+    assert other_sizes(program) == []
+
+
+def test_resized_crops_and_repeats(encoder: tiny.Captured) -> None:
+    axes = _symbols(encoder.program)
+    found = resized(encoder.program, {axes["batch"]: 5, axes["tokens"]: 3})
+    ids = encoder.inputs["input_ids"]
+    torch.testing.assert_close(found["input_ids"], ids[[0, 1, 0, 1, 0], :3])
+    longer = resized(encoder.program, {axes["tokens"]: 9})
+    torch.testing.assert_close(longer["input_ids"], torch.cat([ids, ids[:, :2]], 1))
+
+
+def test_resized_to_the_same_sizes_is_the_example(two_stacks: tiny.Captured) -> None:
+    program = two_stacks.program
+    sizes = {
+        expression(size): program.example_inputs[name].shape[axis]
+        for name, node in placeholders(program.graph).items()
+        for axis, size in enumerate(shape(node))
+    }
+    for name, value in resized(program, sizes).items():
+        assert value.equal(program.example_inputs[name])
+
+
+@given(rows=st.integers(1, 4), tokens=st.integers(1, 15))
+def test_an_encoder_of_any_size(encoder: tiny.Captured, rows: int, tokens: int) -> None:
+    axes = _symbols(encoder.program)
+    inputs = resized(encoder.program, {axes["batch"]: rows, axes["tokens"]: tokens})
+    tiny.assert_same(tiny.outputs(encoder.program.module, inputs), encoder.eager(inputs))
+
+
+@given(rows=st.integers(1, 3), tokens=st.integers(1, 9), sources=st.integers(1, 14))
+def test_two_stacks_of_any_sizes(
+    two_stacks: tiny.Captured, rows: int, tokens: int, sources: int
+) -> None:
+    program = two_stacks.program
+    ids, source_ids = (placeholders(program.graph)[name] for name in ("input_ids", "source_ids"))
+    sizes = dict(zip(map(expression, shape(ids)), (rows, tokens), strict=True))
+    inputs = resized(program, sizes | {expression(shape(source_ids)[1]): sources})
+    assert inputs["source_mask"].shape == (rows, sources)
+    tiny.assert_same(tiny.outputs(program.module, inputs), two_stacks.eager(inputs))
