@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import operator
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +23,7 @@ from torch.export.graph_signature import (
 
 from offramp.export.partition import Piece
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
+from offramp.program.quiet import quiet
 from offramp.runtime.errors import ExportError
 
 OPSET = 23
@@ -181,7 +178,7 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
         module_call_graph=[ModuleCallEntry(fqn="", signature=call)],
     )
     try:
-        with _quiet():
+        with quiet():
             # the exporter's own optimizer also fuses rotary embeddings, which ONNX Runtime then refuses to broadcast
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
             assert program is not None
@@ -192,19 +189,6 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     _rename(model, function)
     _strip(model)
     return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter logs and warns about its own business."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(before)
 
 
 def _refusal(function: Function, name: str, error: Exception) -> ExportError:

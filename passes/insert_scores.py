@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -183,7 +184,6 @@ class _Builder:
         return node
 
     def of_logits(self, logits: fx.Node, measure: str, valid: fx.Node | None) -> fx.Node:
-        self.here = logits if measure == "prediction" else self.here
         if measure == "prediction":
             return self.call(aten.argmax.default, logits, -1)
         if measure == "entropy":
@@ -198,8 +198,7 @@ class _Builder:
             if measure == "top1":
                 places = self.call(aten.amax.default, chances, [-1])
             else:
-                best = self.call(aten.topk.default, chances, 2)
-                best = self._item(best, 0)
+                best = self.call(operator.getitem, self.call(aten.topk.default, chances, 2), 0)
                 first, second = (
                     self.call(aten.select.int, best, -1, 0),
                     self.call(aten.select.int, best, -1, 1),
@@ -212,11 +211,6 @@ class _Builder:
         if real is not None:
             places = self.call(aten.where.ScalarOther, real, places, sure)
         return self.per_row(places, aten.amax.default if measure == "entropy" else aten.amin.default)
-
-    def _item(self, node: fx.Node, index: int) -> fx.Node:
-        import operator
-
-        return self.call(operator.getitem, node, index)
 
     def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None) -> fx.Node:
         real = self.spread(valid, after)

@@ -87,7 +87,7 @@ def _drop_assertions(graph: fx.Graph) -> int:
 
 
 def _plain_operators(graph: fx.Graph) -> int:
-    """``view`` needs a memory layout that dropping a clone may change, ``reshape`` does not; ``c - x`` is ``-x + c``."""
+    """Views become reshapes, which need no memory layout that dropping a clone may change; ``c - x`` is ``-x + c``."""
     edits = 0
     for node in list(graph.nodes):
         if node.target in (aten.view.default, aten._unsafe_view.default):

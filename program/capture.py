@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +12,12 @@ import torch
 from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from offramp.program.canonical import canonicalize
 from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, analyse
+from offramp.program.quiet import quiet
 from offramp.runtime.errors import CaptureError
 
 log = logging.getLogger(__name__)
@@ -157,9 +158,11 @@ def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: D
     first: Exception | None = None
     for dims in attempts:
         try:
-            with warnings.catch_warnings():  # torch's own deprecations, and models that cache tables while traced
-                warnings.simplefilter("ignore")
+            with quiet():
                 return _functional(module, inputs, dims)
+        except GuardOnDataDependentSymNode as error:
+            first = error
+            break
         except Exception as error:  # noqa: BLE001 (whatever the model raises; the first is reported below)
             log.info("torch.export failed with %s: %s", dims, error)
             first = first or error
