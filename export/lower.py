@@ -10,6 +10,7 @@ import onnx
 import onnxscript.optimizer
 import torch
 import torch.utils._pytree as pytree
+from onnxscript import opset23
 from torch import fx
 from torch.export.exported_program import ExportedProgram, ModuleCallEntry, ModuleCallSignature
 from torch.export.graph_signature import (
@@ -61,7 +62,8 @@ def close(piece: Piece) -> Function:
     env: dict[fx.Node, fx.Node] = {}
     for i, node in enumerate([*inputs, *weights]):
         env[node] = graph.placeholder(f"in{i}" if i < len(inputs) else f"w{i - len(inputs)}")
-        env[node].meta["val"] = node.meta["val"]
+        with node.meta["val"].fake_mode:  # ONNX knows no strides, so none may come in from outside
+            env[node].meta["val"] = node.meta["val"].contiguous()
     sizes: dict[str, tuple[fx.Node, int]] = {}
     for node in inputs:
         for axis, s in enumerate(shape(node)):
@@ -180,7 +182,14 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     try:
         with quiet():
             # the exporter's own optimizer also fuses rotary embeddings, which ONNX Runtime then refuses to broadcast
-            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=False,
+                custom_translation_table={aten.sym_stride.int: _stride},
+            )
             assert program is not None
             onnxscript.optimizer.optimize(program.model)
     except Exception as error:
@@ -189,6 +198,11 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     _rename(model, function)
     _strip(model)
     return model
+
+
+def _stride(tensor: Any, dim: int) -> Any:
+    """``aten.sym_stride``: torch may name a size of a (contiguous) input by the stride that equals it."""
+    return opset23.ReduceProd(opset23.Shape(tensor, start=dim + 1), keepdims=0)
 
 
 def _refusal(function: Function, name: str, error: Exception) -> ExportError:

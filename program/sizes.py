@@ -26,7 +26,11 @@ def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tenso
 
 
 def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
-    """Inputs of sizes that were not captured: one row, three rows, and shorter and longer sequences."""
+    """Inputs of sizes that were not captured: one row, one more row, shorter and longer sequences.
+
+    Sizes that the graph cannot run in torch (a convolution's output must fit a table of positions, say) are
+    left out.
+    """
     axes = program.axes
     example: dict[Any, int] = {}
     for name, node in placeholders(program.graph).items():
@@ -41,7 +45,16 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
         choices.append({symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in rest.items()})
         longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in rest.items()}
         choices.append(longer | ({axes.batch: 1} if axes.batch in example else {}))
-    return [resized(program, sizes) for sizes in choices]
+    return [inputs for inputs in (resized(program, sizes) for sizes in choices) if _runs(program, inputs)]
+
+
+def _runs(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
+    try:
+        with torch.no_grad():
+            program.module(**inputs)
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return True
 
 
 def _within(limits: tuple[int, int | None] | None, size: int) -> int:

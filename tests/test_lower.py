@@ -1,0 +1,310 @@
+"""Pieces as ONNX: one translation for equal pieces, sizes of their own inputs, and refusals that say where."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import architectures
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tiny
+import torch
+from torch import Tensor, fx, nn
+
+from offramp.export import partition, write
+from offramp.export.lower import OPSET, Function, close, translate
+from offramp.export.partition import Piece, Plan
+from offramp.program import Program, capture
+from offramp.program.graph import aten, attribute, expression, shape
+from offramp.program.program import evaluate
+from offramp.program.sizes import other_sizes
+from offramp.runtime.errors import ExportError
+from offramp.runtime.sessions import session_options
+
+
+def pieces(plan: Plan) -> list[Piece]:
+    found = [*plan.before, *(block for stack in plan.stacks for _, block in stack.blocks), plan.tail]
+    return [piece for piece in found if piece is not None]
+
+
+def piece(program: Program, name: str) -> Piece:
+    (found,) = (piece for piece in pieces(partition(program)) if piece.name == name)
+    return found
+
+
+def assert_translated(
+    program: Program, function: Function, model: onnx.ModelProto, inputs: Mapping[str, Tensor]
+) -> None:
+    """ONNX Runtime computes from the function's inputs what torch does."""
+    wanted = evaluate(program.graph_module, [*function.inputs, *function.weights, *function.outputs], inputs)
+    feed = {f"in{i}": wanted[node].detach().numpy() for i, node in enumerate(function.inputs)}
+    feed |= {f"w{i}": wanted[node].detach().numpy() for i, node in enumerate(function.weights)}
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options())
+    made = session.run([f"out{i}" for i in range(len(function.outputs))], feed)
+    for node, array in zip(function.outputs, made, strict=True):
+        np.testing.assert_allclose(array, wanted[node].detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def translated(encoder: tiny.Captured) -> dict[str, tuple[Function, onnx.ModelProto]]:
+    """The three kinds of pieces of a small encoder."""
+    names = ("before-encoder", "encoder.2", "tail")
+    functions = {name: close(piece(encoder.program, name)) for name in names}
+    return {name: (function, translate(function, name)) for name, function in functions.items()}
+
+
+# Once for equal pieces
+
+
+def _translations(program: Program, root: Path) -> int:
+    writer = write.Writer(root, program.graph_module)
+    for each in pieces(partition(program)):
+        writer.segment(close(each), each.name)
+    writer.close()
+    return writer.translations
+
+
+class _Deep(tiny.Encoder):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(tiny.Block() for _ in range(blocks))
+
+
+@pytest.mark.parametrize("blocks", [6, 12])
+def test_equal_blocks_are_translated_once(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write, "translate", lambda function, name: onnx.ModelProto())
+    program = tiny.captured(partial(_Deep, blocks), tiny.text()).program
+    assert program.stacks["encoder"].blocks == blocks
+    assert _translations(program, tmp_path) == 3  # before, block, tail
+    assert len(list(tmp_path.glob("*.onnx"))) == blocks + 2
+
+
+def test_a_translation_serves_every_equal_block(
+    encoder: tiny.Captured, translated: Mapping[str, tuple[Function, onnx.ModelProto]]
+) -> None:
+    _, model = translated["encoder.2"]
+    for depth in range(1, tiny.BLOCKS + 1):
+        assert_translated(encoder.program, close(piece(encoder.program, f"encoder.{depth}")), model, encoder.inputs)
+
+
+class _Scaled(tiny.Encoder):
+    """Blocks that differ in one constant."""
+
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        for depth, block in enumerate(self.blocks, 2):
+            x = block(x, mask) / depth
+        return x
+
+
+def test_blocks_that_differ_in_a_constant_are_not_equal() -> None:
+    plan = partition(tiny.captured(_Scaled, tiny.text()).program)
+    keys = {close(block).key for _, block in plan.stacks[0].blocks}
+    assert len(keys) == tiny.BLOCKS
+
+
+# Sizes
+
+
+def test_sizes_are_read_from_own_inputs(encoder: tiny.Captured) -> None:
+    for each in pieces(partition(encoder.program)):
+        function = close(each)
+        names = [node.name for node in function.graph.find_nodes(op="placeholder")]
+        assert names == [f"in{i}" for i in range(len(each.inputs))] + [f"w{i}" for i in range(len(function.weights))]
+        assert function.inputs == each.inputs
+    block = close(piece(encoder.program, "encoder.3"))
+    sizes = block.graph.find_nodes(op="call_function", target=aten.sym_size.int)
+    assert sizes
+    assert all(node.args[0].op == "placeholder" or node.args[0].op == "call_function" for node in sizes)
+
+
+class _BySource(tiny.Encoder):
+    """Every block scales by the length of a sequence that it does not read."""
+
+    def forward(self, input_ids: Tensor, source_ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embed(input_ids) + self.words(source_ids).mean(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, None) * (source_ids.shape[1] / 10)
+        return self.head(self.leave(x))
+
+
+def test_a_size_that_no_input_has_brings_its_tensor_along() -> None:
+    inputs = {"input_ids": tiny.ids(), "source_ids": tiny.ids(tiny.SOURCES, seed=2)}
+    program = tiny.captured(_BySource, inputs).program
+    each = piece(program, "encoder.2")
+    source = program.nodes["source_ids"]
+    assert source not in each.inputs
+    function = close(each)
+    assert function.inputs == (*each.inputs, source)
+    module = fx.GraphModule({}, function.graph)
+    for sizes in [inputs, *other_sizes(program)]:
+        values = evaluate(program.graph_module, [*function.inputs, *function.outputs], sizes)
+        read = [attribute(program.graph_module, str(node.target)) for node in function.weights]
+        with torch.no_grad():
+            (made,) = module(*(values[node] for node in function.inputs), *read)
+        torch.testing.assert_close(made, values[function.outputs[0]])
+
+
+@pytest.mark.parametrize("name", ["before-encoder", "encoder.2", "tail"])
+def test_a_translation_holds_at_other_sizes(
+    encoder: tiny.Captured, translated: Mapping[str, tuple[Function, onnx.ModelProto]], name: str
+) -> None:
+    for inputs in [encoder.inputs, *other_sizes(encoder.program)]:
+        assert_translated(encoder.program, *translated[name], inputs)
+
+
+def test_a_mask_of_one_row_gets_a_row_for_every_query(encoder: tiny.Captured, labeller: tiny.Captured) -> None:
+    for captured in (encoder, labeller):
+        function = close(piece(captured.program, "encoder.2"))
+        (attention,) = function.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
+        query, mask = attention.args[0], attention.args[3]
+        assert isinstance(query, fx.Node)
+        assert isinstance(mask, fx.Node)
+        assert mask.target is aten.expand.default
+        assert expression(shape(mask)[-2]) == expression(shape(query)[-2])
+        (before,) = (node for node in function.inputs if node.meta["val"].dtype == torch.bool)
+        assert shape(before)[-2] == 1
+
+
+def test_the_order_of_inputs_does_not_matter() -> None:
+    """torch gives one size two symbols where it learns late that they are equal."""
+    module, inputs = architectures.OTHERS["dual_tower"]()
+    program = capture(module, inputs)
+    block = piece(program, "encoder.2")
+    for order in (block.inputs, block.inputs[::-1]):
+        function = close(replace(block, inputs=order))
+        assert_translated(program, function, translate(function, "encoder.2"), inputs)
+
+
+# The ONNX model
+
+
+def test_models_are_plain(translated: Mapping[str, tuple[Function, onnx.ModelProto]]) -> None:
+    assert OPSET >= 23
+    for function, model in translated.values():
+        onnx.checker.check_model(model)
+        assert {opset.domain: opset.version for opset in model.opset_import}[""] == OPSET
+        assert [value.name for value in model.graph.input] == [
+            *(f"in{i}" for i in range(len(function.inputs))),
+            *(f"w{i}" for i in range(len(function.weights))),
+        ]
+        assert [value.name for value in model.graph.output] == [f"out{i}" for i in range(len(function.outputs))]
+        content = model.SerializeToString()
+        for word in (b"tiny.py", b"site-packages", b"stack_trace", b"nn_module_stack"):
+            assert word not in content
+
+
+def test_an_attention_stays_one_operator(translated: Mapping[str, tuple[Function, onnx.ModelProto]]) -> None:
+    _, model = translated["encoder.2"]
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("Attention") == 1
+    assert operators.count("LayerNormalization") == 2
+    assert "Softmax" not in operators
+
+
+class _Window(tiny.Encoder):
+    """The mask does not depend on any input."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        places = torch.arange(x.shape[1])
+        return self.head(self.leave(self.run(x, (places[:, None] - places[None, :]).abs() <= 2)))
+
+
+def test_a_constant_may_cross() -> None:
+    inputs = {"x": tiny.signal().transpose(0, 1).contiguous()}
+    program = tiny.captured(_Window, inputs, dynamic={"x": {0: "batch"}}).program
+    before = piece(program, "before-encoder")
+    assert before.inputs == ()
+    function = close(before)
+    assert_translated(program, function, translate(function, "before"), inputs)
+
+
+def test_what_comes_out_as_it_came_in(encoder: tiny.Captured) -> None:
+    hidden = encoder.program.nodes[encoder.program.stacks["encoder"].cuts[1]]
+    graph = fx.Graph()
+    given = graph.placeholder("in0")
+    given.meta["val"] = hidden.meta["val"]
+    same = graph.call_function(aten.clone.default, (given,))
+    same.meta["val"] = hidden.meta["val"]
+    graph.output((same,))
+    function = Function(graph, (hidden,), (), (hidden,), "")
+    assert_translated(encoder.program, function, translate(function, "same"), encoder.inputs)
+
+
+def test_translating_says_nothing(encoder: tiny.Captured, capfd: pytest.CaptureFixture[str]) -> None:
+    translate(close(piece(encoder.program, "tail")), "tail")
+    assert capfd.readouterr() == ("", "")
+
+
+# Refusals
+
+
+@torch.library.custom_op("offramp_tests::twist", mutates_args=())
+def twist(x: Tensor) -> Tensor:
+    return x.flip(-1)
+
+
+@twist.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Twisted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = twist(x)
+        return found
+
+
+class _Odd(tiny.Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp[1] = _Twisted()
+
+
+def test_a_refusal_names_the_operator_and_its_place() -> None:
+    program = tiny.captured(_Odd, tiny.text()).program
+    with pytest.raises(ExportError) as caught:
+        translate(close(piece(program, "encoder.2")), "encoder.2")
+    lines, first = inspect.getsourcelines(_Twisted.forward)
+    text = caught.value.reason
+    assert text.startswith(f"segment encoder.2: offramp_tests.twist.default cannot be lowered to ONNX opset {OPSET} (")
+    assert "blocks.1.mlp.1 (_Twisted)" in text
+    assert f"test_lower.py:{first + 1}" in text
+    assert "twist" in lines[1]
+    assert caught.value.hint is not None
+
+
+def _swapped(function: Function, old: Any, new: Callable[..., Any]) -> Function:
+    """A function with another operator in the place of one."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(function.graph, {}))  # type: ignore[arg-type]
+    (node,) = graph.find_nodes(op="call_function", target=old)
+    node.target = new
+    node.args, node.kwargs = node.args[:1], {}
+    return replace(function, graph=graph)
+
+
+def test_an_operator_of_torch_without_an_onnx_form_is_refused_too(encoder: tiny.Captured) -> None:
+    function = _swapped(close(piece(encoder.program, "encoder.2")), aten.gelu.default, aten.special_i1.default)
+    with pytest.raises(ExportError, match=r"aten\.special_i1\.default cannot be lowered .*blocks\.1\.mlp\.1 \(GELU\)"):
+        translate(function, "encoder.2")
+
+
+def test_any_other_failure_is_told_in_plain_words(encoder: tiny.Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to convert.\nmore") from ValueError("no room for a stride")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ExportError) as caught:
+        translate(close(piece(encoder.program, "tail")), "tail")
+    text = str(caught.value)
+    assert text.startswith(f"segment tail cannot be lowered to ONNX opset {OPSET}: ")
+    assert "no room for a stride" in text
+    assert "\x1b" not in text

@@ -1,0 +1,111 @@
+"""truncate: the program that always leaves at one place."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from offramp.passes import PassResult, Truncate, apply
+from offramp.runtime.errors import PassError, SpecError, StructureError
+
+
+@pytest.mark.parametrize("name", ["encoder", "labeller", "decoder", "time_first", "mixing"])
+def test_it_computes_what_the_cut_model_computes(name: str, request: pytest.FixtureRequest) -> None:
+    captured: tiny.Captured = request.getfixturevalue(name)
+    for after in range(1, captured.program.stacks[captured.stack].blocks):
+        program = apply(captured.program, [Truncate(after=after)])
+        tiny.assert_same(tiny.outputs(program.module, captured.inputs), captured.truncated(after))
+
+
+def test_what_is_left(encoder: tiny.Captured) -> None:
+    result = Truncate(after=2).run(encoder.program)
+    program = result.program
+    assert result.modified
+    assert result.edits["replaced"] > 0
+    assert result.edits["erased"] == len(encoder.program.nodes) - len(program.nodes)
+    assert tiny.added(encoder.program, program) == []
+    assert not {f"blocks.{i}" for i in (2, 3)} & {".".join(n.split(".")[:2]) for n in program.module.state_dict()}
+    assert (program.stacks, program.exits, program.outputs) == ({}, (), ("logits",))
+    assert program.history == ("truncate{after=2}",)
+    cuts = encoder.program.stacks["encoder"].cuts
+    assert cuts[2] in program.nodes
+    assert cuts[3] not in program.nodes
+
+
+def test_it_goes_through_the_exits_adapter_and_head(encoder: tiny.Captured) -> None:
+    full = apply(encoder.program, "insert-exits{after=1|2,head=own},insert-adapter{kind=linear}")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in full.module.named_parameters():
+            if name.startswith("exits."):
+                weight += torch.randn(weight.shape, generator=generator) / 4
+    found = tiny.outputs(full.module, encoder.inputs)
+    for after in (1, 2):
+        program = apply(full, [Truncate(after=after)])
+        tiny.assert_same(tiny.outputs(program.module, encoder.inputs), {"logits": found[f"encoder.{after}/logits"]})
+        prefixes = {name.split(".")[2] for name in program.module.state_dict() if name.startswith("exits.")}
+        assert prefixes == {str(after)}
+
+
+def test_scores_and_other_exits_go(encoder: tiny.Captured) -> None:
+    text = "insert-exits,insert-scores{measure=top1|cosine|learned},truncate{after=2}"
+    program = apply(encoder.program, text)
+    assert set(tiny.outputs(program.module, encoder.inputs)) == {"logits"}
+    assert program.exits == ()
+
+
+def test_one_of_two_stacks(two_stacks: tiny.Captured) -> None:
+    exits = "insert-exits{stack=encoder},insert-exits{stack=decoder},insert-scores{stack=decoder}"
+    full = apply(two_stacks.program, exits)
+    program = apply(full, "truncate{stack=encoder,after=3}")
+    assert list(program.stacks) == ["decoder"]
+    assert program.exits == full.exits[tiny.BLOCKS - 1 :]
+    found = tiny.outputs(program.module, two_stacks.inputs)
+    tiny.assert_same(found, two_stacks.truncated(3, "encoder.blocks"))
+    short = apply(program, "truncate{after=1}")
+    both = tiny.cut(tiny.cut(two_stacks.model, 3, "encoder.blocks"), 1, "decoder.blocks")
+    tiny.assert_same(tiny.outputs(short.module, two_stacks.inputs), tiny.outputs(both, two_stacks.inputs))
+    tiny.assert_same({"output": found["decoder.1/output"]}, tiny.outputs(both, two_stacks.inputs))
+
+
+def test_the_decoder_alone_keeps_the_exits_of_the_encoder(two_stacks: tiny.Captured) -> None:
+    full = apply(two_stacks.program, "insert-exits{stack=encoder,after=2},insert-exits{stack=decoder}")
+    program = apply(full, "truncate{stack=decoder,after=2}")
+    assert [(item.stack, item.after) for item in program.exits] == [("encoder", 2)]
+    assert program.exits[0].state in program.nodes
+    expected = two_stacks.truncated(2, "decoder.blocks")
+    tiny.assert_same(tiny.outputs(program.module, two_stacks.inputs), expected)
+    tiny.assert_same(
+        tiny.outputs(apply(program, "truncate{after=2}").module, two_stacks.inputs),
+        tiny.outputs(tiny.cut(tiny.cut(two_stacks.model, 2, "decoder.blocks"), 2, "encoder.blocks"), two_stacks.inputs),
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (Truncate(after=1), "say which one"),
+        (Truncate("middle"), "unknown stack 'middle'"),
+        (Truncate("decoder", 0), "after=0 is no place"),
+        (Truncate("decoder", 3), "after=3 is no place"),
+        (Truncate("decoder", (1, 2)), "after"),  # type: ignore[arg-type]
+        (Truncate("decoder", "all"), "after"),  # type: ignore[arg-type]
+        (Truncate("decoder", "two"), "after=two"),  # type: ignore[arg-type]
+    ],
+    ids=repr,
+)
+def test_refusals(two_stacks: tiny.Captured, step: Truncate, reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        apply(two_stacks.program, step)
+
+
+def test_a_second_truncation_finds_no_stack(encoder: tiny.Captured) -> None:
+    program = apply(encoder.program, "truncate{after=2}")
+    with pytest.raises(StructureError, match="no stack"):
+        apply(program, "truncate{after=1}")
+
+
+def test_a_result_with_the_deeper_blocks_breaks_the_contract(encoder: tiny.Captured) -> None:
+    with pytest.raises(PassError, match="left the stack's output"):
+        Truncate(after=2).ensures(encoder.program, PassResult(encoder.program))
