@@ -20,7 +20,8 @@ START, END = "<!-- works -->", "<!-- /works -->"
 def architectures() -> Any:
     """The test bed, which is not part of the package."""
     spec = importlib.util.spec_from_file_location("architectures", ROOT / "tests" / "architectures.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["architectures"] = module
     spec.loader.exec_module(module)

@@ -128,9 +128,7 @@ def fit(features: Tensor, labels: Tensor, row_weights: Tensor, penalty: float) -
         if step.abs().max() < 1e-5:
             break
     else:
-        raise RuntimeError(
-            f"Newton's method has not converged in {NEWTON_STEPS} steps: {step.abs().max():.1e}"
-        )
+        raise RuntimeError(f"Newton's method has not converged in {NEWTON_STEPS} steps: {step.abs().max():.1e}")
     return Head(solution[:-1].float(), solution[-1].float())
 
 

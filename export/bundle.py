@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from offramp.export.validate import validate
 from offramp.export.write import Writer
 from offramp.program.program import Program
 from offramp.runtime.errors import ExportError
-from offramp.runtime.manifest import MANIFEST_FILE, to_json
+from offramp.runtime.manifest import MANIFEST_FILE, from_json, to_json
 
 
 def save(
@@ -71,7 +72,9 @@ def save(
         manifest = replace(manifest, files=writer.close())
         figures = validate(program, manifest, directory, describer.origin)
         manifest = replace(manifest, validation=figures)
-        (directory / MANIFEST_FILE).write_text(to_json(manifest))
+        text = to_json(manifest)
+        from_json(text)  # what the runtime would refuse is not written
+        (directory / MANIFEST_FILE).write_text(text)
         directory.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -87,6 +90,7 @@ def _provenance(program: Program) -> dict[str, Any]:
         "pipeline": list(program.history),
         "opset": OPSET,
         "versions": {
+            "offramp": version("offramp"),
             "torch": torch.__version__,
             "onnx": onnx.__version__,
             "onnxruntime": onnxruntime.__version__,

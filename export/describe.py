@@ -13,6 +13,7 @@ from offramp.export.write import Writer
 from offramp.program.graph import placeholders, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime import manifest as m
+from offramp.runtime.axes import names
 
 Progress = Callable[[str, int, int], None]
 
@@ -26,6 +27,7 @@ class Describer:
         self.values: dict[str, m.Value] = {}
         self.segments: dict[str, m.Segment] = {}
         self.origin: dict[str, fx.Node] = {}
+        self.unsaid: dict[str, str] = {}
         self.returned = results(program.graph)
         self.names = {node: name for name, node in placeholders(program.graph).items()}
         for stack in program.stacks.values():
@@ -58,7 +60,10 @@ class Describer:
             inputs=tuple(self.program.inputs),
             outputs=final.outputs,
             batch=axes.names[axes.batch] if self.batch else None,
-            axes={axes.names[symbol]: limits for symbol, limits in axes.ranges.items() if symbol in axes.names},
+            axes={
+                **{axes.names[symbol]: limits for symbol, limits in axes.ranges.items() if symbol in axes.names},
+                **dict.fromkeys(self.unsaid.values(), (0, None)),
+            },
             values=self.values,
             segments=self.segments,
             stacks=stacks,
@@ -156,10 +161,18 @@ class Describer:
 
     def _value(self, name: str, node: fx.Node) -> None:
         self.origin[name] = node
-        sizes = tuple(self.program.axes.describe(size) for size in shape(node))
+        sizes = tuple(self._size(self.program.axes.describe(size)) for size in shape(node))
         place = self.program.axes.batch_axis(node) if self.batch else None
         axis, factor = place or (None, 1)
         self.values[name] = m.Value(str(node.meta["val"].dtype).removeprefix("torch."), sizes, axis, factor)
+
+    def _size(self, size: int | str) -> int | str:
+        """A size as the manifest writes it; one that its arithmetic cannot say gets a name of its own."""
+        try:
+            known = names(size) <= set(self.program.axes.names.values())
+        except ValueError:
+            known = False
+        return size if known else self.unsaid.setdefault(str(size), f"size{len(self.unsaid)}")
 
     def _batch(self) -> bool:
         """Whether rows can be taken out of every value that crosses segments."""

@@ -33,7 +33,8 @@ class Axes:
         found = expression(size)
         if isinstance(found, (int, sympy.Integer)):
             return int(found)
-        return str(found.subs({symbol: sympy.Symbol(name) for symbol, name in self.names.items()}))
+        text = str(found.subs({symbol: sympy.Symbol(name) for symbol, name in self.names.items()}))
+        return text.replace("Max(", "max(").replace("Min(", "min(")
 
     def batch_axis(self, node: fx.Node) -> tuple[int, int] | None:
         """The axis of a tensor along which rows lie, and how many places each row takes; None if no axis does.

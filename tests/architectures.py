@@ -58,9 +58,7 @@ def _floats(name: str, *shape: int) -> Callable[[], Inputs]:
 
 def _boxes(tokens: int = TOKENS) -> Tensor:
     """Corners (x0, y0, x1, y1) with x0 < x1 and y0 < y1."""
-    return torch.cat(
-        [torch.randint(0, 30, (BATCH, tokens, 2)), torch.randint(31, 60, (BATCH, tokens, 2))], dim=-1
-    )
+    return torch.cat([torch.randint(0, 30, (BATCH, tokens, 2)), torch.randint(31, 60, (BATCH, tokens, 2))], dim=-1)
 
 
 _AXES: dict[str, tuple[int, int | None]] = {  # batch axis and token axis where they are not 0 and 1
@@ -169,11 +167,7 @@ _T5 = {
     "use_cache": False,
 }
 _SERIES = {
-    **{
-        name: value
-        for name, value in _ENCODER.items()
-        if name not in ("vocab_size", "max_position_embeddings")
-    },
+    **{name: value for name, value in _ENCODER.items() if name not in ("vocab_size", "max_position_embeddings")},
     "prediction_length": 4,
     "context_length": 24,
     "lags_sequence": [1, 2, 3],
@@ -198,9 +192,7 @@ def _hf(
 
     def make() -> nn.Module:
         package, _, name = model.rpartition(":")
-        found = getattr(
-            importlib.import_module(f"transformers.{package}" if package else "transformers"), name
-        )
+        found = getattr(importlib.import_module(f"transformers.{package}" if package else "transformers"), name)
         built: nn.Module = found(found.config_class(**{**sizes, **options}))
         return attrgetter(part)(built) if part else built
 
@@ -209,9 +201,7 @@ def _hf(
 
 # Written by hand
 
-Core = Callable[
-    [Tensor, Tensor, Tensor, Tensor], Tensor
-]  # q, k, v [B, H, S, D] and mask [B, 1, 1, S] -> [B, H, S, D]
+Core = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # q, k, v [B, H, S, D] and mask [B, 1, 1, S] -> [B, H, S, D]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -236,9 +226,7 @@ def _alibi(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     positions = torch.arange(q.shape[2])
     distance = (positions[:, None] - positions[None, :]).abs()
     slopes = 2.0 ** -torch.arange(1, q.shape[1] + 1)
-    return _weigh(
-        q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance, v, mask
-    )
+    return _weigh(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]) - slopes[:, None, None] * distance, v, mask)
 
 
 def _exp_and_sum(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -271,9 +259,7 @@ class _Attention(nn.Module):
         self.k, self.v = nn.Linear(WIDTH, kv_heads * self.size), nn.Linear(WIDTH, kv_heads * self.size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = (
-            f(x).view(x.shape[0], x.shape[1], -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
+        q, k, v = (f(x).view(x.shape[0], x.shape[1], -1, self.size).transpose(1, 2) for f in (self.q, self.k, self.v))
         if self.kv_heads < HEADS:
             k, v = (y.repeat_interleave(HEADS // self.kv_heads, dim=1) for y in (k, v))
         return self.out(self.core(q, k, v, mask).transpose(1, 2).flatten(2))
@@ -286,9 +272,7 @@ class _Block(nn.Module):
         super().__init__()
         self.style, self.attention = style, _Attention(core, kv_heads)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, INNER), nn.GELU(), nn.Linear(INNER, WIDTH))
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(WIDTH) for _ in range({"parallel": 1, "sandwich": 4}.get(style, 2))
-        )
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range({"parallel": 1, "sandwich": 4}.get(style, 2)))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.style == "parallel":
@@ -318,9 +302,7 @@ class _Embedding(nn.Module):
 class _Encoder(nn.Module):
     """Embedding, blocks, final norm, and a classification of every token or, pooled, of every row."""
 
-    def __init__(
-        self, style: str = "pre", core: Core = _sdpa, kv_heads: int = HEADS, pooled: bool = True
-    ) -> None:
+    def __init__(self, style: str = "pre", core: Core = _sdpa, kv_heads: int = HEADS, pooled: bool = True) -> None:
         super().__init__()
         self.embedding, self.pooled = _Embedding(), pooled
         self.blocks = nn.ModuleList(_Block(style, core, kv_heads) for _ in range(BLOCKS))
@@ -458,8 +440,7 @@ class _ChannelsFirst(nn.Module):
         self.qkv = nn.ModuleList(nn.Conv1d(WIDTH, 3 * WIDTH, 1) for _ in range(BLOCKS))
         self.out = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(BLOCKS))
         self.mlp = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(WIDTH, INNER, 1), nn.SiLU(), nn.Conv1d(INNER, WIDTH, 1))
-            for _ in range(BLOCKS)
+            nn.Sequential(nn.Conv1d(WIDTH, INNER, 1), nn.SiLU(), nn.Conv1d(INNER, WIDTH, 1)) for _ in range(BLOCKS)
         )
 
     def norm(self, x: Tensor, index: int) -> Tensor:
@@ -519,9 +500,7 @@ class _DualTower(nn.Module):
         self.passage.blocks = self.passage.blocks[:3]
         self.head = nn.Linear(2 * CLASSES, CLASSES)
 
-    def forward(
-        self, query_ids: Tensor, query_mask: Tensor, passage_ids: Tensor, passage_mask: Tensor
-    ) -> Tensor:
+    def forward(self, query_ids: Tensor, query_mask: Tensor, passage_ids: Tensor, passage_mask: Tensor) -> Tensor:
         return self.head(
             torch.cat([self.query(query_ids, query_mask), self.passage(passage_ids, passage_mask)], dim=-1)
         )

@@ -52,9 +52,7 @@ class Writer:
         root.mkdir(parents=True, exist_ok=True)
         (root / m.WEIGHTS_FILE).write_bytes(self._data)
 
-    def value(
-        self, name: str, dtype: str, *shape: int | str, axis: int | None = None, factor: int = 1
-    ) -> str:
+    def value(self, name: str, dtype: str, *shape: int | str, axis: int | None = None, factor: int = 1) -> str:
         self.values[name] = m.Value(dtype, shape, axis, factor)
         return name
 
@@ -152,10 +150,7 @@ def classifier(
         if i in (*exits, 4):
             state = hidden(f"adapted{i}") if adapters and i < 4 else f"hidden{i}"
             names = () if scores == "block" else ("top1", "entropy", "prediction")
-            found = {
-                n: w.value(f"{n}{i}", "int64" if n == "prediction" else "float32", rows, axis=at)
-                for n in names
-            }
+            found = {n: w.value(f"{n}{i}", "int64" if n == "prediction" else "float32", rows, axis=at) for n in names}
             logits = {"logits": w.value(f"logits{i}", "float32", rows, _CLASSES, axis=at)}
             pieces = [w.segment(f"exit{i}.tail", "tail.onnx", {"hidden": state}, logits | found)]
             if state.startswith("adapted"):
@@ -228,9 +223,7 @@ def translator(root: Path) -> Path:
     around = {"context": "memory", "table": "places"}
     ways = []
     for i in (1, 2):
-        w.segment(
-            f"decoder{i}", f"block{i}.onnx", {"hidden": f"state{i - 1}", **around}, {"out": f"state{i}"}
-        )
+        w.segment(f"decoder{i}", f"block{i}.onnx", {"hidden": f"state{i - 1}", **around}, {"out": f"state{i}"})
         w.value(f"logits{i}", "float32", "batch", _CLASSES, axis=0)
         w.value(f"top1.{i}", "float32", "batch", axis=0)
         outputs = {"logits": f"logits{i}", "top1": f"top1.{i}"}

@@ -1,5 +1,6 @@
 """Attention sites: every way of writing attention is found, with its mask, polarity, scale and soft-cap."""
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import math
@@ -231,10 +232,8 @@ def test_the_output_mixes_the_values(program: Program) -> None:
     values = evaluate(program.graph_module, [site.weights, site.output], _inputs())
     weights, output = values[site.weights], values[site.output]
     if site.form == "decomposed":
-        torch.testing.assert_close(weights.sum(site.key_axis), torch.ones(weights.shape[:-2] + (QUERIES,)))
-    torch.testing.assert_close(
-        output.reshape(-1), program.example_outputs["output"].reshape(-1), rtol=1e-5, atol=1e-6
-    )
+        torch.testing.assert_close(weights.sum(site.key_axis), torch.ones((*weights.shape[:-2], QUERIES)))
+    torch.testing.assert_close(output.reshape(-1), program.example_outputs["output"].reshape(-1), rtol=1e-5, atol=1e-6)
 
 
 def test_all_forms_compute_the_same() -> None:

@@ -74,9 +74,7 @@ class Rows(nn.Module):
         return {"y": x.cos()}
 
 
-@pytest.mark.parametrize(
-    ("mode", "axis"), [("apart", 0), ("sum", 1), ("cumsum", 1), ("flipped", 1), ("one lost", 1)]
-)
+@pytest.mark.parametrize(("mode", "axis"), [("apart", 0), ("sum", 1), ("cumsum", 1), ("flipped", 1), ("one lost", 1)])
 def test_the_batch_is_the_first_axis_along_which_nothing_mixes(mode: str, axis: int) -> None:
     program = capture(Rows(mode), torch.randn(3, 5))
     if mode in ("sum", "one lost"):

@@ -21,9 +21,7 @@ SCHEMA = json.loads((Path(__file__).resolve().parents[1] / "docs/manifest.schema
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = bundles.classifier(
-        tmp_path_factory.mktemp("bundle") / "b", adapters=True, policy={"name": "never"}
-    )
+    root = bundles.classifier(tmp_path_factory.mktemp("bundle") / "b", adapters=True, policy={"name": "never"})
     found: dict[str, Any] = json.loads((root / m.MANIFEST_FILE).read_text())
     return found
 
@@ -56,9 +54,7 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
         fields = dataclasses.fields(kind)
         assert set(schema["properties"]) == {field.name for field in fields}
         needed = {
-            f.name
-            for f in fields
-            if dataclasses.MISSING is f.default and dataclasses.MISSING is f.default_factory
+            f.name for f in fields if dataclasses.MISSING is f.default and dataclasses.MISSING is f.default_factory
         }
         if kind is m.Manifest:
             needed |= {"format", "version"}
@@ -103,9 +99,7 @@ MISTYPED = [
 
 
 @pytest.mark.parametrize(("path", "item", "message"), MISTYPED)
-def test_missing_and_mistyped_fields_are_named(
-    data: dict[str, Any], path: str, item: Any, message: str
-) -> None:
+def test_missing_and_mistyped_fields_are_named(data: dict[str, Any], path: str, item: Any, message: str) -> None:
     changed = copy.deepcopy(data)
     _set(path, item)(changed)
     with pytest.raises(BundleError) as caught:

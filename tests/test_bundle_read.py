@@ -187,9 +187,7 @@ def test_files_that_are_no_models(root: Path) -> None:
             "(tail.onnx) has no output 'LOGITS'",
         ),
         (
-            lambda s: s["outputs"].update(
-                top1=s["outputs"].pop("prediction"), prediction=s["outputs"].pop("top1")
-            ),
+            lambda s: s["outputs"].update(top1=s["outputs"].pop("prediction"), prediction=s["outputs"].pop("top1")),
             "output 'top1' is tensor(float), but its value is tensor(int64)",
         ),
     ],

@@ -1,5 +1,6 @@
 """insert-adapter: what each kind computes, that it starts harmlessly, and whose weights it trains."""
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 from functools import partial
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from offramp.passes import InsertAdapter, InsertExits, apply
 from offramp.passes.insert_adapter import KINDS
-from offramp.program import Exit, Program
+from offramp.program import Exit, Program, capture
 from offramp.runtime.errors import SpecError
 
 NEUTRAL = ("identity", "linear", "bottleneck", "mlp")
@@ -28,11 +29,7 @@ def _outputs(program: Program, item: Exit, captured: tiny.Captured) -> dict[str,
 
 
 def _weights(program: Program) -> dict[str, Tensor]:
-    return {
-        name: weight.detach()
-        for name, weight in program.module.named_parameters()
-        if name.startswith("exits.")
-    }
+    return {name: weight.detach() for name, weight in program.module.named_parameters() if name.startswith("exits.")}
 
 
 def _hidden(captured: tiny.Captured, blocks: int) -> Tensor:
@@ -49,7 +46,7 @@ def _head(captured: tiny.Captured, hidden: Tensor) -> Tensor:
     model, mask = captured.model, captured.inputs["attention_mask"]
     assert isinstance(model, tiny.Encoder)
     with torch.no_grad():
-        return model.head((model.leave(hidden) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))  # type: ignore[no-any-return]
+        return model.head((model.leave(hidden) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
 
 
 # Fires
@@ -132,7 +129,7 @@ def test_widths(encoder: tiny.Captured, kind: str, width: str, expected: int) ->
 
 def test_adapters_take_the_dtype_of_the_model() -> None:
     model = tiny.seeded(tiny.Encoder).to(torch.bfloat16)
-    captured = tiny.Captured(model, tiny.text(), tiny.capture(model, tiny.text()))
+    captured = tiny.Captured(model, tiny.text(), capture(model, tiny.text()))
     for kind in KINDS:
         program = _exits(captured, f"insert-adapter{{kind={kind}}}")
         assert {weight.dtype for weight in _weights(program).values()} <= {torch.bfloat16}
@@ -219,7 +216,7 @@ def test_training_adapters_leaves_the_model_alone(kind: str) -> None:
         ("insert-exits,insert-adapter{kind=magic}", "kind='magic': there are identity, linear"),
         ("insert-exits,insert-adapter{after=4}", "after=4 is no place"),
         ("insert-exits,insert-adapter{stack=other}", "unknown stack 'other'"),
-        ("insert-exits,insert-adapter{kind=mlp,width=wide}", "width='?wide"),
+        ("insert-exits,insert-adapter{kind=mlp,width=wide}", "width=.?wide"),
         ("insert-exits,insert-adapter{kind=mlp,width=0}", "width=0"),
         ("insert-exits,insert-adapter{kind=mlp,width=-3}", "width=-3"),
     ],

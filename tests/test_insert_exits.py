@@ -86,9 +86,7 @@ def test_any_subset_of_exits(encoder: tiny.Captured, after: set[int], head: str)
     assert {item.after for item in program.exits} == after
     for item in program.exits:
         truncated = apply(program, [Truncate(after=item.after)])
-        tiny.assert_same(
-            tiny.outputs(truncated.module, encoder.inputs), _outputs(program, item, encoder), 0, 0
-        )
+        tiny.assert_same(tiny.outputs(truncated.module, encoder.inputs), _outputs(program, item, encoder), 0, 0)
         tiny.assert_same(_outputs(program, item, encoder), encoder.truncated(item.after))
 
 

@@ -1,5 +1,6 @@
 """Pieces as ONNX: one translation for equal pieces, sizes of their own inputs, and refusals that say where."""
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import inspect
@@ -119,9 +120,8 @@ def test_sizes_are_read_from_own_inputs(encoder: tiny.Captured) -> None:
         assert names == [f"in{i}" for i in range(len(each.inputs))] + [f"w{i}" for i in range(len(function.weights))]
         assert function.inputs == each.inputs
     block = close(piece(encoder.program, "encoder.3"))
-    sizes = block.graph.find_nodes(op="call_function", target=aten.sym_size.int)
-    assert sizes
-    assert all(node.args[0].op == "placeholder" or node.args[0].op == "call_function" for node in sizes)
+    read = {node.args[0] for node in block.graph.find_nodes(op="call_function", target=aten.sym_size.int)}
+    assert block.graph.find_nodes(op="placeholder", target="in0")[0] in read
 
 
 class _BySource(tiny.Encoder):
@@ -257,8 +257,7 @@ def _(x: Tensor) -> Tensor:
 
 class _Twisted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = twist(x)
-        return found
+        return twist(x)
 
 
 class _Odd(tiny.Encoder):
@@ -284,17 +283,20 @@ def test_a_refusal_names_the_operator_and_its_place() -> None:
 def _swapped(function: Function, old: Any, new: Callable[..., Any]) -> Function:
     """A function with another operator in the place of one."""
     graph = fx.Graph()
-    graph.output(graph.graph_copy(function.graph, {}))  # type: ignore[arg-type]
+    graph.output(graph.graph_copy(function.graph, {}))
     (node,) = graph.find_nodes(op="call_function", target=old)
     node.target = new
     node.args, node.kwargs = node.args[:1], {}
     return replace(function, graph=graph)
 
 
-def test_an_operator_of_torch_without_an_onnx_form_is_refused_too(encoder: tiny.Captured) -> None:
+def test_an_operator_that_torch_decomposes_first_is_named_too(encoder: tiny.Captured) -> None:
+    """special_i1 becomes prims.bessel_i1, which is what the exporter then complains of."""
     function = _swapped(close(piece(encoder.program, "encoder.2")), aten.gelu.default, aten.special_i1.default)
-    with pytest.raises(ExportError, match=r"aten\.special_i1\.default cannot be lowered .*blocks\.1\.mlp\.1 \(GELU\)"):
+    with pytest.raises(ExportError) as caught:
         translate(function, "encoder.2")
+    assert "_i1" in caught.value.reason
+    assert "blocks.1.mlp.1 (GELU)" in caught.value.reason
 
 
 def test_any_other_failure_is_told_in_plain_words(encoder: tiny.Captured, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,7 @@ def test_module_of_the_working_directory(file: Path, monkeypatch: pytest.MonkeyP
     assert isinstance(module, nn.Linear)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "model", "model.py", "hf:", "file.py:", ":factory", "file.py:not a name"]
-)
+@pytest.mark.parametrize("name", ["", "model", "model.py", "hf:", "file.py:", ":factory", "file.py:not a name"])
 def test_other_forms_are_refused(name: str) -> None:
     with pytest.raises(models.ModelNameError, match=r"(?s)names no model.*file\.py:factory.*zoo:minilm"):
         models.resolve(name)
@@ -108,9 +106,7 @@ def test_missing_module() -> None:
         models.resolve("no_such_package.models:factory")()
 
 
-def test_missing_import_inside_a_module_is_not_mistaken_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_import_inside_a_module_is_not_mistaken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "needs_more.py").write_text("import no_such_dependency")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency"):
@@ -118,9 +114,7 @@ def test_missing_import_inside_a_module_is_not_mistaken_for_it(
 
 
 def test_missing_factory_lists_the_functions_of_the_file(file: Path) -> None:
-    with pytest.raises(
-        models.FactoryMissingError, match=r"(?s)no function bynome.*one of .*by_name, by_position"
-    ):
+    with pytest.raises(models.FactoryMissingError, match=r"(?s)no function bynome.*one of .*by_name, by_position"):
         models.resolve(f"{file}:bynome")()
 
 
@@ -239,9 +233,7 @@ def test_only_encoders_get_padding(tmp_path: Path) -> None:
 
 def test_pretrained_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(
-        models.PretrainedModelError, match=r"(?s)could not be loaded.*config\.json and weights"
-    ):
+    with pytest.raises(models.PretrainedModelError, match=r"(?s)could not be loaded.*config\.json and weights"):
         models.resolve(f"hf:{tmp_path}")()
 
 

@@ -74,9 +74,7 @@ def source_files() -> dict[str, Path]:
     """Every file that belongs into the package, by its place in a wheel."""
     found: dict[str, Path] = {}
     for room in ROOMS:
-        found |= {
-            f"offramp/{path.relative_to(ROOT).as_posix()}": path for path in (ROOT / room).rglob("*.py")
-        }
+        found |= {f"offramp/{path.relative_to(ROOT).as_posix()}": path for path in (ROOT / room).rglob("*.py")}
     package = ROOT / "src" / "offramp"
     for path in package.rglob("*"):
         inside = path.relative_to(package)

@@ -234,7 +234,7 @@ def test_work_between_two_stacks_is_one_piece(two_stacks: tiny.Captured) -> None
 
 
 def test_stacks_run_in_the_order_of_what_they_read(two_stacks: tiny.Captured) -> None:
-    program = replace(two_stacks.program, stacks=dict(reversed(two_stacks.program.stacks.items())))
+    program = replace(two_stacks.program, stacks=dict(reversed(list(two_stacks.program.stacks.items()))))
     plan = partition(program)
     assert [stack.stack.name for stack in plan.stacks] == ["encoder", "decoder"]
     assert_computes(program, plan, two_stacks.inputs)

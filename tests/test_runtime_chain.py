@@ -128,9 +128,7 @@ def test_scores_history_and_trace(chains: dict[str, Chain]) -> None:
     found = result.scores["encoder"]
     assert list(found) == [1, 2]
     np.testing.assert_array_equal(found[1]["top1"], one.scores["top1"])
-    np.testing.assert_array_equal(
-        found[2]["top1"], [two.scores["top1"][0], np.nan, two.scores["top1"][1], np.nan]
-    )
+    np.testing.assert_array_equal(found[2]["top1"], [two.scores["top1"][0], np.nan, two.scores["top1"][1], np.nan])
     assert found[2]["prediction"][[1, 3]].tolist() == [-1, -1]
     assert [(step.segment, step.rows) for step in result.trace] == [
         ("prologue", 4),
@@ -171,10 +169,7 @@ def test_full_depth_copies_nothing(where: Path) -> None:
         made.append(env["logits4"])
 
     object.__setattr__(last, "run", spy)
-    assert (
-        chain.run({"ids": _ids("first", 3, 2)}, lambda state: np.zeros(3, np.bool_)).outputs["logits"]
-        is made[0]
-    )
+    assert chain.run({"ids": _ids("first", 3, 2)}, lambda state: np.zeros(3, np.bool_)).outputs["logits"] is made[0]
 
 
 def test_the_default_policy(where: Path) -> None:
@@ -239,9 +234,7 @@ def test_a_failure_names_the_segment_and_leaves_the_chain_usable(
     chains: dict[str, Chain], capfd: pytest.CaptureFixture[str]
 ) -> None:
     ids = _ids("first", 2, 3)
-    with pytest.raises(
-        ExecutionError, match=r"segment 'prologue' failed with ids \[2, 3\]: .*indices element"
-    ):
+    with pytest.raises(ExecutionError, match=r"segment 'prologue' failed with ids \[2, 3\]: .*indices element"):
         chains["first"].run({"ids": ids + 100})
     with pytest.raises(ZeroDivisionError):
         chains["first"].run({"ids": ids}, lambda state: 1 / 0)
@@ -267,9 +260,7 @@ def test_a_function_that_returns_something_else(chains: dict[str, Chain], functi
 
 
 def test_a_function_may_return_a_list(chains: dict[str, Chain]) -> None:
-    result = chains["first"].run(
-        {"ids": _ids("first", 2, 3)}, lambda state: [True, False][-state.rows.size :]
-    )
+    result = chains["first"].run({"ids": _ids("first", 2, 3)}, lambda state: [True, False][-state.rows.size :])
     assert result.exits["encoder"].tolist() == [1, 4]
 
 
@@ -279,9 +270,7 @@ def test_a_score_of_a_wrong_shape(where: Path) -> None:
     data["segments"]["exit1.tail"]["outputs"] = {"logits": "entropy1", "top1": "logits1"}
     data["stacks"]["encoder"]["exits"][0]["scores"] = {"entropy": "entropy1"}
     (root / MANIFEST_FILE).write_text(json.dumps(data))
-    with pytest.raises(
-        ExecutionError, match=r"the score 'entropy' after 1 blocks .* \[2, 5\], expected \[2\]"
-    ):
+    with pytest.raises(ExecutionError, match=r"the score 'entropy' after 1 blocks .* \[2, 5\], expected \[2\]"):
         _open(root).run({"ids": _ids("first", 2, 3)}, offramp.Entropy(0.1))
 
 
@@ -310,7 +299,5 @@ def test_cuda(where: Path) -> None:
     ids = _ids("first", 4, 3)
     policy = Schedule({"encoder": [1, 4, 2, 4]})
     wanted = _open(root).run({"ids": ids}, policy).outputs["logits"]
-    found = (
-        offramp.load(root, providers=["CUDAExecutionProvider"]).run({"ids": ids}, policy).outputs["logits"]
-    )
+    found = offramp.load(root, providers=["CUDAExecutionProvider"]).run({"ids": ids}, policy).outputs["logits"]
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3)

@@ -16,9 +16,7 @@ from offramp.runtime.policy import Asker, Function, Policy, State
 
 
 def _stack(name: str, *exits: int, scores: Sequence[str] = ("top1", "entropy", "prediction")) -> Stack:
-    found = tuple(
-        Exit(i, (), "s", {"y": "y"}, dict.fromkeys(scores if i < exits[-1] else (), "v")) for i in exits
-    )
+    found = tuple(Exit(i, (), "s", {"y": "y"}, dict.fromkeys(scores if i < exits[-1] else (), "v")) for i in exits)
     return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, ()) for i in exits), found)
 
 
@@ -157,9 +155,7 @@ def test_a_policy_of_ones_own_that_asks_for_what_is_not_there() -> None:
         def measures(self, stack: str, exit_: Exit) -> tuple[str, ...]:
             return ("luck",)
 
-    with pytest.raises(
-        PolicyError, match=r"after 1 blocks does not have the scores luck(.*\n)*.*measure=luck"
-    ):
+    with pytest.raises(PolicyError, match=r"after 1 blocks does not have the scores luck(.*\n)*.*measure=luck"):
         Asker(Mine(), STACKS["encoder"], 1)
     with pytest.raises(PolicyError, match="JSON cannot hold it"):
         Mine().to_dict()

@@ -80,9 +80,7 @@ def test_an_encoder_of_any_size(encoder: tiny.Captured, rows: int, tokens: int) 
 
 
 @given(rows=st.integers(1, 3), tokens=st.integers(1, 9), sources=st.integers(1, 14))
-def test_two_stacks_of_any_sizes(
-    two_stacks: tiny.Captured, rows: int, tokens: int, sources: int
-) -> None:
+def test_two_stacks_of_any_sizes(two_stacks: tiny.Captured, rows: int, tokens: int, sources: int) -> None:
     program = two_stacks.program
     ids, source_ids = (placeholders(program.graph)[name] for name in ("input_ids", "source_ids"))
     sizes = dict(zip(map(expression, shape(ids)), (rows, tokens), strict=True))

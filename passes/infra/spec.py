@@ -38,7 +38,7 @@ def parse(text: str) -> list[Pass]:
     """
     passes: list[Pass] = []
     problems: list[str] = []
-    at = 0
+    at, text = 0, text.strip()
     while at < len(text):
         match = _ITEM.match(text, at)
         if match is None:
@@ -75,7 +75,7 @@ def _options(kind: type[Pass], text: str) -> tuple[dict[str, Any], list[str]]:
 
 def _value(text: str, many: bool) -> Any:
     if many and text != "all":
-        return tuple(_scalar(item) for item in text.split("|"))
+        return tuple(_scalar(item.strip()) for item in text.split("|"))
     return _scalar(text)
 
 
