@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def main() -> None:
         def sweep(policy: offramp.Policy, inputs: list[Any] = inputs) -> list[offramp.Result]:
             return [chain.run(batch, policy) for batch in inputs]
 
-        times = alternate({name: lambda p=policy: sweep(p) for name, policy in policies.items()}, 2.0, least=3)
+        times = alternate({name: functools.partial(sweep, policy) for name, policy in policies.items()}, 2.0, least=3)
         full = 0.0
         for name, policy in policies.items():
             results = sweep(policy)

@@ -532,15 +532,29 @@ def test_outputs_beside_the_stack(tmp_path: Path, head: Literal["shared", "own"]
     assert_close(made.run(captured.inputs, offramp.Depth(2)), expected)
 
 
-class _Constants(tiny.Encoder):
+class _Constant(tiny.Encoder):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        return {**super().forward(input_ids, attention_mask), "scale": self.head.bias, "ones": torch.ones(3)}
+        return {**super().forward(input_ids, attention_mask), "ones": torch.ones(3)}
 
 
-def test_outputs_that_depend_on_nothing(tmp_path: Path) -> None:
-    captured = tiny.captured(_Constants, tiny.text())
-    made = Saved(captured.program, tmp_path / "m.offramp")
-    assert_close(made.run(captured.inputs), captured.eager())
+class _Weight(tiny.Encoder):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        return {**super().forward(input_ids, attention_mask), "scale": self.head.bias}
+
+
+def test_an_output_that_is_constant(tmp_path: Path) -> None:
+    captured = tiny.captured(_Constant, tiny.text())
+    for head in ("shared", "own"):
+        program = apply(captured.program, [InsertExits(after=2, head=head)])
+        made = Saved(program, tmp_path / f"{head}.offramp")
+        assert_close(made.run(captured.inputs), captured.eager())
+        assert_close(made.run(captured.inputs, offramp.Depth(2)), captured.truncated(2))
+
+
+def test_an_output_that_is_a_weight_is_refused(tmp_path: Path) -> None:
+    program = tiny.captured(_Weight, tiny.text()).program
+    with pytest.raises(ExportError, match="scale"):
+        save(program, tmp_path / "m.offramp")
 
 
 # Scores

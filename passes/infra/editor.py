@@ -32,7 +32,7 @@ class Editor:
         copied: Any = self.graph.graph_copy(program.graph, {})
         self.graph.output(copied)
         self.module = fx.GraphModule(program.graph_module, self.graph, "Program")
-        self.nodes = {node.name: node for node in self.graph.nodes}
+        self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self.edits: Counter[str] = Counter()
         self._fake = _fake_mode(program.graph)
 
