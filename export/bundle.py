@@ -63,12 +63,12 @@ def save(
     plan = partition(program, segments)
     target.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    writer = Writer(directory, program.graph_module)
     try:
-        writer = Writer(directory, program.graph_module)
         describer = Describer(program, plan, writer, progress)
         manifest = describer.manifest(name or target.stem, _provenance(program), policy)
         for file in files:
-            shutil.copyfile(file, directory / Path(file).name)
+            _add(file, directory)
         manifest = replace(manifest, files=writer.close())
         figures = validate(program, manifest, directory, describer.origin)
         manifest = replace(manifest, validation=figures)
@@ -80,9 +80,17 @@ def save(
             shutil.rmtree(target)
         directory.rename(target)
     except BaseException:
+        writer.abandon()
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return figures
+
+
+def _add(file: str | os.PathLike[str], directory: Path) -> None:
+    copied = directory / Path(file).name
+    if copied.exists() or copied.name == MANIFEST_FILE:
+        raise ExportError(f"{os.fspath(file)} would replace the bundle's {copied.name}", hint="another name")
+    shutil.copyfile(file, copied)
 
 
 def _provenance(program: Program) -> dict[str, Any]:

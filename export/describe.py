@@ -37,6 +37,10 @@ class Describer:
         self._total = sum(piece is not None for piece in (*plan.before, plan.tail)) + sum(
             len(s.blocks) + len(s.adapters) + len(s.heads) for s in plan.stacks
         )
+        if plan.tail:  # once more for every exit that shares it
+            last = plan.stacks[-1]
+            early = [item for item in program.exits_of(last.stack.name) if item.after < last.stack.blocks]
+            self._total += len(early) - len(last.heads)
 
     def manifest(self, model: str, provenance: Mapping[str, Any], policy: Mapping[str, Any] | None) -> m.Manifest:
         """Lower everything and describe it (``files`` and ``validation`` are still empty)."""
@@ -123,7 +127,7 @@ class Describer:
         outputs, scores = {}, {}
         if final:
             for name in self.program.outputs:
-                own = self.returned[item.outputs[name]] if item.head == "own" else self.returned[name]
+                own = self.returned[item.outputs.get(name, name) if item.head == "own" else name]
                 at_end = self.returned[name] is self.program.nodes[stack.output]
                 outputs[name] = state if at_end and own not in made else made.get(own) or self._name(own.name)
         for measure, key in item.scores.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -207,15 +209,29 @@ def _stride(tensor: Any, dim: int) -> Any:
 
 def _refusal(function: Function, name: str, error: Exception) -> ExportError:
     text = str(error)
-    for node in function.graph.nodes:
-        if node.op == "call_function" and f"{node.target}" in text and node.target is not operator.getitem:
+    named = [n for n in function.graph.nodes if n.op == "call_function" and f"{n.target}" in text]
+    for node in (*named, *_at_work(error)):
+        if node.target is not operator.getitem:
             return ExportError(
                 f"segment {name}: {node.target} cannot be lowered to ONNX opset {OPSET} ({source(node)})",
                 hint="rewrite this line of the model with operators that ONNX has",
             )
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     return ExportError(
-        f"segment {name} cannot be lowered to ONNX opset {OPSET}: {text.splitlines()[0] if text else error!r}"
+        f"segment {name} cannot be lowered to ONNX opset {OPSET}: {type(cause).__name__}: {cause}".splitlines()[0]
     )
+
+
+def _at_work(error: BaseException | None) -> Iterator[fx.Node]:
+    """The nodes (of the exporter's own, decomposed graph) at which it was when it failed."""
+    while error is not None:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            node = frame.f_locals.get("node")
+            if isinstance(node, fx.Node) and node.op == "call_function":
+                yield node
+        error = error.__cause__
 
 
 def _rename(model: onnx.ModelProto, function: Function) -> None:

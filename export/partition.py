@@ -59,6 +59,9 @@ def partition(program: Program, segments: int | None = None) -> Plan:
     if segments is not None and segments < 1:
         raise SpecError(f"segments={segments}: at least one")
     program.require_stacks()
+    returned = results(program.graph)
+    if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:
+        raise ExportError(f"the outputs {fixed} are weights, whatever the inputs are", hint="a model without them")
     return _Partition(program, segments).plan()
 
 
@@ -213,7 +216,7 @@ class _Partition:
             crossing |= {node for node in pieces[key].inputs if node in shared}
         last = len(self.stacks)
         finals = wanted["tail", self.stacks[-1].name, 0][0]
-        early = [node for node in finals if node in shared and self.level[node] != last]
+        early = [node for node in finals if self.level[node] != last]  # once, not at every exit
         crossing |= set(early)
         late = {node for node in shared if self.level[node] == last}
         tail = self._piece("tail", [node for node in finals if node not in early], stop - late)

@@ -85,6 +85,10 @@ class Writer:
         self._weights.close()
         return {path.name: hashed(path) for path in sorted(self.directory.iterdir())}
 
+    def abandon(self) -> None:
+        """Let go of the weights file."""
+        self._weights.close()
+
     def _place(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Offset and size in bytes of a weight in the weights file; it is written when first asked for."""
         key = storage_key(tensor)

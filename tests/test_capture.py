@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections import namedtuple
-from functools import partial
 from typing import Any
 
 import pytest
@@ -321,7 +320,7 @@ def test_the_cause_of_a_failed_export_is_kept() -> None:
 
 
 def test_the_module_trains_the_captured_model() -> None:
-    captured = tiny.captured(partial(tiny.Encoder, pooled=True), tiny.text())
+    captured = tiny.captured(tiny.Encoder, tiny.text(), dynamic={})
     before = {name: weight.clone() for name, weight in captured.model.named_parameters()}
     optimizer = torch.optim.SGD(captured.program.module.parameters(), lr=0.1)
     target = torch.tensor([1, 2])

@@ -88,7 +88,7 @@ def test_clones_read_through_the_mapping(editor: Editor, encoder: tiny.Captured)
 
 def test_copied_weights_are_those_that_train(encoder: tiny.Captured) -> None:
     model = tiny.seeded(Buffered)
-    program = capture(model, tiny.text())
+    program = capture(model, tiny.text(), dynamic={})
     editor = Editor(program, "a-pass")
     stack = program.stacks["encoder"]
     tail = [editor[node.name] for node in program.tail_nodes(stack)]

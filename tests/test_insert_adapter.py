@@ -129,7 +129,7 @@ def test_widths(encoder: tiny.Captured, kind: str, width: str, expected: int) ->
 
 def test_adapters_take_the_dtype_of_the_model() -> None:
     model = tiny.seeded(tiny.Encoder).to(torch.bfloat16)
-    captured = tiny.Captured(model, tiny.text(), capture(model, tiny.text()))
+    captured = tiny.Captured(model, tiny.text(), capture(model, tiny.text(), dynamic={}))
     for kind in KINDS:
         program = _exits(captured, f"insert-adapter{{kind={kind}}}")
         assert {weight.dtype for weight in _weights(program).values()} <= {torch.bfloat16}
@@ -186,7 +186,7 @@ def test_a_block_with_cross_attention_reads_the_memory(two_stacks: tiny.Captured
 
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"identity"}))
 def test_training_adapters_leaves_the_model_alone(kind: str) -> None:
-    captured = tiny.captured(partial(tiny.Encoder, "post"), tiny.text())
+    captured = tiny.captured(partial(tiny.Encoder, "post"), tiny.text(), dynamic={})
     program = _exits(captured, f"insert-adapter{{kind={kind}}}")
     module = program.module
     kept = {name: weight.clone() for name, weight in captured.model.named_parameters()}

@@ -91,7 +91,7 @@ def test_any_subset_of_exits(encoder: tiny.Captured, after: set[int], head: str)
 
 
 def test_outputs_that_leave_the_stack_bare_and_outputs_beside_it() -> None:
-    captured = tiny.captured(HiddenToo, tiny.text())
+    captured = tiny.captured(HiddenToo, tiny.text(), dynamic={})
     program = apply(captured.program, "insert-exits{after=2}")
     (item,) = program.exits
     assert item.outputs == {"logits": "encoder.2/logits", "hidden": "encoder.2/hidden"}
@@ -101,7 +101,7 @@ def test_outputs_that_leave_the_stack_bare_and_outputs_beside_it() -> None:
 
 
 def test_a_tail_that_makes_a_tensor_like_the_hidden_state() -> None:
-    captured = tiny.captured(OnesLike, tiny.text())
+    captured = tiny.captured(OnesLike, tiny.text(), dynamic={})
     program = apply(captured.program, "insert-exits{after=2}")
     (item,) = program.exits
     tiny.assert_same(_outputs(program, item, captured), captured.truncated(2))
@@ -141,7 +141,7 @@ def test_weights_of_an_own_head(decoder: tiny.Captured) -> None:
 
 
 def test_training_own_heads_leaves_the_models_head_alone() -> None:
-    captured = tiny.captured(partial(tiny.Encoder, "post"), tiny.text())
+    captured = tiny.captured(partial(tiny.Encoder, "post"), tiny.text(), dynamic={})
     program = apply(captured.program, "insert-exits{head=own}")
     module, target = program.module, torch.tensor([0, 2])
     heads = {name: weight for name, weight in module.named_parameters() if name.startswith("exits.")}
@@ -162,7 +162,7 @@ def test_training_own_heads_leaves_the_models_head_alone() -> None:
 
 
 def test_training_all_exits_trains_the_captured_model() -> None:
-    captured = tiny.captured(tiny.Encoder, tiny.text())
+    captured = tiny.captured(tiny.Encoder, tiny.text(), dynamic={})
     program = apply(captured.program, "insert-exits{head=own}")
     module, target = program.module, torch.tensor([0, 2])
     before = {name: weight.clone() for name, weight in captured.model.named_parameters()}

@@ -262,8 +262,6 @@ class Padded(tiny.Encoder):
         rows, tokens = seen.shape
         if self.form == "added":
             return (1.0 - seen.float())[:, None, None] * torch.finfo(torch.float32).min
-        if self.form == "square":
-            return (seen[:, None] & seen[:, :, None] | torch.eye(tokens, dtype=torch.bool))[:, None]
         if self.form == "causal":
             return seen[:, None, None] & torch.ones(tokens, tokens, dtype=torch.bool).tril()
         return seen[:, None, None].expand(rows, tiny.HEADS, tokens, tokens)
@@ -347,7 +345,7 @@ class Labels(tiny.Encoder):
 
 
 def test_a_model_without_logits_is_refused() -> None:
-    captured = tiny.captured(Labels, tiny.text())
+    captured = tiny.captured(Labels, tiny.text(), dynamic={})
     with pytest.raises(SpecError, match="logits"):
         _scored(captured, "top1")
 
@@ -363,7 +361,7 @@ class Towers(nn.Module):
 
 
 def test_logits_of_another_stack_are_refused() -> None:
-    captured = tiny.captured(Towers, tiny.text())
+    captured = tiny.captured(Towers, tiny.text(), dynamic={})
     query, passage = captured.program.stacks
     program = apply(captured.program, f"insert-exits{{stack={query}}}")
     assert [list(item.outputs) for item in program.exits] == [["query"]] * (tiny.BLOCKS - 1)
@@ -383,11 +381,15 @@ def test_a_stack_that_another_follows_has_no_logits(two_stacks: tiny.Captured, m
     assert [list(item.scores) for item in apply(two_stacks.program, text).exits] == [["cosine", "learned"]] * 3
 
 
+@pytest.fixture(scope="module")
+def flat() -> tiny.Captured:
+    return tiny.captured(Flat, tiny.text())
+
+
 @pytest.mark.parametrize("measure", OF_STATE)
-def test_rows_that_share_an_axis_with_tokens_are_refused_with_a_reason(measure: str) -> None:
-    captured = tiny.captured(Flat, tiny.text())
+def test_rows_that_share_an_axis_with_tokens_are_refused(flat: tiny.Captured, measure: str) -> None:
     with pytest.raises(SpecError, match="batch"):
-        _scored(captured, measure)
+        _scored(flat, measure)
 
 
 class Folded(tiny.Encoder):
@@ -402,10 +404,14 @@ class Folded(tiny.Encoder):
         return {"logits": self.head(h.reshape(rows, 3, -1).mean(1))}
 
 
+@pytest.fixture(scope="module")
+def folded() -> tiny.Captured:
+    return tiny.captured(Folded, {"x": torch.randn(2, 3, tiny.WIDTH)}, dynamic={"x": {0: "batch"}})
+
+
 @pytest.mark.parametrize("measure", MEASURES)
-def test_rows_of_several_places_have_one_score(measure: str) -> None:
-    captured = tiny.captured(Folded, {"x": torch.randn(2, 3, tiny.WIDTH)}, dynamic={"x": {0: "batch"}})
-    for score in _scores(_scored(captured, measure), captured, measure).values():
+def test_rows_of_several_places_have_one_score(folded: tiny.Captured, measure: str) -> None:
+    for score in _scores(_scored(folded, measure), folded, measure).values():
         assert score.shape == (2,)
 
 

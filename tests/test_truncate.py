@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from torch import Tensor
 
 from offramp.passes import PassResult, Truncate, apply
 from offramp.runtime.errors import PassError, SpecError, StructureError
@@ -80,6 +81,27 @@ def test_the_decoder_alone_keeps_the_exits_of_the_encoder(two_stacks: tiny.Captu
         tiny.outputs(apply(program, "truncate{after=2}").module, two_stacks.inputs),
         tiny.outputs(tiny.cut(tiny.cut(two_stacks.model, 2, "decoder.blocks"), 2, "encoder.blocks"), two_stacks.inputs),
     )
+
+
+class MemoryToo(tiny.TwoStacks):
+    """As the encoder-decoders of transformers do, it returns the encoder's output too."""
+
+    def forward(self, source_ids: Tensor, source_mask: Tensor, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        reach = source_mask.bool()[:, None, None]
+        memory = self.encoder.run(self.encoder.embed(source_ids), reach)
+        x = self.decoder.embed(input_ids)
+        for block in self.decoder.blocks:
+            x = block(x, None, memory, reach)
+        return {"logits": self.decoder.head(x), "memory": memory}
+
+
+def test_an_output_that_the_next_stack_reads_too() -> None:
+    captured = tiny.captured(MemoryToo, tiny.two_texts())
+    program = apply(captured.program, "insert-exits{stack=encoder},insert-exits{stack=decoder}")
+    assert [item.outputs for item in program.exits] == [{}] * 3 + [{"logits": f"decoder.{k}/logits"} for k in (1, 2)]
+    for stack, path in (("encoder", "encoder.blocks"), ("decoder", "decoder.blocks")):
+        short = apply(program, [Truncate(stack, 2)])
+        tiny.assert_same(tiny.outputs(short.module, captured.inputs), captured.truncated(2, path))
 
 
 @pytest.mark.parametrize(

@@ -235,8 +235,9 @@ class Captured:
         return outputs(cut(self.model, blocks, path), self.inputs if inputs is None else inputs)
 
 
-def captured(make: Callable[[], nn.Module], inputs: Inputs, **options: Any) -> Captured:
-    model = seeded(make)
+def captured(make: Callable[[], nn.Module], inputs: Inputs, *, seed: int = 0, **options: Any) -> Captured:
+    """``dynamic={}`` fixes all sizes, which takes a third of the time."""
+    model = seeded(make, seed)
     return Captured(model, inputs, capture(model, inputs, **options))
 
 
