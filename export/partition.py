@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from offramp.passes.insert_scores import OF_LOGITS
 from offramp.program.graph import ancestors, data_inputs, dependents, expression, is_symint, is_tensor, results, shape
 from offramp.program.program import Exit, Program
 from offramp.program.stacks import Stack
@@ -62,7 +63,16 @@ def partition(program: Program, segments: int | None = None) -> Plan:
     returned = results(program.graph)
     if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:
         raise ExportError(f"the outputs {fixed} are weights, whatever the inputs are", hint="a model without them")
-    return _Partition(program, segments).plan()
+    plan = _Partition(program, segments)
+    last = plan.stacks[-1].name
+    for item in program.exits:
+        if item.stack != last and (item.head == "own" or set(item.scores) & set(OF_LOGITS)):
+            raise ExportError(
+                f"the exit after block {item.after} of stack {item.stack} has a head or scores of its own outputs, but "
+                f"stack {last} runs after it",
+                hint="a shared head, and measure=cosine or learned, on every stack but the last",
+            )
+    return plan.plan()
 
 
 def whole(program: Program) -> Piece:

@@ -49,6 +49,8 @@ class InsertAdapter(Pass):
         stack = stack_named(program, self.stack)
         if self.kind not in KINDS:
             raise SpecError(f"kind={self.kind!r}: there are {', '.join(KINDS)}")
+        if self.width is not None and (not isinstance(self.width, int) or self.width < 1):
+            raise SpecError(f"width={self.width}: a number of features, 1 or more")
         have = [item.after for item in program.exits_of(stack)]
         wanted = have if self.after == "all" else blocks_named(program, stack, self.after)
         missing = sorted(set(wanted) - set(have))
@@ -83,18 +85,20 @@ class InsertAdapter(Pass):
         return editor.finish(tuple(notes), exits=tuple(exits))
 
     def _small(self, editor: Editor, state: fx.Node, prefix: str) -> fx.Node:
-        features = int(shape(state)[-1])
+        features, dtype = int(shape(state)[-1]), state.meta["val"].dtype
+
+        def parameter(name: str, value: torch.Tensor) -> fx.Node:
+            return editor.parameter(f"{prefix}.{name}", value.to(dtype), state)
 
         def linear(name: str, weight: torch.Tensor) -> Callable[[fx.Node], fx.Node]:
-            w = editor.parameter(f"{prefix}.{name}.weight", weight, state)
-            b = editor.parameter(f"{prefix}.{name}.bias", torch.zeros(weight.shape[0]), state)
+            w = parameter(f"{name}.weight", weight)
+            b = parameter(f"{name}.bias", torch.zeros(weight.shape[0]))
             return lambda x: editor.call(aten.linear.default, x, w, b, at=x)
 
         if self.kind == "linear":
             return linear("linear", torch.eye(features))(state)
         if self.kind == "norm-linear":
-            w = editor.parameter(f"{prefix}.norm.weight", torch.ones(features), state)
-            b = editor.parameter(f"{prefix}.norm.bias", torch.zeros(features), state)
+            w, b = parameter("norm.weight", torch.ones(features)), parameter("norm.bias", torch.zeros(features))
             normed = editor.call(aten.layer_norm.default, state, [features], w, b, at=state)
             return linear("linear", torch.eye(features))(normed)
         width = self.width or (max(1, features // 4) if self.kind == "bottleneck" else 4 * features)

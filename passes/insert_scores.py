@@ -12,7 +12,7 @@ from torch import fx
 
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
-from offramp.program.attention import HIDDEN, attention_sites, padding_mask
+from offramp.program.attention import HIDDEN, Mask, attention_sites, padding_mask
 from offramp.program.graph import aten, expression, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime.errors import SpecError
@@ -59,8 +59,9 @@ class InsertScores(Pass):
     def requires(self, program: Program) -> None:
         """The measures are known, the exits exist, and there are logits where a measure needs them."""
         stack = stack_named(program, self.stack)
-        if wrong := [name for name in self.measures if name not in OF_LOGITS + OF_STATE]:
-            raise SpecError(f"measure={'|'.join(wrong)}: there are {', '.join(OF_LOGITS + OF_STATE)}")
+        wrong = [name for name in self.measures if name not in OF_LOGITS + OF_STATE]
+        if wrong or not self.measures:
+            raise SpecError(f"measure={'|'.join(map(str, wrong))}: there are {', '.join(OF_LOGITS + OF_STATE)}")
         have = {item.after for item in program.exits_of(stack)}
         if not have or (self.after != "all" and not set(blocks_named(program, stack, self.after)) <= have):
             raise SpecError(
@@ -74,18 +75,33 @@ class InsertScores(Pass):
                     hint="measure=cosine or learned",
                 )
             self._logits(program)
+        if set(self.measures) & set(OF_STATE):
+            hidden = program.nodes[program.stacks[stack].input]
+            try:
+                program.axes.batch_axis(hidden)
+            except ValueError as error:
+                raise SpecError(
+                    f"measure={'|'.join(self.measures)}: batch and tokens share an axis of the hidden state ({error})",
+                    hint="measure=top1, margin or entropy",
+                ) from error
 
     def _logits(self, program: Program) -> str:
         returned = results(program.graph)
-        usable = [name for name in program.outputs if returned[name].meta["val"].is_floating_point()]
+        stack = stack_named(program, self.stack)
+        made = {name for item in program.exits_of(stack) for name in item.outputs}
+        usable = [name for name in program.outputs if name in made and returned[name].meta["val"].is_floating_point()]
         name = self.output or ("logits" if "logits" in usable else usable[0] if len(usable) == 1 else None)
         if name not in usable:
-            raise SpecError(f"which output holds logits? The program has {usable}", hint=f"output={usable[0]}")
+            raise SpecError(
+                f"which output holds logits? The program has {usable} behind stack {stack!r}"
+                + (f", not {self.output!r}" if self.output else ""),
+                hint=f"output={usable[0]}" if usable else "measure=cosine or learned",
+            )
         node = returned[name]
         classes = shape(node)[-1]
         if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
             raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
-        if "prediction" in self.measures and len(shape(node)) > 2:
+        if "prediction" in self.measures and (len(shape(node)) > 2 or program.axes.batch is None):
             raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
         return name
 
@@ -96,7 +112,7 @@ class InsertScores(Pass):
         editor = Editor(program, repr(self))
         exits = list(program.exits)
         if set(self.measures) & set(OF_LOGITS) and not any(e.after == stack.blocks for e in program.exits_of(name)):
-            outputs = {output: output for output in program.outputs}
+            outputs = {output: output for item in program.exits_of(name) for output in item.outputs}
             exits.append(Exit(name, stack.blocks, stack.output, stack.output, outputs=outputs))
         notes = []
         for at, item in enumerate(exits):
@@ -140,6 +156,13 @@ class _Builder:
         self.here = self.editor.call(target, *args, at=self.here, **kwargs)
         return self.here
 
+    def by_rows(self, node: fx.Node) -> fx.Node:
+        """The node in float32, with an axis that counts rows only (a row may take several places of one)."""
+        if node.meta["val"].is_floating_point() and node.meta["val"].dtype != torch.float32:
+            node = self.call(aten._to_copy.default, node, dtype=torch.float32)
+        found = self.program.axes.batch_axis(node)
+        return node if found is None or found[1] == 1 else self.call(aten.unflatten.int, node, found[0], [-1, found[1]])
+
     def batch_axis(self, node: fx.Node) -> int | None:
         found = self.program.axes.batch_axis(node)
         return found[0] if found else None
@@ -158,15 +181,20 @@ class _Builder:
         for site in attention_sites(self.program.graph):
             mask = padding_mask(site, self.program.axes.batch) if site.weights.name in inside else None
             if mask is not None:
-                node = self.editor[mask.node.name]
-                if node.meta["val"].dtype != torch.bool:
-                    node = self.call(aten.gt.Scalar, node, HIDDEN)
-                elif mask.drops:
-                    node = self.call(aten.logical_not.default, node)
+                node = self.visible(mask)
                 rows = next(i for i, s in enumerate(shape(node)) if expression(s) == self.program.axes.batch)
                 others = [i for i in range(len(shape(node)) - 1) if i != rows]
                 return self.call(aten.any.dims, node, others) if others else node
         return None
+
+    def visible(self, mask: Mask) -> fx.Node:
+        """Which keys a mask lets through, as ``Mask.visible`` computes it."""
+        node = self.editor[mask.node.name]
+        if mask.kind == "subtracted":
+            return self.call(aten.lt.Scalar, node, -HIDDEN)
+        if mask.kind == "added" and node.meta["val"].dtype != torch.bool:
+            return self.call(aten.gt.Scalar, node, HIDDEN)
+        return self.call(aten.eq.Scalar if mask.kind == "drops" else aten.ne.Scalar, node, 0)
 
     def spread(self, valid: fx.Node | None, like: fx.Node) -> fx.Node | None:
         """``valid`` with axes that broadcast over ``like``; None where ``like`` has no such token axis."""
@@ -213,6 +241,7 @@ class _Builder:
         return self.per_row(places, aten.amax.default if measure == "entropy" else aten.amin.default)
 
     def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None) -> fx.Node:
+        before, after = self.by_rows(before), self.by_rows(after)
         real = self.spread(valid, after)
 
         def dot(a: fx.Node, b: fx.Node) -> fx.Node:
@@ -228,12 +257,13 @@ class _Builder:
         features = int(shape(hidden)[-1])
         weight = self.editor.parameter(f"{prefix}.weight", torch.zeros(features), hidden)
         bias = self.editor.parameter(f"{prefix}.bias", torch.zeros(()), hidden)
+        hidden = self.by_rows(hidden)
         axis = self.batch_axis(hidden)
         places = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, hidden, weight), [-1])
         real = self.spread(valid, places)
         if real is None:
             others = [i for i in range(len(shape(places))) if i != axis]
-            pooled = self.call(aten.mean.dim, places, others)
+            pooled = self.call(aten.mean.dim, places, others) if others else places
         else:
             total = self.per_row(self.call(aten.where.ScalarOther, real, places, 0.0), aten.sum.dim_IntList)
             count = self.per_row(self.call(aten._to_copy.default, real, dtype=torch.float32), aten.sum.dim_IntList)

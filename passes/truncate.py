@@ -9,7 +9,7 @@ from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_name
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import dependents
 from offramp.program.program import Program
-from offramp.runtime.errors import PassError
+from offramp.runtime.errors import PassError, SpecError
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,7 +30,10 @@ class Truncate(Pass):
 
     def requires(self, program: Program) -> None:
         """The stack and the block exist."""
-        blocks_named(program, stack_named(program, self.stack), self.after)
+        stack = stack_named(program, self.stack)
+        if not isinstance(self.after, int):
+            raise SpecError(f"after={self.after}: truncate leaves the stack at one place", hint="after=1")
+        blocks_named(program, stack, self.after)
 
     def run(self, program: Program) -> PassResult:
         """Rewire what reads the stack's output, and drop what is no longer used."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _CONTRACTION = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
 _GUARDS = (aten.clamp.default, aten.clamp_min.default, aten.add.Tensor)
 _DROPPING = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_SELECTING = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 _WEIGHTED = (
     aten.linear.default,
     aten.addmm.default,
@@ -27,14 +28,22 @@ _WEIGHTED = (
 
 @dataclass(frozen=True)
 class Mask:
-    """A tensor that is added to the scores, or selects among them; ``drops``: where true, the key is hidden."""
+    """A tensor that decides which keys a query sees, and how it does that.
+
+    ``kind`` is "added" or "subtracted" (a bias on the scores), "keeps" or "drops" (selects among them), or
+    "times" (a factor of their exponentials).
+    """
 
     node: fx.Node
-    drops: bool = False
+    kind: str = "added"
 
     def visible(self, value: torch.Tensor) -> torch.Tensor:
         """Which keys the mask lets through, bool of the value's shape."""
-        return value ^ self.drops if value.dtype == torch.bool else value > HIDDEN
+        if self.kind == "subtracted":
+            return value < -HIDDEN
+        if self.kind == "added" and value.dtype != torch.bool:
+            return value > HIDDEN
+        return value == 0 if self.kind == "drops" else value != 0
 
 
 #: Added to a score, this or less hides the key: models use -inf, the dtype's minimum or -1e4, never a bias so low.
@@ -113,7 +122,7 @@ def _written_out(node: fx.Node) -> AttentionSite | None:
     masks = []
     if top.target is aten.mul.Tensor:
         factors = [arg for arg in top.all_input_nodes if arg.target is not aten.exp.default]
-        masks = [Mask(arg) for arg in factors]
+        masks = [Mask(arg, "times") for arg in factors]
         top = next((arg for arg in top.all_input_nodes if arg.target is aten.exp.default), top)
     if top.target is not aten.exp.default:
         return None
@@ -134,6 +143,9 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
         seen.add(node)
         inputs = data_inputs(node)
         if node.target in _CONTRACTION and len(set(inputs)) >= 1 and not _reads_weight(node):
+            if product is None and node.target is aten.baddbmm.default:
+                masks += _masks(node, node.args[1], [node.args[0]])
+                scale *= float(node.kwargs.get("alpha", 1.0))
             product = product or node
             continue
         if node.target in _WEIGHTED or node.target in _SOFTMAX or node.target in _SDPA:
@@ -144,8 +156,7 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
         if len(inputs) > 1 and product is None:
             carrying = [arg for arg in inputs if _has_contraction(arg)]
             if carrying:
-                drops = node.target in _DROPPING
-                masks += [Mask(arg, drops) for arg in inputs if arg not in carrying]
+                masks += _masks(node, carrying[0], [arg for arg in inputs if arg not in carrying])
                 inputs = carrying
         todo += inputs
     if product is None:
@@ -172,6 +183,19 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
         query_axis,
         key_axis,
     )
+
+
+def _masks(node: fx.Node, scores: Any, others: Sequence[Any]) -> list[Mask]:
+    """What ``node`` does to the scores with its other arguments; constants of one element do nothing of note."""
+    kind = "added"
+    if node.target in _DROPPING:
+        kind = "drops"
+    elif node.target is aten.sub.Tensor and node.args[0] is scores:
+        kind = "subtracted"
+    elif node.target in _SELECTING:
+        kind = "keeps" if node.args[1] is scores else "drops"
+        others = [arg for arg in others if arg is node.args[0]]
+    return [Mask(arg, kind) for arg in others]
 
 
 def _reads_weight(node: fx.Node) -> bool:
@@ -251,7 +275,8 @@ def is_causal(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor]) -> bo
         if value.dim() >= 2 and value.shape[-2] == value.shape[-1] > 1:
             visible = mask.visible(value).reshape(-1, *value.shape[-2:]).any(0)
             seen = visible if seen is None else seen & visible
-    return seen is not None and not bool(seen.triu(1).any()) and bool(seen.diagonal().all())
+    # a later token that sees itself tells causal from padded down to the first token
+    return seen is not None and not bool(seen.triu(1).any()) and bool(seen.diagonal()[1:].any())
 
 
 def padding_mask(site: AttentionSite, batch: Any) -> Mask | None:

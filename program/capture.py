@@ -43,7 +43,7 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
             something that is not a tensor, or changes its buffers.
     """
     inputs = _named(module, example_inputs)
-    was_training = module.training
+    modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
         with _plain_attention():
@@ -54,7 +54,8 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
                 expected = named_outputs(module(**inputs))
         graph_module = _flatten(exported, inputs, list(expected))
     finally:
-        module.train(was_training)
+        for part, training in modes.items():
+            part.training = training
     canonicalize(graph_module)
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
     names = _axis_names(graph_module, dynamic)
@@ -84,7 +85,7 @@ def _named(module: torch.nn.Module, example: ExampleInputs) -> dict[str, torch.T
             raise CaptureError(f"{len(example)} example inputs for a forward with parameters {names}")
         given = dict(zip(names, example, strict=False))
     unknown = sorted(set(given) - set(names))
-    if unknown and not any(p.kind == p.VAR_KEYWORD for p in parameters):
+    if unknown:
         raise CaptureError(f"the forward has no parameter {unknown}; its parameters are {names}")
     wrong = {name: type(value).__name__ for name, value in given.items() if not isinstance(value, torch.Tensor)}
     if wrong or not given:
@@ -132,7 +133,10 @@ def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
             hint="wrap the model in a module that returns tensors only",
         )
     for key, item in items:
-        found |= named_outputs(item, f"{name}.{key}" if name else key)
+        inner = named_outputs(item, f"{name}.{key}" if name else key)
+        if twice := sorted(set(found) & set(inner)):
+            raise CaptureError(f"the forward returns several outputs that would be called {twice}", hint="other keys")
+        found |= inner
     return found
 
 
@@ -235,6 +239,12 @@ def _axis_names(graph_module: fx.GraphModule, dynamic: Dynamic | None) -> dict[A
                 raise CaptureError(
                     f"axis {axis} of {node.target} ({name}) is fixed at {expression(size)} by the model",
                     hint="leave it out of dynamic, or give example inputs whose sizes are larger than one",
+                )
+            others = [symbol for symbol, known in names.items() if known == name and symbol != expression(size)]
+            if others:
+                raise CaptureError(
+                    f"the axes called {name!r} are not the same for the model: axis {axis} of {node.target} is another",
+                    hint="give axes that vary apart names of their own",
                 )
             names[expression(size)] = name
     assert results(graph_module.graph)

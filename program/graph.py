@@ -104,12 +104,17 @@ def ancestors(targets: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
     return seen
 
 
-def dependents(sources: Iterable[fx.Node], graph: fx.Graph) -> set[fx.Node]:
-    """Every call that reads, directly or not, the contents of ``sources`` (which are not in the result)."""
+def dependents(sources: Iterable[fx.Node], graph: fx.Graph, shapes: bool = False) -> set[fx.Node]:
+    """Every call that reads, directly or not, the contents of ``sources`` (which are not in the result).
+
+    With ``shapes`` also those that read their shapes.
+    """
     reached = set(sources)
     found = set()
     for node in graph.nodes:
-        if node.op == "call_function" and node not in reached and any(a in reached for a in data_inputs(node)):
+        if node.op != "call_function" or node in reached:
+            continue
+        if any(arg in reached for arg in (node.all_input_nodes if shapes else data_inputs(node))):
             reached.add(node)
             found.add(node)
     return found

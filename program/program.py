@@ -105,13 +105,15 @@ class Program:
     def block_nodes(self, stack: Stack, index: int) -> list[fx.Node]:
         """The nodes of block ``index`` (0-based) that read the hidden state, in graph order."""
         first, last = self.nodes[stack.cuts[index]], self.nodes[stack.cuts[index + 1]]
-        inside = dependents([first], self.graph) & ancestors([last], stop=[first])
+        inside = dependents([first], self.graph, shapes=True) & ancestors([last], stop=[first])
         return [node for node in self.graph.nodes if node in inside]
 
     def tail_nodes(self, stack: Stack) -> list[fx.Node]:
         """The nodes between the stack's output and the model's outputs that read it, in graph order."""
         end = self.nodes[stack.output]
-        inside = dependents([end], self.graph) & ancestors(results(self.graph)[name] for name in self.outputs)
+        inside = dependents([end], self.graph, shapes=True) & ancestors(
+            results(self.graph)[name] for name in self.outputs
+        )
         return [node for node in self.graph.nodes if node in inside]
 
     def with_history(self, text: str) -> Program:

@@ -94,7 +94,7 @@ def blocks_named(program: Program, stack: str, after: Any) -> tuple[int, ...]:
     last = program.stacks[stack].blocks
     if after == "all":
         return tuple(range(1, last))
-    counts = (after,) if isinstance(after, int) else tuple(after)
+    counts = tuple(after) if isinstance(after, (tuple, list)) else (after,)
     wrong = [count for count in counts if not isinstance(count, int) or not 0 < count < last]
     if wrong or not counts:
         raise SpecError(

@@ -69,6 +69,8 @@ def _options(kind: type[Pass], text: str) -> tuple[dict[str, Any], list[str]]:
         if not sign or name.strip() not in known:
             problems.append(f"{kind.name} has no option {name.strip()!r}; it has {', '.join(known) or 'none'}")
             continue
+        if name.strip() in options:
+            problems.append(f"{kind.name} has the option {name.strip()!r} twice")
         options[name.strip()] = _value(value.strip(), "tuple" in str(known[name.strip()].type))
     return options, problems
 

@@ -48,6 +48,7 @@ def outputs_are_there(program: Program) -> str | None:
 
 def cuts_are_closed(program: Program) -> str | None:
     """What comes after a cut reads from before it only through the cut (or values made before the stack)."""
+    returned = results(program.graph)
     for stack in program.stacks.values():
         missing = [name for name in stack.cuts if name not in program.nodes]
         if missing:
@@ -56,7 +57,7 @@ def cuts_are_closed(program: Program) -> str | None:
             before = dependents([program.nodes[stack.cuts[index - 1]]], program.graph)
             inside = before & ancestors([program.nodes[name]]) - {program.nodes[name]}
             after = ancestors(
-                [results(program.graph)[output] for output in program.outputs], stop=[program.nodes[name]]
+                [node for output, node in returned.items() if output in program.outputs], stop=[program.nodes[name]]
             )
             leaks = (inside & after) - {program.nodes[name]}
             if leaks:
@@ -74,7 +75,8 @@ def exits_are_early(program: Program) -> str | None:
         if item.after == stack.blocks:
             continue
         deeper = {program.nodes[name] for name in stack.cuts[item.after + 1 :]}
-        made = [results(program.graph)[name] for name in (*item.outputs.values(), *item.scores.values())]
+        named = {*item.outputs.values(), *item.scores.values()}
+        made = [node for name, node in results(program.graph).items() if name in named]
         late = ancestors([program.nodes[item.state], *made]) & deeper
         if late:
             return f"exit {item.stack}.{item.after} waits for {sorted(node.name for node in late)}"
