@@ -43,6 +43,8 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
             something that is not a tensor, or changes its buffers.
     """
     inputs = _named(module, example_inputs)
+    if dynamic is not None:
+        dynamic = _counted(dynamic, inputs)
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:
@@ -60,6 +62,17 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
     names = _axis_names(graph_module, dynamic)
     return analyse(graph_module, example, expected, names)
+
+
+def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:
+    """``dynamic`` with axes counted from the front; names and axes that are not there are errors."""
+    unknown = sorted(set(dynamic) - set(inputs))
+    if unknown:
+        raise CaptureError(f"dynamic names inputs {unknown}, the example inputs are {sorted(inputs)}")
+    places = [(name, axis, inputs[name].dim()) for name, axes in dynamic.items() for axis in axes]
+    if wrong := [f"axis {axis} of {name}" for name, axis, rank in places if not -rank <= axis < rank]:
+        raise CaptureError(f"dynamic names axes that are not there: {', '.join(wrong)}")
+    return {name: {axis % inputs[name].dim(): word for axis, word in axes.items()} for name, axes in dynamic.items()}
 
 
 @contextlib.contextmanager
@@ -86,7 +99,10 @@ def _named(module: torch.nn.Module, example: ExampleInputs) -> dict[str, torch.T
         given = dict(zip(names, example, strict=False))
     unknown = sorted(set(given) - set(names))
     if unknown:
-        raise CaptureError(f"the forward has no parameter {unknown}; its parameters are {names}")
+        raise CaptureError(
+            f"the forward has no parameter {unknown}; its parameters are {names}",
+            hint="a wrapper whose forward names them, if the forward takes more as keyword arguments",
+        )
     wrong = {name: type(value).__name__ for name, value in given.items() if not isinstance(value, torch.Tensor)}
     if wrong or not given:
         raise CaptureError(
@@ -142,9 +158,6 @@ def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 
 def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: Dynamic | None) -> ExportedProgram:
     if dynamic is not None:
-        unknown = sorted(set(dynamic) - set(inputs))
-        if unknown:
-            raise CaptureError(f"dynamic names inputs {unknown}, the example inputs are {sorted(inputs)}")
         attempts = [{name: dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in inputs}]
     else:
         free = {
