@@ -26,8 +26,13 @@ from offramp.runtime.cores import physical_cores
 BUILD = Path("build/benchmarks")
 
 
-def alternate(runs: Mapping[str, Callable[[], object]], seconds: float = 4.0, least: int = 9) -> dict[str, float]:
-    """Median milliseconds of each, run in turns (A B C A B C ...) until each has had ``seconds`` in all."""
+def alternate(
+    runs: Mapping[str, Callable[[], object]], seconds: float = 4.0, least: int = 9, pause: float = 0.0
+) -> dict[str, float]:
+    """Median milliseconds of each, run in turns (A B C A B C ...) until each has had ``seconds`` in all.
+
+    ``pause`` seconds before each run let the threads of the one before stop spinning.
+    """
     for run in runs.values():
         run()
         run()
@@ -35,6 +40,7 @@ def alternate(runs: Mapping[str, Callable[[], object]], seconds: float = 4.0, le
     started = time.perf_counter()
     while time.perf_counter() - started < seconds * len(runs) or min(map(len, times.values())) < least:
         for name, run in runs.items():
+            time.sleep(pause)
             begun = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - begun) * 1e3)

@@ -62,13 +62,13 @@ def main() -> None:
             runs: dict[str, Callable[[], object]] = {"one": functools.partial(single, inputs)}
             runs |= {str(count): functools.partial(chain.run, inputs) for count, chain in chains.items()}
             found = alternate(runs, seconds=3.0)
-            # spinning pools disturb each other, so these two take turns with one session apart from the rest
+            # spinning pools disturb others, so these two take turns with one session apart from the rest, after a pause
             aside: dict[str, Callable[[], object]] = {
                 "one": functools.partial(single, inputs),
                 "pools": functools.partial(own_pools[name].run, inputs),
                 "eager": functools.partial(_eager, module, tensors),
             }
-            other = alternate(aside, seconds=2.0)
+            other = alternate(aside, seconds=3.0, pause=0.1)
             pieces = len(chains[POOL_SEGMENTS].manifest.segments)
             row: dict[str, Any] = {"model": name, "batch": batch, "tokens": tokens or 257}
             row["one session ms"] = found["one"]

@@ -12,7 +12,7 @@ from offramp import zoo
 from offramp.runtime.sessions import session_options
 
 _RUN = """
-import resource, sys
+import sys
 import numpy as np
 sys.path.insert(0, "src")
 kind, path, name, batch, tokens = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5])
@@ -34,7 +34,8 @@ else:
     run = lambda: session.run(None, feed)
 for _ in range(5):
     run()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(int(peak.split()[1]) / 1024)
 """
 
 

@@ -30,6 +30,10 @@ def walk(stack: ReadyStack, env: Env, rows: Index, asker: Asker, memory: Memory,
     for part in stack.parts:
         execute(part.calls, env, rows.size, trace)
         stay: Index | None = None
+        if part.exit is not None and part.exit.full:
+            execute(part.exit.calls, env, rows.size, trace)
+            left.append(Left(part.exit.after, rows, {full: env[here] for full, here in part.exit.results.items()}))
+            break
         if part.exit is not None:
             leave, ran = _ask(part.exit, env, rows, asker, memory, trace)
             if leave is not None and leave.any():
@@ -52,8 +56,6 @@ def _ask(
     exit_: ReadyExit, env: Env, rows: Index, asker: Asker, memory: Memory, trace: list[Timing]
 ) -> tuple[Rows | None, bool]:
     """Which rows leave (None: no one was asked), and whether the exit's calls ran for that, on all rows."""
-    if exit_.full:
-        return np.ones(rows.size, np.bool_), False
     wanted = asker.wanted[exit_.after]
     if wanted is None:
         return None, False

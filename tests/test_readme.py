@@ -1,0 +1,55 @@
+"""The README's example runs as it stands, and CONTRIBUTING's pass does what it says."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import offramp
+from offramp import zoo
+
+ROOT = Path(__file__).parent.parent
+
+
+def python_blocks(file: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / file).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        zoo.load("minilm")
+    except zoo.ZooError as error:
+        pytest.skip(str(error))
+    monkeypatch.chdir(tmp_path)
+    (block,) = python_blocks("README.md")
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.startswith("(2, 2) [")
+
+
+def test_the_pass_of_contributing_works(encoder: object) -> None:
+    (block,) = python_blocks("CONTRIBUTING.md")
+    header = """
+        from dataclasses import dataclass, replace
+        from typing import ClassVar
+        from offramp.passes.infra.base import Pass, PassResult, stack_named
+        from offramp.passes.infra.editor import Editor
+        from offramp.program import Program
+        from offramp.program.graph import aten
+        from offramp.runtime import SpecError
+    """
+    names: dict[str, type[offramp.passes.Pass]] = {"__name__": "contributing"}  # type: ignore[dict-item]
+    exec(compile(textwrap.dedent(header) + block, "CONTRIBUTING.md", "exec"), names)
+    program: offramp.Program = encoder.program  # type: ignore[attr-defined]
+    scale = names["ScaleExits"]
+    with pytest.raises(offramp.runtime.SpecError, match="no exits"):
+        offramp.apply(program, scale())
+    exits = offramp.apply(program, "insert-exits")
+    scaled = offramp.apply(exits, scale(percent=50))  # type: ignore[call-arg]
+    before, after = (p.module(**p.example_inputs) for p in (exits, scaled))
+    for item in exits.exits:
+        assert all((before[key] != after[key]).any() for key in item.outputs.values())
+    assert scaled.history[-1] == "scale-exits{percent=50}"
