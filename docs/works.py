@@ -1,7 +1,7 @@
-"""Write the table of what works: ``python docs/works.py [NAME ...]`` checks models and rewrites docs/works.md.
+"""Write README's table of what works: ``python docs/works.py`` (about three minutes on two cores).
 
-Without names: the zoo and every architecture of tests/architectures.py (about half an hour on two cores).
-README.md shows the zoo and the architectures that must work.
+``python docs/works.py --all`` prints a table of every architecture of tests/architectures.py (half an hour), and
+``python docs/works.py NAME ...`` one of those named.
 """
 
 from __future__ import annotations
@@ -38,28 +38,26 @@ def row(name: str, report: check.Report) -> str:
     return f"| {name} | yes | {stacks} | {shown} |"
 
 
+HEAD = "| model | works | stacks and their blocks | chain | exits | other shapes |\n|---|---|---|---|---|---|"
+
+
 def main() -> None:
-    """Check and write."""
+    """Check, print, and write where nothing was named."""
     bed = architectures()
-    models: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()}
-    models |= bed.REQUIRED | bed.OTHERS | {name: factory for name, (factory, _) in bed.NOT_CAPTURED.items()}
-    first = [*[name for name in models if name.startswith("zoo:")], *bed.REQUIRED]
-    lines = {}
-    for name in sys.argv[1:] or models:
+    required: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()} | bed.REQUIRED
+    models = required | bed.OTHERS | {name: factory for name, (factory, _) in bed.NOT_CAPTURED.items()}
+    named = list(models) if sys.argv[1:] == ["--all"] else sys.argv[1:]
+    lines = [HEAD]
+    print(HEAD)
+    for name in named or required:
         model = models[name]
         report = check.check(model) if isinstance(model, str) else check.check(*model(), name=name)
-        lines[name] = row(name, report)
-        print(lines[name], flush=True)
-    head = "| model | works | stacks and their blocks | chain | exits | other shapes |\n|---|---|---|---|---|---|\n"
-    if not sys.argv[1:]:
-        works = sum(" | yes | " in line for line in lines.values())
-        text = "# What works\n\nFrom `python docs/works.py`: largest errors, relative to the output's scale.\n"
-        text += f"{works} of {len(lines)} work.\n\n{head}" + "\n".join(lines.values()) + "\n"
-        (ROOT / "docs" / "works.md").write_text(text)
+        lines.append(row(name, report))
+        print(lines[-1], flush=True)
+    if not named:
         readme = (ROOT / "README.md").read_text()
-        before, after = readme.split(START)[0], readme.split(END)[1]
-        table = "\n".join(lines[name] for name in first)
-        (ROOT / "README.md").write_text(f"{before}{START}\n{head}{table}\n{END}{after}")
+        table = "\n".join(lines)
+        (ROOT / "README.md").write_text(f"{readme.split(START)[0]}{START}\n{table}\n{END}{readme.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def save(
     """
     if precision != "fp32":
         raise ExportError(f"precision={precision!r} is not supported", hint='precision="fp32"')
-    target = Path(path)
+    target = Path(path).resolve()
     if target.exists() and not (target / MANIFEST_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"{target} exists and is no bundle", hint="another path; offramp replaces bundles only")
     plan = partition(program, segments)

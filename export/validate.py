@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from offramp.passes import Truncate, apply
+from offramp.passes import Truncate
 from offramp.program.graph import run
 from offramp.program.program import Program
 from offramp.program.sizes import other_sizes
@@ -95,7 +95,7 @@ def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapp
         for item in program.exits_of(stack):
             if item.after == program.stacks[stack].blocks:
                 continue
-            expected = eager(apply(program, [Truncate(stack, item.after)]), program.example_inputs)
+            expected = eager(Truncate(stack, item.after).run(program).program, program.example_inputs)
             found = _run(chain, program.example_inputs, Depth({stack: item.after}))
             figures["exits"] = max(
                 figures["exits"],

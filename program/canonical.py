@@ -121,7 +121,7 @@ def _sizes_not_tensors(graph: fx.Graph) -> int:
             return node.args[0] if is_symint(node.args[0]) else size(node.args[0])  # type: ignore[arg-type]
         if node.target is aten.rsub.Scalar or node.target in _ARITHMETIC:
             parts = [size(arg) for arg in node.args[:2]]
-            if len(node.args) != 2 or any(part is None for part in parts):
+            if len(node.args) != 2 or node.kwargs or any(part is None for part in parts):
                 return None
             if node.target is aten.rsub.Scalar:
                 parts.reverse()

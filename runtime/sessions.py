@@ -7,6 +7,8 @@ the process gets one pool and one arena, both of which ONNX Runtime lets a proce
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -90,7 +92,17 @@ def open_sessions(
     if missing:
         raise ExecutionError(f"no provider {', '.join(missing)} here; available: {', '.join(available)}")
     options = session_options(threads)
-    return {file: _open(root / file, options, wanted, names[0]) for file in files}
+    sessions = {}
+    for file in files:
+        sessions[file] = _open(root / file, options, wanted, names[0])
+        _trim()
+    return sessions
+
+
+def _trim() -> None:
+    """Give memory back that loading a session freed: each leaves holes that the next ones do not fill (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _open(path: Path, options: ort.SessionOptions, providers: list[Any], first: str) -> ort.InferenceSession:
