@@ -52,38 +52,50 @@ def main() -> None:
             paths = bundles(name, program)
             own_pools[name] = offramp.load(paths[POOL_SEGMENTS])
         prepared[name] = (module, program, paths)
-    rows = []
-    for name, (module, program, paths) in prepared.items():
-        single = one_session(program, BUILD / f"{name}-one", sessions.session_options())
+    rows = {
+        (name, *case): {"model": name, "batch": case[0], "tokens": case[1] or 257}
+        for name in CASES
+        for case in CASES[name]
+    }
+    singles = {
+        name: one_session(program, BUILD / f"{name}-one", sessions.session_options())
+        for name, (_, program, _) in prepared.items()
+    }
+    for name, (_, _, paths) in prepared.items():
         chains = {count: offramp.load(path) for count, path in paths.items()}
-        for batch, tokens in CASES[name]:
-            inputs = inputs_of(name, batch, tokens)
-            tensors = {key: torch.from_numpy(value) for key, value in inputs.items()}
-            runs: dict[str, Callable[[], object]] = {"one": functools.partial(single, inputs)}
+        pieces = len(chains[POOL_SEGMENTS].manifest.segments)
+        for case in CASES[name]:
+            inputs = inputs_of(name, *case)
+            runs: dict[str, Callable[[], object]] = {"one": functools.partial(singles[name], inputs)}
             runs |= {str(count): functools.partial(chain.run, inputs) for count, chain in chains.items()}
             found = alternate(runs, seconds=3.0)
-            # spinning pools disturb others, so these two take turns with one session apart from the rest, after a pause
-            aside: dict[str, Callable[[], object]] = {
-                "one": functools.partial(single, inputs),
-                "pools": functools.partial(own_pools[name].run, inputs),
-                "eager": functools.partial(_eager, module, tensors),
-            }
-            other = alternate(aside, seconds=3.0, pause=0.1)
-            pieces = len(chains[POOL_SEGMENTS].manifest.segments)
-            row: dict[str, Any] = {"model": name, "batch": batch, "tokens": tokens or 257}
+            row: dict[str, Any] = rows[(name, *case)]
             row["one session ms"] = found["one"]
             for count in SEGMENTS["vit"]:
                 row[f"x{count}"] = round(found[str(count)] / found["one"], 3) if count in chains else ""
             row["us a segment at 6"] = round((found[str(POOL_SEGMENTS)] - found["one"]) * 1e3 / pieces, 1)
-            row["own pools, x6"] = round(other["pools"] / other["one"], 2)
-            row["eager torch"] = round(other["eager"] / other["one"], 2)
-            rows.append(row)
-    report("chain_overhead", "chain at full depth / one session, by segments a stack", rows)
+    # threads that spin disturb whatever else runs, so these take turns with one session after the rest, and pause
+    for name in CASES:
+        for case in CASES[name]:
+            ratio = _against(singles[name], own_pools[name].run, inputs_of(name, *case))
+            rows[(name, *case)]["own pools, x6"] = ratio
+    own_pools.clear()
+    for name, (module, _, _) in prepared.items():
+        for case in CASES[name]:
+            ratio = _against(singles[name], functools.partial(_eager, module), inputs_of(name, *case))
+            rows[(name, *case)]["eager torch"] = ratio
+    report("chain_overhead", "chain at full depth / one session, by segments a stack", list(rows.values()))
 
 
-def _eager(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+def _against(single: Callable[[Inputs], Any], other: Callable[[Inputs], Any], inputs: Inputs) -> float:
+    runs = {"one": functools.partial(single, inputs), "other": functools.partial(other, inputs)}
+    found = alternate(runs, seconds=3.0, pause=0.1)
+    return round(found["other"] / found["one"], 2)
+
+
+def _eager(module: torch.nn.Module, inputs: Inputs) -> None:
     with torch.inference_mode():
-        module(**tensors)
+        module(**{name: torch.from_numpy(value) for name, value in inputs.items()})
 
 
 if __name__ == "__main__":

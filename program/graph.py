@@ -107,14 +107,15 @@ def ancestors(targets: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
 def dependents(sources: Iterable[fx.Node], graph: fx.Graph, shapes: bool = False) -> set[fx.Node]:
     """Every call that reads, directly or not, the contents of ``sources`` (which are not in the result).
 
-    With ``shapes`` also those that read their shapes.
+    With ``shapes`` also those that read their shapes (but sizes of the graph's inputs are everybody's).
     """
     reached = set(sources)
     found = set()
     for node in graph.nodes:
         if node.op != "call_function" or node in reached:
             continue
-        if any(arg in reached for arg in (node.all_input_nodes if shapes else data_inputs(node))):
+        everybodys = is_symint(node) and all(arg.op == "placeholder" for arg in node.all_input_nodes)
+        if any(arg in reached for arg in (node.all_input_nodes if shapes and not everybodys else data_inputs(node))):
             reached.add(node)
             found.add(node)
     return found

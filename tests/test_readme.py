@@ -41,7 +41,7 @@ def test_the_pass_of_contributing_works(encoder: object) -> None:
         from offramp.program.graph import aten
         from offramp.runtime import SpecError
     """
-    names: dict[str, type[offramp.passes.Pass]] = {"__name__": "contributing"}  # type: ignore[dict-item]
+    names: dict[str, type[offramp.passes.Pass]] = {"__name__": "__main__"}  # type: ignore[dict-item]
     exec(compile(textwrap.dedent(header) + block, "CONTRIBUTING.md", "exec"), names)
     program: offramp.Program = encoder.program  # type: ignore[attr-defined]
     scale = names["ScaleExits"]

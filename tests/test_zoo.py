@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from offramp import zoo
 from offramp.runtime.errors import OfframpError
+from offramp.runtime.sessions import session_options
 
 
 def load(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -127,7 +128,7 @@ def test_vit_computes_what_the_onnx_graph_computes(tmp_path: Path) -> None:
     model.graph.output.append(onnx.helper.make_tensor_value_info(hidden, onnx.TensorProto.FLOAT, None))
     path = tmp_path / "backbone.onnx"
     onnx.save(model, path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, session_options(), providers=["CPUExecutionProvider"])
     (expected,) = session.run([hidden], {"input_image": inputs["pixel_values"].numpy()})
     with torch.inference_mode():
         found = module(**inputs)["last_hidden_state"].numpy()
