@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from offramp.passes.insert_scores import OF_LOGITS
-from offramp.program.graph import ancestors, data_inputs, dependents, expression, is_symint, is_tensor, results, shape
+from offramp.program.graph import ancestors, dependents, expression, is_symint, is_tensor, read_by, results, shape
 from offramp.program.program import Exit, Program
 from offramp.program.stacks import Stack
 from offramp.runtime.errors import ExportError, SpecError
@@ -195,21 +195,11 @@ class _Partition:
 
         The latter (``arange`` over the rows, say) would be wrong for rows that are left when others have gone.
         """
-        if any(arg.op == "placeholder" for arg in self._read(node)):
+        if any(arg.op == "placeholder" for arg in read_by([node])):
             return False
         sizes = [expression(arg.meta["val"]) for arg in ancestors([node]) if is_symint(arg)]
         by_rows = any(self.program.axes.batch in getattr(size, "free_symbols", ()) for size in sizes)
         return by_rows or all(isinstance(expression(size), int) and size == 1 for size in shape(node))
-
-    def _read(self, node: fx.Node) -> set[fx.Node]:
-        """Every node whose contents this one depends on."""
-        found, todo = set[fx.Node](), [node]
-        while todo:
-            here = todo.pop()
-            if here not in found:
-                found.add(here)
-                todo += data_inputs(here)
-        return found
 
     def _assemble(
         self,

@@ -104,6 +104,17 @@ def ancestors(targets: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> set[f
     return seen
 
 
+def read_by(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and every node whose contents they depend on."""
+    found, todo = set[fx.Node](), list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += data_inputs(node)
+    return found
+
+
 def dependents(sources: Iterable[fx.Node], graph: fx.Graph, shapes: bool = False) -> set[fx.Node]:
     """Every call that reads, directly or not, the contents of ``sources`` (which are not in the result).
 

@@ -17,7 +17,7 @@ import networkx as nx
 from torch import fx
 
 from offramp.program.attention import AttentionSite
-from offramp.program.graph import data_inputs, is_tensor, results, shape, shape_key, weights
+from offramp.program.graph import data_inputs, is_tensor, read_by, results, shape, shape_key, weights
 
 _GENERIC = re.compile(
     r"\d+|(hidden_)?(layers?|blocks?|h|stages?|groups?|modules?|model|transformer|net|network)(_\w+)?"
@@ -96,7 +96,7 @@ def _chains(
     """
     sink = graph.output_node()
     flow: nx.DiGraph = nx.DiGraph([(sink, node) for node in outputs])
-    live = sorted(_live(outputs), key=order.__getitem__)
+    live = sorted(read_by(outputs), key=order.__getitem__)
     flow.add_edges_from((node, arg) for node in live for arg in data_inputs(node))
     parents = nx.immediate_dominators(flow, sink)
     children: dict[fx.Node, list[fx.Node]] = {}
@@ -148,18 +148,6 @@ def _mixes_aside(
             seen.add(here)
             todo += data_inputs(here)
     return False
-
-
-def _live(outputs: Sequence[fx.Node]) -> set[fx.Node]:
-    """Every node whose contents the outputs depend on."""
-    seen: set[fx.Node] = set()
-    todo = list(outputs)
-    while todo:
-        node = todo.pop()
-        if node not in seen:
-            seen.add(node)
-            todo += data_inputs(node)
-    return seen
 
 
 def _pieces(chain: _Chain, order: Mapping[fx.Node, int]) -> _Chain:
