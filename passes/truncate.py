@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
-from offramp.program.graph import dependents
 from offramp.program.program import Program
 from offramp.runtime.errors import PassError, SpecError
 
@@ -43,7 +42,6 @@ class Truncate(Pass):
         editor = Editor(program, repr(self))
         output = editor[stack.output]
         state = editor[there.state if there else stack.cuts[self.after]]
-        readers = dependents([output], editor.graph) | {editor.graph.output_node()}
         gone = [
             key
             for item in program.exits_of(name)
@@ -54,8 +52,7 @@ class Truncate(Pass):
         for key, own in (there.outputs if there else {}).items():
             known[key] = known[own]
         editor.graph.output_node().args = ({key: node for key, node in known.items() if key not in gone},)
-        moved = [node for node in editor.graph.nodes if node in readers]
-        editor.replace_uses(output, state, moved)
+        editor.replace_uses(output, state, list(output.users))
         exits = tuple(item for item in program.exits if item.stack != name)
         editor.drop_dead(keep={item.state for item in exits})
         stacks = {key: value for key, value in program.stacks.items() if key != name}

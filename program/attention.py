@@ -142,7 +142,7 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
             continue
         seen.add(node)
         inputs = data_inputs(node)
-        if node.target in _CONTRACTION and len(set(inputs)) >= 1 and not _reads_weight(node):
+        if node.target in _CONTRACTION and not _reads_weight(node):
             if product is None and node.target is aten.baddbmm.default:
                 masks += _masks(node, node.args[1], [node.args[0]])
                 scale *= float(node.kwargs.get("alpha", 1.0))

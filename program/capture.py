@@ -15,7 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from offramp.program.canonical import canonicalize
-from offramp.program.graph import expression, results, shape
+from offramp.program.graph import expression, shape
 from offramp.program.program import Program, analyse
 from offramp.program.quiet import quiet
 from offramp.runtime.errors import CaptureError
@@ -260,5 +260,4 @@ def _axis_names(graph_module: fx.GraphModule, dynamic: Dynamic | None) -> dict[A
                     hint="give axes that vary apart names of their own",
                 )
             names[expression(size)] = name
-    assert results(graph_module.graph)
     return names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -115,10 +115,6 @@ class Program:
             results(self.graph)[name] for name in self.outputs
         )
         return [node for node in self.graph.nodes if node in inside]
-
-    def with_history(self, text: str) -> Program:
-        """The same program, with one more step in its history."""
-        return replace(self, history=(*self.history, text))
 
     def __str__(self) -> str:
         from offramp.program.show import render
