@@ -4,6 +4,7 @@ from offramp.passes.canonicalize import Canonicalize
 from offramp.passes.infra.base import Pass, PassResult
 from offramp.passes.infra.pipeline import apply
 from offramp.passes.insert_adapter import InsertAdapter
+from offramp.passes.insert_cache import InsertCache
 from offramp.passes.insert_exits import InsertExits
 from offramp.passes.insert_scores import InsertScores
 from offramp.passes.truncate import Truncate
@@ -11,6 +12,7 @@ from offramp.passes.truncate import Truncate
 __all__ = [
     "Canonicalize",
     "InsertAdapter",
+    "InsertCache",
     "InsertExits",
     "InsertScores",
     "Pass",

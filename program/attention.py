@@ -45,6 +45,13 @@ class Mask:
             return value > HIDDEN
         return value == 0 if self.kind == "drops" else value != 0
 
+    def visible_exactly(self, value: torch.Tensor) -> torch.Tensor | None:
+        """``visible``, or None where the mask changes scores of keys that it lets through too."""
+        found = self.visible(value)
+        if self.kind in ("added", "subtracted") and value.dtype != torch.bool and bool(value[found].any()):
+            return None
+        return found
+
 
 #: Added to a score, this or less hides the key: models use -inf, the dtype's minimum or -1e4, never a bias so low.
 HIDDEN = -1e3

@@ -12,7 +12,7 @@ from torch import fx
 
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.axes import Axes, find_axes
-from offramp.program.graph import ancestors, dependents, results, run
+from offramp.program.graph import ancestors, dependents, expression, placeholders, results, run, shape
 from offramp.program.stacks import Stack, find_stacks, name_stacks, why_none
 from offramp.runtime.errors import StructureError
 
@@ -38,6 +38,26 @@ class Exit:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """How a causal program runs on chunks of new tokens, by names of graph inputs and outputs.
+
+    ``tokens`` are the inputs that hold a chunk; ``lengths`` (int64 [batch]) says how many tokens each row has
+    already, ``places`` (int64 [capacity]: 0, 1, ...) how many the caches have room for. ``buffers`` maps an input that holds the keys or values of those to the output that holds the
+    chunk's too; ``axes`` says along which axis of each the positions lie. ``ones`` are inputs of the model that
+    the rewrite has set to ones (padding masks): rows have lengths instead. ``limit`` is the greatest number of
+    tokens, None for no limit.
+    """
+
+    tokens: tuple[str, ...]
+    lengths: str
+    places: str
+    buffers: Mapping[str, str]
+    axes: Mapping[str, int]
+    ones: tuple[str, ...] = ()
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
 class Program:
     """A captured model: its graph, and what is known of it. Passes make new ones; nothing changes in place.
 
@@ -54,6 +74,7 @@ class Program:
     example_outputs: Mapping[str, torch.Tensor]
     exits: tuple[Exit, ...] = ()
     history: tuple[str, ...] = ()
+    cache: Cache | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -76,8 +97,40 @@ class Program:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The names of the inputs: the captured forward's parameters."""
-        return tuple(self.example_inputs)
+        """The names of the inputs: the captured forward's parameters, without caches and lengths."""
+        own = {self.cache.lengths, self.cache.places, *self.cache.buffers} if self.cache else set()
+        return tuple(name for name in self.example_inputs if name not in own)
+
+    def fresh(self, inputs: Mapping[str, torch.Tensor], capacity: int | None = None) -> dict[str, torch.Tensor]:
+        """``inputs`` (by the names of `inputs`) for the graph: with empty caches, where the program has any.
+
+        The caches have ``capacity`` places, as many as there are tokens if None.
+        """
+        given = dict(inputs)
+        if self.cache is None:
+            return given
+        for name in self.cache.ones:
+            given.pop(name, None)
+        nodes = placeholders(self.graph)
+        chunk = nodes[self.cache.tokens[0]]
+        axis = next(i for i, size in enumerate(shape(chunk)) if expression(size) in self.axes.tokens)
+        place = self.axes.batch_axis(chunk)
+        rows = given[self.cache.tokens[0]].shape[place[0]] if place else 1
+        given[self.cache.lengths] = torch.zeros(rows, dtype=torch.int64)
+        capacity = capacity or given[self.cache.tokens[0]].shape[axis]
+        given[self.cache.places] = torch.arange(capacity)
+        for name, along in self.cache.axes.items():
+            places = self.axes.batch_axis(nodes[name])
+            sizes = [
+                capacity
+                if i == along
+                else rows * places[1]
+                if places and i == places[0]
+                else int(size)
+                for i, size in enumerate(shape(nodes[name]))
+            ]
+            given[name] = torch.zeros(sizes, dtype=nodes[name].meta["val"].dtype)
+        return given
 
     def require_stacks(self) -> Mapping[str, Stack]:
         """The stacks.

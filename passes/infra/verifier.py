@@ -39,6 +39,7 @@ def outputs_are_there(program: Program) -> str | None:
     """The graph returns the model's outputs and everything that exits name."""
     known = set(results(program.graph))
     named = set(program.outputs).union(*[{*e.outputs.values(), *e.scores.values()} for e in program.exits])
+    named |= set(program.cache.buffers.values() if program.cache else ())
     missing = sorted(named - known)
     unnamed = sorted(known - named)
     if missing or unnamed:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from offramp.passes import (
         Canonicalize,
         InsertAdapter,
+        InsertCache,
         InsertExits,
         InsertScores,
         Truncate,
@@ -49,6 +50,7 @@ __all__ = [
     "Each",
     "Entropy",
     "InsertAdapter",
+    "InsertCache",
     "InsertExits",
     "InsertScores",
     "Never",
@@ -67,7 +69,7 @@ __all__ = [
 
 _NAMES = {
     "program": ("Program", "capture"),
-    "passes": ("Canonicalize", "InsertAdapter", "InsertExits", "InsertScores", "Truncate", "apply"),
+    "passes": ("Canonicalize", "InsertAdapter", "InsertCache", "InsertExits", "InsertScores", "Truncate", "apply"),
     "export": ("save",),
     "runtime": (
         "Chain",

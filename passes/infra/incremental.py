@@ -1,0 +1,445 @@
+"""Rebuild a causal program so that it runs on chunks of new tokens: labels, rows of tables, appended keys.
+
+Every value of the given graph has a kind. *Data* depends on the contents of the tokens, *memory* on those of other
+inputs only (an encoder's side), *positional* on shapes only. In the rebuilt graph the token axis has become two:
+data has the chunk's size along it, positional values are made for all positions up to the capacity of the caches,
+and where data meets them the chunk's rows are taken out. Axes need no other label than these two sizes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from offramp.passes.infra.mixing import mixes_tokens
+from offramp.program import ops
+from offramp.program.graph import aten, attribute, data_inputs, expression, is_symint, is_tensor, shape, source
+from offramp.program.program import Program
+from offramp.runtime.errors import PassError
+
+CONSTANT, POSITIONAL, CHUNK, MEMORY, DATA = "constant", "positional", "chunk", "memory", "data"
+#: The input that says how many tokens each row has already, int64 [rows].
+LENGTHS = "lengths"
+#: The input whose size is the capacity of the caches: its positions, int64 [capacity].
+PLACES = "places"
+_RESHAPES = (aten.reshape.default, aten.view.default, aten.expand.default)
+
+
+def kinds_of(program: Program, tokens: Any, data: set[fx.Node], masks: set[fx.Node]) -> dict[fx.Node, str]:
+    """The kind of every tensor node; ``tokens`` is the symbol of the token axis, ``data`` the inputs that have it.
+
+    ``masks`` are inputs of ones, which makes them positional. *Chunk* is a positional value over an axis of
+    batch and tokens together (``arange(batch * tokens)``): it counts places of this chunk, not positions.
+    """
+    batch = program.axes.batch
+    kinds: dict[fx.Node, str] = {}
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            kinds[node] = DATA if node in data else POSITIONAL if node in masks else MEMORY
+        elif node.op == "get_attr":
+            kinds[node] = CONSTANT
+        elif node.op == "call_function" and not is_symint(node):
+            sizes = _symbols(node)
+            sizes |= {symbol for arg in node.all_input_nodes if is_symint(arg) for symbol in _free(arg.meta["val"])}
+            inner = {kinds[arg] for arg in data_inputs(node)}
+            moves = tokens in sizes or bool(inner & {POSITIONAL, CHUNK})
+            if DATA in inner or (MEMORY in inner and moves):
+                kinds[node] = DATA
+            elif MEMORY in inner:
+                kinds[node] = MEMORY
+            elif moves:
+                kinds[node] = CHUNK if CHUNK in inner or _flattened(node, tokens, batch) else POSITIONAL
+            else:
+                kinds[node] = CONSTANT
+    return kinds
+
+
+class Rebuilder:
+    """The graph that is being built; ``build`` does it all.
+
+    ``hooks`` replace nodes: called with this and the node, they return its new value, or None for the usual one.
+    """
+
+    def __init__(
+        self, program: Program, text: str, tokens: Any, kinds: Mapping[fx.Node, str], capacity: int
+    ) -> None:
+        self.program, self.text, self.tokens, self.kinds = program, text, tokens, kinds
+        self.graph = fx.Graph()
+        self.edits: Counter[str] = Counter()
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.values: dict[tuple[fx.Node, str], fx.Node] = {}
+        #: What a node reads instead of its argument: ``(node, argument)``.
+        self.edges: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.origin: fx.Node | None = None
+        self._rows: dict[Any, fx.Node] = {}
+        self._symbols = self._new_symbols()
+        self.batch = self._symbols.get(program.axes.batch)
+        self.chunk = self._symbols[tokens]
+        self.capacity = self._symbol("capacity", capacity)
+        self.inputs: dict[str, fx.Node] = {}
+
+    # symbols and inputs
+
+    def _new_symbols(self) -> dict[Any, torch.SymInt]:
+        hints: dict[Any, int] = {}
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            example = self.program.example_inputs[str(node.target)]
+            for size, hint in zip(shape(node), example.shape, strict=True):
+                if isinstance(expression(size), sympy.Symbol):
+                    hints.setdefault(expression(size), hint)
+        return {symbol: self._symbol(str(symbol), max(hint, 2)) for symbol, hint in hints.items()}
+
+    def _symbol(self, name: str, hint: int) -> torch.SymInt:
+        env = self.mode.shape_env
+        assert env is not None
+        origin = ConstantSource(name)
+        symbol = env.create_symbol(hint, source=origin, dynamic_dim=DimDynamic.DYNAMIC)
+        made: torch.SymInt = env.create_symintnode(symbol, hint=hint, source=origin)  # type: ignore[assignment]
+        return made
+
+    def size_value(self, size: Any, tokens: Any) -> Any:
+        """A size of the given graph in terms of the new symbols, the token axis being ``tokens``."""
+        found = expression(size)
+        if isinstance(found, int):
+            return found
+        known = {**self._symbols, self.tokens: tokens}
+        if found in known:
+            return known[found]
+        env = self.mode.shape_env
+        assert env is not None
+        replaced = found.xreplace({symbol: value.node.expr for symbol, value in known.items()})
+        return env.create_symintnode(replaced, hint=None)
+
+    def placeholder(self, name: str, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+        """A new input of the graph."""
+        last = list(self.inputs.values())[-1] if self.inputs else self.graph._root
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        if str(node.target) != name or node.name != name:
+            raise PassError(f"the program already has something called {name}")
+        with self.mode:
+            node.meta["val"] = torch.empty(tuple(sizes), dtype=dtype)
+        self.inputs[name] = node
+        return node
+
+    # building
+
+    def call(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """A new call at the end of the graph; its value's shape is computed."""
+        name = name or f"{getattr(target, '__name__', 'size').split('.')[0]}_chunked"  # no name of an old node
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        try:
+            with self.mode, torch.no_grad():
+                node.meta["val"] = target(*values[0], **values[1])
+        except Exception as error:
+            raise self.refusal(f"{target} does not fit a chunk of new tokens: {error}".splitlines()[0]) from error
+        node.meta["provenance"] = {"pass": self.text, "from": self.origin.name if self.origin else ""}
+        for key in ("nn_module_stack", "stack_trace"):
+            if self.origin is not None and key in self.origin.meta:
+                node.meta[key] = self.origin.meta[key]
+        self.edits["inserted"] += 1
+        return node
+
+    def refusal(self, reason: str, hint: str | None = None) -> PassError:
+        """An error that says where in the model it is."""
+        place = f" ({source(self.origin)})" if self.origin is not None else ""
+        return PassError(f"{reason}{place}", hint=hint)
+
+    def build(
+        self, hooks: Mapping[fx.Node, Callable[[fx.Node], fx.Node]], after: Mapping[fx.Node, Callable[[fx.Node], None]]
+    ) -> None:
+        """Rebuild every node that is data, memory or constant; positional ones are made where they are read.
+
+        ``hooks`` make a node's new value themselves; ``after`` are called with a node once it has one.
+        """
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            if self.kinds[node] != POSITIONAL:
+                self.values[node, ""] = self._same(node)
+        self.placeholder(LENGTHS, [self.batch if self.batch is not None else 1], torch.int64)
+        self.placeholder(PLACES, [self.capacity], torch.int64)
+        for node in self.program.graph.nodes:
+            if node.op in ("output", "placeholder") or is_symint(node) or self.kinds[node] in (POSITIONAL, CHUNK):
+                continue
+            self.origin = node
+            self.values[node, ""] = hooks[node](node) if node in hooks else self._same(node)
+            if node in after:
+                after[node](node)
+
+    def value(self, node: fx.Node, world: str = "") -> fx.Node:
+        """The new value of a tensor node; a positional one for the ``"capacity"`` or the ``"chunk"``."""
+        if self.kinds[node] not in (POSITIONAL, CHUNK):
+            return self.values[node, ""]
+        world = "chunk" if self.kinds[node] == CHUNK else world or "capacity"
+        if (node, world) not in self.values:
+            before, self.origin = self.origin, node
+            self.values[node, world] = self._positional(node, world)
+            self.origin = before
+        return self.values[node, world]
+
+    def _same(self, node: fx.Node) -> fx.Node:
+        if node.op == "placeholder":
+            sizes = [self.size_value(size, self.chunk) for size in shape(node)]
+            return self.placeholder(str(node.target), sizes, node.meta["val"].dtype)
+        if node.op == "get_attr":
+            made = self.graph.create_node("get_attr", str(node.target), name=node.name)
+            value = attribute(self.program.graph_module, str(node.target))
+            made.meta = {**node.meta, "val": self.mode.from_tensor(value, static_shapes=True)}
+            return made
+        if self.kinds[node] != DATA:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
+            return self.copied(node, args, kwargs)
+        args, kwargs = self.data_arguments(node)
+        reason = mixes_tokens(node, args, self.chunk)
+        made = self.copied(node, args, kwargs)
+        if reason is not None:
+            raise self.refusal(
+                f"{node.target} {reason}, and a chunk of new tokens does not hold the earlier ones",
+                hint="attention is the only operator over tokens that gets a cache (and a cumulative sum of ids)",
+            )
+        return made
+
+    def copied(self, node: fx.Node, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
+        """A call of the node's target under the node's name, which records of cuts and exits rely on."""
+        made = self.call(node.target, *args, name=name or node.name, **kwargs)
+        if name is None and made.name != node.name:
+            raise PassError(f"the name {node.name} is taken")
+        made.meta = {**node.meta, "val": made.meta["val"]}
+        self.edits["inserted"] -= 1
+        return made
+
+    def _positional(self, node: fx.Node, world: str) -> fx.Node:
+        size = self.capacity if world == "capacity" else self.chunk
+        if node.op == "placeholder":  # a mask of ones
+            sizes = [self._sizer(self.size_value(s, size)) for s in shape(node)]
+            return self.call(aten.ones.default, sizes, dtype=node.meta["val"].dtype)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, world))
+        return self.copied(node, args, kwargs, name=f"{node.name}_{world}")
+
+    def _plain(self, arg: fx.Node, world: str) -> fx.Node:
+        return self.size(arg, world) if is_symint(arg) else self.value(arg, world)
+
+    # sizes
+
+    def size(self, node: fx.Node, world: str) -> fx.Node:
+        """A size of the given graph, with the token axis as the ``"chunk"`` or the ``"capacity"``."""
+        tokens = self.capacity if world == "capacity" else self.chunk
+        value = self.size_value(node.meta["val"], tokens)
+        if isinstance(value, torch.SymInt):
+            for other in self.inputs.values():
+                for axis, known in enumerate(shape(other)):
+                    if expression(known) == expression(value):
+                        return self._sizer(value, other, axis)
+        if isinstance(expression(value), int):
+            return expression(value)  # type: ignore[no-any-return]
+        if node.target is aten.sym_size.int:
+            return self.call(aten.sym_size.int, self.value(node.args[0], world), node.args[1])  # type: ignore[arg-type]
+        args = fx.node.map_arg(node.args, lambda arg: self._plain(arg, world))
+        return self.call(node.target, *args)
+
+    def _sizer(self, value: Any, holder: fx.Node | None = None, axis: int = 0) -> Any:
+        """The node that reads a size from an input."""
+        found = expression(value)
+        if isinstance(found, int):
+            return found
+        key = ("size", str(found))
+        if key not in self._rows:
+            if holder is None:
+                holder, axis = next(
+                    (other, i)
+                    for other in self.inputs.values()
+                    for i, known in enumerate(shape(other))
+                    if expression(known) == found
+                )
+            last = list(self.inputs.values())[-1]
+            with self.graph.inserting_after(last):
+                node = self.graph.create_node("call_function", aten.sym_size.int, (holder, axis), name="size_chunked")
+            node.meta["val"] = shape(holder)[axis]
+            self._rows[key] = node
+        return self._rows[key]
+
+    def _worlds(self, node: fx.Node, first: fx.Node) -> Callable[[int], str]:
+        """For the sizes that a data node is called with: whether the i-th over tokens means keys or the chunk."""
+        labels = [self._label(size) for size in shape(first)]
+        along = [label for label in labels if label]
+        if node.target in _RESHAPES:
+            wanted = [s for s in node.args[1] if isinstance(s, fx.Node) and self.tokens in _free(s.meta["val"])]  # type: ignore[union-attr]
+            if len(wanted) == len(along):
+                return lambda i: along[i]
+            if node.target is not aten.expand.default and len(along) > len(wanted) and "capacity" in along:
+                minus = [at for at, s in enumerate(node.args[1]) if s == -1]  # type: ignore[arg-type]
+                at = [k for k, s in enumerate(node.args[1]) if s in wanted]  # type: ignore[arg-type]
+                if minus and at:  # -1 stands for one of them
+                    kept = along[1:] if minus[0] < at[0] else along[:-1]
+                    return lambda i: kept[i]
+        elif node.target is aten.slice.Tensor:
+            axis = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
+            return lambda i: labels[axis] or "chunk"
+        return lambda i: "chunk" if "chunk" in along or not along else along[0]
+
+    def _label(self, size: Any) -> str:
+        free = _free(size)
+        if expression(self.capacity) in free:
+            return "capacity"
+        return "chunk" if expression(self.chunk) in free else ""
+
+    # where data meets positions
+
+    def data_arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        """The arguments of a data node: rows of positional tables, and sizes by what they count."""
+        tensors = [arg for arg in node.all_input_nodes if is_tensor(arg)]
+        read = {arg: self.edges.get((node, arg)) or self.value(arg) for arg in tensors}
+        data = [read[arg] for arg in tensors if self.kinds[arg] in (DATA, MEMORY) or (node, arg) in self.edges]
+        world = self._worlds(node, data[0]) if data else lambda i: "chunk"
+        counted = Counter[str]()
+
+        def argument(arg: fx.Node) -> Any:
+            if is_symint(arg):
+                if self.tokens in _free(arg.meta["val"]):
+                    counted["sizes"] += 1
+                    return self.size(arg, world(counted["sizes"] - 1))
+                return self.size(arg, "chunk")
+            if not is_tensor(arg):
+                return self.values[arg, ""]
+            table = read[arg]
+            if self.kinds[arg] != POSITIONAL or (node, arg) in self.edges:
+                return table
+            return self.aligned(table, self._reference(node, data))
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), argument)
+        return args, kwargs
+
+    def _reference(self, node: fx.Node, data: Sequence[fx.Node]) -> list[Any]:
+        """The shape that positional arguments of a data node are broadcast to, as far as data gives it."""
+        if node.target is aten.scaled_dot_product_attention.default:
+            query = shape(data[0])
+            return [*query[:-1], None]
+        if node.target is aten.baddbmm.default and len(data) > 1:
+            return [*shape(data[-2])[:-1], shape(data[-1])[-1]]
+        rank = max([len(shape(arg)) for arg in data] or [0])
+        if is_tensor(node):
+            rank = max(rank, len(shape(node)))
+        sizes: list[Any] = [None] * rank
+        for arg in data:
+            for axis, size in enumerate(shape(arg), rank - len(shape(arg))):
+                if expression(size) != 1 and (sizes[axis] is None or self._label(size) == "capacity"):
+                    sizes[axis] = size
+        return sizes
+
+    def aligned(self, table: fx.Node, reference: Sequence[Any]) -> fx.Node:
+        """The chunk's rows of a positional table, along the axis where ``reference`` has the chunk (or nothing)."""
+        offset = len(reference) - len(shape(table))
+        axes = [
+            axis
+            for axis, size in enumerate(shape(table))
+            if self._label(size) == "capacity"
+            and (offset + axis < 0 or reference[offset + axis] is None or self._label(reference[offset + axis]) != "capacity")
+        ]
+        if len(axes) > 1:  # query, then key
+            axes = [axis for axis in axes if reference[offset + axis] is not None] or axes[:1]
+        if not axes:
+            return table
+        if offset < 0 or len(axes) > 1:
+            raise self.refusal(
+                f"a value of positions of shape {self._shown(shape(table))} meets tokens in a way that is not understood"
+            )
+        place = next((i for i, size in enumerate(reference) if self._counts_rows(size)), 0)
+        return self.rows(table, axes[0], len(reference), place)
+
+    def _counts_rows(self, size: Any) -> bool:
+        return self.batch is not None and size is not None and expression(self.batch) in _free(size)
+
+    def positions(self) -> fx.Node:
+        """Positions of the chunk's tokens in their rows, int64 [rows, chunk]."""
+        if "positions" not in self._rows:
+            lengths = self.inputs[LENGTHS]
+            first = self.call(aten.unsqueeze.default, lengths, 1)
+            chunk, capacity = self._sizer(self.chunk), self._sizer(self.capacity)
+            steps = self.call(aten.arange.default, chunk)
+            last = self.call(operator.sub, capacity, 1)
+            added = self.call(aten.add.Tensor, first, steps)
+            # places behind a shorter row's tokens may lie past the end: what they hold is not read
+            limit = self.call(aten.scalar_tensor.default, last, dtype=torch.int64)
+            self._rows["positions"] = self.call(aten.minimum.default, added, limit)
+        return self._rows["positions"]
+
+    def rows(self, table: fx.Node, axis: int, rank: int, place: int) -> fx.Node:
+        """Rows of ``table`` at the chunk's positions: of ``rank`` axes, with the batch on axis ``place``."""
+        key = (table, axis, rank, place)
+        if key in self._rows:
+            return self._rows[key]
+        chosen, missing = table, rank - len(shape(table))
+        places = 1
+        for _ in range(missing):
+            chosen = self.call(aten.unsqueeze.default, chosen, 0)
+        axis += missing
+        if self._counts_rows(shape(chosen)[place]):  # the same in all rows: they differ in nothing but contents
+            places = int(sympy.simplify(expression(shape(chosen)[place]) / expression(self.batch)))
+            chosen = self.call(aten.slice.Tensor, chosen, place, 0, places)
+        elif expression(shape(chosen)[place]) != 1:
+            raise self.refusal(f"a value of positions has {shape(chosen)[place]} places where rows are counted")
+        flat = self.call(aten.reshape.default, self.positions(), [-1])
+        taken = self.call(aten.index_select.default, chosen, axis, flat)
+        batch, chunk = self._sizer(self.batch) if self.batch is not None else 1, self._sizer(self.chunk)
+        sizes: list[Any] = [self._dimension(taken, i) for i in range(rank)]
+        split = self.call(aten.reshape.default, taken, [*sizes[:axis], batch, chunk, *sizes[axis + 1 :]])
+        order = [i for i in range(rank + 1) if i != axis]
+        order.insert(place, axis)
+        moved = self.call(aten.permute.default, split, order)
+        final: list[Any] = [*sizes[:axis], chunk, *sizes[axis + 1 :]]
+        if places == 1:
+            final[place] = batch
+        else:
+            final[place] = self.call(operator.mul, batch, places)
+        self._rows[key] = self.call(aten.reshape.default, moved, final)
+        return self._rows[key]
+
+    def _dimension(self, node: fx.Node, axis: int) -> Any:
+        size = shape(node)[axis]
+        if isinstance(expression(size), int):
+            return expression(size)
+        if expression(size) == expression(self.capacity):
+            return self._sizer(self.capacity)
+        return self.call(aten.sym_size.int, node, axis)
+
+    def _shown(self, sizes: Sequence[Any]) -> str:
+        return f"[{', '.join(str(expression(size)) for size in sizes)}]"
+
+    def appended(self, new: fx.Node, axis: int, cache: fx.Node) -> fx.Node:
+        """The cache with the chunk's values in it."""
+        self.edits["replaced"] += 1
+        return self.call(ops.APPEND, cache, new, self.inputs[LENGTHS], axis)
+
+
+def _free(size: Any) -> set[Any]:
+    found = expression(size)
+    return set(getattr(found, "free_symbols", ()))
+
+
+def _symbols(node: fx.Node) -> set[Any]:
+    values = node.meta["val"]
+    found: set[Any] = set()
+    for value in values if isinstance(values, (tuple, list)) else (values,):
+        if isinstance(value, torch.Tensor):
+            for size in value.shape:
+                found |= _free(size)
+    return found
+
+
+def _flattened(node: fx.Node, tokens: Any, batch: Any) -> bool:
+    """Whether an axis of the node, or a size it is made with, counts batch and tokens together."""
+    values = node.meta["val"]
+    sizes: list[Any] = [arg.meta["val"] for arg in node.all_input_nodes if is_symint(arg)]
+    for value in values if isinstance(values, (tuple, list)) else (values,):
+        if isinstance(value, torch.Tensor):
+            sizes += value.shape
+    return any({tokens, batch} <= _free(size) for size in sizes)

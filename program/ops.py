@@ -1,0 +1,82 @@
+"""The operators that make attention incremental; torch runs and differentiates them, ``export`` lowers them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("offramp", "DEF")
+_library.define("append(Tensor cache, Tensor new, Tensor lengths, int axis) -> Tensor")
+_library.define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, "
+    "Tensor? bias, float scale, int window) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def positions(lengths: Tensor, chunk: int, capacity: int) -> Tensor:
+    """Where a chunk of new tokens lies in each row, int64 [rows, chunk]; not past the last place."""
+    return (lengths.unsqueeze(1) + torch.arange(chunk, device=lengths.device)).clamp(max=capacity - 1)
+
+
+def append(cache: Tensor, new: Tensor, lengths: Tensor, axis: int) -> Tensor:
+    """The cache with a chunk of new values written behind what each row has.
+
+    ``cache`` has ``capacity`` places along ``axis``, ``new`` has the chunk's; all else is equal. Rows lie on axis
+    0, which may hold several places of each row (its size is a multiple of ``lengths``'s). ``lengths`` is int64
+    [rows]: how many places of each row are filled.
+    """
+    places = positions(lengths, new.shape[axis], cache.shape[axis])
+    places = places.repeat_interleave(new.shape[0] // lengths.shape[0], 0)
+    sizes = [1] * new.dim()
+    sizes[0], sizes[axis] = new.shape[0], new.shape[axis]
+    return cache.scatter(axis, places.reshape(sizes).expand(new.shape), new)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    lengths: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention of a chunk of new tokens over all tokens so far; also returns both caches, appended to.
+
+    Args:
+        query: ``[rows, heads, chunk, features]``; token ``i`` of row ``b`` is at position ``lengths[b] + i`` and
+            sees the keys up to that position (causal alignment at the bottom right).
+        key: ``[rows, key heads, chunk, features]``; each serves ``heads / key heads`` query heads in a row.
+        value: as ``key``, perhaps of other features.
+        key_cache: ``[rows, key heads, capacity, features]``; places from ``lengths`` on are not read.
+        value_cache: the same for values.
+        lengths: int64 ``[rows]``, how many tokens each row has already.
+        bias: float (added to the scores) or bool (keeps) ``[1 or rows, 1 or heads, chunk, capacity]``.
+        scale: factor of the scores.
+        window: how many keys, its own included, a token sees; 0 for all before it.
+    """
+    key_cache = append(key_cache, key, lengths, 2)
+    value_cache = append(value_cache, value, lengths, 2)
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key_cache, value_cache
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    scores = torch.matmul(query, keys.transpose(-1, -2)) * scale
+    if bias is not None:
+        scores = torch.where(bias, scores, -torch.inf) if bias.dtype == torch.bool else scores + bias
+    here = positions(lengths, query.shape[2], key_cache.shape[2])[:, None, :, None]
+    there = torch.arange(key_cache.shape[2], device=lengths.device)
+    unseen = there > here
+    if window:
+        unseen = unseen | (there <= here - window)
+    weights = torch.softmax(scores.masked_fill(unseen, -torch.inf), -1)
+    return torch.matmul(weights, values), key_cache, value_cache
+
+
+_library.impl("append", append, "CompositeImplicitAutograd")
+_library.impl("attention", attention, "CompositeImplicitAutograd")
+
+APPEND = torch.ops.offramp.append.default
+ATTENTION = torch.ops.offramp.attention.default
