@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.onnx import JitScalarType
 from torch.onnx.ops import _symbolic_impl
 
 from offramp.program import ops
@@ -15,8 +16,6 @@ from offramp.program.graph import aten, expression, shape
 
 Target = Literal["ort", "portable"]
 TARGETS = ("ort", "portable")
-_FLOAT, _INT32 = 1, 6
-
 
 def lower_attention(graph: fx.Graph, target: Target) -> None:
     """Replace the operators of ``offramp.program.ops`` in a closed graph.
@@ -70,10 +69,12 @@ class _Builder:
         inputs: Sequence[fx.Node | None],
         attributes: Mapping[str, Any],
         outputs: Sequence[Sequence[Any]],
+        like: fx.Node | None = None,
         domain: str = "",
         version: int | None = None,
     ) -> list[fx.Node]:
-        """A call of an ONNX operator with float outputs of the given sizes."""
+        """A call of an ONNX operator with outputs of the given sizes, float32 or of the dtype of ``like``."""
+        kind = JitScalarType.from_dtype(like.meta["val"].dtype if like else torch.float32).onnx_type()
         encoded = _symbolic_impl.EncodedAttrs.from_dict(dict(attributes))
         # missing inputs at the end are left out
         given = list(inputs)
@@ -83,7 +84,7 @@ class _Builder:
             torch.ops.onnx_symbolic._symbolic_multi_out.default,
             given,
             name,
-            [_FLOAT] * len(outputs),
+            [int(kind)] * len(outputs),
             shapes=[list(sizes) for sizes in outputs],
             attr_keys=encoded.attr_keys,
             attr_types=encoded.attr_types,
@@ -91,6 +92,8 @@ class _Builder:
             attr_ints=encoded.attr_ints,
             attr_floats=encoded.attr_floats,
             attr_strs=encoded.attr_strs,
+            metadata_props_keys=[],
+            metadata_props_values=[],
             domain=domain,
             version=version,
         )
@@ -123,9 +126,7 @@ def _grouped(
     added = None
     if bias is not None:
         added = _as_float(b, bias)
-        # the operator takes as many keys as the longest row has
-        seen = b.call(aten.arange.default, b.call(aten.sym_size.int, key_cache, 2))
-        added = _first(b, added, longest, seen)
+        added = _first(b, added, longest)  # the operator takes as many keys as the longest row has
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(shape(key)[1]), "scale": float(scale)}
     if window:
         attributes["local_window_size"] = window
@@ -141,7 +142,7 @@ def _grouped(
     return [b.call(aten.transpose.int, apart, 1, 2), made[1], made[2]]
 
 
-def _first(b: _Builder, table: fx.Node, count: fx.Node, _: fx.Node) -> fx.Node:
+def _first(b: _Builder, table: fx.Node, count: fx.Node) -> fx.Node:
     """The first ``count`` (an int64 tensor) places of the last axis."""
     sizes = b.sizes(table)
     start, axis = (b.call(aten.full.default, [1], number, dtype=torch.int64) for number in (0, len(sizes) - 1))
@@ -194,12 +195,7 @@ def _scattered(b: _Builder, cache: fx.Node, new: fx.Node, lengths: fx.Node, axis
         wide = b.call(aten.unsqueeze.default, lengths, 1)
         each = b.call(operator.floordiv, places, rows)
         lengths = b.call(aten.reshape.default, b.call(aten.expand.default, wide, [rows, each]), [-1])
-    if cache.meta["val"].dtype != torch.float32:
-        return b.call(_TYPED[cache.meta["val"].dtype], cache, new, lengths, axis)
-    return b.onnx("TensorScatter", [cache, new, lengths], {"axis": axis}, [b.sizes(cache)])[0]
-
-
-_TYPED: Mapping[torch.dtype, Callable[..., Any]] = {}
+    return b.onnx("TensorScatter", [cache, new, lengths], {"axis": axis}, [b.sizes(cache)], like=cache)[0]
 
 
 def _as_float(b: _Builder, bias: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 import torch
 
+from offramp.export.attention import TARGETS, Target
 from offramp.export.describe import Describer, Progress
 from offramp.export.lower import OPSET
 from offramp.export.partition import partition
@@ -31,6 +32,8 @@ def save(
     precision: str = "fp32",
     *,
     segments: int | None = None,
+    target: Target = "ort",
+    generation: Mapping[str, Any] | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
     policy: Mapping[str, Any] | None = None,
     name: str | None = None,
@@ -43,6 +46,10 @@ def save(
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
         precision: "fp32", the only one so far.
         segments: pieces per stack; None makes every block a segment of its own. Exits always end a segment.
+        target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
+            length that is filled) or "portable" (ONNX's own, opset 24).
+        generation: how the model generates: ``prompt``, ``stop``, ``suppress``, ``suppress_first`` (token ids),
+            ``max_length``, ``template`` (text with ``{text}``), ``audio``.
         files: further files to put into the bundle, a tokenizer for example.
         policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
         name: what the bundle calls the model; the path's name if None.
@@ -57,28 +64,30 @@ def save(
     """
     if precision != "fp32":
         raise ExportError(f"precision={precision!r} is not supported", hint='precision="fp32"')
-    target = Path(path).resolve()
-    if target.exists() and not (target / MANIFEST_FILE).is_file() and (not target.is_dir() or any(target.iterdir())):
-        raise ExportError(f"{target} exists and is no bundle", hint="another path; offramp replaces bundles only")
+    if target not in TARGETS:
+        raise ExportError(f"target={target!r}: there are {', '.join(TARGETS)}")
+    place = Path(path).resolve()
+    if place.exists() and not (place / MANIFEST_FILE).is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise ExportError(f"{place} exists and is no bundle", hint="another path; offramp replaces bundles only")
     plan = partition(program, segments)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     writer = Writer(directory, program.graph_module)
     try:
-        describer = Describer(program, plan, writer, progress)
-        manifest = describer.manifest(name or target.stem, _provenance(program), policy)
+        describer = Describer(program, plan, writer, target, progress)
+        manifest = describer.manifest(name or place.stem, _provenance(program), policy)
         for file in files:
             _add(file, directory)
-        manifest = replace(manifest, files=writer.close())
+        manifest = replace(manifest, files=writer.close(), generation=dict(generation or {}))
         figures = validate(program, manifest, directory, describer.origin)
         manifest = replace(manifest, validation=figures)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)
         directory.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        directory.rename(target)
+        if place.exists():
+            shutil.rmtree(place)
+        directory.rename(place)
     except BaseException:
         writer.abandon()
         shutil.rmtree(directory, ignore_errors=True)

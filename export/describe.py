@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import fx
 
+from offramp.export.attention import Target
 from offramp.export.lower import Function, close
 from offramp.export.partition import Piece, Plan, StackPlan
 from offramp.export.write import Writer
-from offramp.program.graph import placeholders, results, shape
+from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime import manifest as m
 from offramp.runtime.axes import names
@@ -21,8 +22,8 @@ Progress = Callable[[str, int, int], None]
 class Describer:
     """Lowers the pieces of a plan through a writer, and says in manifest terms what they compute."""
 
-    def __init__(self, program: Program, plan: Plan, writer: Writer, progress: Progress | None = None) -> None:
-        self.program, self.plan, self.writer = program, plan, writer
+    def __init__(self, program: Program, plan: Plan, writer: Writer, target: Target, progress: Progress | None = None) -> None:
+        self.program, self.plan, self.writer, self.target = program, plan, writer, target
         self.progress = progress or (lambda name, done, total: None)
         self.values: dict[str, m.Value] = {}
         self.segments: dict[str, m.Segment] = {}
@@ -33,8 +34,11 @@ class Describer:
         for stack in program.stacks.values():
             for depth, name in enumerate(stack.cuts):
                 self.names.setdefault(program.nodes[name], f"{stack.name}.{depth}")
+        if program.cache is not None:
+            self.names |= {self.returned[name]: name for name in program.cache.buffers.values()}
         self.batch = self._batch()
-        self._total = sum(piece is not None for piece in (*plan.before, plan.tail)) + sum(
+        before = [piece for b in plan.before for piece in (b.once, b.tables, b.chunk)]
+        self._total = sum(piece is not None for piece in (*before, plan.tail)) + sum(
             len(s.blocks) + len(s.adapters) + len(s.heads) for s in plan.stacks
         )
         if plan.tail:  # once more for every exit that shares it
@@ -49,10 +53,12 @@ class Describer:
         stages: list[m.Stage] = []
         stacks: dict[str, m.Stack] = {}
         for before, plan in zip(self.plan.before, self.plan.stacks, strict=True):
-            if before is not None:
-                stages.append(m.Stage(segment=self._segment(before)))
+            for piece, when in ((before.once, "input"), (before.tables, "capacity"), (before.chunk, "chunk")):
+                if piece is not None:
+                    stages.append(m.Stage(self._segment(piece), when=when))
             stacks[plan.stack.name] = self._stack(plan, final=plan is self.plan.stacks[-1])
-            stages.append(m.Stage(stack=plan.stack.name))
+            chunked = bool(set(self.segments[plan.blocks[0][1].name].inputs.values()) & self._chunk_values())
+            stages.append(m.Stage(stack=plan.stack.name, when="chunk" if chunked else "input"))
         final = stacks[self.plan.stacks[-1].stack.name].exits[-1]
         axes = self.program.axes
         take = {}
@@ -74,8 +80,25 @@ class Describer:
             stages=tuple(stages),
             files={},
             take=take,
+            cache=self._cache(),
             policy=policy,
             provenance=provenance,
+        )
+
+    def _chunk_values(self) -> set[str]:
+        cache = self.program.cache
+        return {cache.lengths, *cache.buffers} if cache else set()
+
+    def _cache(self) -> m.Cache | None:
+        cache, axes = self.program.cache, self.program.axes
+        if cache is None:
+            return None
+        node = self.program.nodes[cache.tokens[0]]
+        chunk = next(axes.names[e] for e in map(expression, shape(node)) if e in axes.tokens)
+        (capacity,) = (axes.names[expression(size)] for size in shape(self.program.nodes[cache.places]))
+        rowwise = any("GroupQueryAttention" in self.writer.operators(s.file) for s in self.segments.values())
+        return m.Cache(
+            cache.tokens, cache.lengths, cache.places, cache.buffers, chunk, capacity, cache.limit, rowwise
         )
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
@@ -147,7 +170,7 @@ class Describer:
         if name in self.segments:
             return name
         self.progress(name, len(self.segments), self._total)
-        function: Function = close(piece)
+        function: Function = close(piece, self.target)
         file = self.writer.segment(function, piece.name)
         renamed = renamed or {}
         inputs, outputs = {}, {}
@@ -181,7 +204,7 @@ class Describer:
     def _batch(self) -> bool:
         """Whether rows can be taken out of every value that crosses segments."""
         pieces: Sequence[Piece | None] = [
-            *self.plan.before, self.plan.tail,
+            *(piece for b in self.plan.before for piece in (b.once, b.tables, b.chunk)), self.plan.tail,
             *(piece for s in self.plan.stacks for _, piece in s.blocks),
         ]  # fmt: skip
         try:

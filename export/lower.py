@@ -24,12 +24,14 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from offramp.export.attention import Target, lower_attention
 from offramp.export.partition import Piece
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
 from offramp.program.quiet import quiet
 from offramp.runtime.errors import ExportError
 
 OPSET = 23
+OPSET_OF_CACHES = 24  # TensorScatter; nothing else differs
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Function:
     key: str
 
 
-def close(piece: Piece) -> Function:
+def close(piece: Piece, target: Target = "ort") -> Function:
     """The piece as a function: sizes are read from its own inputs, weights become parameters.
 
     A size that none of the inputs has, and that cannot be computed from theirs, brings the tensor that it
@@ -90,9 +92,10 @@ def close(piece: Piece) -> Function:
             if is_symint(arg):
                 size(arg)
         env[node] = graph.node_copy(node, env.__getitem__)
+    graph.output(tuple(env[node] for node in piece.outputs))
+    lower_attention(graph, target)
     _widen_masks(graph)
     _plain_reshapes(graph)
-    graph.output(tuple(env[node] for node in piece.outputs))
     return Function(graph, tuple(inputs), tuple(weights), piece.outputs, _key(graph))
 
 
@@ -197,6 +200,8 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     except Exception as error:
         raise _refusal(function, name, error) from error
     model: onnx.ModelProto = program.model_proto
+    if any(node.op_type == "TensorScatter" for node in model.graph.node):
+        next(item for item in model.opset_import if not item.domain).version = OPSET_OF_CACHES
     _rename(model, function)
     _strip(model)
     return model

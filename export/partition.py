@@ -37,10 +37,19 @@ class StackPlan:
 
 
 @dataclass
-class Plan:
-    """Pieces in the order in which they run: before each stack (None: nothing to do), the stacks, the tail."""
+class Before:
+    """What runs before a stack (None: nothing to do): once, when the caches' capacity changes, for each chunk."""
 
-    before: list[Piece | None]
+    once: Piece | None
+    tables: Piece | None = None
+    chunk: Piece | None = None
+
+
+@dataclass
+class Plan:
+    """Pieces in the order in which they run: before each stack, the stacks, the tail."""
+
+    before: list[Before]
     stacks: list[StackPlan]
     tail: Piece | None
 
@@ -93,6 +102,8 @@ class _Partition:
         self.cuts = {program.nodes[name] for stack in self.stacks for name in stack.cuts}
         self.level = self._levels()
         self.segments = segments
+        self.chunked, self.sized = self._chunked()
+        self.buffers = self._buffers()
 
     def _ordered(self) -> list[Stack]:
         """Stacks in the order in which they can run."""
@@ -125,6 +136,54 @@ class _Partition:
             level[self.program.nodes[stack.output]] = index + 1
         return level
 
+    def _chunked(self) -> tuple[set[fx.Node], set[fx.Node]]:
+        """What depends on a chunk of tokens or on caches, and what else depends on the caches' capacity."""
+        cache = self.program.cache
+        if cache is None:
+            return set(), set()
+        nodes = self.program.nodes
+        chunked = {nodes[name] for name in (*cache.tokens, cache.lengths, *cache.buffers)}
+        chunked |= dependents(chunked, self.graph)
+        (capacity,) = (expression(size) for size in shape(nodes[cache.places]))
+        sized: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            if node.op != "call_function" or node in chunked:
+                continue
+            sizes = [node.meta["val"]] if is_symint(node) else shape(node) if is_tensor(node) else ()
+            if any(capacity in getattr(expression(size), "free_symbols", ()) for size in sizes) or any(
+                arg in sized for arg in node.all_input_nodes
+            ):
+                sized.add(node)
+        return chunked, sized
+
+    def _buffers(self) -> dict[tuple[str, int], list[fx.Node]]:
+        """The new contents of caches by what makes them: stack and the number of blocks before, -1 for its entry.
+
+        Raises:
+            ExportError: one is made after the last stack.
+        """
+        found: dict[tuple[str, int], list[fx.Node]] = {}
+        if self.program.cache is None:
+            return found
+        after: dict[tuple[str, int], set[fx.Node]] = {}
+        for stack in self.stacks:
+            for depth, name in enumerate(stack.cuts):
+                after[stack.name, depth] = dependents([self.program.nodes[name]], self.graph)
+        causal = [stack for stack in self.stacks if self.program.nodes[stack.input] in self.chunked]
+        for output in self.program.cache.buffers.values():
+            node = self.returned[output]
+            place = (causal[0].name, -1)
+            for i, stack in enumerate(causal):
+                for depth in range(stack.blocks):
+                    if node in after[stack.name, depth]:
+                        place = (stack.name, depth)
+                if node in after[stack.name, stack.blocks]:
+                    if i + 1 == len(causal):
+                        raise ExportError(f"stack {stack.name} is followed by attention that keeps a cache")
+                    place = (causal[i + 1].name, -1)
+            found.setdefault(place, []).append(node)
+        return found
+
     def _slice(self, outputs: Iterable[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """What computes ``outputs`` without going past ``stop``: calls only."""
         outputs = list(outputs)
@@ -147,12 +206,13 @@ class _Partition:
         wanted: dict[tuple[str, str, int], tuple[list[fx.Node], set[fx.Node]]] = {}
         nodes = self.program.nodes
         for stack in self.stacks:
-            wanted["entry", stack.name, 0] = ([nodes[stack.input]], self.cuts)
+            wanted["entry", stack.name, 0] = ([nodes[stack.input], *self.buffers.get((stack.name, -1), [])], self.cuts)
             exits = {item.after: item for item in self.program.exits_of(stack.name)}
             for first, last in self._groups(stack):
                 inner = {nodes[name] for name in stack.cuts[first + 1 : last]}
                 scores = self._scores(exits[last], stack)[0] if last in exits else []
-                wanted["block", stack.name, last] = ([nodes[stack.cuts[last]], *scores], self.cuts - inner)
+                kept = [node for depth in range(first, last) for node in self.buffers.get((stack.name, depth), [])]
+                wanted["block", stack.name, last] = ([nodes[stack.cuts[last]], *scores, *kept], self.cuts - inner)
             for after, item in exits.items():
                 if after < stack.blocks and item.head == "own":
                     made = [self.returned[name] for name in item.outputs.values()]
@@ -184,11 +244,21 @@ class _Partition:
     def _shared(self, slices: Sequence[set[fx.Node]]) -> set[fx.Node]:
         """Values that several pieces need, that no stack's inside goes into, and that are worth passing on."""
         counts = Counter(node for part in slices for node in part)
+        shared = {node for node, count in counts.items() if count > 1}
+        if self.program.cache is not None:  # what chunks read and do not change is made once
+            shared |= {arg for node in counts if node in self.chunked for arg in node.all_input_nodes if arg in counts}
+            shared = {node for node in shared if node not in self.chunked or counts[node] > 1}
+            shared -= {node for node in shared if node in self.chunked and self._cheap(node)}
         return {
             node
-            for node, count in counts.items()
-            if count > 1 and self.level[node] is not None and is_tensor(node) and not self._trivial(node)
+            for node in shared
+            if self.level[node] is not None and is_tensor(node) and not self._trivial(node)
         }
+
+    def _cheap(self, node: fx.Node) -> bool:
+        """Whether a value of chunks is made again where it is used: it depends on lengths, which parts have of their own."""
+        assert self.program.cache is not None
+        return self.program.nodes[self.program.cache.lengths] in read_by([node])
 
     def _trivial(self, node: fx.Node) -> bool:
         """Whether a value is made where it is used: constants of one element, and positions in the batch.
@@ -221,17 +291,27 @@ class _Partition:
         late = {node for node in shared if self.level[node] == last}
         tail = self._piece("tail", [node for node in finals if node not in early], stop - late)
         crossing |= {node for node in tail.inputs if node in shared}
-        before: list[Piece | None] = []
+        before: list[Before] = []
         for index in range(last - 1, -1, -1):
             stack = self.stacks[index]
             here = sorted((node for node in crossing if self.level[node] == index), key=self.order.__getitem__)
-            outputs = _unique([self.program.nodes[stack.input], *here])
+            buffers = self.buffers.get((stack.name, -1), [])
+            outputs = _unique([self.program.nodes[stack.input], *buffers, *here])
             earlier = {node for node in shared if (self.level[node] or 0) < index}
             others = self.cuts - {self.program.nodes[stack.input]}
             outputs = [node for node in outputs if node.op == "call_function" and node not in others]
-            piece = self._piece(f"before-{stack.name}", outputs, (self.cuts - set(outputs)) | earlier)
-            crossing |= {node for node in piece.inputs if node in shared}
-            before.append(piece if outputs else None)
+            made: list[Piece | None] = []
+            known = earlier
+            for name, group in (
+                ("before", [n for n in outputs if n not in self.chunked and n not in self.sized]),
+                ("tables", [n for n in outputs if n in self.sized]),
+                ("enter", [n for n in outputs if n in self.chunked]),
+            ):
+                piece = self._piece(f"{name}-{stack.name}", group, (self.cuts - set(group)) | known)
+                crossing |= {node for node in piece.inputs if node in shared}
+                made.append(piece if group else None)
+                known = known | set(group)
+            before.append(Before(*made))
         plans = []
         for stack in self.stacks:
             plan = StackPlan(stack)

@@ -61,7 +61,7 @@ def worst(found: Arrays, expected: Mapping[str, torch.Tensor]) -> float:
 def eager(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's own outputs of the program's graph in torch."""
     with torch.no_grad():
-        returned = program.module(**inputs)
+        returned = program.module(**program.fresh({name: inputs[name] for name in program.inputs}))
     return {name: returned[name] for name in program.outputs}
 
 
@@ -106,7 +106,7 @@ def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapp
 
 
 def _run(chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
-    return chain.run({name: value.numpy() for name, value in inputs.items()}, policy or Never()).outputs
+    return chain.run({name: inputs[name].numpy() for name in chain.inputs}, policy or Never()).outputs
 
 
 def _checked(what: str, found: float) -> float:
@@ -133,10 +133,20 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         names = {*segment.inputs.values(), *segment.outputs.values()}
         if segment.name.endswith("/tail") or not all(name in origin for name in names):
             continue  # a shared head on an exit's state: checked as an exit
-        feed = {key: values[origin[name]].detach().numpy() for key, name in segment.inputs.items()}
+        cache = manifest.cache
+        one = cache is not None and cache.rowwise and any(name in cache.buffers for name in segment.inputs.values())
+
+        def value(name: str, one: bool = one) -> torch.Tensor:
+            found = values[origin[name]].detach()
+            kind = manifest.values[name]
+            if one and kind.batch_axis is not None:  # the file takes one row at a time
+                return found.narrow(kind.batch_axis, 0, kind.batch_factor)
+            return found
+
+        feed = {key: value(name).contiguous().numpy() for key, name in segment.inputs.items()}
         arrays = sessions[segment.file].run(list(segment.outputs), feed)
         found = dict(zip(segment.outputs.values(), arrays, strict=True))
-        expected = {name: values[origin[name]] for name in segment.outputs.values()}
+        expected = {name: value(name) for name in segment.outputs.values()}
         largest = max(largest, _checked(f"segment {segment.name}", worst(found, expected)))
     return largest
 
@@ -149,7 +159,7 @@ def _rows(program: Program, chain: Chain) -> float:
     exits = [item.after for item in stack.exits]
     if len(exits) < 2:
         return 0.0
-    inputs = {name: value.numpy() for name, value in program.example_inputs.items()}
+    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
     mixed = chain.run(
         inputs,
         lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)),

@@ -46,6 +46,7 @@ class Writer:
         self._placed: dict[Any, tuple[int, int]] = {}
         self._models: dict[str, onnx.ModelProto] = {}
         self._files: dict[Any, str] = {}
+        self._operators: dict[str, set[str]] = {}
 
     def segment(self, function: Function, name: str) -> str:
         """Write the ONNX file of a function, if there is none yet; returns the file's name."""
@@ -60,8 +61,13 @@ class Writer:
             model.CopyFrom(self._models[function.key])
             _bind(model, tensors, places)
             self._files[identity] = f"{name.replace('/', '-')}.onnx"
+            self._operators[self._files[identity]] = {node.op_type for node in model.graph.node}
             (self.directory / self._files[identity]).write_bytes(model.SerializeToString(deterministic=True))
         return self._files[identity]
+
+    def operators(self, file: str) -> set[str]:
+        """The operators of a segment's file."""
+        return self._operators[file]
 
     def take(self, dtype: str, axis: int) -> str:
         """Write the ONNX file that gathers rows of a tensor along ``axis``; returns the file's name."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
+from offramp.program.graph import dependents, results
 from offramp.program.program import Program
 from offramp.runtime.errors import PassError, SpecError
 
@@ -51,12 +52,31 @@ class Truncate(Pass):
         known = dict(editor.graph.output_node().args[0])  # type: ignore[arg-type]
         for key, own in (there.outputs if there else {}).items():
             known[key] = known[own]
+        unkept = self._unkept(program, name)
+        gone += [program.cache.buffers[key] for key in unkept] if program.cache else []
         editor.graph.output_node().args = ({key: node for key, node in known.items() if key not in gone},)
         editor.replace_uses(output, state, list(output.users))
         exits = tuple(item for item in program.exits if item.stack != name)
         editor.drop_dead(keep={item.state for item in exits})
         stacks = {key: value for key, value in program.stacks.items() if key != name}
-        return editor.finish(stacks=stacks, exits=exits)
+        changes: dict[str, Any] = {"stacks": stacks, "exits": exits}
+        if program.cache is not None:
+            for key in unkept:
+                editor.graph.erase_node(editor[key])
+            kept = {key: value for key, value in program.cache.buffers.items() if key not in unkept}
+            along = {key: program.cache.axes[key] for key in kept}
+            changes["cache"] = replace(program.cache, buffers=kept, axes=along)
+            changes["example_inputs"] = {k: v for k, v in program.example_inputs.items() if k not in unkept}
+        return editor.finish(**changes)
+
+    def _unkept(self, program: Program, name: str) -> list[str]:
+        """The caches of the deeper blocks."""
+        if program.cache is None:
+            return []
+        stack, returned = program.stacks[name], results(program.graph)
+        deeper = dependents([program.nodes[stack.cuts[self.after]]], program.graph)
+        deeper -= dependents([program.nodes[stack.output]], program.graph)
+        return [key for key, made in program.cache.buffers.items() if returned[made] in deeper]
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """The deeper blocks are gone."""

@@ -77,12 +77,19 @@ def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """torch.nn's fused encoder layer hides what it computes: capture the plain one."""
+    """What torch.nn does with attention to save time hides what it computes: capture the plain way.
+
+    Its fused encoder layer is one opaque operator, and `nn.Transformer` looks into a mask for whether it is the
+    causal one, which a graph cannot: the mask is then used as it is.
+    """
     enabled = torch.backends.mha.get_fastpath_enabled()
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.nn.modules.transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
     try:
         yield
     finally:
+        torch.nn.modules.transformer._detect_is_causal_mask = detect
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 

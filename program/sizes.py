@@ -14,8 +14,9 @@ from offramp.program.program import Program
 def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tensor]:
     """The example inputs, cropped or repeated along the axes named by their symbols in ``sizes``."""
     inputs = {}
-    for name, node in placeholders(program.graph).items():
-        value = program.example_inputs[name]
+    nodes = placeholders(program.graph)
+    for name in program.inputs:
+        node, value = nodes[name], program.example_inputs[name]
         for axis, size in enumerate(shape(node)):
             wanted = sizes.get(expression(size))
             if wanted is not None and wanted != value.shape[axis]:
@@ -33,8 +34,9 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
     """
     axes = program.axes
     example: dict[Any, int] = {}
-    for name, node in placeholders(program.graph).items():
-        for axis, size in enumerate(shape(node)):
+    nodes = placeholders(program.graph)
+    for name in program.inputs:
+        for axis, size in enumerate(shape(nodes[name])):
             if not isinstance(expression(size), int):
                 example.setdefault(expression(size), program.example_inputs[name].shape[axis])
     choices: list[dict[Any, int]] = []
@@ -51,7 +53,7 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
 def _runs(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
     try:
         with torch.no_grad():
-            program.module(**inputs)
+            program.module(**program.fresh(inputs))
     except (RuntimeError, IndexError, ValueError):
         return False
     return True

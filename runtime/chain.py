@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from offramp.runtime import bundle, policies
+from offramp.runtime.caches import fresh
 from offramp.runtime.inputs import Inputs
 from offramp.runtime.manifest import Manifest, Stack, Value
 from offramp.runtime.memory import DEVICES, Device, Host, Index, Memory
@@ -105,6 +106,7 @@ class Chain:
         arrays, batch = self._inputs.check(inputs)
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
         memory, rows = self._memory, np.arange(batch)
+        arrays |= fresh(self.manifest, arrays, batch)
         env = {name: memory.put(name, array) for name, array in arrays.items()}
         exits: dict[str, Index] = {}
         trace: list[Timing] = []

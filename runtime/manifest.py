@@ -21,7 +21,7 @@ from offramp.runtime.decode import decode
 from offramp.runtime.errors import BundleError
 
 FORMAT = "offramp"
-VERSION = 1
+VERSION = 2
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 
@@ -106,10 +106,36 @@ class Stack:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the plan: a segment, or a stack (exactly one of the two names is set)."""
+    """One step of the plan: a segment, or a stack (exactly one of the two names is set).
+
+    ``when`` says how often it runs where a bundle has caches: once for each ``input``, again whenever the
+    ``capacity`` of the caches changes, or for each ``chunk`` of new tokens.
+    """
 
     segment: str | None = None
     stack: str | None = None
+    when: str = "input"
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of earlier tokens, kept between chunks.
+
+    ``tokens`` are the inputs that hold a chunk of tokens, along the axis ``chunk``. ``lengths`` is a value int64
+    [batch]: how many tokens each row has already; ``places`` a value int64 [capacity]: 0, 1, and so on.
+    ``buffers`` maps a value that holds keys or values, with the axis ``capacity``, to the value that holds those
+    of the chunk too; the two may share memory. ``limit`` is the greatest number of tokens. With ``rowwise`` the
+    segments that read buffers take several rows only when their chunk is one token.
+    """
+
+    tokens: tuple[str, ...]
+    lengths: str
+    places: str
+    buffers: Mapping[str, str]
+    chunk: str
+    capacity: str
+    limit: int | None = None
+    rowwise: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +166,9 @@ class Manifest:
     stages: tuple[Stage, ...]
     files: Mapping[str, File]
     take: Mapping[str, str] = field(default_factory=dict)
+    cache: Cache | None = None
     policy: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)

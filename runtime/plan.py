@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import onnxruntime as ort
 
 from offramp.runtime.errors import BundleError
-from offramp.runtime.manifest import DTYPES, Exit, Manifest, Part, Segment, Stack
+from offramp.runtime.manifest import DTYPES, Cache, Exit, Manifest, Part, Segment, Stack
 from offramp.runtime.memory import Env, Memory
 from offramp.runtime.sessions import check_bindings
 
@@ -86,7 +87,10 @@ def prepare(manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], me
         )
         problems += wrong
         if not wrong:
-            calls[name] = Call(name, tuple(segment.inputs.values()), memory.prepare(segment, session))
+            run = memory.prepare(segment, session)
+            if manifest.cache is not None and manifest.cache.rowwise and _keeps(manifest.cache, segment):
+                run = _row_by_row(manifest, segment, run, memory)
+            calls[name] = Call(name, tuple(segment.inputs.values()), run)
     if problems:
         raise BundleError("segments do not fit their files:\n  " + "\n  ".join(problems))
 
@@ -103,6 +107,36 @@ def prepare(manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], me
             before = stack.reads | live.difference(*(part.exit.results for part in stack.parts if part.exit))
         live = before
     return tuple(reversed(steps))
+
+
+def _keeps(cache: Cache, segment: Segment) -> bool:
+    return not cache.buffers.keys().isdisjoint(segment.inputs.values())
+
+
+def _row_by_row(
+    manifest: Manifest, segment: Segment, run: Callable[[Env], None], memory: Memory
+) -> Callable[[Env], None]:
+    """The segment for several rows, one after the other."""
+    assert manifest.cache is not None
+    lengths = manifest.cache.lengths
+    values = {name: manifest.values[name] for name in segment.outputs.values()}
+
+    def call(env: Env) -> None:
+        rows = memory.get(env[lengths]).shape[0]
+        if rows == 1:
+            run(env)
+            return
+        made = []
+        for row in range(rows):
+            one = memory.take(env, segment.inputs.values(), np.array([row]))
+            run(one)
+            made.append(one)
+        for name, value in values.items():
+            parts = [memory.get(one[name]) for one in made]
+            whole = parts[0] if value.batch_axis is None else np.concatenate(parts, value.batch_axis)
+            env[name] = memory.put(name, whole)
+
+    return call
 
 
 def ready_takers(manifest: Manifest, sessions: Mapping[str, ort.InferenceSession]) -> dict[str, ort.InferenceSession]:

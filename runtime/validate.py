@@ -145,6 +145,9 @@ class _Flow:
         there: set[str] = set()
         for name in manifest.inputs:
             yield from self._make(name, "the inputs", there)
+        if manifest.cache is not None:
+            for name in (manifest.cache.lengths, manifest.cache.places, *manifest.cache.buffers):
+                yield from self._make(name, "the cache", there)
         last = len(manifest.stages) - 1
         final: Exit | None = None
         for i, stage in enumerate(manifest.stages):
