@@ -11,7 +11,7 @@ from offramp.export.attention import Target
 from offramp.export.lower import Function, close
 from offramp.export.partition import Piece, Plan, StackPlan
 from offramp.export.write import Writer
-from offramp.program.graph import expression, placeholders, results, shape
+from offramp.program.graph import aten, expression, placeholders, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime import manifest as m
 from offramp.runtime.axes import names
@@ -98,8 +98,13 @@ class Describer:
         (capacity,) = (axes.names[expression(size)] for size in shape(self.program.nodes[cache.places]))
         rowwise = any("GroupQueryAttention" in self.writer.operators(s.file) for s in self.segments.values())
         return m.Cache(
-            cache.tokens, cache.lengths, cache.places, cache.buffers, chunk, capacity, cache.limit, rowwise
+            cache.tokens, cache.lengths, cache.places, cache.buffers, chunk, capacity, cache.limit, self._ids(node), rowwise
         )
+
+    def _ids(self, tokens: fx.Node) -> int | None:
+        """How many token ids there are: the rows of the smallest table that they are looked up in."""
+        tables = [user.args[0] for user in tokens.users if user.target is aten.embedding.default]
+        return min((int(shape(table)[0]) for table in tables if isinstance(table, fx.Node)), default=None)
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
         stack = plan.stack

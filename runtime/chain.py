@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy as np
 
 from offramp.runtime import bundle, policies
 from offramp.runtime.caches import fresh
+from offramp.runtime.errors import InputError
+from offramp.runtime.generate import Generated, Plan, Prompts, Run, Token, stream
 from offramp.runtime.inputs import Inputs
 from offramp.runtime.manifest import Manifest, Stack, Value
-from offramp.runtime.memory import DEVICES, Device, Host, Index, Memory
-from offramp.runtime.plan import Call, prepare, ready_takers
+from offramp.runtime.memory import DEVICES, Device, Env, Host, Index, Memory
+from offramp.runtime.plan import Call, Step, prepare, ready_takers
 from offramp.runtime.policy import Asker, Function, Policy, State, listing
 from offramp.runtime.result import Result, Timing
 from offramp.runtime.sessions import Providers, open_sessions
@@ -68,7 +70,7 @@ class Chain:
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
         self.policy = policies.from_dict(manifest.policy) if manifest.policy else policies.Never()
         self.policy.check(manifest.stacks)
-        device = _device or _device_of(providers)
+        device = self._device = _device or _device_of(providers)
         files = dict.fromkeys(segment.file for segment in manifest.segments.values())
         if device:
             files |= dict.fromkeys(manifest.take.values())
@@ -79,6 +81,7 @@ class Chain:
             self._memory = Device(manifest.values, device, _read_back(manifest), takers)
         self._steps = prepare(manifest, sessions, self._memory)
         self._inputs = Inputs(manifest)
+        self._plan = Plan(manifest, sessions) if manifest.cache else None
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
@@ -98,31 +101,128 @@ class Chain:
             PolicyError: the policy asks for what is not there, or returns something else than bool [rows].
             ExecutionError: ONNX Runtime failed in a segment.
         """
-        if policy is None:
-            policy = self.policy
-        elif not isinstance(policy, Policy):
-            policy = Function(policy)  # which checks that it can be called
-        policy.check(self.stacks)
+        policy = self._asked(policy)
         arrays, batch = self._inputs.check(inputs)
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
-        memory, rows = self._memory, np.arange(batch)
+        memory = self._memory
         arrays |= fresh(self.manifest, arrays, batch)
         env = {name: memory.put(name, array) for name, array in arrays.items()}
         exits: dict[str, Index] = {}
         trace: list[Timing] = []
         for step in self._steps:
-            if isinstance(step.run, Call):
-                execute((step.run,), env, batch, trace)
-            else:
-                name = step.run.stack.name
-                inner = memory.take(env, step.run.reads, None)
-                left = walk(step.run, inner, rows, askers[name], memory, trace)
-                env |= join(left, self.manifest.values, batch, memory)
-                exits[name] = depths(left, batch)
+            env |= self._step(step, env, batch, askers, trace, exits)
             env = memory.take(env, step.live, None)
         outputs = {name: memory.get(env[value]) for name, value in self.manifest.outputs.items()}
         scores = {name: asker.record for name, asker in askers.items()}
         return Result(outputs, exits, scores, tuple(trace))
+
+    def stream(
+        self,
+        inputs: Mapping[str, Any],
+        policy: Policy | Callable[[State], Any] | None = None,
+        *,
+        propagate: str = "defer",
+        max_pending: int | None = None,
+        **options: Any,
+    ) -> Iterator[Token]:
+        """Generate token by token; nothing is shared with other runs, so it may be left at any point.
+
+        Args:
+            inputs: Arrays by name, as in ``self.inputs``. Token ids may be rows of different lengths; without
+                them the bundle's own prompt is used.
+            policy: Who decides which rows leave where, for each token: see `run`. The prompt runs to full depth.
+            propagate: "defer" computes the deeper blocks of tokens that left early when a later token goes deep
+                (exact); "hidden" computes them from the hidden state at the exit (CALM).
+            max_pending: Compute deeper blocks as soon as so many tokens of a row wait for them.
+            options: Fields of `Sampling`: ``temperature``, ``top_k``, ``max_new_tokens``, ``stop``, ...
+
+        Yields:
+            A `Token` for each row and step, rows in order.
+
+        Raises:
+            InputError: the bundle has no cache, or inputs and options do not fit it.
+            PolicyError, ExecutionError: as for `run`.
+        """
+        run, prompts = self._generation(inputs, policy, propagate, max_pending, options)
+        return stream(run, prompts)
+
+    def generate(
+        self,
+        inputs: Mapping[str, Any],
+        policy: Policy | Callable[[State], Any] | None = None,
+        *,
+        propagate: str = "defer",
+        max_pending: int | None = None,
+        **options: Any,
+    ) -> Generated:
+        """All tokens of all rows, and the depth of each; arguments and errors as for `stream`."""
+        run, prompts = self._generation(inputs, policy, propagate, max_pending, options)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        exits: list[list[int]] = [[] for _ in prompts]
+        for step in stream(run, prompts):
+            tokens[step.row].append(step.token)
+            exits[step.row].append(step.exit)
+        return Generated(
+            tuple(np.array(row, np.int64) for row in tokens), tuple(np.array(row, np.int64) for row in exits)
+        )
+
+    def _generation(
+        self, inputs: Mapping[str, Any], policy: Any, propagate: str, max_pending: int | None, options: Mapping[str, Any]
+    ) -> tuple[Run, Prompts]:
+        """A run that is ready: inputs checked, and what runs once for them done."""
+        plan = self._plan
+        if plan is None:
+            raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")
+        policy = self._asked(policy)
+        prompts = plan.prompts(inputs)
+        sampling = plan.sampling(max(row.size for row in prompts), options)
+        first = np.zeros((len(prompts), max(row.size for row in prompts)), self.inputs[plan.cache.tokens[0]].dtype)
+        arrays, batch = self._inputs.check({**inputs, plan.cache.tokens[0]: first})
+        askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
+        arrays |= {plan.cache.lengths: np.zeros(batch, np.int64)}
+        env = {name: self._memory.put(name, array) for name, array in arrays.items()}
+        for stage, step in zip(self.manifest.stages, self._steps, strict=True):
+            if stage.when == "input":
+                env |= self._step(step, env, batch, askers, [], {})
+
+        def tables(capacity: int) -> Mapping[str, Any]:
+            sized = {**env, plan.cache.places: self._memory.put(plan.cache.places, np.arange(capacity))}
+            for stage, step in zip(self.manifest.stages, self._steps, strict=True):
+                if stage.when == "capacity":
+                    sized |= self._step(step, sized, batch, askers, [], {})
+            return {name: self._memory.get(sized[name]) for name in plan.read if name in sized}
+
+        kept = {name: self._memory.get(env[name]) for name in plan.read if name in env}
+        return Run(plan, prompts, kept, tables, policy, sampling, self._device, propagate, max_pending), prompts
+
+    def _asked(self, policy: Policy | Callable[[State], Any] | None) -> Policy:
+        if policy is None:
+            policy = self.policy
+        elif not isinstance(policy, Policy):
+            policy = Function(policy)  # which checks that it can be called
+        policy.check(self.stacks)
+        return policy
+
+    def _step(
+        self,
+        step: Step,
+        env: Env,
+        batch: int,
+        askers: Mapping[str, Asker],
+        trace: list[Timing],
+        exits: dict[str, Index],
+    ) -> Env:
+        """What a stage makes of ``env``, which is left as it is."""
+        memory = self._memory
+        if isinstance(step.run, Call):
+            made = dict(env)
+            execute((step.run,), made, batch, trace)
+            return made
+        name = step.run.stack.name
+        inner = memory.take(env, step.run.reads, None)
+        left = walk(step.run, inner, np.arange(batch), askers[name], memory, trace)
+        exits[name] = depths(left, batch)
+        return join(left, self.manifest.values, batch, memory)
 
     def __repr__(self) -> str:
         manifest = self.manifest

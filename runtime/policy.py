@@ -119,6 +119,11 @@ class Asker:
         self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
         return leave
 
+    def restart(self) -> None:
+        """Forget all scores: the rows' next tokens enter the stack."""
+        self._history = {}
+        self.record = {}
+
     def keep(self, stay: NDArray[np.int64]) -> None:
         """Forget the rows that left; ``stay`` says which of the last rows did not."""
         self._history = {
@@ -127,6 +132,8 @@ class Asker:
         }
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
+        if array.ndim == 2 and array.shape[0] == rows and measure != "prediction":  # of each token: the least sure one
+            array = array.max(1) if measure == "entropy" else array.min(1)
         if array.size != rows:
             raise ExecutionError(
                 f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "

@@ -1,0 +1,404 @@
+"""Chunks through a bundle with caches: how deep each row has been computed, and what waits to go deeper.
+
+Since a token that goes deep takes all waiting ones along, the positions that a piece of the stack has seen are always
+a prefix of those that the piece before it has seen. So all there is to know is one length for each piece and row, and
+the hidden states in between: those wait at the piece's input (deferral: DEED's just-in-time features, arXiv
+2311.08623, and FREE's synchronised parallel decoding, 2310.05424, are this).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.runtime.caches import axis_of
+from offramp.runtime.errors import ExecutionError, InputError
+from offramp.runtime.manifest import Exit, Manifest, Stack
+from offramp.runtime.policy import Asker
+from offramp.runtime.result import Timing
+from offramp.runtime.store import Launch, Store, launch
+
+Array = NDArray[Any]
+Index = NDArray[np.int64]
+Values = dict[str, Array]
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """An exit: what it runs on the last token, its scores, and what it stands for."""
+
+    after: int
+    calls: tuple[Launch, ...]
+    reads: frozenset[str]
+    scores: Mapping[str, str]
+    free: frozenset[str]
+    results: Mapping[str, str]
+    full: bool
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Segments that run without a place to leave between.
+
+    ``reads`` are the values of the chunk that this leg or a later one needs from before, ``hidden`` the one among
+    those of the next leg that this one makes.
+    """
+
+    stack: str | None
+    calls: tuple[Launch, ...]
+    reads: frozenset[str]
+    hidden: str | None
+    door: Door | None = None
+
+
+class Left(NamedTuple):
+    """A row that has left the last stack with the model's outputs for its last token."""
+
+    slot: int
+    outputs: Mapping[str, Array]
+    exits: Mapping[str, int]
+    scores: Mapping[str, float]
+
+
+def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str]) -> tuple[Leg, ...]:
+    """The stages that run for each chunk, as legs."""
+    ready = {
+        name: launch(manifest, segment, sessions[segment.file], kept) for name, segment in manifest.segments.items()
+    }
+    parts: list[tuple[str | None, tuple[Launch, ...], Door | None]] = []
+    chunked = [stage for stage in manifest.stages if stage.when == "chunk"]
+    for stage in chunked:
+        if stage.segment is not None:
+            parts.append((None, (ready[stage.segment],), None))
+            continue
+        stack = manifest.stacks[stage.stack or ""]
+        exits = {exit_.after: exit_ for exit_ in stack.exits}
+        calls: tuple[Launch, ...] = ()
+        for part in stack.parts:
+            calls += tuple(ready[name] for name in part.segments)
+            if part.depth in exits:
+                door = _door(manifest, stack, exits[part.depth], ready, ends=stage is chunked[-1])
+                parts.append((stack.name, calls, door))
+                calls = ()
+    legs: list[Leg] = []
+    later: frozenset[str] = frozenset()
+    for stack_name, calls, door in reversed(parts):
+        made = {name for call in calls for _, name in call.made}
+        hidden = next(iter(sorted(later & made)), None)
+        if door is not None:
+            if door.full and not door.ends:
+                later = frozenset(door.results.values()) | (later - set(door.results))
+            later |= door.reads | {door.scores[measure] for measure in door.free}
+        for call in reversed(calls):
+            later = (later - {name for _, name in call.made}) | {name for _, name in call.chunk}
+        legs.append(Leg(stack_name, calls, later, hidden, door))
+    return tuple(reversed(legs))
+
+
+def _door(manifest: Manifest, stack: Stack, exit_: Exit, ready: Mapping[str, Launch], *, ends: bool) -> Door:
+    calls = tuple(ready[name] for name in exit_.segments)
+    made = {name for call in calls for _, name in call.made}
+    results = {name: value for name, value in exit_.outputs.items()} if ends else {stack.output: exit_.state}
+    reads = {name for call in calls for _, name in call.chunk} | {v for v in results.values() if v not in made}
+    free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
+    return Door(
+        exit_.after, calls, frozenset(reads - made), exit_.scores, free, results, exit_.after == stack.blocks, ends
+    )
+
+
+@dataclass
+class Decoder:
+    """The state of a generation: ``seen[leg, slot]`` tokens computed, and per leg and slot the values that wait.
+
+    ``propagate`` is "defer" (exact) or "hidden": where a row leaves, its hidden state stands for those of all
+    deeper blocks (CALM, arXiv 2207.07061, sec. 3.3), which are then computed from it, when a token goes deep.
+    """
+
+    manifest: Manifest
+    legs: Sequence[Leg]
+    store: Store
+    propagate: str = "defer"
+    max_pending: int | None = None
+    seen: Index = field(init=False)
+    pending: list[list[list[Values]]] = field(init=False)
+    trace: list[Timing] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.seen = np.zeros((len(self.legs), self.store.slots), np.int64)
+        self.pending = [[[] for _ in range(self.store.slots)] for _ in self.legs]
+
+    def feed(self, slots: Index, values: Values, counts: Index, askers: Mapping[str, Asker] | None) -> list[Left]:
+        """Run new tokens: ``values`` hold ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
+
+        ``askers`` (by stack) decide where rows leave; None runs all to full depth.
+        """
+        left: list[Left] = []
+        exits: dict[int, dict[str, int]] = {int(slot): {} for slot in slots}
+        scores: dict[int, dict[str, float]] = {int(slot): {} for slot in slots}
+        waiting: list[tuple[int, Index, Values, Index]] = [(0, slots, values, counts)]
+        new = dict(zip(slots.tolist(), counts.tolist(), strict=True))
+        while waiting:
+            at, slots, values, counts = waiting.pop(0)
+            while at < len(self.legs) and slots.size:
+                leg = self.legs[at]
+                forwarded = counts
+                values, counts = self._with_pending(at, slots, values, counts)
+                values = self._run(leg, at, slots, values, counts)
+                if self.propagate == "hidden" and leg.stack is not None:  # what waited went its own way already
+                    values, counts = self._last(values, slots, counts, forwarded)
+                at += 1
+                door = leg.door
+                if door is None:
+                    continue
+                leave, made = self._ask(door, leg, slots, values, counts, askers)
+                if leave is None:
+                    continue
+                go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
+                ending = self._door(door, slots[go], values, counts, go, made)
+                for place, row in enumerate(go):
+                    slot = int(slots[row])
+                    exits[slot][leg.stack or ""] = door.after
+                    if made is not None:
+                        for measure in askers[leg.stack or ""].wanted[door.after] or () if askers else ():
+                            scores[slot][measure] = float(made[door.scores[measure]][row].reshape(-1)[-1])
+                    if not door.full:
+                        self._wait(at, slot, values, row, int(counts[row]))
+                    if door.ends:
+                        outputs = {name: ending[value][place] for name, value in door.results.items()}
+                        left.append(Left(slot, outputs, exits[slot], scores[slot]))
+                if not door.ends and go.size:
+                    after = self._behind(at, leg.stack)
+                    counted = np.array([new[int(slot)] for slot in slots[go]])
+                    onward = self._onward(door, slots[go], values, counts, go, counted)
+                    waiting.append((after, slots[go], onward, counted))
+                slots, counts = slots[stay], counts[stay]
+                values = {name: array[stay] for name, array in values.items()}
+        return left
+
+    def _behind(self, at: int, stack: str | None) -> int:
+        while at < len(self.legs) and self.legs[at].stack == stack:
+            at += 1
+        return at
+
+    # what waits
+
+    def _wait(self, at: int, slot: int, values: Values, row: int, count: int) -> None:
+        """Let a row's values wait at the next leg, or at all deeper ones of the stack."""
+        stack = self.legs[at].stack
+        ends = self._behind(at, stack) if self.propagate == "hidden" else at + 1
+        for leg in range(at, ends):
+            wanted = self._translated(values, at - 1, leg)
+            self.pending[leg][slot].append({name: array[row, :count].copy() for name, array in wanted.items()})
+        if self.max_pending is not None and self.waiting(at, slot) >= self.max_pending:
+            self.flush(np.array([slot]), at)
+
+    def _translated(self, values: Values, left: int, leg: int) -> Values:
+        """The values of an exit under the names that a deeper leg reads."""
+        here, there = self.legs[left].hidden, self.legs[leg - 1].hidden
+        return {name: values[here if name == there and here else name] for name in self.legs[leg].reads}
+
+    def waiting(self, leg: int, slot: int) -> int:
+        """How many tokens of a row wait at a leg."""
+        return sum(len(next(iter(values.values()))) for values in self.pending[leg][slot])
+
+    def flush(self, slots: Index, start: int) -> None:
+        """Compute what waits at the legs from ``start`` on, of these rows, to the end of the stack."""
+        stack = self.legs[start].stack
+        for slot in slots:
+            one, values, counts = np.array([slot]), {}, np.zeros(1, np.int64)
+            for leg in range(start, self._behind(start, stack)):
+                if not self.pending[leg][slot] and not counts[0]:
+                    continue
+                values, counts = self._with_pending(leg, one, values, counts)
+                values = self._run(self.legs[leg], leg, one, values, counts)
+                if self.propagate == "hidden":
+                    values, counts = {}, np.zeros(1, np.int64)
+
+    def _with_pending(self, at: int, slots: Index, values: Values, counts: Index) -> tuple[Values, Index]:
+        """What waits at a leg, then what comes in."""
+        held = [self.pending[at][slot] for slot in slots]
+        reads = self.legs[at].reads
+        if not any(held):
+            return {name: values[name] for name in reads}, counts
+        rows: dict[str, list[Array]] = {name: [] for name in reads}
+        for row, waits in enumerate(held):
+            for name in reads:
+                parts = [item[name] for item in waits]
+                if counts[row]:
+                    parts.append(values[name][row, : counts[row]])
+                rows[name].append(np.concatenate(parts) if len(parts) > 1 else parts[0])
+        for slot in slots:
+            self.pending[at][slot] = []
+        total = np.array([len(row) for row in next(iter(rows.values()))], np.int64)
+        return {name: _padded(arrays) for name, arrays in rows.items()}, total
+
+    def _last(self, values: Values, slots: Index, counts: Index, wanted: Index) -> tuple[Values, Index]:
+        """Only the last ``wanted`` tokens of each row."""
+        if np.array_equal(counts, wanted):
+            return values, counts
+        rows = {
+            name: _padded([array[row, count - want : count] for row, (count, want) in enumerate(zip(counts, wanted))])
+            for name, array in values.items()
+        }
+        return rows, wanted
+
+    # running
+
+    def _run(self, leg: Leg, at: int, slots: Index, values: Values, counts: Index) -> Values:
+        """The chunk's values after a leg, [slots, chunk, ...]; what the rows have seen grows."""
+        found = values
+        for call in leg.calls:
+            found = found | self._launch(call, self.seen[at], slots, found, counts)
+        self.seen[at, slots] += counts
+        following = self.legs[at + 1].reads if at + 1 < len(self.legs) else frozenset()
+        if leg.door is not None:
+            following |= leg.door.reads | {leg.door.scores[measure] for measure in leg.door.free}
+            following |= frozenset(leg.door.results.values())
+        return {name: array for name, array in found.items() if name in following}
+
+    def _launch(self, call: Launch, seen: Index, slots: Index, values: Values, counts: Index) -> Values:
+        started = perf_counter()
+        given = {name: values[name] for _, name in call.chunk}
+        widest = int(counts.max())
+        low, high = int(slots.min()), int(slots.max()) + 1
+        if self.store.device is not None and call.by_slot:
+            low, high = 0, self.store.slots
+        rowwise = self.store.cache.rowwise and bool(call.buffers) and widest > 1
+        room = not call.buffers or int(seen[low:high].max()) + widest <= self.store.capacity
+        if not call.by_slot:
+            made = self.store.run(call, 0, slots.size, given, seen[slots])
+        elif slots.size == high - low and room and not (rowwise and slots.size > 1):
+            made = self.store.run(call, low, high, given, seen[low:high])
+        elif room and not rowwise:
+            made = self._with_idle(call, low, high, seen, slots, given)
+        else:
+            made = self._apart(call, seen, slots, given, counts)
+        self.trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
+        return made
+
+    def _with_idle(self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values) -> Values:
+        """Run slots in between too: what they append lies behind their length, and is not read."""
+        places = slots - low
+        wide = {}
+        for name, array in given.items():
+            wide[name] = np.zeros((high - low, *array.shape[1:]), array.dtype)
+            wide[name][places] = array
+        made = self.store.run(call, low, high, wide, seen[low:high])
+        return {name: array[places] for name, array in made.items()}
+
+    def _apart(self, call: Launch, seen: Index, slots: Index, given: Values, counts: Index) -> Values:
+        """One row after the other, each with just its tokens."""
+        if self.store.device is not None:
+            raise ExecutionError(
+                f"segment {call.segment.name!r} takes one row at a time, but on a device all rows run together",
+                hint='one row at a time, or a bundle with target="portable"',
+            )
+        rows: dict[str, list[Array]] = {}
+        for row, slot in enumerate(slots):
+            one = {name: array[row : row + 1, : counts[row]] for name, array in given.items()}
+            made = self.store.run(call, int(slot), int(slot) + 1, one, seen[slot : slot + 1])
+            for name, array in made.items():
+                rows.setdefault(name, []).append(array[0].copy())
+        return {name: _padded(arrays) for name, arrays in rows.items()}
+
+    # leaving
+
+    def _ask(
+        self,
+        door: Door,
+        leg: Leg,
+        slots: Index,
+        values: Values,
+        counts: Index,
+        askers: Mapping[str, Asker] | None,
+    ) -> tuple[NDArray[np.bool_] | None, Values | None]:
+        """Which rows leave (None: nobody was asked), and what the exit made for that."""
+        if door.full:
+            return np.ones(slots.size, np.bool_), None
+        asker = askers[leg.stack or ""] if askers else None
+        wanted = asker.wanted[door.after] if asker else None
+        if asker is None or wanted is None:
+            return None, None
+        made = self._last_tokens(values, counts, np.arange(slots.size))
+        if not door.free.issuperset(wanted):
+            made |= self._through(door, slots, made)
+        found = {measure: made[door.scores[measure]].reshape(slots.size, -1)[:, -1] for measure in wanted}
+        return asker.ask(door.after, slots, found), made
+
+    def _door(
+        self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, made: Values | None
+    ) -> Values:
+        """The exit's values for ``rows``, on their last token."""
+        if not rows.size or not door.ends:
+            return {}
+        if made is not None and all(value in made for value in door.results.values()):
+            return {name: made[name][rows] for name in door.results.values()}
+        return self._through(door, slots, self._last_tokens(values, counts, rows))
+
+    def _through(self, door: Door, slots: Index, values: Values) -> Values:
+        found = dict(values)
+        ones = np.ones(slots.size, np.int64)
+        for call in door.calls:
+            found |= {
+                name: array.copy()
+                for name, array in self._launch(call, np.zeros(self.store.slots, np.int64), slots, found, ones).items()
+            }
+        return found
+
+    def _onward(
+        self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, wanted: Index
+    ) -> Values:
+        """What goes on to the next stages: the last ``wanted`` tokens of rows that left this stack."""
+        some = {name: array[rows] for name, array in values.items()}
+        some, counted = self._last(some, slots, counts[rows], wanted)
+        for call in door.calls:
+            some = some | self._launch(call, np.zeros(self.store.slots, np.int64), slots, some, counted)
+        return {**some, **{full: some[here] for full, here in door.results.items()}}
+
+    def _last_tokens(self, values: Values, counts: Index, rows: Index) -> Values:
+        """The last token of each of ``rows``: [rows, 1, ...]."""
+        at = counts[rows] - 1
+        return {
+            name: array[rows, at][:, None] if self._along(name) else array[rows] for name, array in values.items()
+        }
+
+    def _along(self, name: str) -> bool:
+        return axis_of(self.manifest.values[name], self.store.cache.chunk) == 1
+
+    def rearrange(self, sources: Sequence[int]) -> None:
+        """Slot ``i`` gets what slot ``sources[i]`` had."""
+        self.store.rearrange(sources)
+        count = len(sources)
+        self.seen[:, :count] = self.seen[:, list(sources)]
+        for leg in self.pending:
+            leg[:count] = [list(leg[source]) for source in sources]
+
+
+def check_layout(manifest: Manifest, legs: Sequence[Leg]) -> None:
+    """Values of chunks have rows, then tokens, on their first two axes; InputError where one has not."""
+    assert manifest.cache is not None
+    for leg in legs:
+        for name in leg.reads:
+            value = manifest.values[name]
+            along = axis_of(value, manifest.cache.chunk)
+            if (value.batch_axis, value.batch_factor) != (0, 1) or along != 1:
+                raise InputError(
+                    f"{name!r} of shape {list(value.shape)} does not have rows and tokens on its first two axes, which "
+                    "generation needs",
+                    hint="run() works; for generation, a model with hidden states [batch, tokens, features]",
+                )
+
+
+def _padded(rows: Sequence[Array]) -> Array:
+    """Rows of different numbers of tokens as one array, zeros behind the shorter ones."""
+    widest = max(len(row) for row in rows)
+    whole = np.zeros((len(rows), widest, *rows[0].shape[1:]), rows[0].dtype)
+    for row, array in zip(whole, rows, strict=True):
+        row[: len(array)] = array
+    return whole
