@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -145,16 +146,22 @@ class _Partition:
         chunked = {nodes[name] for name in (*cache.tokens, cache.lengths, *cache.buffers)}
         chunked |= dependents(chunked, self.graph)
         (capacity,) = (expression(size) for size in shape(nodes[cache.places]))
-        sized: set[fx.Node] = set()
+        chunk = next(e for e in map(expression, shape(nodes[cache.tokens[0]])) if e in self.program.axes.tokens)
+        chunked |= self._counting(chunk, chunked)
+        return chunked, self._counting(capacity, chunked)
+
+    def _counting(self, axis: Any, apart: set[fx.Node]) -> set[fx.Node]:
+        """The nodes that depend on the length of an axis, other than those ``apart``."""
+        found: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if node.op != "call_function" or node in chunked:
+            if node.op != "call_function" or node in apart:
                 continue
             sizes = [node.meta["val"]] if is_symint(node) else shape(node) if is_tensor(node) else ()
-            if any(capacity in getattr(expression(size), "free_symbols", ()) for size in sizes) or any(
-                arg in sized for arg in node.all_input_nodes
+            if any(axis in getattr(expression(size), "free_symbols", ()) for size in sizes) or any(
+                arg in found for arg in node.all_input_nodes
             ):
-                sized.add(node)
-        return chunked, sized
+                found.add(node)
+        return found
 
     def _buffers(self) -> dict[tuple[str, int], list[fx.Node]]:
         """The new contents of caches by what makes them: stack and the number of blocks before, -1 for its entry.
@@ -256,9 +263,14 @@ class _Partition:
         }
 
     def _cheap(self, node: fx.Node) -> bool:
-        """Whether a value of chunks is made again where it is used: it depends on lengths, which parts have of their own."""
+        """Whether a value of chunks is made where it is used.
+
+        It depends on lengths, of which each part has its own, or on nothing but the chunk's size.
+        """
         assert self.program.cache is not None
-        return self.program.nodes[self.program.cache.lengths] in read_by([node])
+        read = read_by([node])
+        inputs = {arg for arg in read if arg.op == "placeholder"}
+        return not inputs or self.program.nodes[self.program.cache.lengths] in inputs
 
     def _trivial(self, node: fx.Node) -> bool:
         """Whether a value is made where it is used: constants of one element, and positions in the batch.

