@@ -36,9 +36,9 @@ class Describer:
                 self.names.setdefault(program.nodes[name], f"{stack.name}.{depth}")
         if program.cache is not None:
             self.names |= {self.returned[name]: name for name in program.cache.buffers.values()}
+        self._outside = (*plan.before, *plan.tables, *plan.enter, plan.tail)
         self.batch = self._batch()
-        before = [piece for b in plan.before for piece in (b.once, b.tables, b.chunk)]
-        self._total = sum(piece is not None for piece in (*before, plan.tail)) + sum(
+        self._total = sum(piece is not None for piece in self._outside) + sum(
             len(s.blocks) + len(s.adapters) + len(s.heads) for s in plan.stacks
         )
         if plan.tail:  # once more for every exit that shares it
@@ -52,8 +52,9 @@ class Describer:
             self._value(name, node)
         stages: list[m.Stage] = []
         stacks: dict[str, m.Stack] = {}
-        for before, plan in zip(self.plan.before, self.plan.stacks, strict=True):
-            for piece, when in ((before.once, "input"), (before.tables, "capacity"), (before.chunk, "chunk")):
+        ahead = zip(self.plan.before, self.plan.tables, self.plan.enter, strict=True)
+        for pieces, plan in zip(ahead, self.plan.stacks, strict=True):
+            for piece, when in zip(pieces, ("input", "capacity", "chunk"), strict=True):
                 if piece is not None:
                     stages.append(m.Stage(self._segment(piece), when=when))
             stacks[plan.stack.name] = self._stack(plan, final=plan is self.plan.stacks[-1])
@@ -209,7 +210,7 @@ class Describer:
     def _batch(self) -> bool:
         """Whether rows can be taken out of every value that crosses segments."""
         pieces: Sequence[Piece | None] = [
-            *(piece for b in self.plan.before for piece in (b.once, b.tables, b.chunk)), self.plan.tail,
+            *self._outside,
             *(piece for s in self.plan.stacks for _, piece in s.blocks),
         ]  # fmt: skip
         try:

@@ -193,7 +193,7 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
                 opset_version=OPSET,
                 verbose=False,
                 optimize=False,
-                custom_translation_table={aten.sym_stride.int: _stride},
+                custom_translation_table=_translations(),
             )
             assert program is not None
             onnxscript.optimizer.optimize(program.model)
@@ -205,6 +205,28 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
     _rename(model, function)
     _strip(model)
     return model
+
+
+def _translations() -> dict[Any, Any]:
+    """What the exporter has no translation for. The library that defines an operator need not be there."""
+    found: dict[Any, Any] = {aten.sym_stride.int: _stride}
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        found[torch.ops.transformers.grouped_mm_fallback.default] = _grouped_product
+    return found
+
+
+def _grouped_product(rows: Any, weights: Any, ends: Any) -> Any:
+    """Experts' products, ``[n, in] x [experts, in, out] -> [n, out]``: rows lie expert by expert, up to its end."""
+    ends = opset23.Cast(ends, to=onnx.TensorProto.INT64)
+    start = opset23.Constant(value_ints=[0])
+    axis = opset23.Constant(value_ints=[0])
+    made = []
+    for expert in range(weights.shape[0]):
+        end = opset23.Gather(ends, opset23.Constant(value_ints=[expert]))
+        weight = opset23.Gather(weights, opset23.Constant(value_int=expert))
+        made.append(opset23.MatMul(opset23.Slice(rows, start, end, axis), weight))
+        start = end
+    return opset23.Concat(*made, axis=0)
 
 
 def _stride(tensor: Any, dim: int) -> Any:

@@ -38,19 +38,16 @@ class StackPlan:
 
 
 @dataclass
-class Before:
-    """What runs before a stack (None: nothing to do): once, when the caches' capacity changes, for each chunk."""
-
-    once: Piece | None
-    tables: Piece | None = None
-    chunk: Piece | None = None
-
-
-@dataclass
 class Plan:
-    """Pieces in the order in which they run: before each stack, the stacks, the tail."""
+    """Pieces in the order in which they run: before each stack (None: nothing to do), the stacks, the tail.
 
-    before: list[Before]
+    Of a program with caches ``before`` is what runs once; what runs when their capacity changes, and for each chunk of
+    tokens, is apart.
+    """
+
+    before: list[Piece | None]
+    tables: list[Piece | None]
+    enter: list[Piece | None]
     stacks: list[StackPlan]
     tail: Piece | None
 
@@ -303,7 +300,7 @@ class _Partition:
         late = {node for node in shared if self.level[node] == last}
         tail = self._piece("tail", [node for node in finals if node not in early], stop - late)
         crossing |= {node for node in tail.inputs if node in shared}
-        before: list[Before] = []
+        before: list[tuple[Piece | None, ...]] = []
         for index in range(last - 1, -1, -1):
             stack = self.stacks[index]
             here = sorted((node for node in crossing if self.level[node] == index), key=self.order.__getitem__)
@@ -323,7 +320,7 @@ class _Partition:
                 crossing |= {node for node in piece.inputs if node in shared}
                 made.append(piece if group else None)
                 known = known | set(group)
-            before.append(Before(*made))
+            before.append(tuple(made))
         plans = []
         for stack in self.stacks:
             plan = StackPlan(stack)
@@ -333,7 +330,8 @@ class _Partition:
                 elif name == stack.name and kind in ("adapter", "head"):
                     (plan.adapters if kind == "adapter" else plan.heads)[depth] = piece
             plans.append(plan)
-        return Plan(before[::-1], plans, tail if tail.nodes else None)
+        once, tables, enter = (list(column) for column in zip(*before[::-1], strict=True))
+        return Plan(once, tables, enter, plans, tail if tail.nodes else None)
 
     def _label(self, key: tuple[str, str, int]) -> str:
         kind, name, depth = key

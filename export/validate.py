@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from offramp.runtime.chain import Chain
 from offramp.runtime.errors import ExportError
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policies import Depth, Never
+from offramp.runtime.policy import State
 from offramp.runtime.sessions import open_sessions
 
 #: The largest error that is let through, relative to the scale of the expected values (fp32).
@@ -102,6 +103,8 @@ def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapp
                 _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected)),
             )
     figures["rows"] = _rows(program, chain)
+    if program.cache is not None:
+        figures["cache"] = _checked("the chain step by step", stepwise(program, chain))
     return {**figures, "tolerance": TOLERANCE}
 
 
@@ -149,6 +152,51 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         expected = {name: value(name) for name in segment.outputs.values()}
         largest = max(largest, _checked(f"segment {segment.name}", worst(found, expected)))
     return largest
+
+
+def stepwise(program: Program, chain: Chain) -> float:
+    """Token by token, prompts of different lengths, rows leaving at random exits: each token against one pass.
+
+    The tokens are those of the example, whatever the model would have chosen. A token that leaves after k blocks has
+    to get what the truncated program gives at its place, and one that goes deep what the whole program gives: so what
+    was computed late for the tokens before is exact. Returns the largest relative error, 0 where the bundle generates
+    no text.
+    """
+    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    if chain.generates is None or inputs[chain.generates].shape[1] < 3:
+        return 0.0
+    name, stack = chain.generates, list(chain.stacks)[-1]
+    passes = {program.stacks[stack].blocks: eager(program, program.example_inputs)}
+    for item in program.exits_of(stack):
+        if item.after < program.stacks[stack].blocks:
+            cut = Truncate(stack, item.after).run(program).program
+            passes[item.after] = eager(cut, program.example_inputs)
+    random = np.random.default_rng(0)
+    rows, total = inputs[name].shape
+    at = random.integers(1, total - 1, rows)
+    run = chain.generation({**inputs, name: [row[:n] for row, n in zip(inputs[name], at, strict=True)]}, _coin(stack))
+    largest = 0.0
+    chunks = [row[:n] for row, n in zip(inputs[name], at, strict=True)]
+    askers = None
+    while run.rows:
+        for item in run.feed(chunks, askers):
+            row, after = run.rows[item.slot], item.exits[stack]
+            for output, value in item.outputs.items():
+                expected = passes[after][output]
+                if expected.dim() > 1 and expected.shape[:2] == (rows, total):
+                    largest = max(largest, error(value, expected[row, at[row] - 1 : at[row]]))
+        run.drop([slot for slot, row in enumerate(run.rows) if at[row] == total])
+        chunks = [inputs[name][row, at[row] : at[row] + 1] for row in run.rows]
+        for row in run.rows:
+            at[row] += 1
+        askers = run.askers
+    return largest
+
+
+def _coin(stack: str) -> Callable[[State], Any]:
+    """Leave the stack at random exits."""
+    random = np.random.default_rng(1)
+    return lambda state: (random.random(state.rows.size) < 0.4) & (state.stack == stack)
 
 
 def _rows(program: Program, chain: Chain) -> float:

@@ -11,7 +11,7 @@ from torch import fx
 
 from offramp.passes.infra import incremental
 from offramp.passes.infra.base import Pass, PassResult
-from offramp.passes.infra.incremental import DATA, LENGTHS, MEMORY, PLACES, POSITIONAL, Rebuilder
+from offramp.passes.infra.incremental import CONSTANT, DATA, LENGTHS, MEMORY, PLACES, POSITIONAL, Rebuilder
 from offramp.passes.infra.masks import plain_window
 from offramp.program import ops
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
@@ -84,9 +84,8 @@ def check_chunks(before: Program, after: Program) -> float:
     """
     assert after.cache is not None
     inputs = {name: value for name, value in after.example_inputs.items() if name in after.inputs}
-    ones = {name: torch.ones_like(before.example_inputs[name]) for name in after.cache.ones}
     with torch.no_grad():
-        expected = before.module(**inputs, **ones)
+        expected = before.module(**inputs, **after.ones(inputs))
     found = in_chunks(after, inputs)
     worst = 0.0
     for name in after.outputs:
@@ -113,13 +112,18 @@ def in_chunks(program: Program, inputs: dict[str, torch.Tensor], seed: int = 0) 
     first = inputs[cache.tokens[0]]
     total = first.shape[token_axis[cache.tokens[0]]]
     widest = min(total, 4)
-    state = program.fresh(inputs, total + widest)
+    capacity = total + widest if cache.limit is None else min(total + widest, cache.limit)
+    state = program.fresh(inputs, capacity)
     rows = state[cache.lengths].shape[0]
     generator = torch.Generator().manual_seed(seed)
     wholes: dict[str, torch.Tensor] = {}
     while int(state[cache.lengths].min()) < total:
         lengths = state[cache.lengths]
         counts = torch.minimum(torch.randint(1, widest + 1, (rows,), generator=generator), total - lengths)
+        if int(lengths.max() + counts.max()) > capacity:  # what a shorter row is filled up with must have room
+            unfinished = lengths < total
+            together = min(int(counts[unfinished].min()), total - int(lengths[unfinished].max()))
+            counts = torch.where(unfinished, together, 0)
         chunk = int(counts.max())
         places = (lengths[:, None] + torch.arange(chunk)).clamp(max=total - 1)
         given = dict(state)
@@ -186,10 +190,10 @@ class _Insertion:
         }
         self.masks = self._masks()
         self.kinds = incremental.kinds_of(program, self.tokens, self.own - self.masks, self.masks)
-        self.limit = program.axes.ranges.get(self.tokens, (1, None))[1]
         self.example = max(program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own)
-        capacity = self.example + 7
-        self.builder = Rebuilder(program, text, self.tokens, self.kinds, capacity)
+        self.limit = self._limit()
+        self.capacity = self.example + 7 if self.limit is None else min(self.example + 7, self.limit)
+        self.builder = Rebuilder(program, text, self.tokens, self.kinds, self.capacity)
         self.buffers: dict[str, str] = {}
         self.axes: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
@@ -234,6 +238,17 @@ class _Insertion:
         if found == self.own:
             raise PassError(f"insert-cache: the inputs {sorted(str(n.target) for n in found)} all look like masks")
         return found
+
+    def _limit(self) -> int | None:
+        """How many tokens the model has positions for: from the captured range, and from tables of positions."""
+        limits = [self.program.axes.ranges.get(self.tokens, (1, None))[1]]
+        for node in self.program.graph.nodes:
+            table, axis, index = _looked_up(node)
+            if index is not None and self.kinds[index] == POSITIONAL and self.kinds[table] == CONSTANT:
+                rows = int(expression(shape(table)[axis]))
+                beyond = int(self._values([index], rows + 1)[index].max()) - (rows - 1)
+                limits.append(rows + 1 - beyond if beyond > 0 else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def result(self) -> PassResult:
         program, builder = self.program, self.builder
@@ -283,7 +298,7 @@ class _Insertion:
             history=(*program.history, self.text),
             cache=cache,
         )
-        made = replace(made, example_inputs=made.fresh(kept, self.example + 7))
+        made = replace(made, example_inputs=made.fresh(kept, self.capacity))
         return PassResult(made, dict(builder.edits))
 
     def _renamed(self) -> dict[Any, Any]:
@@ -309,11 +324,15 @@ class _Insertion:
             )
 
     def _evaluated(self, site: AttentionSite, size: int | None = None) -> dict[fx.Node, torch.Tensor]:
+        return self._values([mask.node for mask in site.masks], size)
+
+    def _values(self, nodes: list[fx.Node], size: int | None = None) -> dict[fx.Node, torch.Tensor]:
+        """The values of positional nodes for ``size`` tokens."""
         inputs = dict(self.program.example_inputs)
         if size is not None:
             inputs = resized(self.program, {self.tokens: size, self.program.axes.batch: 2})
         inputs |= {str(node.target): torch.ones_like(inputs[str(node.target)]) for node in self.masks}
-        return evaluate(self.program.graph_module, [mask.node for mask in site.masks], inputs)
+        return evaluate(self.program.graph_module, nodes, inputs)
 
     def _buffer(self, name: str, value: fx.Node, axis: int) -> fx.Node:
         """A new input for a cache of values like ``value``."""
@@ -441,7 +460,19 @@ class _Insertion:
         return best or (operand, [])
 
 
-def cached_blocks(program: Program) -> set[str]:
+def _looked_up(node: fx.Node) -> tuple[Any, int, fx.Node | None]:
+    """Table, axis and index of a look-up in a table; no index for another node."""
+    args: Any = node.args
+    if node.target is aten.embedding.default:
+        return args[0], 0, args[1]
+    if node.target in (aten.index_select.default, aten.gather.default):
+        return args[0], int(args[1]), args[2]
+    if node.target is aten.index.Tensor and len(args[1]) == 1:
+        return args[0], 0, args[1][0]
+    return None, 0, None
+
+
+def cached_stacks(program: Program) -> set[str]:
     """The stacks whose blocks keep keys and values."""
     if program.cache is None:
         return set()

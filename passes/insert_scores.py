@@ -23,7 +23,7 @@ OF_STATE = ("cosine", "learned")
 
 @dataclass(frozen=True, repr=False)
 class InsertScores(Pass):
-    """Scores of shape [batch] at exits, float32 (``prediction``: int64).
+    """Scores at exits, float32 (``prediction``: int64): [batch], and [batch, tokens] in a causal stack.
 
     ``state -> tail' -> logits'``  becomes  ``state -> tail' -> logits' -> top1``
 
@@ -38,7 +38,8 @@ class InsertScores(Pass):
     - learned: ``sigmoid(w h + b)`` of the hidden state's mean over tokens; trained later, starts at 0.5
 
     The first four need the exit's tail to run, the last two only the block. Where logits have more axes than
-    rows and classes, the least sure place that is not padding decides.
+    rows and classes, the least sure place that is not padding decides; in a causal stack each token has a score of
+    its own, since each may leave at another exit.
 
     Requires: exits; for the first four, a stack whose tail ends in logits.
     Ensures: full depth gets the scores of logits too.
@@ -101,9 +102,18 @@ class InsertScores(Pass):
         classes = shape(node)[-1]
         if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
             raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
-        if "prediction" in self.measures and (len(shape(node)) > 2 or program.axes.batch is None):
+        axes = len(shape(node)) - (self._tokens(program) is not None)
+        if "prediction" in self.measures and (axes > 2 or program.axes.batch is None):
             raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
         return name
+
+    def _tokens(self, program: Program) -> Any:
+        """The symbol of the token axis of a causal stack, each of whose tokens has a score; None for others."""
+        stack = program.stacks[stack_named(program, self.stack)]
+        if stack.role != "decoder" or program.axes.batch is None:
+            return None
+        sizes = [expression(size) for size in shape(program.nodes[stack.input])]
+        return next((size for size in sizes if size in program.axes.tokens), None)
 
     def run(self, program: Program) -> PassResult:
         """Insert the scores that are not there yet."""
@@ -134,7 +144,7 @@ class InsertScores(Pass):
 
     def _score(self, editor: Editor, program: Program, item: Exit, measure: str) -> fx.Node:
         stack = program.stacks[item.stack]
-        builder = _Builder(editor, program)
+        builder = _Builder(editor, program, self._tokens(program))
         if measure in OF_LOGITS:
             logits = results(editor.graph)[item.outputs[self._logits(program)]]
             return builder.of_logits(logits, measure, builder.padding(stack.name))
@@ -148,8 +158,8 @@ class InsertScores(Pass):
 class _Builder:
     """Writes scores into the graph; ``here`` is the node after which the next one goes."""
 
-    def __init__(self, editor: Editor, program: Program) -> None:
-        self.editor, self.program = editor, program
+    def __init__(self, editor: Editor, program: Program, tokens: Any) -> None:
+        self.editor, self.program, self.tokens = editor, program, tokens
         self.here = editor.graph.output_node().prev
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -168,11 +178,17 @@ class _Builder:
         return found[0] if found else None
 
     def per_row(self, node: fx.Node, reduce: Callable[..., Any]) -> fx.Node:
-        """Reduce all axes but the batch's; without one, to a single row."""
-        axis = self.batch_axis(node)
-        others = [i for i in range(len(shape(node))) if i != axis]
+        """Reduce all axes but the batch's (and a causal stack's tokens'); without one, to a single row."""
+        axis, tokens = self.batch_axis(node), self.token_axis(node)
+        others = [i for i in range(len(shape(node))) if i not in (axis, tokens)]
         reduced = self.call(reduce, node, others) if others else node
-        return reduced if axis is not None else self.call(aten.reshape.default, reduced, [1])
+        if axis is None:
+            return self.call(aten.reshape.default, reduced, [1])
+        return reduced if tokens is None or axis < tokens else self.call(aten.transpose.int, reduced, 0, 1)
+
+    def token_axis(self, node: fx.Node) -> int | None:
+        sizes = [expression(size) for size in shape(node)]
+        return sizes.index(self.tokens) if self.tokens in sizes else None
 
     def padding(self, name: str) -> fx.Node | None:
         """Which tokens of each row are real, ``bool[batch, tokens]``, from the first block's attention mask."""
@@ -213,7 +229,9 @@ class _Builder:
 
     def of_logits(self, logits: fx.Node, measure: str, valid: fx.Node | None) -> fx.Node:
         if measure == "prediction":
-            return self.call(aten.argmax.default, logits, -1)
+            best = self.call(aten.argmax.default, logits, -1)
+            turned = self.tokens is not None and self.batch_axis(best) == 1
+            return self.call(aten.transpose.int, best, 0, 1) if turned else best
         if measure == "entropy":
             logs = self.call(aten.log_softmax.int, logits, -1, torch.float32)
             chances = self.call(aten.exp.default, logs)
@@ -261,7 +279,9 @@ class _Builder:
         axis = self.batch_axis(hidden)
         places = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, hidden, weight), [-1])
         real = self.spread(valid, places)
-        if real is None:
+        if self.token_axis(places) is not None:
+            pooled = places if axis == 0 else self.call(aten.transpose.int, places, 0, 1)
+        elif real is None:
             others = [i for i in range(len(shape(places))) if i != axis]
             pooled = self.call(aten.mean.dim, places, others) if others else places
         else:

@@ -132,6 +132,11 @@ class Program:
             given[name] = torch.zeros(sizes, dtype=nodes[name].meta["val"].dtype)
         return given
 
+    def ones(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs of the captured model that ``insert-cache`` set to ones, in the size of the tokens."""
+        tokens = inputs[self.cache.tokens[0]] if self.cache else None
+        return {name: torch.ones_like(tokens) for name in self.cache.ones} if self.cache and tokens is not None else {}
+
     def require_stacks(self) -> Mapping[str, Stack]:
         """The stacks.
 

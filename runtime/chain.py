@@ -166,10 +166,21 @@ class Chain:
             tuple(np.array(row, np.int64) for row in tokens), tuple(np.array(row, np.int64) for row in exits)
         )
 
+    @property
+    def generates(self) -> str | None:
+        """The input of token ids that `stream` and `generate` extend; None for a bundle that does not generate."""
+        try:
+            return self._plan.tokens_input() if self._plan else None
+        except InputError:
+            return None
+
+    def generation(self, inputs: Mapping[str, Any], policy: Any = None) -> Run:
+        """A generation to be fed by hand: inputs checked, what runs once for them done, no token run yet."""
+        return self._generation(inputs, policy, "defer", None, {})[0]
+
     def _generation(
         self, inputs: Mapping[str, Any], policy: Any, propagate: str, max_pending: int | None, options: Mapping[str, Any]
     ) -> tuple[Run, Prompts]:
-        """A run that is ready: inputs checked, and what runs once for them done."""
         plan = self._plan
         if plan is None:
             raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 from offramp.runtime.axes import evaluate, names
-from offramp.runtime.manifest import DTYPES, Exit, Manifest, Segment, Stack, Value
+from offramp.runtime.manifest import DTYPES, Cache, Exit, Manifest, Segment, Stack, Value
 
 
 def problems_of(manifest: Manifest) -> list[str]:
@@ -21,6 +21,22 @@ def problems_of(manifest: Manifest) -> list[str]:
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
     ]
     return problems or list(_Flow(manifest).problems())
+
+
+def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
+    for name in (*cache.tokens, cache.lengths, cache.places, *cache.buffers, *cache.buffers.values()):
+        if name not in manifest.values:
+            yield f"cache: there is no value {name!r}"
+    for kind, axis in (("chunk", cache.chunk), ("capacity", cache.capacity)):
+        if axis not in manifest.axes:
+            yield f"cache.{kind}: there is no axis {axis!r}"
+    for name, made in cache.buffers.items():
+        if name in manifest.values and cache.capacity not in manifest.values[name].shape:
+            yield f"cache.buffers: {name!r} has no axis {cache.capacity!r}"
+        elif _kind(manifest, name) != _kind(manifest, made):
+            yield f"cache.buffers: {name!r} and {made!r} differ in dtype, rank or batch axis"
+    if not set(cache.tokens) <= set(manifest.inputs):
+        yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
 
 
 def _axes(manifest: Manifest) -> Iterator[str]:
@@ -91,6 +107,8 @@ def _references(manifest: Manifest) -> Iterator[str]:
         if file not in manifest.files:
             yield f"take.{key}: {file!r} is not in files"
     for i, stage in enumerate(manifest.stages):
+        if stage.when not in ("input", "capacity", "chunk"):
+            yield f"stages[{i}].when: {stage.when!r} is none of input, capacity, chunk"
         if (stage.segment is None) == (stage.stack is None):
             yield f"stages[{i}]: has to name either a segment or a stack"
         elif stage.segment is not None and stage.segment not in manifest.segments:
@@ -146,6 +164,7 @@ class _Flow:
         for name in manifest.inputs:
             yield from self._make(name, "the inputs", there)
         if manifest.cache is not None:
+            yield from _cache(manifest.cache, manifest)
             for name in (manifest.cache.lengths, manifest.cache.places, *manifest.cache.buffers):
                 yield from self._make(name, "the cache", there)
         last = len(manifest.stages) - 1
@@ -199,9 +218,10 @@ class _Flow:
                 yield f"{where}: {made!r} and {full!r} differ in dtype, rank or batch axis"
         yield from self._there(exit_.scores.values(), here, f"{where}, scores")
         for measure, name in exit_.scores.items():
-            rank_axis_factor = _kind(self._manifest, name)[1:]
-            if self._manifest.batch and rank_axis_factor != (1, 0, 1):
-                yield f"{where}, score {measure}: {name!r} has not the shape [{self._manifest.batch}]"
+            rank, *place = _kind(self._manifest, name)[1:]
+            by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
+            if self._manifest.batch and (not (rank == 1 or by_token) or place != [0, 1]):
+                yield f"{where}, score {measure}: {name!r} has neither the shape [{self._manifest.batch}] nor tokens too"
 
     def _run(self, name: str, there: set[str]) -> Iterator[str]:
         segment: Segment = self._manifest.segments[name]

@@ -163,7 +163,7 @@ CONTRADICTIONS = [
     (f"{EXIT1}/outputs", {}, "exit after 1: has no outputs"),
     (f"{EXIT1}/outputs", {"other": "logits1"}, "stacks.encoder.exits: their outputs differ"),
     (f"{EXIT1}/outputs/logits", "top11", "'top11' and 'logits4' differ in dtype, rank or batch axis"),
-    (f"{EXIT1}/scores/top1", "logits1", "score top1: 'logits1' has not the shape [batch]"),
+    (f"{EXIT1}/scores/top1", "logits1", "score top1: 'logits1' has neither the shape [batch] nor tokens too"),
     (f"{EXIT1}/scores/top1", "top12", "scores: 'top12' is not made before"),
 ]
 
@@ -196,5 +196,5 @@ def test_other_texts_are_refused(data: dict[str, Any]) -> None:
     for text in ("[]", '{"format": "other"}', "null"):
         with pytest.raises(BundleError, match="is not one of offramp"):
             m.from_json(text)
-    with pytest.raises(BundleError, match=r"format version 2.*(\n.*)*pip install --upgrade offramp"):
-        m.from_json(json.dumps(data | {"version": 2, "news": 1}))
+    with pytest.raises(BundleError, match=r"format version 3.*(\n.*)*pip install --upgrade offramp"):
+        m.from_json(json.dumps(data | {"version": 3, "news": 1}))

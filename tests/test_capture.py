@@ -198,6 +198,27 @@ def test_the_fast_path_of_attention_is_switched_on_again() -> None:
     tiny.assert_same(program.module(src=x), {"output": layer(x)}, atol=1e-5)
 
 
+class Masked(nn.Module):
+    """torch looks into the mask for whether it is the causal one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x, mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1]))
+
+
+def test_a_causal_mask_is_not_looked_into() -> None:
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
+    model, x = tiny.seeded(Masked), torch.randn(2, 5, 8)
+    program = capture(model, {"x": x})
+    assert torch.nn.modules.transformer._detect_is_causal_mask is detect
+    assert [stack.role for stack in program.stacks.values()] == ["decoder"]
+    tiny.assert_same(program.module(x=x), {"output": model(x)}, atol=1e-5)
+
+
 # One row
 
 

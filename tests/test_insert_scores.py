@@ -74,17 +74,35 @@ def test_scores_of_the_logits_of_a_row(name: str, measure: str, request: pytest.
 
 
 @pytest.mark.parametrize("measure", OF_PLACES)
-@pytest.mark.parametrize("name", ["labeller", "decoder"])
-def test_the_least_sure_token_that_is_not_padding_decides(
-    name: str, measure: str, request: pytest.FixtureRequest
-) -> None:
-    captured: tiny.Captured = request.getfixturevalue(name)
-    real = captured.inputs.get("attention_mask", torch.ones(tiny.ROWS, tiny.TOKENS)).bool()
-    for after, score in _scores(_scored(captured, measure), captured, measure).items():
-        places = OF_PLACES[measure](_logits(captured, after))
+def test_the_least_sure_token_that_is_not_padding_decides(labeller: tiny.Captured, measure: str) -> None:
+    real = labeller.inputs["attention_mask"].bool()
+    for after, score in _scores(_scored(labeller, measure), labeller, measure).items():
+        places = OF_PLACES[measure](_logits(labeller, after))
         worst = max if measure == "entropy" else min
         expected = torch.stack([worst(row[seen]) for row, seen in zip(places, real, strict=True)])
         torch.testing.assert_close(score, expected)
+
+
+@pytest.mark.parametrize("measure", [*OF_PLACES, "prediction"])
+def test_each_token_of_a_causal_stack_has_a_score(decoder: tiny.Captured, measure: str) -> None:
+    for after, score in _scores(_scored(decoder, measure), decoder, measure).items():
+        logits = _logits(decoder, after)
+        expected = logits.argmax(-1) if measure == "prediction" else OF_PLACES[measure](logits)
+        torch.testing.assert_close(score, expected)
+
+
+def test_the_state_of_each_token_of_a_causal_stack_has_a_score(decoder: tiny.Captured) -> None:
+    program, cuts = _scored(decoder, "cosine", "learned"), _cuts(decoder)
+    for after, score in _scores(program, decoder, "cosine").items():
+        torch.testing.assert_close(score, torch.cosine_similarity(cuts[after - 1], cuts[after], dim=-1))
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: w.detach() for n, w in program.module.named_parameters() if ".gate." in n}
+    for weight in weights.values():
+        weight.copy_(torch.randn(weight.shape, generator=generator))
+    for after, score in _scores(program, decoder, "learned").items():
+        prefix = f"exits.{decoder.stack}.{after}.gate"
+        logit = cuts[after] @ weights[f"{prefix}.weight"] + weights[f"{prefix}.bias"]
+        torch.testing.assert_close(score, logit.sigmoid())
 
 
 def test_padding_would_decide_were_it_counted(labeller: tiny.Captured) -> None:
@@ -121,7 +139,7 @@ def _rows_first(captured: tiny.Captured, hidden: Tensor) -> Tensor:
     return hidden.transpose(0, 1) if "x" in captured.inputs else hidden
 
 
-@pytest.mark.parametrize("name", ["encoder", "labeller", "decoder", "time_first"])
+@pytest.mark.parametrize("name", ["encoder", "labeller", "time_first"])
 def test_cosine(name: str, request: pytest.FixtureRequest) -> None:
     captured: tiny.Captured = request.getfixturevalue(name)
     cuts = [_rows_first(captured, hidden) * _real(captured)[..., None] for hidden in _cuts(captured)]
@@ -132,7 +150,7 @@ def test_cosine(name: str, request: pytest.FixtureRequest) -> None:
         torch.testing.assert_close(score, expected)
 
 
-@pytest.mark.parametrize("name", ["encoder", "labeller", "decoder", "time_first"])
+@pytest.mark.parametrize("name", ["encoder", "labeller", "time_first"])
 def test_learned(name: str, request: pytest.FixtureRequest) -> None:
     captured: tiny.Captured = request.getfixturevalue(name)
     program = _scored(captured, "learned")
@@ -209,7 +227,8 @@ def test_the_form_of_scores(name: str, request: pytest.FixtureRequest) -> None:
         assert list(item.scores) == expected
         for measure, key in item.scores.items():
             assert key == f"{last}.{item.after}/{measure}"
-            assert found[key].shape == ((1,) if name == "mixing" else (tiny.ROWS,))
+            of_tokens = {"decoder": (tiny.ROWS, tiny.TOKENS), "two_stacks": (tiny.ROWS, tiny.TOKENS), "mixing": (1,)}
+            assert found[key].shape == of_tokens.get(name, (tiny.ROWS,))
             assert found[key].dtype == (torch.int64 if measure == "prediction" else torch.float32)
 
 
@@ -278,7 +297,7 @@ def test_padding_is_read_off_masks_of_every_form(form: str) -> None:
     real = captured.inputs["attention_mask"].bool()
     for after, score in _scores(program, captured, "top1").items():
         places = _top1(_logits(captured, after)).masked_fill(~real, 1.0)
-        torch.testing.assert_close(score, places.amin(1))
+        torch.testing.assert_close(score, places if form == "causal" else places.amin(1))
 
 
 # Refusals

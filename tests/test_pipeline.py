@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from offramp.passes import (
     Canonicalize,
     InsertAdapter,
+    InsertCache,
     InsertExits,
     InsertScores,
     Pass,
@@ -39,6 +40,7 @@ _after = st.just("all") | _counts
 _passes: dict[type[Pass], st.SearchStrategy[Pass]] = {
     Canonicalize: st.builds(Canonicalize),
     InsertAdapter: st.builds(InsertAdapter, _stacks, _after, st.sampled_from(KINDS), st.none() | st.integers(1, 999)),
+    InsertCache: st.just(InsertCache()),
     InsertExits: st.builds(InsertExits, _stacks, _after, st.sampled_from(["shared", "own"])),
     InsertScores: st.builds(
         InsertScores,

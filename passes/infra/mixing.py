@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from offramp.program.graph import aten, expression, is_tensor, shape
@@ -28,6 +29,8 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
     """
     schema = getattr(node.target, "_schema", None)
     if schema is None:  # getitem
+        return None
+    if torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
         return None
     name = str(schema.name).rpartition("::")[2]
     tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]

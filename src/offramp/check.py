@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from offramp import models
 from offramp.export import save
-from offramp.export.validate import TOLERANCE, Arrays, eager, worst
-from offramp.passes import InsertExits, Truncate, apply
+from offramp.export.validate import TOLERANCE, Arrays, eager, stepwise, worst
+from offramp.passes import InsertCache, InsertExits, Pass, Truncate, apply
+from offramp.passes.insert_cache import cached_stacks, check_chunks
 from offramp.program import Program, capture
 from offramp.program.capture import ExampleInputs, named_outputs
 from offramp.program.sizes import other_sizes
@@ -141,9 +142,13 @@ class Check:
             program = capture(module, inputs if inputs is not None else {})
             stacks = program.require_stacks().values()
         report.stacks = [StackReport(stack.name, stack.role, stack.blocks, cached=False) for stack in stacks]
+        captured = program
         with self._timed("rewrite"):
-            everywhere = [InsertExits(stack.name, after="all", head="shared") for stack in stacks]
+            everywhere: list[Pass] = [InsertCache()] if any(stack.role == "decoder" for stack in stacks) else []
+            everywhere += [InsertExits(stack.name, after="all", head="shared") for stack in stacks]
             program = apply(program, everywhere if self._pipeline is None else self._pipeline)
+        cached = cached_stacks(program)
+        report.stacks = [replace(stack, cached=stack.name in cached) for stack in report.stacks]
         report.exits = len(_forced(program))
         with self._timed("export"):
             save(program, path, name=report.model, progress=self._progress)
@@ -153,6 +158,9 @@ class Check:
             report.segments = len(chain.manifest.segments)
             with _as_captured(module):
                 self._compare(module, program, chain)
+                if program.cache is not None:
+                    self._figure_of("cache", "the program in chunks", check_chunks(captured, program))
+                    self._figure_of("cache", "the chain step by step", stepwise(program, chain))
         if self._wrong:
             self.failed("run", "; ".join(self._wrong))
         report.ok = not self._wrong
@@ -167,8 +175,8 @@ class Check:
             self.report.seconds[step] = round(perf_counter() - started, 2)
 
     def _compare(self, module: nn.Module, program: Program, chain: Chain) -> None:
-        inputs = program.example_inputs
-        expected = named_outputs(module(**inputs))
+        inputs = {name: program.example_inputs[name] for name in program.inputs}
+        expected = named_outputs(module(**inputs, **program.ones(inputs)))
         self._figure("graph", "the captured graph", _arrays(eager(program, inputs)), expected)
         self._figure("chain", "the chain at full depth", _run(chain, inputs), expected)
         for stack, after in _forced(program):
@@ -178,16 +186,18 @@ class Check:
         for others in other_sizes(program):
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in others.items())
             try:
-                expected = named_outputs(module(**others))
+                expected = named_outputs(module(**others, **program.ones(others)))
             except Exception:  # noqa: BLE001 - sizes that the model's own code does not take
                 expected = eager(program, others)
             self._figure("other_shapes", f"the chain on {sizes}", _run(chain, others), expected)
 
-    def _figure(self, key: str, what: str, found: Arrays, expected: Mapping[str, Tensor]) -> None:
-        error = worst(found, expected)
+    def _figure_of(self, key: str, what: str, error: float) -> None:
         self.report.max_error[key] = max(error, self.report.max_error[key] or 0.0)
         if not error <= TOLERANCE:
             self._wrong.append(f"{what} differs from torch: relative error {error:.1e}, allowed {TOLERANCE:.0e}")
+
+    def _figure(self, key: str, what: str, found: Arrays, expected: Mapping[str, Tensor]) -> None:
+        self._figure_of(key, what, worst(found, expected))
 
 
 def _forced(program: Program) -> list[tuple[str, int]]:
@@ -210,7 +220,7 @@ def _as_captured(module: nn.Module) -> Iterator[None]:
 
 
 def _run(chain: Chain, inputs: Mapping[str, Tensor], policy: Policy | None = None) -> Arrays:
-    return chain.run(_arrays(inputs), policy or Never()).outputs
+    return chain.run(_arrays({name: inputs[name] for name in chain.inputs}), policy or Never()).outputs
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Inputs for a bundle from files, from text, or made up."""
+"""Inputs for a bundle from files, from text, from sound, or made up."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from offramp.runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from offramp.runtime.chain import Chain
 
 Inputs = dict[str, Any]
@@ -17,11 +19,15 @@ TOKENIZER = "tokenizer.json"
 _PARTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
 
 
-def given(chain: Chain, bundle: Path, files: Sequence[str], texts: Sequence[str]) -> Inputs:
-    """What ``--input name=file.npy`` and ``--text`` say, the former on top of the latter."""
+def given(
+    chain: Chain, bundle: Path, files: Sequence[str], texts: Sequence[str] = (), sound: Path | None = None
+) -> Inputs:
+    """What ``--input name=file.npy``, ``--text`` and ``--audio`` say, the first on top of the others."""
     import numpy as np
 
     inputs = encode(chain, bundle, texts) if texts else {}
+    if sound is not None:
+        inputs |= hear(chain, bundle, sound)
     for item in files:
         name, sign, file = item.partition("=")
         if not sign:
@@ -40,13 +46,10 @@ def encode(chain: Chain, bundle: Path, texts: Sequence[str]) -> Inputs:
     if TOKENIZER not in chain.manifest.files or "input_ids" not in chain.inputs:
         raise InputError(
             f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or takes no input_ids",
-            hint="--input name=file.npy; or offramp export --file tokenizer.json",
+            hint="--audio FILE.wav" if "audio" in chain.manifest.generation else
+            "--input name=file.npy; or offramp export --file tokenizer.json",
         )
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError as error:
-        raise InputError("text needs the package tokenizers", hint="pip install tokenizers") from error
-    tokenizer = Tokenizer.from_file(str(bundle / TOKENIZER))
+    tokenizer = tokenizer_of(chain, bundle)
     length, longest = _lengths(chain)
     known: Mapping[str, Any] = tokenizer.padding or {"pad_id": 0, "pad_token": "[PAD]"}
     kept = {key: known[key] for key in ("pad_id", "pad_token", "pad_type_id", "direction") if key in known}
@@ -59,6 +62,42 @@ def encode(chain: Chain, bundle: Path, texts: Sequence[str]) -> Inputs:
         for name, part in _PARTS.items()
         if name in chain.inputs
     }
+
+
+def tokenizer_of(chain: Chain, bundle: Path) -> Tokenizer:
+    """The bundle's own tokenizer, that neither pads nor cuts.
+
+    Raises:
+        InputError: the bundle has none, or the package tokenizers is not installed.
+    """
+    if TOKENIZER not in chain.manifest.files:
+        raise InputError(f"{bundle} has no {TOKENIZER}", hint="offramp export --file tokenizer.json")
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise InputError("text needs the package tokenizers", hint="pip install tokenizers") from error
+    return Tokenizer.from_file(str(bundle / TOKENIZER))
+
+
+def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
+    """The features of a wav file, as the bundle's ``generation["audio"]`` has them.
+
+    Raises:
+        InputError: the bundle hears nothing, the file cannot be read, or lasts longer than the model's window.
+    """
+    from offramp.runtime.audio import log_mel, read_wav, resample
+
+    settings = chain.manifest.generation.get("audio")
+    names = [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == 3]
+    if not settings or len(names) != 1:
+        raise InputError(
+            f"{bundle} does not turn sound into inputs: it has no settings for audio, or not one input for its features",
+            hint="--input name=file.npy",
+        )
+    try:
+        return {names[0]: log_mel(resample(*read_wav(sound), settings["rate"]), **settings)}
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{bundle} has settings for audio that make no sense: {settings}") from error
 
 
 def _lengths(chain: Chain) -> tuple[int | None, int | None]:
@@ -95,7 +134,7 @@ def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """BUNDLE, --input, --text, --threads and --provider."""
+    """BUNDLE, --input, --text, --audio, --threads and --provider."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a directory that offramp export wrote")
     parser.add_argument(
         "-i", "--input", metavar="NAME=FILE.npy", action="append", default=[], help="an input; may be repeated"
@@ -107,6 +146,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help=f"a row of text, for a bundle with {TOKENIZER} (needs the package tokenizers); may be repeated",
+    )
+    parser.add_argument(
+        "--audio",
+        metavar="FILE.wav",
+        type=Path,
+        help="sound, for a bundle with settings for audio, such as an export of zoo:whisper_tiny_en",
     )
     parser.add_argument("--threads", metavar="N", type=int, help="of ONNX Runtime; as many as cores if left out")
     parser.add_argument(

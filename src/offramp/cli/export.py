@@ -1,13 +1,15 @@
 """Export a model, rewritten by a pipeline, as a bundle that ONNX Runtime runs.
 
 Every segment, the whole chain and every exit are compared with torch before the bundle gets its name. The
-tokenizer.json of a zoo: or hf: model goes into it.
+tokenizer.json of a zoo: or hf: model goes into it, and how a zoo: model generates text and hears sound. A
+causal model generates token by token only with -p "insert-cache,...".
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from offramp.cli import _common
 
@@ -19,6 +21,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _common.pipeline_argument(parser, default="no exits")
     parser.add_argument(
         "--segments", metavar="N", type=_common.positive, help="pieces per stack; one per block if left out"
+    )
+    parser.add_argument(
+        "--target",
+        choices=("ort", "portable"),
+        default="ort",
+        help="operators of cached attention: ONNX Runtime's own (ort, the default), or ONNX's, opset 24",
     )
     parser.add_argument("--name", help="what the bundle calls the model; the directory's name if left out")
     parser.add_argument("--policy", metavar="SPEC", help="the bundle's default policy (see offramp run)")
@@ -41,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
             program,
             args.output,
             segments=args.segments,
-            files=args.file or _tokenizer(args.model),
+            target=args.target,
+            generation=_generation(args.model),
+            files=_files(args.model, args.file or []),
             policy=policy,
             name=args.name,
             progress=shown,
@@ -52,12 +62,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer(model: str) -> list[Path]:
-    """The tokenizer.json that comes with a model."""
+def _generation(model: str) -> dict[str, Any]:
+    """How a model of the zoo generates text, and under "audio" how it hears; empty for all others."""
+    from offramp import zoo
+
+    scheme, _, name = model.partition(":")
+    if scheme != "zoo":
+        return {}
+    audio = zoo.audio(name)
+    return {**zoo.generation(name), **({"audio": audio} if audio else {})}
+
+
+def _files(model: str, further: list[Path]) -> list[Path]:
+    """The tokenizer that comes with a model, and further files; of one name the latter."""
     from offramp import zoo
     from offramp.cli._inputs import TOKENIZER
 
     scheme, _, rest = model.partition(":")
-    if scheme == "zoo":
-        return [file for file in zoo.tokenizer_files(rest) if file.name == TOKENIZER]
-    return [file for file in (Path(rest) / TOKENIZER,) if scheme == "hf" and file.is_file()]
+    own = list(zoo.tokenizer_files(rest)) if scheme == "zoo" else []
+    if scheme == "hf":
+        own = [file for file in (Path(rest) / TOKENIZER,) if file.is_file()]
+    return [*(file for file in own if file.name not in {other.name for other in further}), *further]

@@ -1,6 +1,7 @@
-"""Run a bundle on files or text; needs no torch.
+"""Run a bundle on files, text or sound; needs no torch.
 
-Prints the outputs, where each row left each stack, and the segments in the order in which they ran.
+Prints the outputs, where each row left each stack, and the segments in the order in which they ran. A bundle
+with caches generates text instead, and prints it as it comes; of several rows each when it ends.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _common, _inputs
+from offramp.cli import _common, _generate, _inputs
 
 if TYPE_CHECKING:
     from offramp.runtime import Chain, Result
@@ -22,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _inputs.add_arguments(parser)
     parser.add_argument("--policy", metavar="SPEC", help=f"{POLICIES}; the bundle's own if left out")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the outputs to DIR/NAME.npy")
+    _generate.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
 
     policy = _policy.parse(args.policy) if args.policy else None
     chain = offramp.load(args.bundle, args.provider, args.threads)
-    result = chain.run(_inputs.given(chain, args.bundle, args.input, args.text), policy)
+    if _generate.wanted(chain, args):
+        return _generate.run(chain, args, policy)
+    result = chain.run(_inputs.given(chain, args.bundle, args.input, args.text, args.audio), policy)
     print(_outputs(result), _exits(chain, result, args.text), _trace(result), sep="\n\n")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,91 @@
+"""``offramp run`` on a bundle with caches: a prompt or sound in, text out token by token."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli import _common, _inputs, _words
+from offramp.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from offramp.runtime import Chain, Policy
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Everything that is about generation."""
+    group = parser.add_argument_group("generation", "of a bundle that was exported with insert-cache")
+    group.add_argument("--once", action="store_true", help="run one pass over the inputs instead")
+    group.add_argument("--max-new-tokens", metavar="N", type=_common.positive, help="up to the model's room if left out")
+    group.add_argument("--temperature", metavar="T", type=float, help="of drawing tokens; 0 is greedy (default 0)")
+    group.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens only")
+    group.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest tokens of probability P in all")
+    group.add_argument("--seed", metavar="N", type=int, help="the same seed draws the same tokens")
+    group.add_argument("--raw", action="store_true", help="take --text as it is, without the bundle's template")
+    group.add_argument(
+        "--propagate",
+        choices=("defer", "hidden"),
+        help="deeper blocks of tokens that left early: computed when a later token goes deep (defer, exact, the "
+        "default), or from the hidden state at the exit (hidden)",
+    )
+    group.add_argument(
+        "--show-exits", action="store_true", help="colour tokens by depth; text|depth where stdout is no terminal"
+    )
+
+
+def wanted(chain: Chain, args: argparse.Namespace) -> bool:
+    """Whether to generate; InputError where options say so and the bundle, or ``--once``, says no."""
+    if chain.manifest.cache is not None and not args.once:
+        return True
+    given = [name for name in (*_SAMPLING, "propagate") if getattr(args, name) is not None]
+    given += [name for name in ("raw", "show_exits") if getattr(args, name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        why = "with --once nothing is generated" if args.once else "this bundle has no caches, so it does not generate"
+        raise InputError(f"{flags}: {why}", hint="leave --once out" if args.once else 'export -p "insert-cache,..."')
+    return False
+
+
+def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
+    """Generate and print."""
+    if args.output:
+        raise InputError("--output writes the outputs of one pass, not text", hint="--once")
+    inputs = prompted(chain, args)
+    stack = _words.token_stack(chain)
+    tokenizer = _inputs.tokenizer_of(chain, args.bundle) if _inputs.TOKENIZER in chain.manifest.files else None
+    options = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    if args.show_exits:
+        print(_words.legend(stack), end="")
+    told = _words.tell(
+        lambda: chain.stream(inputs, policy, propagate=args.propagate or "defer", **options),
+        max((len(value) for value in inputs.values()), default=1),
+        _words.decoder_of(tokenizer),
+        _words.painter(stack) if args.show_exits else _words.plain,
+    )
+    print(told.summary(stack), file=sys.stderr)
+    return 0
+
+
+def prompted(chain: Chain, args: argparse.Namespace) -> _inputs.Inputs:
+    """The inputs that a user gave; text is the prompt of a model that takes one text, else what it reads."""
+    assert chain.manifest.cache is not None
+    (tokens, *_) = chain.manifest.cache.tokens
+    if not args.text or tokens != "input_ids":
+        return _inputs.given(chain, args.bundle, args.input, args.text, args.audio)
+    prompts = {tokens: [prompt(chain, args.bundle, text, raw=args.raw) for text in args.text]}
+    return prompts | _inputs.given(chain, args.bundle, args.input, (), args.audio)
+
+
+def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False) -> list[int]:
+    """The token ids of a text, inside the bundle's template where there is one, unless ``raw``."""
+    tokenizer = _inputs.tokenizer_of(chain, bundle)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    template = None if raw else chain.manifest.generation.get("template")
+    if template is None:
+        return list(tokenizer.encode(text).ids)
+    # not str.format: a bundle's text may be anybody's. A template has its own marks.
+    return list(tokenizer.encode(str(template).replace("{text}", text), add_special_tokens=False).ids)
