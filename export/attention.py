@@ -8,14 +8,15 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.onnx import JitScalarType
-from torch.onnx.ops import _symbolic_impl
+from torch.onnx.ops import _dtype_mappings, _symbolic_impl
 
 from offramp.program import ops
 from offramp.program.graph import aten, expression, shape
 
 Target = Literal["ort", "portable"]
 TARGETS = ("ort", "portable")
+_KINDS = {dtype: kind for kind, dtype in _dtype_mappings.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
+
 
 def lower_attention(graph: fx.Graph, target: Target) -> None:
     """Replace the operators of ``offramp.program.ops`` in a closed graph.
@@ -36,8 +37,8 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
             graph.erase_node(node)
         elif node.target is ops.APPEND:
             with graph.inserting_before(node):
-                made = (_scattered(_Builder(graph), *node.args),)
-            node.replace_all_uses_with(made[0])
+                whole = _scattered(_Builder(graph), *node.args)
+            node.replace_all_uses_with(whole)
             graph.erase_node(node)
     _merge_equal(graph)
 
@@ -74,7 +75,7 @@ class _Builder:
         version: int | None = None,
     ) -> list[fx.Node]:
         """A call of an ONNX operator with outputs of the given sizes, float32 or of the dtype of ``like``."""
-        kind = JitScalarType.from_dtype(like.meta["val"].dtype if like else torch.float32).onnx_type()
+        kind = _KINDS[like.meta["val"].dtype if like else torch.float32]
         encoded = _symbolic_impl.EncodedAttrs.from_dict(dict(attributes))
         # missing inputs at the end are left out
         given = list(inputs)
@@ -84,7 +85,7 @@ class _Builder:
             torch.ops.onnx_symbolic._symbolic_multi_out.default,
             given,
             name,
-            [int(kind)] * len(outputs),
+            [kind] * len(outputs),
             shapes=[list(sizes) for sizes in outputs],
             attr_keys=encoded.attr_keys,
             attr_types=encoded.attr_types,

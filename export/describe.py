@@ -22,7 +22,9 @@ Progress = Callable[[str, int, int], None]
 class Describer:
     """Lowers the pieces of a plan through a writer, and says in manifest terms what they compute."""
 
-    def __init__(self, program: Program, plan: Plan, writer: Writer, target: Target, progress: Progress | None = None) -> None:
+    def __init__(
+        self, program: Program, plan: Plan, writer: Writer, target: Target, progress: Progress | None = None
+    ) -> None:
         self.program, self.plan, self.writer, self.target = program, plan, writer, target
         self.progress = progress or (lambda name, done, total: None)
         self.values: dict[str, m.Value] = {}
@@ -99,7 +101,15 @@ class Describer:
         (capacity,) = (axes.names[expression(size)] for size in shape(self.program.nodes[cache.places]))
         rowwise = any("GroupQueryAttention" in self.writer.operators(s.file) for s in self.segments.values())
         return m.Cache(
-            cache.tokens, cache.lengths, cache.places, cache.buffers, chunk, capacity, cache.limit, self._ids(node), rowwise
+            cache.tokens,
+            cache.lengths,
+            cache.places,
+            cache.buffers,
+            chunk,
+            capacity,
+            cache.limit,
+            self._ids(node),
+            rowwise,
         )
 
     def _ids(self, tokens: fx.Node) -> int | None:

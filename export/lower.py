@@ -222,8 +222,9 @@ def _grouped_product(rows: Any, weights: Any, ends: Any) -> Any:
     axis = opset23.Constant(value_ints=[0])
     made = []
     for expert in range(weights.shape[0]):
-        end = opset23.Gather(ends, opset23.Constant(value_ints=[expert]))
-        weight = opset23.Gather(weights, opset23.Constant(value_int=expert))
+        here: Any = opset23.Constant(value_ints=[expert])
+        end = opset23.Gather(ends, here)
+        weight: Any = opset23.Gather(weights, opset23.Constant(value_int=expert))  # type: ignore[type-var]
         made.append(opset23.MatMul(opset23.Slice(rows, start, end, axis), weight))
         start = end
     return opset23.Concat(*made, axis=0)

@@ -140,7 +140,7 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         one = cache is not None and cache.rowwise and any(name in cache.buffers for name in segment.inputs.values())
 
         def value(name: str, one: bool = one) -> torch.Tensor:
-            found = values[origin[name]].detach()
+            found: torch.Tensor = values[origin[name]].detach()
             kind = manifest.values[name]
             if one and kind.batch_axis is not None:  # the file takes one row at a time
                 return found.narrow(kind.batch_axis, 0, kind.batch_factor)
@@ -179,9 +179,9 @@ def stepwise(program: Program, chain: Chain) -> float:
     chunks = [row[:n] for row, n in zip(inputs[name], at, strict=True)]
     askers = None
     while run.rows:
-        for item in run.feed(chunks, askers):
-            row, after = run.rows[item.slot], item.exits[stack]
-            for output, value in item.outputs.items():
+        for left in run.feed(chunks, askers):
+            row, after = run.rows[left.slot], left.exits[stack]
+            for output, value in left.outputs.items():
                 expected = passes[after][output]
                 if expected.dim() > 1 and expected.shape[:2] == (rows, total):
                     largest = max(largest, error(value, expected[row, at[row] - 1 : at[row]]))

@@ -42,10 +42,10 @@ class Cache:
     """How a causal program runs on chunks of new tokens, by names of graph inputs and outputs.
 
     ``tokens`` are the inputs that hold a chunk; ``lengths`` (int64 [batch]) says how many tokens each row has
-    already, ``places`` (int64 [capacity]: 0, 1, ...) how many the caches have room for. ``buffers`` maps an input that holds the keys or values of those to the output that holds the
-    chunk's too; ``axes`` says along which axis of each the positions lie. ``ones`` are inputs of the model that
-    the rewrite has set to ones (padding masks): rows have lengths instead. ``limit`` is the greatest number of
-    tokens, None for no limit.
+    already, ``places`` (int64 [capacity]: 0, 1, ...) how many the caches have room for. ``buffers`` maps an input
+    that holds the keys or values of those to the output that holds the chunk's too; ``axes`` says along which axis
+    of each the positions lie. ``ones`` are inputs of the model that the rewrite has set to ones (padding masks):
+    rows have lengths instead. ``limit`` is the greatest number of tokens, None for no limit.
     """
 
     tokens: tuple[str, ...]
@@ -122,11 +122,7 @@ class Program:
         for name, along in self.cache.axes.items():
             places = self.axes.batch_axis(nodes[name])
             sizes = [
-                capacity
-                if i == along
-                else rows * places[1]
-                if places and i == places[0]
-                else int(size)
+                capacity if i == along else rows * places[1] if places and i == places[0] else int(size)
                 for i, size in enumerate(shape(nodes[name]))
             ]
             given[name] = torch.zeros(sizes, dtype=nodes[name].meta["val"].dtype)

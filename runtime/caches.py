@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.axes import evaluate
-from offramp.runtime.manifest import Cache, Manifest, Value
+from offramp.runtime.manifest import Manifest, Value
 
 Array = NDArray[Any]
 
 
-def fresh(
-    manifest: Manifest, inputs: Mapping[str, Array], rows: int, capacity: int | None = None
-) -> dict[str, Array]:
+def fresh(manifest: Manifest, inputs: Mapping[str, Array], rows: int, capacity: int | None = None) -> dict[str, Array]:
     """Lengths of 0, and empty caches with room for ``capacity`` tokens (as many as there are inputs, if None)."""
     cache = manifest.cache
     if cache is None:
@@ -38,12 +36,9 @@ def chunk_of(manifest: Manifest, inputs: Mapping[str, Array]) -> int:
     """How many tokens the inputs hold in each row."""
     assert manifest.cache is not None
     name = manifest.cache.tokens[0]
-    return inputs[name].shape[axis_of(manifest.values[name], manifest.cache.chunk)]
+    return int(inputs[name].shape[axis_of(manifest.values[name], manifest.cache.chunk)])
 
 
 def axis_of(value: Value, name: str) -> int:
     """The axis of a value whose size is that of the named axis; -1 where there is none."""
     return value.shape.index(name) if name in value.shape else -1
-
-
-__all__ = ["Cache", "axis_of", "chunk_of", "empty", "fresh"]

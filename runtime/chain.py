@@ -179,7 +179,12 @@ class Chain:
         return self._generation(inputs, policy, "defer", None, {})[0]
 
     def _generation(
-        self, inputs: Mapping[str, Any], policy: Any, propagate: str, max_pending: int | None, options: Mapping[str, Any]
+        self,
+        inputs: Mapping[str, Any],
+        policy: Any,
+        propagate: str,
+        max_pending: int | None,
+        options: Mapping[str, Any],
     ) -> tuple[Run, Prompts]:
         plan = self._plan
         if plan is None:

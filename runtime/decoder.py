@@ -83,8 +83,8 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
         for part in stack.parts:
             calls += tuple(ready[name] for name in part.segments)
             if part.depth in exits:
-                door = _door(manifest, stack, exits[part.depth], ready, ends=stage is chunked[-1])
-                parts.append((stack.name, calls, door))
+                ends = stage is chunked[-1]
+                parts.append((stack.name, calls, _door(manifest, stack, exits[part.depth], ready, ends=ends)))
                 calls = ()
     legs: list[Leg] = []
     later: frozenset[str] = frozenset()
@@ -104,7 +104,7 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
 def _door(manifest: Manifest, stack: Stack, exit_: Exit, ready: Mapping[str, Launch], *, ends: bool) -> Door:
     calls = tuple(ready[name] for name in exit_.segments)
     made = {name for call in calls for _, name in call.made}
-    results = {name: value for name, value in exit_.outputs.items()} if ends else {stack.output: exit_.state}
+    results = dict(exit_.outputs) if ends else {stack.output: exit_.state}
     reads = {name for call in calls for _, name in call.chunk} | {v for v in results.values() if v not in made}
     free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
     return Door(
@@ -168,7 +168,7 @@ class Decoder:
                         for measure in askers[leg.stack or ""].wanted[door.after] or () if askers else ():
                             scores[slot][measure] = float(made[door.scores[measure]][row].reshape(-1)[-1])
                     if not door.full:
-                        self._wait(at, slot, values, row, int(counts[row]))
+                        self._wait(at, slot, values, int(row), int(counts[row]))
                     if door.ends:
                         outputs = {name: ending[value][place] for name, value in door.results.items()}
                         left.append(Left(slot, outputs, exits[slot], scores[slot]))
@@ -211,7 +211,8 @@ class Decoder:
         """Compute what waits at the legs from ``start`` on, of these rows, to the end of the stack."""
         stack = self.legs[start].stack
         for slot in slots:
-            one, values, counts = np.array([slot]), {}, np.zeros(1, np.int64)
+            one, counts = np.array([slot]), np.zeros(1, np.int64)
+            values: Values = {}
             for leg in range(start, self._behind(start, stack)):
                 if not self.pending[leg][slot] and not counts[0]:
                     continue
@@ -243,7 +244,9 @@ class Decoder:
         if np.array_equal(counts, wanted):
             return values, counts
         rows = {
-            name: _padded([array[row, count - want : count] for row, (count, want) in enumerate(zip(counts, wanted))])
+            name: _padded(
+                [array[row, count - want : count] for row, (count, want) in enumerate(zip(counts, wanted, strict=True))]
+            )
             for name, array in values.items()
         }
         return rows, wanted
@@ -351,9 +354,7 @@ class Decoder:
             }
         return found
 
-    def _onward(
-        self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, wanted: Index
-    ) -> Values:
+    def _onward(self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, wanted: Index) -> Values:
         """What goes on to the next stages: the last ``wanted`` tokens of rows that left this stack."""
         some = {name: array[rows] for name, array in values.items()}
         some, counted = self._last(some, slots, counts[rows], wanted)
@@ -364,9 +365,7 @@ class Decoder:
     def _last_tokens(self, values: Values, counts: Index, rows: Index) -> Values:
         """The last token of each of ``rows``: [rows, 1, ...]."""
         at = counts[rows] - 1
-        return {
-            name: array[rows, at][:, None] if self._along(name) else array[rows] for name, array in values.items()
-        }
+        return {name: array[rows, at][:, None] if self._along(name) else array[rows] for name, array in values.items()}
 
     def _along(self, name: str) -> bool:
         return axis_of(self.manifest.values[name], self.store.cache.chunk) == 1

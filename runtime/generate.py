@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.caches import axis_of
-from offramp.runtime.decoder import Decoder, Leg, Left, check_layout, legs_of
+from offramp.runtime.decoder import Decoder, Left, Leg, check_layout, legs_of
 from offramp.runtime.errors import InputError
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policy import Asker, Policy
@@ -93,7 +93,9 @@ class Plan:
     def tokens_input(self) -> str:
         """The input that holds token ids; InputError where a chunk needs more than those."""
         if not self.output:
-            raise InputError(f"no output of {sorted(self.manifest.outputs)} is logits over a vocabulary, token by token")
+            raise InputError(
+                f"no output of {sorted(self.manifest.outputs)} is logits over a vocabulary, token by token"
+            )
         if len(self.cache.tokens) != 1 or not self.manifest.values[self.cache.tokens[0]].dtype.startswith("int"):
             raise InputError(f"generation extends one input of token ids; this bundle has {list(self.cache.tokens)}")
         check_layout(self.manifest, self.legs)
@@ -107,8 +109,7 @@ class Plan:
             start = list(self.manifest.generation.get("prompt", ()))
             if not start:
                 raise InputError(f"{name!r} is missing, and the bundle has no prompt of its own")
-            rows = max((len(value) for key, value in inputs.items()), default=1)
-            given = [start] * rows
+            given = [start] * max((len(value) for value in inputs.values()), default=1)
         try:
             if isinstance(given, np.ndarray) and given.dtype.kind not in "iu":
                 raise TypeError(f"dtype {given.dtype}")
@@ -137,7 +138,8 @@ class Plan:
         if unknown := sorted(set(options) - known):
             raise InputError(f"unknown options {unknown}; there are {sorted(known)}")
         own = {key: tuple(self.manifest.generation.get(key, ())) for key in ("stop", "suppress", "suppress_first")}
-        chosen = Sampling(**{**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}})
+        given: dict[str, Any] = {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}}
+        chosen = Sampling(**given)
         limits = [self.cache.limit, self.manifest.generation.get("max_length")]
         limit = min((number for number in limits if number is not None), default=None)
         room = None if limit is None else limit - longest + (limit == self.cache.limit)
@@ -146,10 +148,10 @@ class Plan:
             wanted = _NEW_TOKENS if room is None else max(0, room)
         elif self.cache.limit is not None and longest + wanted - 1 > self.cache.limit:
             raise InputError(
-                f"max_new_tokens={wanted} after a prompt of {longest}: the model has places for {self.cache.limit} tokens",
+                f"max_new_tokens={wanted} after a prompt of {longest}: the model takes {self.cache.limit} tokens",
                 hint=f"max_new_tokens={max(0, self.cache.limit - longest + 1)}",
             )
-        return Sampling(**{field.name: getattr(chosen, field.name) for field in fields(Sampling)} | {"max_new_tokens": wanted})
+        return replace(chosen, max_new_tokens=wanted)
 
 
 class Run:
@@ -178,7 +180,9 @@ class Run:
         longest = max(row.size for row in prompts)
         self._limit = plan.cache.limit
         capacity = self._capacity(_FIRST_CAPACITY, longest + 1)
-        self.decoder = Decoder(plan.manifest, plan.legs, Store(plan.manifest, slots, capacity, device), propagate, max_pending)
+        self.decoder = Decoder(
+            plan.manifest, plan.legs, Store(plan.manifest, slots, capacity, device), propagate, max_pending
+        )
         self._keep({name: value for name, value in kept.items() if name in plan.read})
         self._read_tables()
         self.rows = list(range(slots))
@@ -201,7 +205,7 @@ class Run:
         counts = np.array([row.size for row in tokens], np.int64)
         needed = int((decoder.seen[0, :count] + counts.max()).max())
         exact = int((decoder.seen[0, :count] + counts).max())
-        if needed > decoder.store.capacity and exact > decoder.store.capacity or (
+        if (needed > decoder.store.capacity and exact > decoder.store.capacity) or (
             needed > decoder.store.capacity and (self._limit is None or decoder.store.capacity < self._limit)
         ):
             if self._limit is not None and exact > self._limit:
@@ -234,8 +238,6 @@ class Run:
 
 def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
     """Generate token by token until every row has ended."""
-    from time import perf_counter
-
     sampling, plan = run.sampling, run.plan
     chooser = Chooser(sampling, plan.vocabulary)
     limit = sampling.max_new_tokens
@@ -287,11 +289,10 @@ def _skipped(run: Run, left: Sequence[Left], tokens: Sequence[NDArray[np.int64]]
     count = 0
     for item, ids in zip(left, tokens, strict=True):
         for leg in run.plan.legs:
-            if leg.stack is not None and leg.door is not None and leg.door.after > item.exits.get(leg.stack, leg.door.after):
+            if (
+                leg.stack is not None
+                and leg.door is not None
+                and leg.door.after > item.exits.get(leg.stack, leg.door.after)
+            ):
                 count += ids.size
     return count
-
-
-def axis_named(manifest: Manifest, name: str, axis: str) -> int:
-    """The axis of a value by name; -1 where there is none."""
-    return axis_of(manifest.values[name], axis)

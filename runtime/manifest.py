@@ -122,10 +122,10 @@ class Cache:
     """Keys and values of earlier tokens, kept between chunks.
 
     ``tokens`` are the inputs that hold a chunk of tokens, along the axis ``chunk``. ``lengths`` is a value int64
-    [batch]: how many tokens each row has already; ``places`` a value int64 [capacity]: 0, 1, and so on.
-    ``buffers`` maps a value that holds keys or values, with the axis ``capacity``, to the value that holds those
-    of the chunk too; the two may share memory. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token ids. With ``rowwise`` the
-    segments that read buffers take several rows only when their chunk is one token.
+    [batch]: how many tokens each row has already; ``places`` a value int64 [capacity]: 0, 1, and so on. ``buffers``
+    maps a value that holds keys or values, with the axis ``capacity``, to the value that holds those of the chunk
+    too; the two may share memory. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token
+    ids. With ``rowwise`` the segments that read buffers take several rows only when their chunk is one token.
     """
 
     tokens: tuple[str, ...]

@@ -85,7 +85,7 @@ class Store:
 
     def _sizes(self, rows: int, chunk: int) -> dict[str, int]:
         known = {self.manifest.batch or "": rows, self.cache.capacity: self.capacity, self.cache.chunk: chunk}
-        return {name: 1 for name in self.manifest.axes} | known
+        return dict.fromkeys(self.manifest.axes, 1) | known
 
     def keep(self, values: Mapping[str, Array]) -> None:
         """Values that chunks read and do not change; they replace those of the same names."""
@@ -131,7 +131,7 @@ class Store:
                 continue
             factor = value.batch_factor
             array = self._array(name)
-            before = (slice(None),) * value.batch_axis
+            before: tuple[Any, ...] = (slice(None),) * value.batch_axis
             split = array.reshape(*array.shape[: value.batch_axis], -1, factor, *array.shape[value.batch_axis + 1 :])
             split[(*before, into)] = split[(*before, out)]
             if name in self._on_device:

@@ -221,7 +221,7 @@ class _Flow:
             rank, *place = _kind(self._manifest, name)[1:]
             by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
             if self._manifest.batch and (not (rank == 1 or by_token) or place != [0, 1]):
-                yield f"{where}, score {measure}: {name!r} has neither the shape [{self._manifest.batch}] nor tokens too"
+                yield f"{where}, score {measure}: {name!r} is neither [{self._manifest.batch}] nor with tokens"
 
     def _run(self, name: str, there: set[str]) -> Iterator[str]:
         segment: Segment = self._manifest.segments[name]

@@ -163,7 +163,7 @@ CONTRADICTIONS = [
     (f"{EXIT1}/outputs", {}, "exit after 1: has no outputs"),
     (f"{EXIT1}/outputs", {"other": "logits1"}, "stacks.encoder.exits: their outputs differ"),
     (f"{EXIT1}/outputs/logits", "top11", "'top11' and 'logits4' differ in dtype, rank or batch axis"),
-    (f"{EXIT1}/scores/top1", "logits1", "score top1: 'logits1' has neither the shape [batch] nor tokens too"),
+    (f"{EXIT1}/scores/top1", "logits1", "score top1: 'logits1' is neither [batch] nor with tokens"),
     (f"{EXIT1}/scores/top1", "top12", "scores: 'top12' is not made before"),
 ]
 

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -69,9 +70,7 @@ class Rebuilder:
     ``hooks`` replace nodes: called with this and the node, they return its new value, or None for the usual one.
     """
 
-    def __init__(
-        self, program: Program, text: str, tokens: Any, kinds: Mapping[fx.Node, str], capacity: int
-    ) -> None:
+    def __init__(self, program: Program, text: str, tokens: Any, kinds: Mapping[fx.Node, str], capacity: int) -> None:
         self.program, self.text, self.tokens, self.kinds = program, text, tokens, kinds
         self.graph = fx.Graph()
         self.edits: Counter[str] = Counter()
@@ -128,6 +127,8 @@ class Rebuilder:
             raise PassError(f"the program already has something called {name}")
         with self.mode:
             node.meta["val"] = torch.empty(tuple(sizes), dtype=dtype)
+        if name not in self.program.nodes:
+            node.meta["provenance"] = {"pass": self.text, "from": self.origin.name if self.origin else name}
         self.inputs[name] = node
         return node
 
@@ -139,7 +140,7 @@ class Rebuilder:
         node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         try:
-            with self.mode, torch.no_grad():
+            with self.mode, enable_python_dispatcher(), torch.no_grad():
                 node.meta["val"] = target(*values[0], **values[1])
         except Exception as error:
             raise self.refusal(f"{target} does not fit a chunk of new tokens: {error}".splitlines()[0]) from error
@@ -223,7 +224,7 @@ class Rebuilder:
         made = self.call(node.target, *args, name=name or node.name, **kwargs)
         if name is None and made.name != node.name:
             raise PassError(f"the name {node.name} is taken")
-        made.meta = {**node.meta, "val": made.meta["val"]}
+        made.meta = {**node.meta, "val": made.meta["val"]} if name is None else {**node.meta, **made.meta}
         self.edits["inserted"] -= 1
         return made
 
@@ -240,7 +241,7 @@ class Rebuilder:
 
     # sizes
 
-    def size(self, node: fx.Node, world: str) -> fx.Node:
+    def size(self, node: fx.Node, world: str) -> Any:
         """A size of the given graph, with the token axis as the ``"chunk"`` or the ``"capacity"``."""
         tokens = self.capacity if world == "capacity" else self.chunk
         value = self.size_value(node.meta["val"], tokens)
@@ -250,7 +251,7 @@ class Rebuilder:
                     if expression(known) == expression(value):
                         return self._sizer(value, other, axis)
         if isinstance(expression(value), int):
-            return expression(value)  # type: ignore[no-any-return]
+            return expression(value)
         if node.target is aten.sym_size.int:
             return self.call(aten.sym_size.int, self.value(node.args[0], world), node.args[1])  # type: ignore[arg-type]
         args = fx.node.map_arg(node.args, lambda arg: self._plain(arg, world))
@@ -274,6 +275,7 @@ class Rebuilder:
             with self.graph.inserting_after(last):
                 node = self.graph.create_node("call_function", aten.sym_size.int, (holder, axis), name="size_chunked")
             node.meta["val"] = shape(holder)[axis]
+            node.meta["provenance"] = {"pass": self.text, "from": holder.name}
             self._rows[key] = node
         return self._rows[key]
 
@@ -356,11 +358,11 @@ class Rebuilder:
     def aligned(self, table: fx.Node, reference: Sequence[Any]) -> fx.Node:
         """The chunk's rows of a positional table, along the axis where ``reference`` has the chunk (or nothing)."""
         offset = len(reference) - len(shape(table))
+        keys = {axis for axis, size in enumerate(reference) if size is not None and self._label(size) == "capacity"}
         axes = [
             axis
             for axis, size in enumerate(shape(table))
-            if self._label(size) == "capacity"
-            and (offset + axis < 0 or reference[offset + axis] is None or self._label(reference[offset + axis]) != "capacity")
+            if self._label(size) == "capacity" and offset + axis not in keys
         ]
         if len(axes) > 1:  # query, then key
             axes = [axis for axis in axes if reference[offset + axis] is not None] or axes[:1]
@@ -368,13 +370,17 @@ class Rebuilder:
             return table
         if offset < 0 or len(axes) > 1:
             raise self.refusal(
-                f"a value of positions of shape {self._shown(shape(table))} meets tokens in a way that is not understood"
+                f"positions of shape {self._shown(shape(table))} meet tokens in a way that is not understood"
             )
         place = next((i for i, size in enumerate(reference) if self._counts_rows(size)), 0)
-        return self.rows(table, axes[0], len(reference), place)
+        return self.rows(table, axes[0], len(reference), place, self._places(reference[place]))
 
     def _counts_rows(self, size: Any) -> bool:
         return self.batch is not None and size is not None and expression(self.batch) in _free(size)
+
+    def _places(self, size: Any) -> int:
+        """How many places of each row an axis has that counts rows; 1 for another."""
+        return int(sympy.simplify(expression(size) / expression(self.batch))) if self._counts_rows(size) else 1
 
     def positions(self) -> fx.Node:
         """Positions of the chunk's tokens in their rows, int64 [rows, chunk]."""
@@ -390,9 +396,12 @@ class Rebuilder:
             self._rows["positions"] = self.call(aten.minimum.default, added, limit)
         return self._rows["positions"]
 
-    def rows(self, table: fx.Node, axis: int, rank: int, place: int) -> fx.Node:
-        """Rows of ``table`` at the chunk's positions: of ``rank`` axes, with the batch on axis ``place``."""
-        key = (table, axis, rank, place)
+    def rows(self, table: fx.Node, axis: int, rank: int, place: int, each: int = 1) -> fx.Node:
+        """Rows of ``table`` at the chunk's positions: of ``rank`` axes, with the batch on axis ``place``.
+
+        ``each`` is how many places of every row that axis has; ``table`` has as many, or one for all.
+        """
+        key = (table, axis, rank, place, each)
         if key in self._rows:
             return self._rows[key]
         chosen, missing = table, rank - len(shape(table))
@@ -401,7 +410,7 @@ class Rebuilder:
             chosen = self.call(aten.unsqueeze.default, chosen, 0)
         axis += missing
         if self._counts_rows(shape(chosen)[place]):  # the same in all rows: they differ in nothing but contents
-            places = int(sympy.simplify(expression(shape(chosen)[place]) / expression(self.batch)))
+            places = self._places(shape(chosen)[place])
             chosen = self.call(aten.slice.Tensor, chosen, place, 0, places)
         elif expression(shape(chosen)[place]) != 1:
             raise self.refusal(f"a value of positions has {shape(chosen)[place]} places where rows are counted")
@@ -413,6 +422,10 @@ class Rebuilder:
         order = [i for i in range(rank + 1) if i != axis]
         order.insert(place, axis)
         moved = self.call(aten.permute.default, split, order)
+        if places < each:
+            wide = [-1] * (rank + 1)
+            wide[place + 1] = places = each
+            moved = self.call(aten.expand.default, moved, wide)
         final: list[Any] = [*sizes[:axis], chunk, *sizes[axis + 1 :]]
         if places == 1:
             final[place] = batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,13 +11,11 @@ from torch import fx
 
 from offramp.program.graph import aten, expression, is_tensor, shape
 
-_ALONG = {  # operators that mix along their argument ``dim`` or ``dims``
-    "aten": (
-        "cumsum cumprod cummax cummin logcumsumexp flip roll sort argsort topk softmax log_softmax _softmax "
-        "_log_softmax sum mean amax amin any all argmax argmin max min std var prod logsumexp norm index_select "
-        "select unfold diff cat"
-    ).split()
-}
+#: Operators that mix along their argument ``dim``, ``dims`` or ``dimension``.
+_ALONG = re.compile(
+    "cum(sum|prod|max|min)|logcumsumexp|flip|roll|sort|argsort|topk|_?(log_)?softmax|sum|mean|a?max|a?min|any|all|"
+    "argmax|argmin|std|var|prod|logsumexp|norm|index_select|select|unfold|diff|cat"
+)
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "avg_pool1d", "max_pool1d")
 _NORMS = ("group_norm", "instance_norm", "batch_norm", "native_group_norm")
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.mm.default, aten.baddbmm.default)
@@ -37,10 +36,10 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
     first = next((arg for arg in tensors if isinstance(arg, fx.Node) and is_tensor(arg)), None)
     if first is None:
         return None
-    token_axes = {axis for axis, size in enumerate(shape(first)) if expression(size) == expression(chunk)}
+    token_axes = {axis for axis, size in enumerate(shape(first)) if _counts(size, chunk)}
     if not token_axes:
         return None
-    if name in _ALONG["aten"] and token_axes & _dims(node, args, len(shape(first))):
+    if _ALONG.fullmatch(name) and token_axes & _dims(node, args, len(shape(first))):
         return f"goes over the tokens (axis {min(token_axes)} of {node.args[0]})"
     if name in _CONVOLUTIONS and any(axis >= 2 for axis in token_axes):
         weight = args[1] if len(args) > 1 else None
@@ -58,11 +57,14 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
         padded = {len(shape(first)) - 1 - i // 2 for i, pad in enumerate(pads) if pad != 0}
         if padded & token_axes:
             return "shifts or pads the tokens"
-    if node.target in _PRODUCTS and len(shape(args[-2])) - 1 in {
-        axis for axis, size in enumerate(shape(args[-2])) if expression(size) == expression(chunk)
-    }:
+    if node.target in _PRODUCTS and _counts(shape(args[-2])[-1], chunk):
         return "sums over the tokens"
     return None
+
+
+def _counts(size: Any, chunk: Any) -> bool:
+    """Whether a size is the number of tokens, or that and some padding."""
+    return bool(getattr(expression(size) - expression(chunk), "is_number", False))
 
 
 def _dims(node: fx.Node, args: Sequence[Any], rank: int) -> set[int]:

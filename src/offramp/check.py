@@ -19,7 +19,7 @@ from offramp import models
 from offramp.export import save
 from offramp.export.validate import TOLERANCE, Arrays, eager, stepwise, worst
 from offramp.passes import InsertCache, InsertExits, Pass, Truncate, apply
-from offramp.passes.insert_cache import cached_stacks, check_chunks
+from offramp.passes.infra.chunks import cached_stacks, check_chunks
 from offramp.program import Program, capture
 from offramp.program.capture import ExampleInputs, named_outputs
 from offramp.program.sizes import other_sizes

@@ -72,7 +72,7 @@ def painter(stack: Stack) -> Paint:
         return lambda text, depth: f"{text}|{depth}" if text else ""
     depths = [exit_.after for exit_ in stack.exits]
     step = (len(_COLOURS) - 1) / max(1, len(depths) - 1)
-    colours = {depth: _COLOURS[round((len(depths) - 1 - i) * -step) - 1] for i, depth in enumerate(depths)}
+    colours = {depth: _COLOURS[-1 - round(i * step)] for i, depth in enumerate(reversed(depths))}
     return lambda text, depth: f"\033[38;5;{colours[depth]}m{text}\033[0m" if text else ""
 
 

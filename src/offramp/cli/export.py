@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             segments=args.segments,
             target=args.target,
-            generation=_generation(args.model),
+            generation=generation(args.model),
             files=_files(args.model, args.file or []),
             policy=policy,
             name=args.name,
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _generation(model: str) -> dict[str, Any]:
+def generation(model: str) -> dict[str, Any]:
     """How a model of the zoo generates text, and under "audio" how it hears; empty for all others."""
     from offramp import zoo
 

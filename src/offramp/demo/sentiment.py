@@ -1,4 +1,4 @@
-"""``offramp demo``: a sentence encoder whose six blocks each have a sentiment head, run sentence by sentence."""
+"""``offramp demo sentiment``: a sentence encoder whose six blocks each have a sentiment head, run sentence by sentence."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from offramp import __version__
 from offramp.cli._inputs import encode
 from offramp.cli.bench import measure
-from offramp.runtime import BundleError, Confidence, Never, load
-from offramp.runtime.bundle import read
+from offramp.runtime import Confidence, Never, load
 
 if TYPE_CHECKING:
     from offramp.runtime import Chain
 
+BUNDLE = Path("build/minilm.offramp")
 STACK, OUTPUT = "encoder", "logits"
 LABELS = ("negative", "positive")
 #: On the 872 sentences of SST-2's validation set: 81.7 % right after 3.6 of 6 blocks; full depth 81.1 %.
@@ -48,16 +47,6 @@ class Answer(NamedTuple):
     milliseconds: float
 
 
-def is_current(path: Path) -> bool:
-    """Whether a bundle as `build` makes it, by this version of offramp, lies there."""
-    try:
-        manifest, _ = read(path)
-    except BundleError:
-        return False
-    made_by = manifest.provenance.get("versions", {}).get("offramp", __version__)
-    return made_by == __version__ and tuple(manifest.provenance.get("pipeline", ())) == PIPELINE
-
-
 def build(path: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Capture MiniLM, insert exits with their trained heads and scores, and save it with its tokenizer."""
     import offramp
@@ -83,8 +72,8 @@ def build(path: Path, progress: Callable[[str, int, int], None] | None = None) -
     )
 
 
-def show(path: Path, sentences: Sequence[str]) -> None:
-    """Run the sentences one by one, early and at full depth, and print a table and what it amounts to."""
+def show(path: Path, words: Sequence[str]) -> None:
+    """Run the demo's sentences and ``words``, more of them, one by one, early and at full depth; print a table."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -96,6 +85,7 @@ def show(path: Path, sentences: Sequence[str]) -> None:
     for column in (2, 3, 5):
         table.columns[column].justify = "right"
         table.columns[column].no_wrap = True
+    sentences = [*SENTENCES, *words]
     chain = load(path)
     blocks = chain.stacks[STACK].blocks
     results = [ask(chain, path, sentence) for sentence in sentences]
