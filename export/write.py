@@ -18,6 +18,7 @@ from offramp.runtime.errors import ExportError
 from offramp.runtime.manifest import WEIGHTS_FILE, File
 
 _ALIGNMENT = 64
+_INLINE = 64  # bytes: ONNX Runtime reads axes and sizes only where they stand in the file itself
 
 _ELEMENTS: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
@@ -119,8 +120,8 @@ def _bind(model: onnx.ModelProto, tensors: Sequence[torch.Tensor], places: Seque
     model.graph.input.extend(kept)
     for i, (tensor, (offset, size)) in enumerate(zip(tensors, places, strict=True)):
         proto = model.graph.initializer.add(name=f"w{i}", data_type=_ELEMENTS[tensor.dtype], dims=tensor.shape)
-        if size == 0:
-            proto.raw_data = b""
+        if size <= _INLINE:
+            proto.raw_data = tensor.detach().cpu().contiguous().numpy().tobytes()
             continue
         proto.data_location = TensorProto.EXTERNAL
         for key, value in (("location", WEIGHTS_FILE), ("offset", offset), ("length", size)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from offramp.runtime import bundle, policies
+from offramp.runtime.beam import search
 from offramp.runtime.caches import fresh
 from offramp.runtime.errors import InputError
 from offramp.runtime.generate import Generated, Plan, Prompts, Run, Token, stream
@@ -153,10 +154,18 @@ class Chain:
         *,
         propagate: str = "defer",
         max_pending: int | None = None,
+        beams: int = 1,
+        length_penalty: float = 1.0,
         **options: Any,
     ) -> Generated:
-        """All tokens of all rows, and the depth of each; arguments and errors as for `stream`."""
-        run, prompts = self._generation(inputs, policy, propagate, max_pending, options)
+        """All tokens of all rows, and the depth of each; arguments and errors as for `stream`.
+
+        With ``beams`` the best text that beam search finds by log-probability over ``length ** length_penalty``; each
+        beam has its own depth.
+        """
+        run, prompts = self._generation(inputs, policy, propagate, max_pending, options, beams)
+        if beams > 1:
+            return search(run, prompts, beams, length_penalty)
         tokens: list[list[int]] = [[] for _ in prompts]
         exits: list[list[int]] = [[] for _ in prompts]
         for step in stream(run, prompts):
@@ -185,11 +194,14 @@ class Chain:
         propagate: str,
         max_pending: int | None,
         options: Mapping[str, Any],
+        beams: int = 1,
     ) -> tuple[Run, Prompts]:
         plan = self._plan
         if plan is None:
             raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")
         policy = self._asked(policy)
+        if beams < 1 or (beams > 1 and options.get("temperature")):
+            raise InputError(f"beams={beams}: at least 1, and more than 1 draw no tokens (temperature=0)")
         prompts = plan.prompts(inputs)
         sampling = plan.sampling(max(row.size for row in prompts), options)
         first = np.zeros((len(prompts), max(row.size for row in prompts)), self.inputs[plan.cache.tokens[0]].dtype)
@@ -209,7 +221,7 @@ class Chain:
             return {name: self._memory.get(sized[name]) for name in plan.read if name in sized}
 
         kept = {name: self._memory.get(env[name]) for name in plan.read if name in env}
-        return Run(plan, prompts, kept, tables, policy, sampling, self._device, propagate, max_pending), prompts
+        return Run(plan, prompts, kept, tables, policy, sampling, self._device, propagate, max_pending, beams), prompts
 
     def _asked(self, policy: Policy | Callable[[State], Any] | None) -> Policy:
         if policy is None:

@@ -185,7 +185,7 @@ class Run:
         )
         self._keep({name: value for name, value in kept.items() if name in plan.read})
         self._read_tables()
-        self.rows = list(range(slots))
+        self.rows = list(range(len(prompts)))
         self.askers = {name: Asker(policy, stacks[name], slots) for name in plan.stacks}
 
     def _capacity(self, first: int, needed: int) -> int:
@@ -194,7 +194,14 @@ class Run:
         return first if self._limit is None else min(first, self._limit)
 
     def _keep(self, values: Mapping[str, Array]) -> None:
-        self.decoder.store.keep(values)
+        """Let chunks read these values; those of rows are repeated, so that every beam's slot has some."""
+        store, known = self.decoder.store, self.plan.manifest.values
+        repeated = {}
+        for name, value in values.items():
+            axis = known[name].batch_axis
+            times = 1 if axis is None else store.slots * known[name].batch_factor // value.shape[axis]
+            repeated[name] = value if times == 1 else np.concatenate([value] * times, axis)
+        store.keep(repeated)
 
     def _read_tables(self) -> None:
         self._keep({k: v for k, v in self._tables(self.decoder.store.capacity).items() if k in self.plan.read})
@@ -203,15 +210,8 @@ class Run:
         """Run new tokens of every row that is still there, in the order of slots."""
         decoder, count = self.decoder, len(tokens)
         counts = np.array([row.size for row in tokens], np.int64)
-        needed = int((decoder.seen[0, :count] + counts.max()).max())
-        exact = int((decoder.seen[0, :count] + counts).max())
-        if (needed > decoder.store.capacity and exact > decoder.store.capacity) or (
-            needed > decoder.store.capacity and (self._limit is None or decoder.store.capacity < self._limit)
-        ):
-            if self._limit is not None and exact > self._limit:
-                raise InputError(f"a row has {exact} tokens; the model has places for {self._limit}")
-            decoder.store.grow(self._capacity(decoder.store.capacity * 2, needed))
-            self._read_tables()
+        lengths = decoder.seen[0, :count]
+        self.reserve(int((lengths + counts).max()), int(lengths.max() + counts.max()))
         chunk = np.zeros((count, int(counts.max())), self._dtype())
         for row, ids in zip(chunk, tokens, strict=True):
             row[: ids.size] = ids
@@ -220,6 +220,16 @@ class Run:
                 asker.restart()
         left = decoder.feed(np.arange(count), {self.plan.cache.tokens[0]: chunk}, counts, askers)
         return sorted(left, key=lambda item: item.slot)
+
+    def reserve(self, needed: int, wanted: int = 0) -> None:
+        """Make room for ``needed`` tokens in each row, and for ``wanted`` if the model's limit allows."""
+        store = self.decoder.store
+        if self._limit is not None and needed > self._limit:
+            raise InputError(f"a row has {needed} tokens; the model takes {self._limit}")
+        wanted = max(needed, wanted if self._limit is None else min(wanted, self._limit))
+        if wanted > store.capacity:
+            store.grow(self._capacity(store.capacity * 2, wanted))
+            self._read_tables()
 
     def _dtype(self) -> str:
         return self.plan.manifest.values[self.plan.cache.tokens[0]].dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -86,7 +86,7 @@ class Chooser:
     """
 
     def __init__(self, sampling: Sampling, vocabulary: int) -> None:
-        self._sampling, self._vocabulary = sampling, vocabulary
+        self.sampling, self._vocabulary = sampling, vocabulary
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._generators: dict[int, np.random.Generator] = {}
         self.batched = sampling.temperature == 0 and not sampling.processors  # whether `choose_all` serves
@@ -115,12 +115,12 @@ class Chooser:
         """
         _shaped(logits, self._vocabulary)
         _check(logits.max(keepdims=True))
-        for processor in self._sampling.processors:
+        for processor in self.sampling.processors:
             logits = self._processed(processor, tokens, logits)
         logits = self._allowed(logits[None], np.array([emitted]))[0]
         best = int(logits.argmax())
         _check(logits[best : best + 1])
-        return best if self._sampling.temperature == 0 else self._draw(row, logits)
+        return best if self.sampling.temperature == 0 else self._draw(row, logits)
 
     def choose_all(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.int64]:
         """As `choose` for a whole batch, where the choice is ``batched``: [batch, vocabulary], [batch] -> [batch]."""
@@ -131,6 +131,19 @@ class Chooser:
         chosen: NDArray[np.int64] = logits.argmax(-1)
         _check(logits[np.arange(emitted.size), chosen])
         return chosen
+
+    def allowed(
+        self, logits: NDArray[np.float32], texts: Sequence[NDArray[np.int64]], emitted: int
+    ) -> NDArray[np.float32]:
+        """Logits [texts, vocabulary] after processors and bans, for texts that have all emitted as many tokens."""
+        _shaped(logits, len(texts), self._vocabulary)
+        _check(logits.max(-1))
+        rows = []
+        for tokens, row in zip(texts, logits, strict=True):
+            for processor in self.sampling.processors:
+                row = self._processed(processor, tokens, row)
+            rows.append(row)
+        return self._allowed(np.stack(rows), np.full(len(rows), emitted))
 
     def _processed(
         self, processor: LogitProcessor, tokens: NDArray[np.int64], logits: NDArray[np.float32]
@@ -146,7 +159,7 @@ class Chooser:
 
     def _allowed(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [batch, vocabulary] with minus infinity for what a row may not emit now."""
-        early = emitted < self._sampling.min_new_tokens
+        early = emitted < self.sampling.min_new_tokens
         bans = ((self._never, emitted >= 0), (self._first, emitted == 0), (self._early, early))
         now = [(ids, rows) for ids, rows in bans if ids.size and rows.any()]
         logits = logits.copy() if now else logits
@@ -155,12 +168,12 @@ class Chooser:
         return logits
 
     def _draw(self, row: int, logits: NDArray[np.float32]) -> int:
-        top_k, top_p = self._sampling.top_k, self._sampling.top_p
+        top_k, top_p = self.sampling.top_k, self.sampling.top_p
         ids = np.flatnonzero(logits > -np.inf)
         if top_k is not None and top_k < ids.size:
             ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
         with np.errstate(over="ignore"):  # a low temperature makes minus infinity of what is far from the best
-            weights = np.exp((logits[ids] - logits.max()).astype(np.float64) / self._sampling.temperature)
+            weights = np.exp((logits[ids] - logits.max()).astype(np.float64) / self.sampling.temperature)
         if top_p is not None and top_p < 1:
             total = weights.sum()
             # What is less likely than (1 - p) / n is less than 1 - p in all: no need to sort it.

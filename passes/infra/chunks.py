@@ -22,16 +22,22 @@ def check_chunks(before: Program, after: Program) -> float:
     inputs = {name: value for name, value in after.example_inputs.items() if name in after.inputs}
     with torch.no_grad():
         expected = before.module(**inputs, **after.ones(inputs))
-    found = in_chunks(after, inputs)
+    hint = "something else than attention mixes the tokens, or positions depend on the number of tokens"
+    try:
+        found = in_chunks(after, inputs)
+    except (RuntimeError, IndexError) as cause:
+        raise PassError(f"insert-cache: the program does not run on chunks of tokens: {cause}", hint=hint) from cause
     worst = 0.0
     for name in after.outputs:
+        if found[name].shape != expected[name].shape:
+            sizes = list(found[name].shape), list(expected[name].shape)
+            raise PassError(f"insert-cache: in chunks, output {name!r} has shape {sizes[0]}, not {sizes[1]}", hint=hint)
         scale = float(expected[name].abs().max()) or 1.0
         error = float((found[name] - expected[name]).abs().max()) / scale
         worst = max(worst, error)
         if not error <= TOLERANCE:
             raise PassError(
-                f"insert-cache: in chunks, output {name!r} differs from one pass: relative error {error:.1e}",
-                hint="something else than attention mixes the tokens, or positions depend on the number of tokens",
+                f"insert-cache: in chunks, output {name!r} differs from one pass: relative error {error:.1e}", hint=hint
             )
     return worst
 

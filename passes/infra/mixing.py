@@ -14,7 +14,7 @@ from offramp.program.graph import aten, expression, is_tensor, shape
 #: Operators that mix along their argument ``dim``, ``dims`` or ``dimension``.
 _ALONG = re.compile(
     "cum(sum|prod|max|min)|logcumsumexp|flip|roll|sort|argsort|topk|_?(log_)?softmax|sum|mean|a?max|a?min|any|all|"
-    "argmax|argmin|std|var|prod|logsumexp|norm|index_select|select|unfold|diff|cat"
+    "argmax|argmin|std|var|prod|logsumexp|norm|index_select|gather|select|unfold|diff|cat"
 )
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "avg_pool1d", "max_pool1d")
 _NORMS = ("group_norm", "instance_norm", "batch_norm", "native_group_norm")
@@ -52,11 +52,13 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
         axis = int(args[1]) % len(shape(first))
         if axis in token_axes and (args[2] not in (None, 0) or not _whole(args, first, axis)):
             return "takes some of the tokens"
-    if name == "constant_pad_nd":
-        pads = list(args[1])
-        padded = {len(shape(first)) - 1 - i // 2 for i, pad in enumerate(pads) if pad != 0}
-        if padded & token_axes:
-            return "shifts or pads the tokens"
+    if name == "index" and token_axes & {axis for axis, index in enumerate(args[1]) if index is not None}:
+        return "takes some of the tokens"
+    if name in ("pad", "constant_pad_nd"):  # what pads only is followed by a convolution or a slice
+        ends = list(zip(args[1][::2], args[1][1::2], strict=True))
+        moved = {len(shape(first)) - 1 - i for i, (before, behind) in enumerate(ends) if before == -behind != 0}
+        if moved & token_axes:
+            return "shifts the tokens"
     if node.target in _PRODUCTS and _counts(shape(args[-2])[-1], chunk):
         return "sums over the tokens"
     return None

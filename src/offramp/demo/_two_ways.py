@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from offramp.cli import _inputs, _words
 from offramp.runtime import Never
 
 if TYPE_CHECKING:
-    from offramp.runtime import Chain, Policy
+    from offramp.runtime import Chain, Confidence, Policy
 
 _REPEAT = 5
 
@@ -44,31 +45,33 @@ def build(
     )
 
 
-def show(chain: Chain, path: Path, inputs: Mapping[str, Any], **options: Any) -> None:
+def show(chain: Chain, path: Path, inputs: Mapping[str, Any], policy: Confidence, **options: Any) -> None:
     """Print both texts as they come, coloured by depth; then what leaving early changed and what it saved."""
     stack = _words.token_stack(chain)
     decode = _words.decoder_of(_inputs.tokenizer_of(chain, path))
-    ways: dict[str, Policy] = {"full depth": Never(), f"leaving early, {chain.policy!r}": chain.policy}
-    for policy in ways.values():  # what the first run does for all that follow is not shown
-        list(chain.stream(inputs, policy, max_new_tokens=2))
-    told = {}
+    asked = ", ".join(f"after {after} where {policy.measure} >= {least}" for after, least in policy.thresholds.items())
+    ways: dict[str, Policy] = {"full depth": Never(), f"leaving {asked}": policy}
+    for way in ways.values():  # the first run of all pays for what the others find done
+        list(chain.stream(inputs, way, max_new_tokens=2))
     print(_words.legend(stack), end="")
-    for way, policy in ways.items():
-        print(f"\n{way}:")
-
-        def start(policy: Policy = policy) -> Any:
-            return chain.stream(inputs, policy, **options)
-
-        told[way] = _words.tell(start, 1, decode, _words.painter(stack))
-    full, early = told.values()
+    told = []
+    for title, way in ways.items():
+        print(f"\n{title}:")
+        told.append(_words.tell(partial(chain.stream, inputs, way, **options), 1, decode, _words.painter(stack)))
+    full, early = told
     print(f"\n{difference(decode(full.tokens[0]), decode(early.tokens[0]))}")
-    milliseconds = measure(chain, inputs, list(ways.values()), options)
-    for way, one, spent in zip(("full depth", "leaving early"), (full, early), milliseconds, strict=True):
+    spent = measure(chain, inputs, list(ways.values()), options)
+    for name, one, milliseconds in zip(("full depth", "leaving early"), told, spent, strict=True):
         depths = one.exits[0]
         print(
-            f"{way:13}  {len(depths)} tokens, {statistics.fmean(depths):.1f} of {stack.blocks} blocks on average, "
-            f"{spent:.0f} ms, {spent / len(depths):.1f} ms a token"
+            f"{name:13}  {len(depths)} tokens, {statistics.fmean(depths):.1f} of {stack.blocks} blocks on average, "
+            f"{milliseconds:.0f} ms, {milliseconds / len(depths):.1f} ms a token"
         )
+    print(
+        f"Leaving early is {spent[0] / spent[1]:.2f}x as fast here, a token "
+        f"{spent[0] / spent[1] * len(early.exits[0]) / len(full.exits[0]):.2f}x. At which share of early tokens it pays:"
+        f"\n\n  offramp bench {path} --depths"
+    )
 
 
 def measure(chain: Chain, inputs: Mapping[str, Any], policies: list[Policy], options: Mapping[str, Any]) -> list[float]:

@@ -34,8 +34,8 @@ def show(path: Path, words: Sequence[str]) -> None:
     chain = load(path)
     inputs = _inputs.hear(chain, path, sound)
     print(f"Whisper tiny.en listens to {sound.name}.")
-    _two_ways.show(chain, path, inputs)
-    print(f"\nThe bundle lies in {path}. Run it by hand, without torch:\n\n  offramp run {path} --audio {sound}")
+    _two_ways.show(chain, path, inputs, POLICY)
+    print(f"\nRun the bundle by hand, without torch:\n\n  offramp run {path} --audio {sound}")
 
 
 def recording() -> Path:

@@ -33,5 +33,5 @@ def show(path: Path, words: Sequence[str]) -> None:
     chain = load(path)
     prompt = _generate.prompt(chain, path, question)
     print(f"SmolLM2-135M-Instruct answers: {question}")
-    _two_ways.show(chain, path, {"input_ids": [prompt]}, max_new_tokens=_NEW_TOKENS)
-    print(f'\nThe bundle lies in {path}. Run it by hand, without torch:\n\n  offramp run {path} --text "{question}"')
+    _two_ways.show(chain, path, {"input_ids": [prompt]}, POLICY, max_new_tokens=_NEW_TOKENS)
+    print(f'\nRun the bundle by hand, without torch:\n\n  offramp run {path} --text "{question}"')

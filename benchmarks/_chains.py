@@ -1,0 +1,121 @@
+"""A worker that decodes with a bundle: through its chain, or through one session of the same lowering."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+import offramp
+from benchmarks._workers import Worker, serve
+from offramp.runtime.manifest import Segment
+from offramp.runtime.sessions import session_options
+from offramp.runtime.store import launch
+
+SINGLE = "single.json"
+
+
+def chain(path: Path, *, single: bool = False) -> Worker:
+    """A worker on a bundle; ``single`` runs the file that `write_single` put beside it."""
+    return Worker(sys.executable, "-m", "benchmarks._chains", str(path), str(int(single)))
+
+
+def write_single(program: offramp.Program, bundle: Path) -> None:
+    """Put one file into the folder of a bundle that has all that its chunks run, lowered as its segments are."""
+    from offramp.export.lower import close
+    from offramp.export.partition import Piece, partition
+    from offramp.export.write import Writer
+    from offramp.program.graph import is_tensor, results
+
+    plan = partition(program, 1)
+    pieces = [*plan.enter, *(piece for stack in plan.stacks for _, piece in stack.blocks), plan.tail]
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    nodes = sorted(
+        {node for piece in pieces if piece and _of_chunk(program, piece) for node in piece.nodes}, key=order.get
+    )  # type: ignore[arg-type]
+    made, returned, cache = set(nodes), results(program.graph), program.cache
+    assert cache is not None
+    outputs = {name: returned[name] for name in (*program.outputs, *cache.buffers.values())}
+    inputs = dict.fromkeys(
+        arg
+        for node in nodes
+        for arg in node.all_input_nodes
+        if is_tensor(arg) and arg not in made and arg.op != "get_attr"
+    )
+    folder = bundle / "single"
+    folder.mkdir(exist_ok=True)
+    writer = Writer(folder, program.graph_module)
+    function = close(Piece("single", tuple(inputs), tuple(outputs.values()), tuple(nodes)))
+    writer.segment(function, "single")
+    writer.close()
+    names = {f"in{i}": _name(program, node) for i, node in enumerate(function.inputs)}
+    (folder / SINGLE).write_text(json.dumps([names, {f"out{i}": name for i, name in enumerate(outputs)}]))
+
+
+def _of_chunk(program: offramp.Program, piece: Any) -> bool:
+    cache = program.cache
+    assert cache is not None
+    chunk = {program.nodes[name] for name in (*cache.tokens, cache.lengths)}
+    from offramp.program.graph import ancestors
+
+    return bool(ancestors(piece.outputs) & chunk)
+
+
+def _name(program: offramp.Program, node: Any) -> str:
+    cuts = {name: f"{stack.name}.{depth}" for stack in program.stacks.values() for depth, name in enumerate(stack.cuts)}
+    return str(cuts.get(node.name, node.name))
+
+
+def main(path: Path, single: bool) -> None:
+    """Serve."""
+    model = offramp.load(path)
+    ids = model.generates
+    assert ids is not None
+
+    def inputs(prompt: list[int], features: str | None) -> dict[str, Any]:
+        given: dict[str, Any] = {ids: [prompt]}
+        if features:
+            given |= {name: np.load(features) for name in model.inputs if name != ids}
+        return given
+
+    def by_chain(prompt: list[int], new: int, features: str | None) -> tuple[list[int], list[float]]:
+        times, tokens = [time.perf_counter()], []
+        steps = model.stream(
+            inputs(prompt, features), offramp.Never(), max_new_tokens=new, stop=(), suppress=(), suppress_first=()
+        )
+        for step in steps:
+            tokens.append(step.token)
+            times.append(time.perf_counter())
+        return tokens, times
+
+    def by_session(prompt: list[int], new: int, features: str | None) -> tuple[list[int], list[float]]:
+        times, tokens = [time.perf_counter()], []
+        run = model.generation(inputs(prompt, features))
+        run.reserve(len(prompt) + new)
+        chunk, count = np.array([prompt]), np.zeros(1, np.int64)
+        for _ in range(new):
+            made = run.decoder.store.run(whole, 0, 1, {ids: chunk}, count)
+            count += chunk.shape[1]
+            tokens.append(int(made[next(iter(model.outputs))][0, -1].argmax()))
+            chunk = np.array([tokens[-1:]])
+            times.append(time.perf_counter())
+        return tokens, times
+
+    if single:
+        bound, made = json.loads((path / "single" / SINGLE).read_text())
+        segment = Segment("single", "single.onnx", bound, made)
+        session = ort.InferenceSession(path / "single" / "single.onnx", session_options())
+        cache = model.manifest.cache
+        assert cache is not None
+        changing = {*cache.tokens, *cache.buffers, cache.lengths}
+        whole = launch(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
+    serve({}, by_session if single else by_chain)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] == "1")
