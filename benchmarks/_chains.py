@@ -35,9 +35,8 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
     plan = partition(program, 1)
     pieces = [*plan.enter, *(piece for stack in plan.stacks for _, piece in stack.blocks), plan.tail]
     order = {node: i for i, node in enumerate(program.graph.nodes)}
-    nodes = sorted(
-        {node for piece in pieces if piece and _of_chunk(program, piece) for node in piece.nodes}, key=order.get
-    )  # type: ignore[arg-type]
+    of_chunk = {node for piece in pieces if piece and _of_chunk(program, piece) for node in piece.nodes}
+    nodes = sorted(of_chunk, key=order.__getitem__)
     made, returned, cache = set(nodes), results(program.graph), program.cache
     assert cache is not None
     outputs = {name: returned[name] for name in (*program.outputs, *cache.buffers.values())}
@@ -74,7 +73,7 @@ def _name(program: offramp.Program, node: Any) -> str:
 def main(path: Path, single: bool) -> None:
     """Serve."""
     model = offramp.load(path)
-    ids = model.generates
+    ids, (logits,) = model.generates, model.manifest.outputs.values()
     assert ids is not None
 
     def inputs(prompt: list[int], features: str | None) -> dict[str, Any]:
@@ -101,14 +100,15 @@ def main(path: Path, single: bool) -> None:
         for _ in range(new):
             made = run.decoder.store.run(whole, 0, 1, {ids: chunk}, count)
             count += chunk.shape[1]
-            tokens.append(int(made[next(iter(model.outputs))][0, -1].argmax()))
+            tokens.append(int(made[logits][0, -1].argmax()))
             chunk = np.array([tokens[-1:]])
             times.append(time.perf_counter())
         return tokens, times
 
     if single:
         bound, made = json.loads((path / "single" / SINGLE).read_text())
-        segment = Segment("single", "single.onnx", bound, made)
+        values = {key: model.manifest.outputs.get(name, name) for key, name in made.items()}
+        segment = Segment("single", "single.onnx", bound, values)
         session = ort.InferenceSession(path / "single" / "single.onnx", session_options())
         cache = model.manifest.cache
         assert cache is not None

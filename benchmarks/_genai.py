@@ -50,6 +50,20 @@ def smollm2() -> Path:
     return path if (path / "genai_config.json").exists() else build(path, *_smollm2())
 
 
+def whisper_base() -> Path:
+    """Whisper base in float32 as genai's builder makes it, built once."""
+    path = DIRECTORY / "genai-whisper-fp32"
+    if (path / "genai_config.json").exists():
+        return path
+    from transformers import PreTrainedTokenizerFast, WhisperFeatureExtractor
+
+    from offramp import zoo
+
+    module: Any = zoo.load("whisper_base")[0]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(zoo.tokenizer_files("whisper_base")[0]))
+    return build(path, module.whisper, tokenizer, WhisperFeatureExtractor(feature_size=80))
+
+
 def build(path: Path, *parts: Saves) -> Path:
     """Have genai's builder write a transformers model and its tokenizer to ``path``, float32 for the CPU.
 
@@ -62,7 +76,7 @@ def build(path: Path, *parts: Saves) -> Path:
             part.save_pretrained(source)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
         command += ["-i", str(source), "-o", str(target), "-c", f"{scratch}/cache", "--extra_options", "hf_token=false"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         target.rename(path)
     return path
 

@@ -1,7 +1,7 @@
-"""Write README's table of what works: ``python docs/works.py`` (about three minutes on two cores).
+"""Write README's table of what works: ``python docs/works.py`` (about eight minutes on two cores).
 
-``python docs/works.py --all`` prints a table of every architecture of tests/architectures.py (half an hour), and
-``python docs/works.py NAME ...`` one of those named.
+``python docs/works.py --all`` prints a table of every architecture of tests/architectures.py and tests/decoders.py
+(three quarters of an hour), and ``python docs/works.py NAME ...`` one of those named.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent
 START, END = "<!-- works -->", "<!-- /works -->"
 
 
-def architectures() -> Any:
-    """The test bed, which is not part of the package."""
-    spec = importlib.util.spec_from_file_location("architectures", ROOT / "tests" / "architectures.py")
+def bed(name: str) -> Any:
+    """A file of the test bed, which is not part of the package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["architectures"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 
@@ -31,21 +31,28 @@ def architectures() -> Any:
 def row(name: str, report: check.Report) -> str:
     """One line of the table."""
     if not report.ok:
-        return f"| {name} | no | {report.stage}: {(report.reason or '').split(';')[0][:110]} | | | |"
-    stacks = ", ".join(f"{stack.name} {stack.blocks}" for stack in report.stacks)
-    errors = [report.max_error[key] for key in ("chain", "exits", "other_shapes")]
+        return f"| {name} | no | {report.stage}: {(report.reason or '').split(';')[0][:110]} | | | | |"
+    stacks = ", ".join(
+        f"{stack.name} {stack.blocks}{' (cached)' if stack.cached else ''}" for stack in report.stacks
+    )
+    errors = [report.max_error[key] for key in ("chain", "exits", "cache", "other_shapes")]
     shown = " | ".join("" if error is None else f"{error:.0e}" for error in errors)
     return f"| {name} | yes | {stacks} | {shown} |"
 
 
-HEAD = "| model | works | stacks and their blocks | chain | exits | other shapes |\n|---|---|---|---|---|---|"
+HEAD = (
+    "| model | works | stacks and their blocks | chain | exits | cache | other shapes |\n|---|---|---|---|---|---|---|"
+)
 
 
 def main() -> None:
     """Check, print, and write where nothing was named."""
-    bed = architectures()
-    required: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()} | bed.REQUIRED
-    models = required | bed.OTHERS | {name: factory for name, (factory, _) in bed.NOT_CAPTURED.items()}
+    beds = [bed("architectures"), bed("decoders")]
+    required: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()}
+    models = dict(required)
+    for one in beds:
+        required |= one.REQUIRED
+        models |= one.REQUIRED | one.OTHERS | {name: factory for name, (factory, _) in one.NOT_CAPTURED.items()}
     named = list(models) if sys.argv[1:] == ["--all"] else sys.argv[1:]
     lines = [HEAD]
     print(HEAD)

@@ -18,10 +18,10 @@ from offramp.program import ops
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.axes import Axes
 from offramp.program.graph import (
-    ancestors,
     aten,
     expression,
     is_tensor,
+    read_by,
     results,
     shape,
     source,
@@ -142,7 +142,7 @@ class _Insertion:
 
     def _masks(self) -> set[fx.Node]:
         """Inputs of zeros and ones over the tokens that go into attention masks."""
-        read = ancestors([mask.node for site in self.sites for mask in site.masks])
+        read = read_by([mask.node for site in self.sites for mask in site.masks])
         found = set()
         for node in self.own:
             value = self.program.example_inputs[str(node.target)]
@@ -205,7 +205,7 @@ class _Insertion:
             PLACES,
             self.buffers,
             self.axes,
-            tuple(sorted(str(node.target) for node in self.masks)),
+            {str(node.target): node.meta["val"].dtype for node in sorted(self.masks, key=str)},
             self.limit,
         )
         kept = {name: value for name, value in program.example_inputs.items() if name not in cache.ones}

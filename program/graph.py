@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
 aten = torch.ops.aten
+_TORCH = str(Path(torch.__file__).parent)
 
 #: Results depend on the shape of their tensor argument, never on what is in it.
 SHAPE_ONLY: frozenset[Any] = frozenset(
@@ -143,8 +145,9 @@ def source(node: fx.Node) -> str:
     trace = node.meta.get("stack_trace")
     if trace:
         frames = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
-        if frames:
-            file, line = frames[-1].split(",")[:2]
+        own = [frame for frame in frames if _TORCH not in frame] or frames
+        if own:
+            file, line = own[-1].split(",")[:2]
             parts.append(f"{file[5:].strip(chr(34))}:{line.strip().removeprefix('line ')}")
     return ", ".join(parts) or f"node {node.name}"
 

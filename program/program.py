@@ -44,8 +44,8 @@ class Cache:
     ``tokens`` are the inputs that hold a chunk; ``lengths`` (int64 [batch]) says how many tokens each row has
     already, ``places`` (int64 [capacity]: 0, 1, ...) how many the caches have room for. ``buffers`` maps an input
     that holds the keys or values of those to the output that holds the chunk's too; ``axes`` says along which axis
-    of each the positions lie. ``ones`` are inputs of the model that the rewrite has set to ones (padding masks):
-    rows have lengths instead. ``limit`` is the greatest number of tokens, None for no limit.
+    of each the positions lie. ``ones`` are inputs of the model (and their dtypes) that the rewrite has set to ones
+    (padding masks): rows have lengths instead. ``limit`` is the greatest number of tokens, None for no limit.
     """
 
     tokens: tuple[str, ...]
@@ -53,7 +53,7 @@ class Cache:
     places: str
     buffers: Mapping[str, str]
     axes: Mapping[str, int]
-    ones: tuple[str, ...] = ()
+    ones: Mapping[str, torch.dtype] = field(default_factory=dict)
     limit: int | None = None
 
 
@@ -130,8 +130,10 @@ class Program:
 
     def ones(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inputs of the captured model that ``insert-cache`` set to ones, in the size of the tokens."""
-        tokens = inputs[self.cache.tokens[0]] if self.cache else None
-        return {name: torch.ones_like(tokens) for name in self.cache.ones} if self.cache and tokens is not None else {}
+        if self.cache is None:
+            return {}
+        tokens = inputs[self.cache.tokens[0]]
+        return {name: torch.ones_like(tokens, dtype=dtype) for name, dtype in self.cache.ones.items()}
 
     def require_stacks(self) -> Mapping[str, Stack]:
         """The stacks.

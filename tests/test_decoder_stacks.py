@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offramp.passes import apply
+from offramp.passes.infra.chunks import cached_stacks
 from offramp.program import Program, capture
 from offramp.program.attention import attention_sites
 from offramp.program.capture import named_outputs
 from offramp.program.graph import expression, placeholders, shape
 from offramp.program.program import evaluate
-from offramp.runtime.errors import CaptureError
+from offramp.runtime.errors import CaptureError, PassError
 
 FACTORIES = {**decoders.REQUIRED, **decoders.OTHERS, **decoders.REFUSED}
 CHEAP = ("gpt2", "torch_transformer", "triangle", "causal_flag", "cross_first")
@@ -53,6 +55,7 @@ def test_stacks_and_axes(name: str) -> None:
     assert {stack.name: (stack.role, stack.blocks) for stack in program.stacks.values()} == decoders.STACKS[name]
     assert_eager(program, module, inputs)
     assert_eager(program, module, decoders.resized(name, inputs))
+    _assert_cached(name, program)
 
     nodes = placeholders(program.graph)
     assert {expression(shape(node)[0]) for node in nodes.values()} == {program.axes.batch}
@@ -60,6 +63,20 @@ def test_stacks_and_axes(name: str) -> None:
     ids = {key: expression(shape(nodes[key])[1]) for key in inputs if inputs[key].dtype == torch.int64}
     assert set(ids.values()) <= set(program.axes.tokens)
     assert all(program.axes.names[size].startswith("tokens") for size in program.axes.tokens)
+
+
+def _assert_cached(name: str, program: Program) -> None:
+    """``insert-cache`` keeps keys and values of every decoder block, and checks itself in chunks; or refuses."""
+    if name in decoders.REFUSED:
+        with pytest.raises(PassError, match=r"tokens.*decoders\.py"):
+            apply(program, "insert-cache")
+        return
+    made = apply(program, "insert-cache")
+    causal = [stack for stack in program.stacks.values() if stack.role == "decoder"]
+    assert cached_stacks(made) == {stack.name for stack in causal}
+    assert made.cache is not None
+    kept = [key for key in made.cache.buffers if key.startswith("key")]
+    assert len(kept) >= sum(stack.blocks for stack in causal)
 
 
 def reach(program: Program) -> list[int]:

@@ -56,7 +56,9 @@ def run(chain: Chain, args: argparse.Namespace) -> int:
         raise InputError("--depths times one row", hint="leave --batch out")
     stack = _words.token_stack(chain)
     if len(stack.exits) < 2:
-        raise InputError(f"stack {stack.name!r} has no exit before full depth", hint=f"insert-exits{{stack={stack.name}}}")
+        raise InputError(
+            f"stack {stack.name!r} has no exit before full depth", hint=f"insert-exits{{stack={stack.name}}}"
+        )
     tokens = args.repeat or 32
     inputs = _given(chain, args, tokens)
     print(", ".join(f"{name} {list(np.shape(value))}" for name, value in inputs.items()), f"and {tokens} tokens\n")
@@ -114,8 +116,7 @@ def report(stack: Stack, found: Mapping[tuple[int, int], float]) -> str:
     early = [exit_.after for exit_ in stack.exits[:-1]]
     saved = {way: 100 * (1 - found[way] / full) for way in found}
     rows: list[list[object]] = [
-        [f"{depth} of {stack.blocks}", found[depth, 0]]
-        + [_percent(saved[depth, period]) for period in (0, *PERIODS)]
+        [f"{depth} of {stack.blocks}", found[depth, 0]] + [_percent(saved[depth, period]) for period in (0, *PERIODS)]
         for depth in early
     ]
     rows.append([f"{stack.blocks} of {stack.blocks}", full, *[""] * (1 + len(PERIODS))])

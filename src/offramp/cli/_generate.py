@@ -19,10 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Everything that is about generation."""
     group = parser.add_argument_group("generation", "of a bundle that was exported with insert-cache")
     group.add_argument("--once", action="store_true", help="run one pass over the inputs instead")
-    group.add_argument("--max-new-tokens", metavar="N", type=_common.positive, help="up to the model's room if left out")
+    group.add_argument(
+        "--max-new-tokens", metavar="N", type=_common.positive, help="up to the model's room if left out"
+    )
     group.add_argument("--temperature", metavar="T", type=float, help="of drawing tokens; 0 is greedy (default 0)")
     group.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens only")
-    group.add_argument("--top-p", metavar="P", type=float, help="draw from the likeliest tokens of probability P in all")
+    group.add_argument(
+        "--top-p", metavar="P", type=float, help="draw from the likeliest tokens of probability P in all"
+    )
     group.add_argument("--seed", metavar="N", type=int, help="the same seed draws the same tokens")
     group.add_argument("--raw", action="store_true", help="take --text as it is, without the bundle's template")
     group.add_argument(

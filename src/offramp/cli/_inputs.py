@@ -46,8 +46,9 @@ def encode(chain: Chain, bundle: Path, texts: Sequence[str]) -> Inputs:
     if TOKENIZER not in chain.manifest.files or "input_ids" not in chain.inputs:
         raise InputError(
             f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or takes no input_ids",
-            hint="--audio FILE.wav" if "audio" in chain.manifest.generation else
-            "--input name=file.npy; or offramp export --file tokenizer.json",
+            hint="--audio FILE.wav"
+            if "audio" in chain.manifest.generation
+            else "--input name=file.npy; or offramp export --file tokenizer.json",
         )
     tokenizer = tokenizer_of(chain, bundle)
     length, longest = _lengths(chain)
@@ -91,7 +92,7 @@ def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
     names = [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == 3]
     if not settings or len(names) != 1:
         raise InputError(
-            f"{bundle} does not turn sound into inputs: it has no settings for audio, or not one input for its features",
+            f"{bundle} does not turn sound into inputs: it has no audio settings, or not one input of features",
             hint="--input name=file.npy",
         )
     try:

@@ -49,7 +49,9 @@ def show(chain: Chain, path: Path, inputs: Mapping[str, Any], policy: Confidence
     """Print both texts as they come, coloured by depth; then what leaving early changed and what it saved."""
     stack = _words.token_stack(chain)
     decode = _words.decoder_of(_inputs.tokenizer_of(chain, path))
-    asked = ", ".join(f"after {after} where {policy.measure} >= {least}" for after, least in policy.thresholds.items())
+    asked = ", ".join(
+        f"after block {after} where {policy.measure} >= {least}" for after, least in policy.thresholds.items()
+    )
     ways: dict[str, Policy] = {"full depth": Never(), f"leaving {asked}": policy}
     for way in ways.values():  # the first run of all pays for what the others find done
         list(chain.stream(inputs, way, max_new_tokens=2))
@@ -67,11 +69,9 @@ def show(chain: Chain, path: Path, inputs: Mapping[str, Any], policy: Confidence
             f"{name:13}  {len(depths)} tokens, {statistics.fmean(depths):.1f} of {stack.blocks} blocks on average, "
             f"{milliseconds:.0f} ms, {milliseconds / len(depths):.1f} ms a token"
         )
-    print(
-        f"Leaving early is {spent[0] / spent[1]:.2f}x as fast here, a token "
-        f"{spent[0] / spent[1] * len(early.exits[0]) / len(full.exits[0]):.2f}x. At which share of early tokens it pays:"
-        f"\n\n  offramp bench {path} --depths"
-    )
+    ratio = spent[1] / len(early.exits[0]) / (spent[0] / len(full.exits[0]))
+    print(f"Where tokens may leave early, one takes {ratio:.2f}x the time. Which share of them has to, to pay:")
+    print(f"\n  offramp bench {path} --depths")
 
 
 def measure(chain: Chain, inputs: Mapping[str, Any], policies: list[Policy], options: Mapping[str, Any]) -> list[float]:

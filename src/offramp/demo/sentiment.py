@@ -1,4 +1,4 @@
-"""``offramp demo sentiment``: a sentence encoder whose six blocks each have a sentiment head, run sentence by sentence."""
+"""``offramp demo sentiment``: a sentence encoder whose six blocks each have a sentiment head, on single sentences."""
 
 from __future__ import annotations
 

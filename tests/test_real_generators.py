@@ -1,0 +1,150 @@
+"""Real models generate under ONNX Runtime, token for token, what transformers generates."""
+
+from __future__ import annotations
+
+import csv
+import os
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import offramp
+from offramp import zoo
+from offramp.runtime.audio import log_mel, read_wav, resample
+from offramp.runtime.errors import OfframpError
+
+pytestmark = pytest.mark.slow
+DATA = Path(os.environ.get("OFFRAMP_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
+PROMPTS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, in a village by the sea,",
+    "The three laws of thermodynamics are",
+    "List four fruits:",
+)
+
+
+def _loaded(name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    try:
+        return zoo.load(name)
+    except (OfframpError, ModuleNotFoundError) as error:
+        pytest.skip(f"{name}: {error}")
+
+
+def _bundle(name: str, folder: Path, pipeline: str = "insert-cache") -> tuple[torch.nn.Module, offramp.Chain, Path]:
+    module, example = _loaded(name)
+    program = offramp.apply(offramp.capture(module, example), pipeline)
+    path = folder / f"{name}.offramp"
+    figures = offramp.save(program, path, segments=2, generation=zoo.generation(name), files=zoo.tokenizer_files(name))
+    assert max(value for key, value in figures.items() if key != "tolerance") <= figures["tolerance"]
+    return module, offramp.load(path), path
+
+
+def _clips() -> list[tuple[str, Any, str]]:
+    """Name, log-mel features [1, 80, 3000] and transcript of the transcribed clips."""
+    table = DATA / "ljspeech" / "metadata8.csv"
+    if not table.exists():
+        pytest.skip(f"no {table}: LJSpeech, in a folder that OFFRAMP_DATA names")
+    with table.open(newline="") as stream:
+        rows = list(csv.reader(stream, delimiter="|", quoting=csv.QUOTE_NONE))
+    found = []
+    for row in rows:
+        samples, rate = read_wav(DATA / "ljspeech" / f"{row[0].removesuffix('.wav')}.wav")
+        found.append((row[0], log_mel(resample(samples, rate, 16000)), row[-1]))
+    return found
+
+
+def _greedy(module: Any, features: Any, generation: dict[str, Any]) -> list[int]:
+    """The tokens that transformers' own generation gives, with its own cache."""
+    whisper = module.whisper
+    settings = whisper.generation_config
+    settings.suppress_tokens, settings.begin_suppress_tokens = generation["suppress"], generation["suppress_first"]
+    settings.forced_decoder_ids = None
+    with torch.no_grad():
+        encoded = whisper.model.encoder(torch.from_numpy(features))
+        ids = torch.tensor([generation["prompt"]])
+        found: list[int] = []
+        past = None
+        for step in range(generation["max_length"] - len(generation["prompt"])):
+            output = whisper(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            logits = output.logits[0, -1]
+            logits[generation["suppress"]] = -torch.inf
+            if step == 0:
+                logits[generation["suppress_first"]] = -torch.inf
+            found.append(int(logits.argmax()))
+            if found[-1] in generation["stop"]:
+                break
+            ids = torch.tensor([[found[-1]]])
+    return found
+
+
+@pytest.mark.parametrize("name", ["whisper_tiny_en", "whisper_base"])
+def test_transcripts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    clips = _clips()
+    module, chain, _ = _bundle(name, tmp_path)
+    assert len(clips) == 8
+    for clip, features, _ in clips:
+        found = chain.generate({"input_features": features}).tokens[0]
+        assert found.tolist() == _greedy(module, features, dict(zoo.generation(name))), clip
+    pair = np.concatenate([clips[0][1], clips[1][1]])
+    together = chain.generate({"input_features": pair}).tokens
+    for row, (_, features, _) in enumerate(clips[:2]):
+        assert together[row].tolist() == chain.generate({"input_features": features}).tokens[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, offramp.Chain, Path]:
+    pipeline = "insert-cache,insert-exits{after=10|20}"
+    return _bundle("smollm2", tmp_path_factory.mktemp("smollm2"), pipeline)
+
+
+def test_64_greedy_tokens_of_5_prompts_are_those_of_transformers(smollm2: tuple[Any, offramp.Chain, Path]) -> None:
+    from tokenizers import Tokenizer
+
+    module, chain, path = smollm2
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    llama = next(child for child in module.children())
+    rows = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
+    found = chain.generate({"input_ids": rows}, offramp.Never(), max_new_tokens=64, stop=())
+    for ids, tokens in zip(rows, found.tokens, strict=True):
+        with torch.no_grad():
+            expected = llama.generate(
+                torch.tensor([ids]), max_new_tokens=64, min_new_tokens=64, do_sample=False, use_cache=True
+            )
+        assert tokens.tolist() == expected[0, len(ids) :].tolist()
+
+
+def test_leaving_early_is_exact_in_a_real_model(smollm2: tuple[Any, offramp.Chain, Path]) -> None:
+    """Every third token goes deep: it gets what one pass over the text before it gives."""
+    module, chain, _ = smollm2
+    ids = [[1, 4093, 198, 28120, 42]]
+    count = [0]
+
+    def leave(state: offramp.State) -> Any:
+        count[0] += state.after == 10
+        return np.full(state.rows.size, state.after == 20 if count[0] % 2 else count[0] % 3 != 0)
+
+    found = chain.generate({"input_ids": ids}, leave, max_new_tokens=24, stop=())
+    assert set(found.exits[0].tolist()) == {10, 20, 30}
+    text = torch.tensor([ids[0] + found.tokens[0].tolist()])
+    with torch.no_grad():
+        best = module(text)["logits"][0].argmax(-1)
+    deep = [i for i, after in enumerate(found.exits[0]) if after == 30]
+    assert [int(found.tokens[0][i]) for i in deep] == [int(best[len(ids[0]) - 1 + i]) for i in deep]
+
+
+def test_a_recording_of_another_rate_is_resampled(tmp_path: Path) -> None:
+    path = tmp_path / "tone.wav"
+    tone = (np.sin(np.arange(44100) * 2 * np.pi * 440 / 44100) * 8000).astype("<i2")
+    with wave.open(str(path), "wb") as stream:
+        stream.setnchannels(1)
+        stream.setsampwidth(2)
+        stream.setframerate(44100)
+        stream.writeframes(tone.tobytes())
+    samples, rate = read_wav(path)
+    assert log_mel(resample(samples, rate, 16000)).shape == (1, 80, 3000)
