@@ -152,6 +152,33 @@ class Decoder(Encoder):
         return self.head(self.leave(x))
 
 
+class Talker(Decoder):
+    """Room for 150 tokens, and a head of its own: with seed 4 what it writes varies, and with the depth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(150, WIDTH), nn.Linear(WIDTH, WORDS)
+
+
+class Halves(Talker):
+    """Two causal stacks, of 3 blocks and of 2, with a layer between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = self.blocks[:3]
+        self.bridge = nn.Linear(WIDTH, WIDTH)
+        self.more = nn.ModuleList(Block("parallel", causal=True) for _ in range(2))
+
+    def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x, None)
+        x = self.bridge(x)
+        for block in self.more:
+            x = block(x, None)
+        return self.head(self.leave(x))
+
+
 class TwoStacks(nn.Module):
     """An encoder of 4 blocks, and a causal decoder of 3 that attends to its output."""
 

@@ -200,8 +200,6 @@ class Rebuilder:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
             return self.copied(node, args, kwargs)
         args, kwargs = self.data_arguments(node)
-        if node.target is aten.baddbmm.default:  # whose fake form cannot broadcast what is added
-            return self._product_and_sum(node, *args, **kwargs)
         reason = mixes_tokens(node, args, self.chunk)
         made = self.copied(node, args, kwargs)
         if reason is not None:
@@ -210,14 +208,6 @@ class Rebuilder:
                 hint="attention is the only operator over tokens that gets a cache (and a cumulative sum of ids)",
             )
         return made
-
-    def _product_and_sum(
-        self, node: fx.Node, added: fx.Node, first: fx.Node, second: fx.Node, beta: float = 1.0, alpha: float = 1.0
-    ) -> fx.Node:
-        product = self.call(aten.bmm.default, first, second)
-        scaled = self.call(aten.mul.Tensor, product, alpha) if alpha != 1 else product
-        bias = self.call(aten.mul.Tensor, added, beta) if beta != 1 else added
-        return self.call(aten.add.Tensor, scaled, bias, name=node.name)
 
     def copied(self, node: fx.Node, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
         """A call of the node's target under the node's name, which records of cuts and exits rely on."""

@@ -1,0 +1,850 @@
+"""Generation: whatever leaves where, tokens and caches are those of a model that sees the whole text at once."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import offramp
+from offramp.export import save, write
+from offramp.export.lower import Function, translate
+from offramp.passes import Truncate, apply
+from offramp.program import Program
+from offramp.runtime import bundle
+from offramp.runtime.chain import Chain
+from offramp.runtime.decoder import Decoder
+from offramp.runtime.errors import ExecutionError, InputError, PolicyError
+from offramp.runtime.generate import Run, Token, stream
+from offramp.runtime.policy import State
+
+few = settings(max_examples=12)
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
+LIMIT = 150
+Depths = Mapping[str, Sequence[Sequence[int]]]  # by stack and row, after how many blocks each token leaves, cycled
+
+EXITS = {
+    "talker": "insert-exits,insert-scores{measure=top1|prediction}",
+    "two_stacks": "insert-exits{stack=encoder},insert-exits{stack=decoder},insert-scores{stack=decoder}",
+    "halves": "insert-exits{stack=decoder},insert-exits{stack=more},insert-scores{stack=more}",
+}
+MAKE: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, int]] = {
+    "talker": (tiny.Talker, {"input_ids": tiny.ids()}, 4),
+    "halves": (tiny.Halves, {"input_ids": tiny.ids()}, 4),
+}
+BLOCKS = {"talker": {"decoder": 4}, "two_stacks": {"decoder": 3}, "halves": {"decoder": 3, "more": 2}}
+#: Model and target; on a "device" (the CPU) all rows run together.
+WHERE = [(name, target) for name in EXITS for target in ("ort", "portable", "device")]
+
+
+class Bundle:
+    """A model, its program with caches and exits, and the loaded bundle."""
+
+    def __init__(self, name: str, captured: tiny.Captured, target: str, root: Path) -> None:
+        self.name, self.captured = name, captured
+        self.program: Program = apply(captured.program, f"insert-cache,{EXITS[name]}")
+        save(self.program, root, target="ort" if target == "ort" else "portable")
+        self.chain = offramp.load(root)
+        if target == "device":
+            manifest, place = bundle.read(root)
+            self.chain = Chain(manifest, place, _device=("cpu", 0))
+
+    def inputs(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """The prompts, with sources where the model takes some (those of row i are the i-th)."""
+        given: dict[str, Any] = {"input_ids": [list(prompt) for prompt in prompts]}
+        if self.name == "two_stacks":
+            given |= {key: value[: len(prompts)].numpy() for key, value in sources().items()}
+        return given
+
+    def of_row(self, inputs: Mapping[str, Any], row: int) -> dict[str, Any]:
+        return {key: value[row : row + 1] for key, value in inputs.items()}
+
+    def oracle(
+        self, inputs: Mapping[str, Any], row: int, encoder: int = tiny.BLOCKS, propagate: str = "defer"
+    ) -> Oracle:
+        return Oracle(self, self.of_row(inputs, row), encoder, propagate)
+
+
+def sources(rows: int = 4) -> tiny.Inputs:
+    ids = tiny.ids(tiny.SOURCES, rows, seed=6)
+    return {"source_ids": ids, "source_mask": (torch.arange(tiny.SOURCES) < 8 + torch.arange(rows)[:, None]).long()}
+
+
+@pytest.fixture(scope="session")
+def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
+    """Bundles by model and target, written when first asked for; both targets share the pieces without attention."""
+    known: dict[tuple[str, str], Bundle] = {}
+    models: dict[str, tiny.Captured] = {}
+    translated: dict[str, onnx.ModelProto] = {}
+
+    def once(function: Function, name: str) -> onnx.ModelProto:
+        key = f"{function.key}\n{[str(node.meta['val'].stride()) for node in function.inputs]}"
+        if key not in translated:
+            translated[key] = translate(function, name)
+        return translated[key]
+
+    def get(name: str, target: str = "ort") -> Bundle:
+        if name not in models:
+            make = MAKE.get(name)
+            models[name] = tiny.captured(*make[:2], seed=make[2]) if make else request.getfixturevalue("two_stacks")
+        if (name, target) not in known:
+            root = tmp_path_factory.mktemp("generation") / f"{name}-{target}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(write, "translate", once)
+                known[name, target] = Bundle(name, models[name], target, root)
+        return known[name, target]
+
+    return get
+
+
+Get = Callable[..., Bundle]
+
+
+# What is expected
+
+
+class Oracle:
+    """One row in torch, all blocks on all tokens at every step.
+
+    ``read[stack][i]`` is what block ``i`` has read so far, ``[tokens, width]``: its keys and values are made of
+    that. With "defer" the states of tokens that left early are those of full depth; with "hidden" the state at the
+    exit stands for all deeper ones.
+    """
+
+    def __init__(self, made: Bundle, inputs: Mapping[str, Any], encoder: int, propagate: str) -> None:
+        model: Any = made.captured.model
+        self.propagate = propagate
+        self.links: list[Callable[[Tensor], Tensor]]
+        around: tuple[Any, ...] = (None,)
+        if made.name == "two_stacks":
+            side, reach = model.encoder, torch.as_tensor(inputs["source_mask"]).bool()[:, None, None]
+            x = side.embed(torch.as_tensor(inputs["source_ids"]))
+            for block in side.blocks[:encoder]:
+                x = block(x, reach)
+            around, model = (None, side.leave(x), reach), model.decoder
+        self.embed, self.around = model.embed, around
+        self.stacks = {"decoder": list(model.blocks)}
+        self.links = [lambda x: model.head(model.leave(x))]
+        if made.name == "halves":
+            self.stacks["more"] = list(model.more)
+            self.links.insert(0, model.bridge)
+        self.ids: list[int] = []
+        self.read = {stack: [torch.empty(0, tiny.WIDTH)] * len(blocks) for stack, blocks in self.stacks.items()}
+
+    @torch.no_grad()
+    def feed(self, ids: Sequence[int], exits: Mapping[str, int]) -> Tensor:
+        """Logits behind new tokens, which leave each stack at ``exits``."""
+        self.ids += ids
+        x = self.embed(torch.tensor([self.ids]))[0, -len(ids) :]
+        for (stack, blocks), link in zip(self.stacks.items(), self.links, strict=True):
+            after, read = exits.get(stack, len(blocks)), self.read[stack]
+            whole = torch.cat([read[0], x])
+            for at, block in enumerate(blocks):
+                if self.propagate == "hidden":
+                    whole = torch.cat([read[at], x])
+                read[at] = whole
+                if self.propagate == "hidden" and at >= after:
+                    continue
+                whole = block(whole[None], *self.around)[0]
+                x = whole[-len(ids) :] if at < after else x
+            x = link(x)
+        return x[-1]
+
+    def caches(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
+        """The contents of every cache, [heads, tokens, features], by its name."""
+        number = itertools.count()
+        for stack, blocks in self.stacks.items():
+            for block, read in zip(blocks, self.read[stack], strict=True):
+                with torch.no_grad():
+                    pair = block.attention.kv(block.norms[0](read)).unflatten(-1, (2, tiny.HEADS, -1))
+                at = next(number)
+                for name, values in zip(("key", "value"), pair.permute(1, 2, 0, 3), strict=True):
+                    yield f"{name}_cache_{at}", values.numpy()
+
+    def write(self, prompt: Sequence[int], depths: Mapping[str, Sequence[int]], count: int) -> list[int]:
+        """The tokens that follow, each leaving where ``depths`` says (the first at full depth)."""
+        logits, found = self.feed(prompt, {}), list[int]()
+        for step in range(count):
+            found.append(int(logits.argmax()))
+            if step + 1 < count:
+                logits = self.feed(found[-1:], {stack: at[step % len(at)] for stack, at in depths.items()})
+        return found
+
+
+def greedy(model: nn.Module, inputs: Mapping[str, Any], count: int) -> list[int]:
+    """The tokens that follow one prompt, the model run on the whole text for each."""
+    ids = torch.tensor(inputs["input_ids"])
+    start = ids.shape[1]
+    around = {key: torch.as_tensor(value) for key, value in inputs.items() if key != "input_ids"}
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(**around, input_ids=ids)
+            ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    return ids[0, start:].tolist()
+
+
+# What happens
+
+
+class Schedule:
+    """A policy as a function: the n-th token of row r leaves a stack after ``depths[stack][r][n]`` blocks."""
+
+    def __init__(self, depths: Depths) -> None:
+        self.depths = depths
+        self.steps: dict[tuple[str, int], int] = {}
+        self.seen: list[State] = []
+
+    def __call__(self, state: State) -> Any:
+        self.seen.append(state)
+        return np.array([self.at(state.stack, int(row), state.after) <= state.after for row in state.rows], np.bool_)
+
+    def at(self, stack: str, row: int, after: int) -> int:
+        if after == 1:
+            self.steps[stack, row] = self.steps.get((stack, row), -1) + 1
+        if stack not in self.depths:
+            return 99
+        depths = self.depths[stack][row]
+        return depths[self.steps[stack, row] % len(depths)]
+
+
+@dataclass
+class Moment:
+    """The state of a run behind one of its steps."""
+
+    rows: list[int]
+    seen: NDArray[np.int64]
+    waiting: NDArray[np.int64]
+
+
+@dataclass
+class Played:
+    """A whole run: its tokens by step, and its state behind each."""
+
+    run: Run
+    steps: list[list[Token]] = field(default_factory=list)
+    moments: list[Moment] = field(default_factory=list)
+
+    def row(self, row: int) -> list[Token]:
+        return [token for step in self.steps for token in step if token.row == row]
+
+    def tokens(self, row: int) -> list[int]:
+        return [token.token for token in self.row(row)]
+
+    def exits(self, row: int, stack: str = "decoder") -> list[int]:
+        return [token.exits[stack] for token in self.row(row)]
+
+
+def play(
+    chain: Chain,
+    inputs: Mapping[str, Any],
+    policy: Any = None,
+    propagate: str = "defer",
+    max_pending: int | None = None,
+    check: Callable[[Run, list[Token]], None] | None = None,
+    **options: Any,
+) -> Played:
+    run, prompts = chain._generation(inputs, policy, propagate, max_pending, options)
+    played = Played(run)
+    step: list[Token] = []
+    for token in stream(run, prompts):
+        step.append(token)
+        if len(step) == len(run.rows):  # rows leave the run only behind the last token of a step
+            played.steps.append(step)
+            played.moments.append(moment(run))
+            if check:
+                check(run, step)
+            step = []
+    return played
+
+
+def moment(run: Run) -> Moment:
+    decoder, slots = run.decoder, range(len(run.rows))
+    waiting = [[decoder.waiting(leg, slot) for slot in slots] for leg in range(len(decoder.legs))]
+    return Moment(list(run.rows), decoder.seen[:, : len(run.rows)].copy(), np.array(waiting))
+
+
+def assert_caches(run: Run, oracles: Mapping[int, Oracle]) -> None:
+    """What every piece of the stack has seen lies in its caches, computed as the oracles of the rows have it."""
+    decoder = run.decoder
+    for slot, row in enumerate(run.rows):
+        expected = dict(oracles[row].caches())
+        for leg, seen in zip(decoder.legs, decoder.seen[:, slot], strict=True):
+            for name in {name for call in leg.calls for _, name in call.buffers}:
+                found = decoder.store.buffer(name)[slot]
+                np.testing.assert_allclose(found[:, :seen], expected.pop(name)[:, :seen], err_msg=name, **CLOSE)
+        assert not expected
+
+
+def pieces(decoder: Decoder) -> dict[str, list[int]]:
+    """The legs of each stack, in order."""
+    found: dict[str, list[int]] = {}
+    for at, leg in enumerate(decoder.legs):
+        if leg.stack:
+            found.setdefault(leg.stack, []).append(at)
+    return found
+
+
+@st.composite
+def batches(draw: Any, name: str, most: int = 25) -> tuple[list[list[int]], dict[str, list[list[int]]], int]:
+    """Prompts of 1 to 4 rows, where each of their tokens leaves, and how many there are."""
+    prompt = st.lists(st.integers(0, tiny.WORDS - 1), min_size=1, max_size=6)
+    prompts = draw(st.lists(prompt, min_size=1, max_size=4), label="prompts")
+    depths = {
+        stack: [
+            draw(st.lists(st.integers(1, blocks), min_size=1, max_size=7), label=f"{stack}, row {row}")
+            for row in range(len(prompts))
+        ]
+        for stack, blocks in BLOCKS[name].items()
+    }
+    return prompts, depths, draw(st.integers(1, most), label="new tokens")
+
+
+def of_row(depths: Depths, row: int) -> dict[str, Sequence[int]]:
+    return {stack: rows[row] for stack, rows in depths.items()}
+
+
+# Full depth
+
+
+@few
+@given(where=st.sampled_from(WHERE), data=st.data())
+def test_never_leaving_is_greedy_decoding(bundles: Get, where: tuple[str, str], data: Any) -> None:
+    if where[1] == "device":
+        where = where[0], "portable"
+    made = bundles(*where)
+    prompts, _, count = data.draw(batches(where[0]))
+    inputs = made.inputs(prompts)
+    found = made.chain.generate(inputs, offramp.Never(), max_new_tokens=count)
+    for row in range(len(prompts)):
+        assert found.tokens[row].tolist() == greedy(made.captured.model, made.of_row(inputs, row), count)
+        assert found.exits[row].tolist() == [list(BLOCKS[where[0]].values())[-1]] * count
+        assert found.tokens[row].dtype == found.exits[row].dtype == np.int64
+
+
+# Exits
+
+
+@settings(max_examples=25)
+@given(where=st.sampled_from(WHERE), propagate=st.sampled_from(["defer", "hidden"]), data=st.data())
+def test_tokens_and_caches_are_those_of_the_whole_text(
+    bundles: Get, where: tuple[str, str], propagate: str, data: Any
+) -> None:
+    made = bundles(*where)
+    prompts, depths, count = data.draw(batches(where[0]))
+    if where[1] == "device":  # where a prompt runs with all rows
+        prompts = [prompt[: len(prompts[0])] + [0] * (len(prompts[0]) - len(prompt)) for prompt in prompts]
+    inputs = made.inputs(prompts)
+    bound = data.draw(st.none() | st.integers(1, 4), label="max_pending")
+    encoder = data.draw(st.integers(1, tiny.BLOCKS), label="encoder")
+    oracles = {row: made.oracle(inputs, row, encoder, propagate) for row in range(len(prompts))}
+    policy = Schedule({**depths, "encoder": [[encoder]] * len(prompts)})
+    expected = [oracle.write(prompts[row], of_row(depths, row), count) for row, oracle in oracles.items()]
+    played = play(made.chain, inputs, policy, propagate, bound, max_new_tokens=count)
+    for row in range(len(prompts)):
+        assert played.tokens(row) == expected[row]
+        for stack, blocks in BLOCKS[where[0]].items():
+            at = depths[stack][row]
+            assert played.exits(row, stack) == [blocks, *(at[step % len(at)] for step in range(count - 1))]
+    for before, now in itertools.pairwise(played.moments):
+        assert (before.seen <= now.seen).all()
+    for now in played.moments:
+        for stack in pieces(played.run.decoder).values():
+            seen, waiting = now.seen[stack], now.waiting[stack]
+            assert (np.diff(seen, axis=0) <= 0).all()  # what a piece has seen, the pieces before it have seen
+            if propagate == "defer":
+                np.testing.assert_array_equal(seen[1:] + waiting[1:], seen[:-1])
+            else:
+                np.testing.assert_array_equal(seen[1:] + waiting[1:], np.broadcast_to(seen[0], seen[1:].shape))
+            if bound is not None:
+                assert (seen[0] - seen[-1] < bound).all()
+
+
+@few
+@given(where=st.sampled_from(WHERE), propagate=st.sampled_from(["defer", "hidden"]), data=st.data())
+def test_caches_behind_every_step(bundles: Get, where: tuple[str, str], propagate: str, data: Any) -> None:
+    made = bundles(*where)
+    prompts, depths, count = data.draw(batches(where[0], most=8))
+    prompts = [prompt[:1] for prompt in prompts] if where[1] == "device" else prompts
+    inputs = made.inputs(prompts)
+    oracles = {row: made.oracle(inputs, row, propagate=propagate) for row in range(len(prompts))}
+
+    def check(run: Run, step: list[Token]) -> None:
+        for token in step:
+            oracle = oracles[token.row]
+            oracle.feed(prompts[token.row] if not oracle.ids else last[token.row :][:1], token.exits)
+            last[token.row] = token.token
+        assert_caches(run, oracles)
+
+    last = [0] * len(prompts)
+    play(made.chain, inputs, Schedule(depths), propagate, check=check, max_new_tokens=count)
+
+
+POLICIES = st.one_of(
+    st.builds(offramp.Confidence, st.sampled_from([0.2, 0.3, 0.4, 0.5, 0.6])),
+    st.builds(offramp.Patience, st.integers(1, 2)),
+    st.builds(offramp.Depth, st.integers(1, 4)),
+)
+
+
+@few
+@given(target=st.sampled_from(["ort", "portable"]), policy=POLICIES, stops=st.booleans(), data=st.data())
+def test_a_row_gets_what_it_gets_alone(bundles: Get, target: str, policy: Any, stops: bool, data: Any) -> None:
+    made = bundles("talker", target)
+    prompts, _, count = data.draw(batches("talker"))
+    inputs, options = made.inputs(prompts), {"max_new_tokens": count, "stop": [8] if stops else []}
+    together = made.chain.generate(inputs, policy, **options)
+    for row in range(len(prompts)):
+        alone = made.chain.generate(made.of_row(inputs, row), policy, **options)
+        assert together.tokens[row].tolist() == alone.tokens[0].tolist()
+        assert together.exits[row].tolist() == alone.exits[0].tolist()
+
+
+@few
+@given(where=st.sampled_from(WHERE), data=st.data())
+def test_rows_keep_their_numbers_when_others_end(bundles: Get, where: tuple[str, str], data: Any) -> None:
+    made = bundles(*where)
+    prompts, depths, count = data.draw(batches(where[0]))
+    prompts = [prompt[:1] for prompt in prompts] if where[1] == "device" else prompts
+    inputs, stop = made.inputs(prompts), 0 if where[0] == "two_stacks" else 8
+    policy = Schedule(depths)
+    played = play(made.chain, inputs, policy, max_new_tokens=count, stop=[stop])
+    for row in range(len(prompts)):
+        expected = made.oracle(inputs, row).write(prompts[row], of_row(depths, row), count)
+        cut = expected.index(stop) + 1 if stop in expected else count
+        assert played.tokens(row) == expected[:cut]
+        assert [token.finished for token in played.row(row)] == [False] * (cut - 1) + [True]
+    assert all(set(state.rows) <= set(range(len(prompts))) for state in policy.seen)
+    assert [[token.row for token in step] for step in played.steps] == [
+        sorted(token.row for token in step) for step in played.steps
+    ]
+    assert played.run.rows == []
+
+
+def test_what_a_policy_sees(bundles: Get) -> None:
+    """The rows that are still there, under their own numbers, with their scores at the exits before."""
+    made = bundles("talker")
+    prompts = [[1], [2], [3], [4]]
+    depths = {"decoder": [[4], [1], [2], [3]]}
+    policy = Schedule(depths)
+    played = play(made.chain, made.inputs(prompts), policy, max_new_tokens=3)
+    first, second, third = policy.seen[:3]
+    assert (first.stack, first.after, first.blocks, first.rows.tolist(), first.history) == (
+        "decoder",
+        1,
+        4,
+        [0, 1, 2, 3],
+        {},
+    )
+    assert (second.after, second.rows.tolist(), list(second.history)) == (2, [0, 2, 3], [1])
+    assert (third.after, third.rows.tolist(), list(third.history)) == (3, [0, 3], [1, 2])
+    for measure in ("top1", "prediction"):
+        np.testing.assert_array_equal(second.history[1][measure], first.scores[measure][[0, 2, 3]])
+        np.testing.assert_array_equal(third.history[1][measure], first.scores[measure][[0, 3]])
+        np.testing.assert_array_equal(third.history[2][measure], second.scores[measure][[0, 2]])
+    assert first.scores["top1"].dtype == np.float32
+    assert first.scores["prediction"].dtype == np.int64
+    for row, after in enumerate([4, 1, 2, 3]):
+        model = tiny.cut(made.captured.model, after)
+        with torch.no_grad():
+            chances = model(torch.tensor([[*prompts[row], played.tokens(row)[0]]]))[0, -1].softmax(-1)
+        token = played.row(row)[1]
+        assert token.exit == after
+        assert int(chances.argmax()) == token.token
+        if after < 4:
+            assert token.scores["top1"] == pytest.approx(float(chances.max()), rel=1e-4)
+            assert token.scores["prediction"] == token.token
+    assert policy.seen[3].history == {}
+
+
+def test_scores_are_those_of_the_last_exit_that_was_asked(bundles: Get) -> None:
+    made = bundles("talker")
+    played = play(made.chain, made.inputs([[1], [2]]), Schedule({"decoder": [[4], [2]]}), max_new_tokens=2)
+    deep, early = played.steps[1]
+    for token, after in ((deep, 3), (early, 2)):
+        with torch.no_grad():
+            ids = [[token.row + 1, played.tokens(token.row)[0]]]
+            chances = tiny.cut(made.captured.model, after)(torch.tensor(ids))[0, -1].softmax(-1)
+        assert token.scores["top1"] == pytest.approx(float(chances.max()), rel=1e-4)
+    assert played.steps[0][0].scores == {}  # a prompt runs to full depth, and nobody is asked
+    never = play(made.chain, made.inputs([[1]]), offramp.Never(), max_new_tokens=2)
+    assert [token.scores for token in never.row(0)] == [{}, {}]
+
+
+# Propagation and what waits
+
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+def test_hidden_states_for_deeper_ones_differ_once_a_token_goes_deep(bundles: Get, target: str) -> None:
+    made = bundles("talker", target)
+    inputs, depths = made.inputs([[1, 5]]), {"decoder": [[1, 1, 1, 4, 1, 1, 4, 4]]}
+    caches: dict[str, list[dict[str, NDArray[Any]]]] = {}
+    written = {}
+    for propagate in ("defer", "hidden"):
+        kept = caches.setdefault(propagate, [])
+
+        def check(run: Run, step: list[Token], kept: list[dict[str, NDArray[Any]]] = kept) -> None:
+            store = run.decoder.store
+            kept.append({name: store.buffer(name)[0].copy() for name in store.cache.buffers})
+
+        played = play(made.chain, inputs, Schedule(depths), propagate, check=check, max_new_tokens=9)
+        written[propagate] = played.tokens(0)
+        assert played.exits(0) == [4, 1, 1, 1, 4, 1, 1, 4, 4]
+    for step in range(4):  # the first token of the schedule, and the three that leave early
+        for name, array in caches["defer"][step].items():
+            np.testing.assert_allclose(caches["hidden"][step][name], array, **CLOSE)
+    assert written["defer"][:4] == written["hidden"][:4]
+    deep = [name for name in caches["defer"][4] if name.endswith(("_1", "_2", "_3"))]
+    assert any(np.abs(caches["hidden"][4][name] - caches["defer"][4][name]).max() > 1e-2 for name in deep[2:])
+    np.testing.assert_allclose(caches["hidden"][4]["key_cache_1"], caches["defer"][4]["key_cache_1"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["talker", "two_stacks", "halves"])
+def test_hidden_is_defer_where_all_go_deep(bundles: Get, name: str) -> None:
+    made = bundles(name)
+    inputs = made.inputs([[1, 2], [2]])
+    deep = {stack: [[blocks]] * 2 for stack, blocks in BLOCKS[name].items()}
+    found = [
+        made.chain.generate(inputs, Schedule(deep), propagate=how, max_new_tokens=12) for how in ("defer", "hidden")
+    ]
+    for one, other in zip(*(generated.tokens for generated in found), strict=True):
+        assert one.tolist() == other.tolist()
+
+
+def test_bounding_what_waits_takes_more_steps_and_gives_the_same(bundles: Get) -> None:
+    made = bundles("talker")
+    inputs, depths = made.inputs([[1, 2], [3]]), {"decoder": [[1, 1, 2, 1, 3, 1], [3, 2, 1]]}
+    free = play(made.chain, inputs, Schedule(depths), max_new_tokens=20)
+    assert max(now.waiting.sum(0).max() for now in free.moments) > 10
+    for bound in (1, 2, 5):
+        bounded = play(made.chain, inputs, Schedule(depths), max_pending=bound, max_new_tokens=20)
+        assert [bounded.tokens(row) for row in (0, 1)] == [free.tokens(row) for row in (0, 1)]
+        assert max(now.waiting.sum(0).max() for now in bounded.moments) == bound - 1
+
+
+# What a token tells
+
+
+@pytest.mark.parametrize(("name", "target"), [("talker", "ort"), ("talker", "device"), ("two_stacks", "portable")])
+def test_the_records_of_a_known_schedule(bundles: Get, name: str, target: str) -> None:
+    made = bundles(name, target)
+    blocks = BLOCKS[name]["decoder"]
+    depths = {"decoder": [[1, 1, 1, blocks, 2, 1, blocks]]}
+    played = play(made.chain, made.inputs([[1]]), Schedule(depths), max_new_tokens=8)
+    tokens = played.row(0)
+    assert [token.exit for token in tokens] == [blocks, 1, 1, 1, blocks, 2, 1, blocks]
+    assert [dict(token.exits) for token in tokens] == [{"decoder": token.exit} for token in tokens]
+    assert [token.caught_up for token in tokens] == [0, 0, 0, 0, 3, 0, 0, 2]
+    assert [token.finished for token in tokens] == [False] * 7 + [True]
+    assert all(token.milliseconds > 0 for token in tokens)
+    stack = [f"decoder.{i}" for i in range(1, blocks + 1)]
+    tails = {blocks: "tail"} | {after: f"decoder.{after}/tail" for after in range(1, blocks)}
+    for token in tokens[:1] + tokens[4:5]:
+        names = [timing.segment for timing in token.trace]
+        assert [n for n in names if n in stack] == stack
+        assert names[-1] == tails[blocks]
+    for token in tokens[1:4]:
+        names = [timing.segment for timing in token.trace]
+        assert [n for n in names if n.startswith(("decoder", "tail"))] == [stack[0], tails[1]]
+        assert all(timing.rows == 1 and timing.milliseconds > 0 for timing in token.trace)
+    assert tokens[0].trace is not tokens[1].trace
+
+
+def test_caught_up_counts_tokens_of_all_rows(bundles: Get) -> None:
+    made = bundles("talker")
+    depths = {"decoder": [[1, 1, 4, 4], [3, 2, 1, 4]]}
+    played = play(made.chain, made.inputs([[1], [2, 3]]), Schedule(depths), max_new_tokens=5)
+    assert [[token.caught_up for token in step] for step in played.steps] == [[n] * 2 for n in (0, 0, 0, 2, 3)]
+
+
+def test_a_bound_catches_up_by_itself(bundles: Get) -> None:
+    made = bundles("talker")
+    played = play(made.chain, made.inputs([[1]]), Schedule({"decoder": [[1]]}), max_pending=3, max_new_tokens=8)
+    assert [step[0].caught_up for step in played.steps] == [0, 0, 0, 3, 0, 0, 3, 0]
+    assert [step[0].exit for step in played.steps] == [4] + [1] * 7
+
+
+# Room
+
+
+@pytest.mark.parametrize("target", ["ort", "portable", "device"])
+def test_caches_grow_up_to_the_models_last_place(bundles: Get, target: str) -> None:
+    made = bundles("talker", target)
+    prompt = [1, 2, 3, 4, 5, 6]
+    count = LIMIT - len(prompt) + 1
+    played = play(made.chain, made.inputs([prompt]), offramp.Never(), max_new_tokens=count)
+    assert played.tokens(0) == greedy(made.captured.model, {"input_ids": [prompt]}, count)
+    assert played.run.decoder.store.capacity == LIMIT
+    assert played.moments[-1].seen.max() == LIMIT
+    assert made.chain.generate(made.inputs([prompt])).tokens[0].size == count
+
+
+@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("propagate", ["defer", "hidden"])
+def test_caches_grow_while_tokens_wait(bundles: Get, target: str, propagate: str) -> None:
+    made = bundles("talker", target)
+    prompts = [[1, 2, 3, 4, 5, 6], [7]]
+    depths = {"decoder": [[*[1] * 30, 2, *[1] * 35, 4], [*[2] * 40, 3, *[1] * 50, 4]]}
+    count = LIMIT - 5
+    inputs = made.inputs(prompts)
+    played = play(made.chain, inputs, Schedule(depths), propagate, max_new_tokens=count)
+    oracles = {row: made.oracle(inputs, row, propagate=propagate) for row in (0, 1)}
+    for row in (0, 1):
+        assert played.tokens(row) == oracles[row].write(prompts[row], of_row(depths, row), count)
+    capacities = {64, 128, LIMIT}
+    assert played.run.decoder.store.capacity == max(capacities)
+
+
+def test_a_prompt_longer_than_the_first_caches(bundles: Get) -> None:
+    made = bundles("talker")
+    prompts = [tiny.ids(100, 1, seed=9)[0].tolist(), [1, 2]]
+    found = made.chain.generate(made.inputs(prompts), max_new_tokens=5)
+    for row in (0, 1):
+        assert found.tokens[row].tolist() == greedy(made.captured.model, {"input_ids": prompts[row : row + 1]}, 5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "reason"),
+    [
+        ([1] * (LIMIT + 1), {}, rf"the prompt has {LIMIT + 1} tokens; the model takes {LIMIT}"),
+        ([1] * 6, {"max_new_tokens": LIMIT - 4}, rf"max_new_tokens={LIMIT - 4} after a prompt of 6: the model takes {LIMIT}"),
+        ([1, tiny.WORDS], {}, rf"'input_ids' has the token ids \[{tiny.WORDS}\]; they go from 0 to {tiny.WORDS - 1}"),
+        ([1, -1], {}, r"the token ids \[-1\]"),
+        ([1.0, 2.0], {}, "rows of token ids"),
+        ([True, False], {}, "rows of token ids"),
+        ([[1, 2]], {}, "rows of token ids"),
+        (3, {}, "rows of token ids"),
+        ([], {}, "every row needs at least one token"),
+        ([1], {"propagate": "copy"}, "propagate='copy': there are defer and hidden"),
+        ([1], {"max_pending": 0}, "max_pending=0: at least 1"),
+        ([1], {"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ([1], {"beam": 3}, r"unknown options \['beam'\]; there are .*'max_new_tokens'"),
+        ([1], {"temperature": -1.0}, "temperature is -1.0"),
+        ([1], {"stop": [tiny.WORDS]}, rf"stop has {tiny.WORDS}; token ids end at {tiny.WORDS - 1}"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not_fit_is_said_before_anything_runs(
+    bundles: Get, monkeypatch: pytest.MonkeyPatch, prompt: Any, options: dict[str, Any], reason: str
+) -> None:
+    chain = bundles("talker").chain
+    monkeypatch.setattr(Decoder, "feed", lambda *args: pytest.fail("something ran"))
+    for call in (chain.stream, chain.generate):
+        with pytest.raises(InputError, match=reason):
+            call({"input_ids": [[1, 2], prompt]}, **options)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"input_ids": None}, "'input_ids' is missing, and the bundle has no prompt of its own"),
+        ({"source_ids": None}, "'source_ids' is missing"),
+        ({"more": [1]}, "'more' is not an input"),
+        ({"source_ids": tiny.ids(5, 2).numpy()}, r"axis 1 of 'source_.*' has"),
+        ({"source_ids": tiny.ids(tiny.SOURCES, 3).numpy()}, r"axis 0 of 'source_.*' has"),
+        ({"source_ids": tiny.ids(tiny.SOURCES, 2).numpy().astype(np.float32)}, "'source_ids' is float32, expected int64"),
+        ({"source_ids": tiny.ids(tiny.SOURCES, 2).numpy()[0]}, r"'source_ids' has the shape \[12\]"),
+        ({"input_ids": [[1], [2], [0]]}, r"axis 0 of '.*' has"),
+        ({"input_ids": np.ones((2, 3), np.float32)}, "rows of token ids, of any lengths: dtype float32"),
+        ({"input_ids": []}, "every row needs at least one token"),
+        ({"input_ids": 7}, "rows of token ids"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_inputs_beside_the_tokens_have_to_fit(
+    bundles: Get, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], reason: str
+) -> None:
+    made = bundles("two_stacks")
+    monkeypatch.setattr(Chain, "_step", lambda *args: pytest.fail("something ran"))
+    inputs = {**made.inputs([[1], [2]]), **changed}
+    with pytest.raises(InputError, match=reason):
+        made.chain.stream({key: value for key, value in inputs.items() if value is not None})
+
+
+def test_a_bundle_without_caches_does_not_generate(tmp_path: Path) -> None:
+    captured = tiny.captured(tiny.Decoder, {"input_ids": tiny.ids()}, dynamic={})
+    save(captured.program, tmp_path / "plain", segments=1)
+    chain = offramp.load(tmp_path / "plain")
+    assert chain.generates is None
+    with pytest.raises(InputError, match="has no caches") as caught:
+        chain.generate({"input_ids": [[1]]})
+    assert caught.value.hint == "insert-cache before export"
+
+
+def test_a_policy_that_does_not_fit(bundles: Get) -> None:
+    chain = bundles("two_stacks").chain
+    inputs = bundles("two_stacks").inputs([[1]])
+    for policy, reason in (
+        (offramp.Patience(1), "has the score 'prediction'"),
+        (offramp.Depth(9), "no exit after 9 blocks"),
+        (lambda state: np.ones(7, np.bool_), r"has to return bool \[1\] after 1 blocks of 'encoder'"),
+        (0.9, "is no policy"),
+    ):
+        with pytest.raises(PolicyError, match=reason):
+            list(chain.stream(inputs, policy, max_new_tokens=3))
+
+
+# How it ends
+
+
+def test_no_tokens(bundles: Get) -> None:
+    made = bundles("talker")
+    assert list(made.chain.stream(made.inputs([[1], [2]]), max_new_tokens=0)) == []
+    found = made.chain.generate(made.inputs([[1], [2]]), max_new_tokens=0)
+    assert [row.tolist() for row in (*found.tokens, *found.exits)] == [[]] * 4
+
+
+def test_stop_tokens(bundles: Get) -> None:
+    made = bundles("talker")
+    whole = made.chain.generate(made.inputs([[1], [2], [3]]), max_new_tokens=20).tokens
+    for stop in ([8], [3, 9], list(range(tiny.WORDS))):
+        found = made.chain.generate(made.inputs([[1], [2], [3]]), max_new_tokens=20, stop=stop).tokens
+        for row, tokens in zip(found, whole, strict=True):
+            cut = next((i + 1 for i, token in enumerate(tokens) if token in stop), 20)
+            assert row.tolist() == tokens[:cut].tolist()
+
+
+def test_prompts_of_any_kind(bundles: Get) -> None:
+    chain = bundles("talker").chain
+    wanted = [row.tolist() for row in chain.generate({"input_ids": [[1, 2], [3, 4]]}, max_new_tokens=4).tokens]
+    for prompts in (
+        np.array([[1, 2], [3, 4]]),
+        np.array([[1, 2], [3, 4]], np.int32),
+        ((1, 2), (3, 4)),
+        [np.array([1, 2], np.uint8), [3, 4]],
+    ):
+        assert [row.tolist() for row in chain.generate({"input_ids": prompts}, max_new_tokens=4).tokens] == wanted
+
+
+def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get, tmp_path: Path) -> None:
+    made = bundles("two_stacks")
+    manifest = made.chain.manifest
+    files = bundle.read(bundles_root(made))[1]
+    own = {"prompt": [2, 0], "stop": [1], "suppress": [], "suppress_first": [2], "max_length": 9}
+    chain = Chain(offramp_replace(manifest, generation=own), files)
+    around = {key: value for key, value in made.inputs([[1]] * 3).items() if key != "input_ids"}
+    found = chain.generate(around).tokens
+    assert len(found) == 3
+    options = {"stop": [1], "suppress_first": [2], "max_new_tokens": 7}
+    expected = made.chain.generate({**around, "input_ids": [[2, 0]] * 3}, **options).tokens
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+
+
+# Interruptions, neighbours, threads
+
+
+def test_a_stream_that_is_left_leaves_nothing_behind(bundles: Get) -> None:
+    for name, target in (("talker", "ort"), ("two_stacks", "device")):
+        made = bundles(name, target)
+        inputs, depths = made.inputs([[1], [2]]), {"decoder": [[1, 2, 3], [2, 1]]}
+        wanted = play(made.chain, inputs, Schedule(depths), max_new_tokens=10)
+        left = made.chain.stream(inputs, Schedule(depths), max_new_tokens=10)
+        for _ in range(7):  # in the middle of a step
+            next(left)
+        left.close()  # type: ignore[attr-defined]
+        with pytest.raises(StopIteration):
+            next(left)
+
+        def fails(state: State) -> Any:
+            schedule(state)
+            return 1 / (len(schedule.seen) < 6) > 0 and np.zeros(state.rows.size, np.bool_)
+
+        schedule = Schedule(depths)
+        with pytest.raises(ZeroDivisionError):
+            made.chain.generate(inputs, fails, max_new_tokens=10)
+        again = play(made.chain, inputs, Schedule(depths), max_new_tokens=10)
+        assert [again.tokens(row) for row in (0, 1)] == [wanted.tokens(row) for row in (0, 1)]
+
+
+def test_runs_side_by_side(bundles: Get) -> None:
+    """Two streams of one chain, and one of another chain of the same bundle, token by token in turn."""
+    made = bundles("talker")
+    other = Chain(made.chain.manifest, bundles_root(made))
+    given = [
+        (made.chain, [[1], [2]], [[1, 4], [2]]),
+        (made.chain, [[5, 6, 7], [8]], [[4], [1]]),
+        (other, [[9], [3]], [[3], [1]]),
+    ]
+    alone = [play(c, made.inputs(p), Schedule({"decoder": d}), max_new_tokens=12) for c, p, d in given]
+    streams = [c.stream(made.inputs(p), Schedule({"decoder": d}), max_new_tokens=12) for c, p, d in given]
+    for tokens in zip(*streams, strict=True):
+        for played, token in zip(alone, tokens, strict=True):
+            step = token.row, token.token, token.exit
+            assert step in [(t.row, t.token, t.exit) for t in played.row(token.row)]
+    turns = [[(t.row, t.token, t.exit) for t in s] for s in zip(*(played.row(0) for played in alone), strict=True)]
+    assert len(turns) == 12
+
+
+@pytest.mark.parametrize("target", ["ort", "portable", "device"])
+def test_threads_may_share_a_chain(bundles: Get, target: str) -> None:
+    made = bundles("two_stacks", target)
+    prompts = [[[1], [2], [0]], [[2], [2]], [[0], [1], [1], [2]]]
+    depths = {"decoder": [[1, 3, 2], [2], [1, 1, 3], [3, 1]]}
+
+    def written(n: int) -> list[list[int]]:
+        found = made.chain.generate(made.inputs(prompts[n]), Schedule(depths), max_new_tokens=15)
+        return [row.tolist() for row in (*found.tokens, *found.exits)]
+
+    wanted = [written(n) for n in range(3)]
+    wrong: list[object] = []
+
+    def work(n: int) -> None:
+        try:
+            for _ in range(6):
+                assert written(n) == wanted[n]
+        except BaseException as error:
+            wrong.append(error)
+            raise
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_on_a_device_one_row_at_a_time_is_refused(bundles: Get) -> None:
+    """GroupQueryAttention takes prompts row by row, and on a device all rows run together."""
+    made = bundles("talker")
+    chain = Chain(made.chain.manifest, bundles_root(made), _device=("cpu", 0))
+    assert chain.generate({"input_ids": [[1, 2]]}, max_new_tokens=5).tokens[0].size == 5
+    with pytest.raises(ExecutionError, match="takes one row at a time") as caught:
+        chain.generate({"input_ids": [[1, 2], [3, 4]]}, max_new_tokens=5)
+    assert 'target="portable"' in (caught.value.hint or "")
+
+
+# One pass
+
+
+@few
+@given(where=st.sampled_from(WHERE), rows=st.integers(1, 4), tokens=st.integers(1, 12), data=st.data())
+def test_one_pass_is_eager(bundles: Get, where: tuple[str, str], rows: int, tokens: int, data: Any) -> None:
+    made = bundles(*where)
+    ids = tiny.ids(tokens, rows, seed=data.draw(st.integers(0, 99)))
+    inputs = made.inputs(ids.tolist()) | {"input_ids": ids.numpy()}
+    given = {key: torch.as_tensor(value) for key, value in inputs.items()}
+    tiny.assert_same(
+        {k: torch.as_tensor(v) for k, v in made.chain.run(inputs, offramp.Never()).outputs.items()},
+        made.captured.eager(given),
+        atol=1e-5,
+    )
+    stack = data.draw(st.sampled_from(list(made.chain.stacks)))
+    after = data.draw(st.integers(1, made.chain.stacks[stack].blocks - 1))
+    result = made.chain.run(inputs, offramp.Depth({stack: after}))
+    short = apply(made.program, [Truncate(stack, after)])
+    expected = tiny.outputs(short.module, short.fresh(given))["output"].numpy()
+    np.testing.assert_allclose(result.outputs["output"], expected, **CLOSE)
+    assert result.exits[stack].tolist() == [after] * rows
