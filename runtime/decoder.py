@@ -116,6 +116,8 @@ def _door(manifest: Manifest, stack: Stack, exit_: Exit, ready: Mapping[str, Lau
 class Decoder:
     """The state of a generation: ``seen[leg, slot]`` tokens computed, and per leg and slot the values that wait.
 
+    ``rows[slot]`` is the place in the batch of what the slot holds, which policies see. With ``max_pending`` no row
+    has more tokens waiting than one less.
     ``propagate`` is "defer" (exact) or "hidden": where a row leaves, its hidden state stands for those of all
     deeper blocks (CALM, arXiv 2207.07061, sec. 3.3), which are then computed from it, when a token goes deep.
     """
@@ -126,11 +128,13 @@ class Decoder:
     propagate: str = "defer"
     max_pending: int | None = None
     seen: Index = field(init=False)
+    rows: Index = field(init=False)
     pending: list[list[list[Values]]] = field(init=False)
     trace: list[Timing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.seen = np.zeros((len(self.legs), self.store.slots), np.int64)
+        self.rows = np.arange(self.store.slots)
         self.pending = [[[] for _ in range(self.store.slots)] for _ in self.legs]
 
     def feed(self, slots: Index, values: Values, counts: Index, askers: Mapping[str, Asker] | None) -> list[Left]:
@@ -159,14 +163,15 @@ class Decoder:
                 leave, made = self._ask(door, leg, slots, values, counts, askers)
                 if leave is None:
                     continue
+                if made is not None and askers is not None:
+                    for measure in askers[leg.stack or ""].wanted[door.after] or ():
+                        for slot, score in zip(slots, made[door.scores[measure]].reshape(slots.size, -1), strict=True):
+                            scores[int(slot)][measure] = float(score[-1])
                 go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
                 ending = self._door(door, slots[go], values, counts, go, made)
                 for place, row in enumerate(go):
                     slot = int(slots[row])
                     exits[slot][leg.stack or ""] = door.after
-                    if made is not None:
-                        for measure in askers[leg.stack or ""].wanted[door.after] or () if askers else ():
-                            scores[slot][measure] = float(made[door.scores[measure]][row].reshape(-1)[-1])
                     if not door.full:
                         self._wait(at, slot, values, int(row), int(counts[row]))
                     if door.ends:
@@ -177,8 +182,10 @@ class Decoder:
                     counted = np.array([new[int(slot)] for slot in slots[go]])
                     onward = self._onward(door, slots[go], values, counts, go, counted)
                     waiting.append((after, slots[go], onward, counted))
+                if askers is not None and not door.full:
+                    askers[leg.stack or ""].keep(stay)
                 slots, counts = slots[stay], counts[stay]
-                values = {name: array[stay] for name, array in values.items()}
+                values = self._some(values, stay, counts)
         return left
 
     def _behind(self, at: int, stack: str | None) -> int:
@@ -195,8 +202,10 @@ class Decoder:
         for leg in range(at, ends):
             wanted = self._translated(values, at - 1, leg)
             self.pending[leg][slot].append({name: array[row, :count].copy() for name, array in wanted.items()})
-        if self.max_pending is not None and self.waiting(at, slot) >= self.max_pending:
-            self.flush(np.array([slot]), at)
+        first = next(leg for leg, other in enumerate(self.legs) if other.stack == stack)
+        lacking = self.seen[first, slot] - self.seen[self._behind(at, stack) - 1, slot]
+        if self.max_pending is not None and lacking >= self.max_pending:
+            self.flush(np.array([slot]), first)
 
     def _translated(self, values: Values, left: int, leg: int) -> Values:
         """The values of an exit under the names that a deeper leg reads."""
@@ -238,6 +247,11 @@ class Decoder:
             self.pending[at][slot] = []
         total = np.array([len(row) for row in next(iter(rows.values()))], np.int64)
         return {name: _padded(arrays) for name, arrays in rows.items()}, total
+
+    def _some(self, values: Values, rows: Index, counts: Index) -> Values:
+        """The values of some rows, no wider than their tokens."""
+        widest = int(counts.max(initial=0))
+        return {name: array[rows, :widest] if self._along(name) else array[rows] for name, array in values.items()}
 
     def _last(self, values: Values, slots: Index, counts: Index, wanted: Index) -> tuple[Values, Index]:
         """Only the last ``wanted`` tokens of each row."""
@@ -332,7 +346,7 @@ class Decoder:
         if not door.free.issuperset(wanted):
             made |= self._through(door, slots, made)
         found = {measure: made[door.scores[measure]].reshape(slots.size, -1)[:, -1] for measure in wanted}
-        return asker.ask(door.after, slots, found), made
+        return asker.ask(door.after, self.rows[slots], found), made
 
     def _door(
         self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, made: Values | None
@@ -356,7 +370,7 @@ class Decoder:
 
     def _onward(self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, wanted: Index) -> Values:
         """What goes on to the next stages: the last ``wanted`` tokens of rows that left this stack."""
-        some = {name: array[rows] for name, array in values.items()}
+        some = self._some(values, rows, counts[rows])
         some, counted = self._last(some, slots, counts[rows], wanted)
         for call in door.calls:
             some = some | self._launch(call, np.zeros(self.store.slots, np.int64), slots, some, counted)
@@ -375,6 +389,7 @@ class Decoder:
         self.store.rearrange(sources)
         count = len(sources)
         self.seen[:, :count] = self.seen[:, list(sources)]
+        self.rows[:count] = self.rows[list(sources)]
         for leg in self.pending:
             leg[:count] = [list(leg[source]) for source in sources]
 

@@ -140,6 +140,7 @@ class Plan:
         own = {key: tuple(self.manifest.generation.get(key, ())) for key in ("stop", "suppress", "suppress_first")}
         given: dict[str, Any] = {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}}
         chosen = Sampling(**given)
+        Chooser(chosen, self.vocabulary)  # which checks the token ids
         limits = [self.cache.limit, self.manifest.generation.get("max_length")]
         limit = min((number for number in limits if number is not None), default=None)
         room = None if limit is None else limit - longest + (limit == self.cache.limit)
@@ -261,9 +262,8 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
     while run.rows:
         started = perf_counter()
         run.decoder.trace = []
-        before = int(run.decoder.seen.sum())
+        before = run.decoder.seen.copy()
         left = run.feed(tokens, askers)
-        steps = sum(ids.size for ids in tokens) * len(plan.legs)
         emitted = np.array([len(texts[row]) - lengths[row] for row in run.rows])
         logits = np.stack([item.outputs[plan.output].reshape(-1) for item in left])
         if chooser.batched:
@@ -275,9 +275,7 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
             ]
         milliseconds = (perf_counter() - started) * 1e3
         trace = tuple(run.decoder.trace)
-        done = int(run.decoder.seen.sum()) - before
-        skipped = _skipped(run, left, tokens)
-        caught_up = max(0, done - (steps - skipped))
+        caught_up = _caught_up(run, before, left)
         ended = []
         records = []
         for slot, (item, token) in enumerate(zip(left, chosen, strict=True)):
@@ -294,15 +292,17 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
         askers = run.askers
 
 
-def _skipped(run: Run, left: Sequence[Left], tokens: Sequence[NDArray[np.int64]]) -> int:
-    """How many token-legs were left out by rows that left early."""
+def _caught_up(run: Run, before: NDArray[np.int64], left: Sequence[Left]) -> int:
+    """How many tokens went deeper than where they had left; ``before`` is what every leg had seen before the step.
+
+    A row's new token is one of them where it left, and was computed deeper at once (``max_pending``).
+    """
     count = 0
-    for item, ids in zip(left, tokens, strict=True):
-        for leg in run.plan.legs:
-            if (
-                leg.stack is not None
-                and leg.door is not None
-                and leg.door.after > item.exits.get(leg.stack, leg.door.after)
-            ):
-                count += ids.size
+    for item in left:
+        starts, ends = before[:, item.slot], run.decoder.seen[:, item.slot]
+        deepest = [
+            leg.door is None or leg.stack is None or leg.door.after <= item.exits.get(leg.stack, leg.door.after)
+            for leg in run.plan.legs
+        ]
+        count += int((np.where(deepest, np.minimum(ends, starts[0]), ends) - starts).max(initial=0))
     return count

@@ -28,7 +28,8 @@ class State:
         after: How many blocks are done.
         blocks: How many the stack has.
         scores: For each measure that was asked for, float32 [rows] (int64 for "prediction").
-        rows: Where these rows are in the batch of the run, int64 [rows], increasing.
+        rows: Where these rows are in the batch of the run, int64 [rows]; increasing, but in generations where others
+            have ended.
         history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order.
     """
 
@@ -132,8 +133,9 @@ class Asker:
         }
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
-        if array.ndim == 2 and array.shape[0] == rows and measure != "prediction":  # of each token: the least sure one
-            array = array.max(1) if measure == "entropy" else array.min(1)
+        if array.ndim == 2 and array.shape[0] == rows:  # of each token: the least sure one, or what follows the text
+            least = {"entropy": array.max, "prediction": lambda axis: array[:, -1]}.get(measure, array.min)
+            array = least(1)
         if array.size != rows:
             raise ExecutionError(
                 f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "

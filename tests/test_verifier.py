@@ -14,6 +14,7 @@ from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.verifier import CHECKS, verify
 from offramp.program import Exit, Program
 from offramp.program.graph import aten, results
+from offramp.program.program import Cache
 from offramp.runtime.errors import PassError
 
 FULL = "insert-exits,insert-adapter{kind=bottleneck},insert-scores{measure=top1|cosine}"
@@ -127,6 +128,15 @@ def _late_score(program: Program) -> Program:
     return _edited(program, edit)
 
 
+def _lost_cache(program: Program) -> Program:
+    return replace(program, cache=Cache(("input_ids",), "lengths", "places", {}, {}))
+
+
+def _other_cache(program: Program) -> Program:
+    buffers = {"input_ids": "logits"}
+    return replace(program, cache=Cache(("input_ids",), "attention_mask", "attention_mask", buffers, {"input_ids": 1}))
+
+
 BROKEN: dict[str, tuple[Callable[[Program], Program], str, str]] = {
     "a weight is gone": (_lost_weight, "graph-is-sound", "weight"),
     "a node reads a later one": (_wrong_order, "graph-is-sound", "before it has been defined"),
@@ -140,6 +150,8 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str, str]] = {
     "an exit elsewhere": (_wrong_place, "exits-are-early", "exit encoder.2 does not leave at its block"),
     "a late state": (_late_state, "exits-are-early", r"exit encoder.2 waits for \['add_\d+'\]"),
     "a late output": (_late_output, "exits-are-early", "exit encoder.2 waits for"),
+    "a cache is gone": (_lost_cache, "caches-are-there", r"the graph has no inputs \['lengths', 'places'\]"),
+    "a cache of another shape": (_other_cache, "caches-are-there", "input_ids is .*, and logits that replaces it is"),
     "a late score": (_late_score, "exits-are-early", "exit encoder.1 waits for"),
 }  # fmt: skip
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from offramp.program.graph import ancestors, attribute, dependents, is_symint, is_tensor, results
+from offramp.program.graph import (
+    ancestors,
+    attribute,
+    dependents,
+    is_symint,
+    is_tensor,
+    placeholders,
+    results,
+    shape_key,
+)
 from offramp.program.program import Program
 from offramp.runtime.errors import PassError
 
@@ -84,9 +93,30 @@ def exits_are_early(program: Program) -> str | None:
     return None
 
 
+def caches_are_there(program: Program) -> str | None:
+    """Inputs of a program with caches exist, and a cache and what replaces it have one shape and dtype."""
+    if program.cache is None:
+        return None
+    cache, inputs, returned = program.cache, placeholders(program.graph), results(program.graph)
+    missing = [name for name in (*cache.tokens, cache.lengths, cache.places, *cache.buffers) if name not in inputs]
+    if missing:
+        return f"the graph has no inputs {missing}"
+    for name, made in cache.buffers.items():
+        if made in returned and shape_key(inputs[name]) != shape_key(returned[made]):
+            return f"{name} is {shape_key(inputs[name])}, and {made} that replaces it is {shape_key(returned[made])}"
+    return None
+
+
 CHECKS: dict[str, Check] = {
     check.__name__.replace("_", "-"): check
-    for check in (graph_is_sound, values_have_shapes, outputs_are_there, cuts_are_closed, exits_are_early)
+    for check in (
+        graph_is_sound,
+        values_have_shapes,
+        outputs_are_there,
+        cuts_are_closed,
+        exits_are_early,
+        caches_are_there,
+    )
 }
 
 
