@@ -53,6 +53,11 @@ def expression(size: Any) -> Any:
     return int(found) if found.is_Integer else found
 
 
+def symbols(size: Any) -> set[Any]:
+    """The symbols that a size is made of."""
+    return set(getattr(expression(size), "free_symbols", ()))
+
+
 def shape_key(node: fx.Node) -> str:
     """The shape and dtype of a tensor node as text, equal where the shapes are provably equal."""
     value = node.meta["val"]

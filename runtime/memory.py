@@ -129,8 +129,10 @@ class Device:
         return array if name in self._to_host else self._copy(array)
 
     def get(self, tensor: Tensor) -> Array:
-        array: Array = tensor if isinstance(tensor, np.ndarray) else tensor.numpy()
-        return array
+        if isinstance(tensor, np.ndarray):
+            return tensor
+        array: Array = tensor.numpy()
+        return array.copy() if self._device[0] == "cpu" else array  # there it lies in memory that the value holds
 
     def _rows(self, name: str, tensor: Tensor, rows: Index) -> Tensor:
         value = self._values[name]

@@ -131,6 +131,8 @@ class Store:
                 continue
             factor = value.batch_factor
             array = self._array(name)
+            if name in self._on_device:
+                array = array.copy()  # where the device is the CPU, it lies in memory that the old value holds
             before: tuple[Any, ...] = (slice(None),) * value.batch_axis
             split = array.reshape(*array.shape[: value.batch_axis], -1, factor, *array.shape[value.batch_axis + 1 :])
             split[(*before, into)] = split[(*before, out)]

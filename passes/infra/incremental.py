@@ -1,9 +1,8 @@
-"""Rebuild a causal program so that it runs on chunks of new tokens: labels, rows of tables, appended keys.
+"""Rebuild a causal program so that it runs on chunks of new tokens: rows of tables, appended keys.
 
-Every value of the given graph has a kind. *Data* depends on the contents of the tokens, *memory* on those of other
-inputs only (an encoder's side), *positional* on shapes only. In the rebuilt graph the token axis has become two:
-data has the chunk's size along it, positional values are made for all positions up to the capacity of the caches,
-and where data meets them the chunk's rows are taken out. Axes need no other label than these two sizes.
+In the rebuilt graph the token axis has become two: data has the chunk's size along it, positional values (see
+``causal``) are made for all positions up to the capacity of the caches, and where data meets them the chunk's rows are
+taken out. Axes need no other label than these two sizes.
 """
 
 from __future__ import annotations
@@ -21,47 +20,18 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from offramp.passes.infra.causal import CHUNK, DATA, MEMORY, POSITIONAL
 from offramp.passes.infra.mixing import mixes_tokens
 from offramp.program import ops
-from offramp.program.graph import aten, attribute, data_inputs, expression, is_symint, is_tensor, shape, source
+from offramp.program.graph import aten, attribute, expression, is_symint, is_tensor, shape, source, symbols
 from offramp.program.program import Program
 from offramp.runtime.errors import PassError
 
-CONSTANT, POSITIONAL, CHUNK, MEMORY, DATA = "constant", "positional", "chunk", "memory", "data"
 #: The input that says how many tokens each row has already, int64 [rows].
 LENGTHS = "lengths"
 #: The input whose size is the capacity of the caches: its positions, int64 [capacity].
 PLACES = "places"
 _RESHAPES = (aten.reshape.default, aten.view.default, aten.expand.default)
-
-
-def kinds_of(program: Program, tokens: Any, data: set[fx.Node], masks: set[fx.Node]) -> dict[fx.Node, str]:
-    """The kind of every tensor node; ``tokens`` is the symbol of the token axis, ``data`` the inputs that have it.
-
-    ``masks`` are inputs of ones, which makes them positional. *Chunk* is a positional value over an axis of
-    batch and tokens together (``arange(batch * tokens)``): it counts places of this chunk, not positions.
-    """
-    batch = program.axes.batch
-    kinds: dict[fx.Node, str] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            kinds[node] = DATA if node in data else POSITIONAL if node in masks else MEMORY
-        elif node.op == "get_attr":
-            kinds[node] = CONSTANT
-        elif node.op == "call_function" and not is_symint(node):
-            sizes = _symbols(node)
-            sizes |= {symbol for arg in node.all_input_nodes if is_symint(arg) for symbol in _free(arg.meta["val"])}
-            inner = {kinds[arg] for arg in data_inputs(node)}
-            moves = tokens in sizes or bool(inner & {POSITIONAL, CHUNK})
-            if DATA in inner or (MEMORY in inner and moves):
-                kinds[node] = DATA
-            elif MEMORY in inner:
-                kinds[node] = MEMORY
-            elif moves:
-                kinds[node] = CHUNK if CHUNK in inner or _flattened(node, tokens, batch) else POSITIONAL
-            else:
-                kinds[node] = CONSTANT
-    return kinds
 
 
 class Rebuilder:
@@ -118,6 +88,11 @@ class Rebuilder:
         replaced = found.xreplace({symbol: value.node.expr for symbol, value in known.items()})
         return env.create_symintnode(replaced, hint=None)
 
+    @property
+    def renamed(self) -> dict[Any, Any]:
+        """The symbols of the given graph, and what they are called in the new one."""
+        return {old: expression(new) for old, new in self._symbols.items()}
+
     def placeholder(self, name: str, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
         """A new input of the graph."""
         last = list(self.inputs.values())[-1] if self.inputs else self.graph._root
@@ -157,7 +132,9 @@ class Rebuilder:
         return PassError(f"{reason}{place}", hint=hint)
 
     def build(
-        self, hooks: Mapping[fx.Node, Callable[[fx.Node], fx.Node]], after: Mapping[fx.Node, Callable[[fx.Node], None]]
+        self,
+        hooks: Mapping[fx.Node, Callable[[fx.Node], fx.Node]],
+        after: Mapping[fx.Node, Sequence[Callable[[fx.Node], None]]],
     ) -> None:
         """Rebuild every node that is data, memory or constant; positional ones are made where they are read.
 
@@ -173,8 +150,8 @@ class Rebuilder:
                 continue
             self.origin = node
             self.values[node, ""] = hooks[node](node) if node in hooks else self._same(node)
-            if node in after:
-                after[node](node)
+            for follow in after.get(node, ()):
+                follow(node)
 
     def value(self, node: fx.Node, world: str = "") -> fx.Node:
         """The new value of a tensor node; a positional one for the ``"capacity"`` or the ``"chunk"``."""
@@ -274,7 +251,7 @@ class Rebuilder:
         labels = [self._label(size) for size in shape(first)]
         along = [label for label in labels if label]
         if node.target in _RESHAPES:
-            wanted = [s for s in node.args[1] if isinstance(s, fx.Node) and self.tokens in _free(s.meta["val"])]  # type: ignore[union-attr]
+            wanted = [s for s in node.args[1] if isinstance(s, fx.Node) and self.tokens in symbols(s.meta["val"])]  # type: ignore[union-attr]
             if len(wanted) == len(along):
                 return lambda i: along[i]
             if node.target is not aten.expand.default and len(along) > len(wanted) and "capacity" in along:
@@ -289,7 +266,7 @@ class Rebuilder:
         return lambda i: "chunk" if "chunk" in along or not along else along[0]
 
     def _label(self, size: Any) -> str:
-        free = _free(size)
+        free = symbols(size)
         if free and self._constant(size):
             return ""
         if expression(self.capacity) in free:
@@ -314,7 +291,7 @@ class Rebuilder:
 
         def argument(arg: fx.Node) -> Any:
             if is_symint(arg):
-                if self.tokens in _free(arg.meta["val"]):
+                if self.tokens in symbols(arg.meta["val"]):
                     counted["sizes"] += 1
                     return self.size(arg, world(counted["sizes"] - 1))
                 return self.size(arg, "chunk")
@@ -366,7 +343,7 @@ class Rebuilder:
         return self.rows(table, axes[0], len(reference), place, self._places(reference[place]))
 
     def _counts_rows(self, size: Any) -> bool:
-        return self.batch is not None and size is not None and expression(self.batch) in _free(size)
+        return self.batch is not None and size is not None and expression(self.batch) in symbols(size)
 
     def _places(self, size: Any) -> int:
         """How many places of each row an axis has that counts rows; 1 for another."""
@@ -439,28 +416,3 @@ class Rebuilder:
         """The cache with the chunk's values in it."""
         self.edits["replaced"] += 1
         return self.call(ops.APPEND, cache, new, self.inputs[LENGTHS], axis)
-
-
-def _free(size: Any) -> set[Any]:
-    found = expression(size)
-    return set(getattr(found, "free_symbols", ()))
-
-
-def _symbols(node: fx.Node) -> set[Any]:
-    values = node.meta["val"]
-    found: set[Any] = set()
-    for value in values if isinstance(values, (tuple, list)) else (values,):
-        if isinstance(value, torch.Tensor):
-            for size in value.shape:
-                found |= _free(size)
-    return found
-
-
-def _flattened(node: fx.Node, tokens: Any, batch: Any) -> bool:
-    """Whether an axis of the node, or a size it is made with, counts batch and tokens together."""
-    values = node.meta["val"]
-    sizes: list[Any] = [arg.meta["val"] for arg in node.all_input_nodes if is_symint(arg)]
-    for value in values if isinstance(values, (tuple, list)) else (values,):
-        if isinstance(value, torch.Tensor):
-            sizes += value.shape
-    return any({tokens, batch} <= _free(size) for size in sizes)

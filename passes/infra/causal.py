@@ -1,0 +1,185 @@
+"""What depends on what in a causal program: kinds of values, and the facts that caches need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.passes.infra.masks import plain_window
+from offramp.program.attention import AttentionSite, attention_sites, is_causal
+from offramp.program.graph import aten, data_inputs, expression, is_symint, read_by, shape, source, symbols
+from offramp.program.program import Program, evaluate
+from offramp.program.sizes import resized
+from offramp.runtime.errors import PassError
+
+CONSTANT, POSITIONAL, CHUNK, MEMORY, DATA = "constant", "positional", "chunk", "memory", "data"
+
+
+class Causal:
+    """A program whose causal stacks read one axis of tokens.
+
+    Attributes:
+        tokens: the symbol of that axis.
+        own: the inputs that have it.
+        masks: those of them that are padding masks, and become ones.
+        kinds: of every tensor node. *Data* depends on the contents of the tokens, *memory* on those of other inputs
+            only (an encoder's side), *positional* on shapes only, *constant* on nothing. *Chunk* is positional over
+            an axis of batch and tokens together (``arange(batch * tokens)``): it counts places, not positions.
+        example: how many tokens the example inputs have.
+        limit: how many the model has positions for, None for no limit.
+
+    Raises:
+        PassError: the causal stacks have no such axis, or each its own; an input has several axes of tokens.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.sites = attention_sites(program.graph)
+        self.tokens = self._token_symbol()
+        inputs = program.graph.find_nodes(op="placeholder")
+        self.own = [node for node in inputs if any(self.tokens in symbols(size) for size in shape(node))]
+        self.example = max(program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own)
+        self.masks = self._masks()
+        self.kinds = self._kinds()
+        self.limit = self._limit()
+        self._windows: dict[fx.Node, int | None] = {}
+
+    def _token_symbol(self) -> Any:
+        found = {}
+        for stack in self.program.stacks.values():
+            if stack.role != "decoder":
+                continue
+            hidden = self.program.nodes[stack.input]
+            axes = [size for size in map(expression, shape(hidden)) if size in self.program.axes.tokens]
+            if len(axes) != 1:
+                sizes = [self.program.axes.describe(size) for size in shape(hidden)]
+                raise PassError(
+                    f"insert-cache: the hidden state of stack {stack.name} has shape {sizes}, none of whose axes is "
+                    f"the tokens of an input ({source(hidden)})",
+                    hint="capture with free token axes, sources and targets of different lengths; models that put "
+                    "other tokens (of an image, say) before the text are not supported",
+                )
+            found[stack.name] = axes[0]
+        if len(set(found.values())) > 1:
+            raise PassError(
+                f"insert-cache: the causal stacks {list(found)} read different axes of tokens; one is possible"
+            )
+        return next(iter(found.values()))
+
+    def _axis(self, node: fx.Node) -> int:
+        found = [i for i, size in enumerate(shape(node)) if expression(size) == self.tokens]
+        if len(found) != 1:
+            sizes = [self.program.axes.describe(size) for size in shape(node)]
+            raise PassError(
+                f"insert-cache: input {node.target} has shape {sizes}; an input has one axis of tokens",
+                hint="make masks of queries and keys inside the forward",
+            )
+        return found[0]
+
+    def _masks(self) -> list[fx.Node]:
+        """Inputs of zeros and ones over the tokens that go into attention masks."""
+        read = read_by([mask.node for site in self.sites for mask in site.masks])
+        values = {node: self.program.example_inputs[str(node.target)] for node in self.own if node in read}
+        found = [node for node, value in values.items() if bool(((value == 0) | (value == 1)).all())]
+        if len(found) == len(self.own):
+            raise PassError(f"insert-cache: the inputs {sorted(str(n.target) for n in found)} all look like masks")
+        return found
+
+    def _kinds(self) -> dict[fx.Node, str]:
+        kinds: dict[fx.Node, str] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                kinds[node] = POSITIONAL if node in self.masks else DATA if node in self.own else MEMORY
+            elif node.op == "get_attr":
+                kinds[node] = CONSTANT
+            elif node.op == "call_function" and not is_symint(node):
+                sizes = [arg.meta["val"] for arg in node.all_input_nodes if is_symint(arg)] + _sizes(node)
+                inner = {kinds[arg] for arg in data_inputs(node)}
+                moves = any(self.tokens in symbols(size) for size in sizes) or bool(inner & {POSITIONAL, CHUNK})
+                if DATA in inner or (MEMORY in inner and moves):
+                    kinds[node] = DATA
+                elif MEMORY in inner:
+                    kinds[node] = MEMORY
+                elif moves:
+                    flat = any({self.tokens, self.program.axes.batch} <= symbols(size) for size in sizes)
+                    kinds[node] = CHUNK if CHUNK in inner or flat else POSITIONAL
+                else:
+                    kinds[node] = CONSTANT
+        return kinds
+
+    def _limit(self) -> int | None:
+        """From the captured range of the axis, and from tables that positions are looked up in."""
+        limits = [self.program.axes.ranges.get(self.tokens, (1, None))[1]]
+        for node in self.program.graph.nodes:
+            table, axis, index = _looked_up(node)
+            if index is not None and self.kinds[index] == POSITIONAL and self.kinds[table] == CONSTANT:
+                rows = int(expression(shape(table)[axis]))
+                beyond = int(self.values([index], rows + 1)[index].max()) - (rows - 1)
+                limits.append(rows + 1 - beyond if beyond > 0 else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def values(self, nodes: Sequence[fx.Node], size: int | None = None) -> dict[fx.Node, torch.Tensor]:
+        """The values of positional nodes, for ``size`` tokens or the example's."""
+        inputs = dict(self.program.example_inputs)
+        if size is not None:
+            inputs = resized(self.program, {self.tokens: size, self.program.axes.batch: 2})
+        inputs |= {str(node.target): torch.ones_like(inputs[str(node.target)]) for node in self.masks}
+        return evaluate(self.program.graph_module, nodes, inputs)
+
+    def attends_to_tokens(self, site: AttentionSite) -> bool:
+        """Whether a site's queries and keys are tokens (self-attention).
+
+        Raises:
+            PassError: they are, and it is not causal, or its mask depends on contents.
+        """
+        if self.kinds[site.output] != DATA or self.kinds[site.key] != DATA:
+            return False
+        if self.tokens not in symbols(site.token_sizes[1]):
+            return False
+        for mask in site.masks:
+            if self.kinds[mask.node] in (DATA, MEMORY):
+                raise PassError(
+                    f"insert-cache: an attention mask depends on the contents of inputs ({source(mask.node)})",
+                    hint="leave padding out: rows of a batch have lengths of their own",
+                )
+        if not is_causal(site, self.values([mask.node for mask in site.masks])):
+            raise PassError(
+                f"insert-cache: an attention over the tokens is not causal ({source(site.weights)})",
+                hint="a model whose tokens do not see later ones",
+            )
+        return True
+
+    def window(self, site: AttentionSite) -> int | None:
+        """How many keys a token of a fused site sees: 0 for all before it; None where its mask says something else."""
+        if not site.masks:
+            return 0
+        mask = site.masks[0]
+        if mask.node not in self._windows:
+            self._windows[mask.node] = plain_window(
+                mask.node,
+                self.limit,
+                self.example,
+                lambda size: mask.visible_exactly(self.values([mask.node], size)[mask.node]),
+            )
+        return self._windows[mask.node]
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    values = node.meta["val"]
+    tensors = values if isinstance(values, (tuple, list)) else (values,)
+    return [size for value in tensors if isinstance(value, torch.Tensor) for size in value.shape]
+
+
+def _looked_up(node: fx.Node) -> tuple[Any, int, fx.Node | None]:
+    """Table, axis and index of a look-up in a table; no index for another node."""
+    args: Any = node.args
+    if node.target is aten.embedding.default:
+        return args[0], 0, args[1]
+    if node.target in (aten.index_select.default, aten.gather.default):
+        return args[0], int(args[1]), args[2]
+    if node.target is aten.index.Tensor and len(args[1]) == 1:
+        return args[0], 0, args[1][0]
+    return None, 0, None
