@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/offramp demo speech
 
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.decoder import Decoder, Left, Leg, check_layout, legs_of
+from offramp.runtime.decoder import Decoder, Left
 from offramp.runtime.errors import InputError
+from offramp.runtime.legs import Leg, check_layout, legs_of
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policy import Asker, Policy
 from offramp.runtime.result import Timing

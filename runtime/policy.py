@@ -134,8 +134,7 @@ class Asker:
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
         if array.ndim == 2 and array.shape[0] == rows:  # of each token: the least sure one, or what follows the text
-            least = {"entropy": array.max, "prediction": lambda axis: array[:, -1]}.get(measure, array.min)
-            array = least(1)
+            array = array[:, -1] if measure == "prediction" else array.max(1) if measure == "entropy" else array.min(1)
         if array.size != rows:
             raise ExecutionError(
                 f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "

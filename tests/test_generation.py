@@ -1,5 +1,6 @@
 """Generation: whatever leaves where, tokens and caches are those of a model that sees the whole text at once."""
 
+# mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
 import itertools
@@ -367,8 +368,8 @@ def test_tokens_and_caches_are_those_of_the_whole_text(
     for before, now in itertools.pairwise(played.moments):
         assert (before.seen <= now.seen).all()
     for now in played.moments:
-        for stack in pieces(played.run.decoder).values():
-            seen, waiting = now.seen[stack], now.waiting[stack]
+        for legs in pieces(played.run.decoder).values():
+            seen, waiting = now.seen[legs], now.waiting[legs]
             assert (np.diff(seen, axis=0) <= 0).all()  # what a piece has seen, the pieces before it have seen
             if propagate == "defer":
                 np.testing.assert_array_equal(seen[1:] + waiting[1:], seen[:-1])
@@ -595,7 +596,7 @@ def test_caches_grow_up_to_the_models_last_place(bundles: Get, target: str) -> N
     assert made.chain.generate(made.inputs([prompt])).tokens[0].size == count
 
 
-@pytest.mark.parametrize("target", ["ort", "portable"])
+@pytest.mark.parametrize("target", ["ort", "portable", "device"])
 @pytest.mark.parametrize("propagate", ["defer", "hidden"])
 def test_caches_grow_while_tokens_wait(bundles: Get, target: str, propagate: str) -> None:
     made = bundles("talker", target)
@@ -690,12 +691,13 @@ def test_a_bundle_without_caches_does_not_generate(tmp_path: Path) -> None:
 def test_a_policy_that_does_not_fit(bundles: Get) -> None:
     chain = bundles("two_stacks").chain
     inputs = bundles("two_stacks").inputs([[1]])
-    for policy, reason in (
+    wrong: list[tuple[Any, str]] = [
         (offramp.Patience(1), "has the score 'prediction'"),
         (offramp.Depth(9), "no exit after 9 blocks"),
         (lambda state: np.ones(7, np.bool_), r"has to return bool \[1\] after 1 blocks of 'encoder'"),
         (0.9, "is no policy"),
-    ):
+    ]
+    for policy, reason in wrong:
         with pytest.raises(PolicyError, match=reason):
             list(chain.stream(inputs, policy, max_new_tokens=3))
 
@@ -739,7 +741,7 @@ def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get) -> None:
     around = {key: value for key, value in made.inputs([[1]] * 3).items() if key != "input_ids"}
     found = chain.generate(around).tokens
     assert len(found) == 3
-    options = {"stop": [1], "suppress_first": [2], "max_new_tokens": 7}
+    options: dict[str, Any] = {"stop": [1], "suppress_first": [2], "max_new_tokens": 7}
     expected = made.chain.generate({**around, "input_ids": [[2, 0]] * 3}, **options).tokens
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
 

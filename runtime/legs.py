@@ -1,0 +1,102 @@
+"""The stages that run for each chunk, cut at the exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.runtime.caches import axis_of
+from offramp.runtime.errors import InputError
+from offramp.runtime.manifest import Exit, Manifest, Stack
+from offramp.runtime.store import Launch, launch
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """An exit: what it runs on the last token, its scores, and what it stands for."""
+
+    after: int
+    calls: tuple[Launch, ...]
+    reads: frozenset[str]
+    scores: Mapping[str, str]
+    free: frozenset[str]
+    results: Mapping[str, str]
+    full: bool
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """Segments that run without a place to leave between.
+
+    ``reads`` are the values of the chunk that this leg or a later one needs from before, ``hidden`` the one among
+    those of the next leg that this one makes.
+    """
+
+    stack: str | None
+    calls: tuple[Launch, ...]
+    reads: frozenset[str]
+    hidden: str | None
+    door: Door | None = None
+
+
+def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str]) -> tuple[Leg, ...]:
+    """The stages that run for each chunk, as legs."""
+    ready = {
+        name: launch(manifest, segment, sessions[segment.file], kept) for name, segment in manifest.segments.items()
+    }
+    parts: list[tuple[str | None, tuple[Launch, ...], Door | None]] = []
+    chunked = [stage for stage in manifest.stages if stage.when == "chunk"]
+    for stage in chunked:
+        if stage.segment is not None:
+            parts.append((None, (ready[stage.segment],), None))
+            continue
+        stack = manifest.stacks[stage.stack or ""]
+        exits = {exit_.after: exit_ for exit_ in stack.exits}
+        calls: tuple[Launch, ...] = ()
+        for part in stack.parts:
+            calls += tuple(ready[name] for name in part.segments)
+            if part.depth in exits:
+                ends = stage is chunked[-1]
+                parts.append((stack.name, calls, _door(manifest, stack, exits[part.depth], ready, ends=ends)))
+                calls = ()
+    legs: list[Leg] = []
+    later: frozenset[str] = frozenset()
+    for stack_name, calls, door in reversed(parts):
+        made = {name for call in calls for _, name in call.made}
+        hidden = next(iter(sorted(later & made)), None)
+        if door is not None:
+            if door.full and not door.ends:
+                later = frozenset(door.results.values()) | (later - set(door.results))
+            later |= door.reads | {door.scores[measure] for measure in door.free}
+        for call in reversed(calls):
+            later = (later - {name for _, name in call.made}) | {name for _, name in call.chunk}
+        legs.append(Leg(stack_name, calls, later, hidden, door))
+    return tuple(reversed(legs))
+
+
+def _door(manifest: Manifest, stack: Stack, exit_: Exit, ready: Mapping[str, Launch], *, ends: bool) -> Door:
+    calls = tuple(ready[name] for name in exit_.segments)
+    made = {name for call in calls for _, name in call.made}
+    results = dict(exit_.outputs) if ends else {stack.output: exit_.state}
+    reads = {name for call in calls for _, name in call.chunk} | {v for v in results.values() if v not in made}
+    free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
+    return Door(
+        exit_.after, calls, frozenset(reads - made), exit_.scores, free, results, exit_.after == stack.blocks, ends
+    )
+
+
+def check_layout(manifest: Manifest, legs: Sequence[Leg]) -> None:
+    """Values of chunks have rows, then tokens, on their first two axes; InputError where one has not."""
+    assert manifest.cache is not None
+    for leg in legs:
+        for name in leg.reads:
+            value = manifest.values[name]
+            along = axis_of(value, manifest.cache.chunk)
+            if (value.batch_axis, value.batch_factor) != (0, 1) or along != 1:
+                raise InputError(
+                    f"{name!r} of shape {list(value.shape)} does not have rows and tokens on its first two axes, which "
+                    "generation needs",
+                    hint="run() works; for generation, a model with hidden states [batch, tokens, features]",
+                )
