@@ -220,6 +220,8 @@ class Decoder:
             made = self.store.run(call, low, high, given, seen[low:high])
         elif room and not rowwise:
             made = self._with_idle(call, low, high, seen, slots, given)
+        elif self.store.device is not None and not rowwise:
+            made = self._in_parts(call, low, high, seen, slots, given, counts)
         else:
             made = self._apart(call, seen, slots, given, counts)
         self.trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
@@ -234,6 +236,25 @@ class Decoder:
             wide[name][places] = array
         made = self.store.run(call, low, high, wide, seen[low:high])
         return {name: array[places] for name, array in made.items()}
+
+    def _in_parts(
+        self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values, counts: Index
+    ) -> Values:
+        """Run narrower chunks one after the other, for each of which the slots in between have room too."""
+        parts: list[Values] = []
+        done, widest, seen = 0, int(counts.max()), seen.copy()
+        while done < widest:
+            width = min(widest - done, self.store.capacity - int(seen[low:high].max()))
+            if width < 1:
+                raise ExecutionError(f"segment {call.segment.name!r}: the caches of a row are full")
+            some = {name: array[:, done : done + width] for name, array in given.items()}
+            parts.append(self._with_idle(call, low, high, seen, slots, some))
+            seen[slots] += np.clip(counts - done, 0, width)
+            done += width
+        return {
+            name: np.concatenate([part[name] for part in parts], 1) if self._along(name) else array
+            for name, array in parts[-1].items()
+        }
 
     def _apart(self, call: Launch, seen: Index, slots: Index, given: Values, counts: Index) -> Values:
         """One row after the other, each with just its tokens."""
@@ -315,6 +336,7 @@ class Decoder:
         self.store.rearrange(sources)
         count = len(sources)
         self.seen[:, :count] = self.seen[:, list(sources)]
+        self.seen[:, count:] = 0
         self.rows[:count] = self.rows[list(sources)]
         for leg in self.pending:
             leg[:count] = [list(leg[source]) for source in sources]

@@ -133,7 +133,7 @@ class Asker:
         }
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
-        if array.ndim == 2 and array.shape[0] == rows:  # of each token: the least sure one, or what follows the text
+        if self._stack.role == "decoder" and array.ndim == 2:  # by token: the least sure one, or what follows the text
             array = array[:, -1] if measure == "prediction" else array.max(1) if measure == "entropy" else array.min(1)
         if array.size != rows:
             raise ExecutionError(

@@ -746,6 +746,35 @@ def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get) -> None:
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
 
 
+def test_hidden_states_whose_rows_lie_elsewhere(bundles: Get) -> None:
+    made = bundles("talker")
+    manifest = made.chain.manifest
+    turned = {"decoder.2": replace(manifest.values["decoder.2"], shape=("tokens", "batch", tiny.WIDTH), batch_axis=1)}
+    chain = Chain(replace(manifest, values={**manifest.values, **turned}), made.root)
+    assert (chain.generates, made.chain.generates) == (None, "input_ids")
+    with pytest.raises(InputError, match=r"'decoder.2' of shape .* does not have rows and tokens on its first two"):
+        chain.stream({"input_ids": [[1]]})
+
+
+@few
+@given(prompt=st.lists(st.integers(0, tiny.WORDS - 1), min_size=1, max_size=4), after=st.integers(1, 4))
+def test_as_many_beams_as_words_find_the_best_of_all(bundles: Get, prompt: list[int], after: int) -> None:
+    """Of two tokens, the second left early; rows that are not alike get what they get alone."""
+    made = bundles("talker")
+    inputs = made.inputs([prompt, [1], prompt])
+    found = made.chain.generate(inputs, offramp.Depth(after), beams=tiny.WORDS, max_new_tokens=2)
+    for row in range(3):
+        first = made.oracle(inputs, row)
+        total = first.feed(inputs["input_ids"][row], {}).log_softmax(-1)[:, None].repeat(1, tiny.WORDS)
+        for token in range(tiny.WORDS):
+            oracle = made.oracle(inputs, row)
+            oracle.feed(inputs["input_ids"][row], {})
+            total[token] += oracle.feed([token], {"decoder": after}).log_softmax(-1)
+        assert found.tokens[row].tolist() == list(divmod(int(total.argmax()), tiny.WORDS))
+        assert found.exits[row].tolist() == [4, after]
+        assert found.scores[row] == pytest.approx(float(total.max()) / 2, rel=1e-4)
+
+
 # Interruptions, neighbours, threads
 
 
