@@ -14,6 +14,7 @@ from typing import Any
 from offramp import check, zoo
 
 ROOT = Path(__file__).parent.parent
+SMALL = ("albert", "annalog", "minilm", "vit")  # of the zoo: an exit after every block of the others takes minutes
 START, END = "<!-- works -->", "<!-- /works -->"
 
 
@@ -32,9 +33,7 @@ def row(name: str, report: check.Report) -> str:
     """One line of the table."""
     if not report.ok:
         return f"| {name} | no | {report.stage}: {(report.reason or '').split(';')[0][:110]} | | | | |"
-    stacks = ", ".join(
-        f"{stack.name} {stack.blocks}{' (cached)' if stack.cached else ''}" for stack in report.stacks
-    )
+    stacks = ", ".join(f"{stack.name} {stack.blocks}{' (cached)' if stack.cached else ''}" for stack in report.stacks)
     errors = [report.max_error[key] for key in ("chain", "exits", "cache", "other_shapes")]
     shown = " | ".join("" if error is None else f"{error:.0e}" for error in errors)
     return f"| {name} | yes | {stacks} | {shown} |"
@@ -48,8 +47,8 @@ HEAD = (
 def main() -> None:
     """Check, print, and write where nothing was named."""
     beds = [bed("architectures"), bed("decoders")]
-    required: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()}
-    models = dict(required)
+    models: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()}
+    required = {name: model for name, model in models.items() if name.removeprefix("zoo:") in SMALL}
     for one in beds:
         required |= one.REQUIRED
         models |= one.REQUIRED | one.OTHERS | {name: factory for name, (factory, _) in one.NOT_CAPTURED.items()}

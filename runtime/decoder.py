@@ -228,33 +228,40 @@ class Decoder:
         return made
 
     def _with_idle(self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values) -> Values:
-        """Run slots in between too: what they append lies behind their length, and is not read."""
-        places = slots - low
+        """Run slots in between too: what they append lies behind their length, and is not read.
+
+        Those that have no room for it get back what it has overwritten.
+        """
+        places, width = slots - low, max((array.shape[1] for array in given.values()), default=1)
+        lengths = np.minimum(seen[low:high], self.store.capacity - width)
+        full = low + np.flatnonzero(lengths < seen[low:high])
+        restore = self.store.saved([name for _, name in call.buffers], full) if full.size else None
         wide = {}
         for name, array in given.items():
             wide[name] = np.zeros((high - low, *array.shape[1:]), array.dtype)
             wide[name][places] = array
-        made = self.store.run(call, low, high, wide, seen[low:high])
-        return {name: array[places] for name, array in made.items()}
+        made = {name: array[places] for name, array in self.store.run(call, low, high, wide, lengths).items()}
+        if restore is not None:
+            restore()
+        return made
 
     def _in_parts(
         self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values, counts: Index
     ) -> Values:
-        """Run narrower chunks one after the other, for each of which the slots in between have room too."""
-        parts: list[Values] = []
-        done, widest, seen = 0, int(counts.max()), seen.copy()
-        while done < widest:
-            width = min(widest - done, self.store.capacity - int(seen[low:high].max()))
-            if width < 1:
-                raise ExecutionError(f"segment {call.segment.name!r}: the caches of a row are full")
-            some = {name: array[:, done : done + width] for name, array in given.items()}
-            parts.append(self._with_idle(call, low, high, seen, slots, some))
-            seen[slots] += np.clip(counts - done, 0, width)
+        """Run narrower chunks one after the other, of the rows that have tokens left, so that these have room."""
+        rows: list[dict[str, list[Array]]] = [{} for _ in slots]
+        done = 0
+        while (going := np.flatnonzero(counts > done)).size:
+            width = min(int(counts.max()) - done, self.store.capacity - int(seen[slots[going]].max()) - done)
+            some = {name: array[going, done : done + width] for name, array in given.items()}
+            shifted = seen.copy()
+            shifted[slots] += np.minimum(counts, done)
+            for name, array in self._with_idle(call, low, high, shifted, slots[going], some).items():
+                for row, values in zip(going, array, strict=True):
+                    rows[row].setdefault(name, []).append(values)
             done += width
-        return {
-            name: np.concatenate([part[name] for part in parts], 1) if self._along(name) else array
-            for name, array in parts[-1].items()
-        }
+        whole = [{name: np.concatenate(parts) for name, parts in row.items()} for row in rows]
+        return {name: _padded([row[name] for row in whole]) for name in whole[0]}
 
     def _apart(self, call: Launch, seen: Index, slots: Index, given: Values, counts: Index) -> Values:
         """One row after the other, each with just its tokens."""

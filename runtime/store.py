@@ -22,6 +22,7 @@ from offramp.runtime.manifest import Manifest, Segment, Value
 from offramp.runtime.memory import quiet
 
 Array = NDArray[Any]
+Index = NDArray[np.int64]
 _KEPT_CHUNKS = 8  # bindings of larger chunks are not kept
 
 
@@ -126,20 +127,41 @@ class Store:
             return
         into, out = (np.array(places) for places in zip(*moved, strict=True))
         for name in (*self._arrays, *self._on_device):
-            value = self.manifest.values[name]
-            if value.batch_axis is None:
-                continue
-            factor = value.batch_factor
-            array = self._array(name)
-            if name in self._on_device:
-                array = array.copy()  # where the device is the CPU, it lies in memory that the old value holds
-            before: tuple[Any, ...] = (slice(None),) * value.batch_axis
-            split = array.reshape(*array.shape[: value.batch_axis], -1, factor, *array.shape[value.batch_axis + 1 :])
-            split[(*before, into)] = split[(*before, out)]
-            if name in self._on_device:
-                self._arrays[name] = array
-                self._settle([name])
-                self._bound.clear()
+            if self.manifest.values[name].batch_axis is not None:
+                self._put(name, into, self._taken(name, out))
+
+    def saved(self, names: Sequence[str], slots: Index) -> Callable[[], None]:
+        """What brings back the contents that caches have in these slots now."""
+        held = {name: self._taken(name, slots) for name in names}
+
+        def restore() -> None:
+            for name, values in held.items():
+                self._put(name, slots, values)
+
+        return restore
+
+    def _taken(self, name: str, slots: Index) -> Array:
+        """A copy of what a value has in these slots."""
+        split, places = self._by_slot(name, self._array(name), slots)
+        found: Array = split[places]
+        return found
+
+    def _put(self, name: str, slots: Index, values: Array) -> None:
+        array = self._array(name)
+        if name in self._on_device:
+            array = array.copy()  # where the device is the CPU, it lies in memory that the old value holds
+        split, places = self._by_slot(name, array, slots)
+        split[places] = values
+        if name in self._on_device:
+            self._arrays[name] = array
+            self._settle([name])
+            self._bound.clear()
+
+    def _by_slot(self, name: str, array: Array, slots: Index) -> tuple[Array, tuple[Any, ...]]:
+        """A view of an array with an axis of slots, and an index of some of them."""
+        axis, factor = self.manifest.values[name].batch_axis or 0, self.manifest.values[name].batch_factor
+        split = array.reshape(*array.shape[:axis], -1, factor, *array.shape[axis + 1 :])
+        return split, (*(slice(None),) * axis, slots)
 
     def run(self, launch: Launch, low: int, high: int, values: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
         """Run a segment on the slots from ``low`` up to ``high``: values [high - low, chunk, ...] by name.

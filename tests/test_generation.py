@@ -299,6 +299,26 @@ def assert_caches(run: Run, oracles: Mapping[int, Oracle]) -> None:
         assert not expected
 
 
+class Following:
+    """Checks the caches behind each step from ``start`` on: oracles are fed what the run was."""
+
+    def __init__(
+        self, made: Bundle, prompts: Sequence[Sequence[int]], propagate: str = "defer", start: int = 0
+    ) -> None:
+        inputs = made.inputs(prompts)
+        self.oracles = {row: made.oracle(inputs, row, propagate=propagate) for row in range(len(prompts))}
+        self.following = {row: list(prompt) for row, prompt in enumerate(prompts)}
+        self.steps = -start
+
+    def __call__(self, run: Run, step: list[Token]) -> None:
+        for token in step:
+            self.oracles[token.row].feed(self.following[token.row], token.exits)
+            self.following[token.row] = [token.token]
+        if self.steps >= 0:
+            assert_caches(run, self.oracles)
+        self.steps += 1
+
+
 def pieces(decoder: Decoder) -> dict[str, list[int]]:
     """The legs of each stack, in order."""
     found: dict[str, list[int]] = {}
@@ -309,10 +329,12 @@ def pieces(decoder: Decoder) -> dict[str, list[int]]:
 
 
 @st.composite
-def batches(draw: Any, name: str, most: int = 25) -> tuple[list[list[int]], dict[str, list[list[int]]], int]:
-    """Prompts of 1 to 4 rows, where each of their tokens leaves, and how many there are."""
+def batches(
+    draw: Any, name: str, most: int = 25, least: int = 1, rows: int = 1
+) -> tuple[list[list[int]], dict[str, list[list[int]]], int]:
+    """Prompts of ``rows`` to 4 rows, where each of their tokens leaves, and how many there are."""
     prompt = st.lists(st.integers(0, tiny.WORDS - 1), min_size=1, max_size=6)
-    prompts = draw(st.lists(prompt, min_size=1, max_size=4), label="prompts")
+    prompts = draw(st.lists(prompt, min_size=rows, max_size=4), label="prompts")
     depths = {
         stack: [
             draw(st.lists(st.integers(1, blocks), min_size=1, max_size=7), label=f"{stack}, row {row}")
@@ -320,7 +342,7 @@ def batches(draw: Any, name: str, most: int = 25) -> tuple[list[list[int]], dict
         ]
         for stack, blocks in BLOCKS[name].items()
     }
-    return prompts, depths, draw(st.integers(1, most), label="new tokens")
+    return prompts, depths, draw(st.integers(least, most), label="new tokens")
 
 
 def of_row(depths: Depths, row: int) -> dict[str, Sequence[int]]:
@@ -346,7 +368,7 @@ def test_never_leaving_is_greedy_decoding(bundles: Get, where: tuple[str, str], 
 # Exits
 
 
-@settings(max_examples=25)
+@settings(max_examples=80)
 @given(where=st.sampled_from(WHERE), propagate=st.sampled_from(["defer", "hidden"]), data=st.data())
 def test_tokens_and_caches_are_those_of_the_whole_text(
     bundles: Get, where: tuple[str, str], propagate: str, data: Any
@@ -379,23 +401,16 @@ def test_tokens_and_caches_are_those_of_the_whole_text(
                 assert (seen[0] - seen[-1] < bound).all()
 
 
-@few
+@settings(max_examples=30)
 @given(where=st.sampled_from(WHERE), propagate=st.sampled_from(["defer", "hidden"]), data=st.data())
 def test_caches_behind_every_step(bundles: Get, where: tuple[str, str], propagate: str, data: Any) -> None:
+    """While rows end, and others take over their slots."""
     made = bundles(*where)
-    prompts, depths, count = data.draw(batches(where[0], most=8))
-    inputs = made.inputs(prompts)
-    oracles = {row: made.oracle(inputs, row, propagate=propagate) for row in range(len(prompts))}
-
-    def check(run: Run, step: list[Token]) -> None:
-        for token in step:
-            oracle = oracles[token.row]
-            oracle.feed(prompts[token.row] if not oracle.ids else last[token.row :][:1], token.exits)
-            last[token.row] = token.token
-        assert_caches(run, oracles)
-
-    last = [0] * len(prompts)
-    play(made.chain, inputs, Schedule(depths), propagate, check=check, max_new_tokens=count)
+    prompts, depths, count = data.draw(batches(where[0], most=14, least=4, rows=2))
+    inputs, follow = made.inputs(prompts), Following(made, prompts, propagate)
+    words = 3 if where[0] == "two_stacks" else tiny.WORDS
+    stop = data.draw(st.sets(st.integers(0, words - 1), max_size=2), label="stop")
+    play(made.chain, inputs, Schedule(depths), propagate, check=follow, max_new_tokens=count, stop=list(stop))
 
 
 POLICIES = st.one_of(
@@ -418,17 +433,18 @@ def test_a_row_gets_what_it_gets_alone(bundles: Get, target: str, policy: Any, s
         assert together.exits[row].tolist() == alone.exits[0].tolist()
 
 
-@few
+@settings(max_examples=40)
 @given(where=st.sampled_from(WHERE), data=st.data())
 def test_rows_keep_their_numbers_when_others_end(bundles: Get, where: tuple[str, str], data: Any) -> None:
     made = bundles(*where)
-    prompts, depths, count = data.draw(batches(where[0]))
-    inputs, stop = made.inputs(prompts), 0 if where[0] == "two_stacks" else 8
-    policy = Schedule(depths)
-    played = play(made.chain, inputs, policy, max_new_tokens=count, stop=[stop])
+    prompts, depths, count = data.draw(batches(where[0], least=6, rows=2))
+    words = 1 if where[0] == "two_stacks" else tiny.WORDS
+    stop = data.draw(st.sets(st.integers(0, words - 1), min_size=1, max_size=3), label="stop")
+    inputs, policy = made.inputs(prompts), Schedule(depths)
+    played = play(made.chain, inputs, policy, max_new_tokens=count, stop=list(stop))
     for row in range(len(prompts)):
         expected = made.oracle(inputs, row).write(prompts[row], of_row(depths, row), count)
-        cut = expected.index(stop) + 1 if stop in expected else count
+        cut = next((at + 1 for at, token in enumerate(expected) if token in stop), count)
         assert played.tokens(row) == expected[:cut]
         assert [token.finished for token in played.row(row)] == [False] * (cut - 1) + [True]
     assert all(set(state.rows) <= set(range(len(prompts))) for state in policy.seen)
@@ -436,6 +452,18 @@ def test_rows_keep_their_numbers_when_others_end(bundles: Get, where: tuple[str,
         sorted(token.row for token in step) for step in played.steps
     ]
     assert played.run.rows == []
+
+
+@pytest.mark.parametrize("name", ["talker", "halves"])
+def test_rows_run_no_wider_than_their_own_tokens(bundles: Get, name: str) -> None:
+    """Row 0 takes a token along to its exit; the rows behind it, with one token each, run on together."""
+    made = bundles(name)
+    inputs, depths = made.inputs([[1], [2], [3]]), {"decoder": [[1, 2], [3, 3], [3, 3]]}
+    played = play(made.chain, inputs, Schedule(depths), max_new_tokens=3)
+    for row in range(3):
+        assert played.tokens(row) == made.oracle(inputs, row).write([row + 1], of_row(depths, row), 3)
+    rows = [timing.rows for timing in played.steps[2][0].trace if timing.segment == "decoder.3"]
+    assert rows == [2]
 
 
 def test_what_a_policy_sees(bundles: Get) -> None:
@@ -610,6 +638,16 @@ def test_caches_grow_while_tokens_wait(bundles: Get, target: str, propagate: str
         assert played.tokens(row) == oracles[row].write(prompts[row], of_row(depths, row), count)
     capacities = {64, 128, LIMIT}
     assert played.run.decoder.store.capacity == max(capacities)
+
+
+def test_a_full_row_keeps_its_caches_while_others_run_on(bundles: Get) -> None:
+    """On a device all slots run: row 0 has entered the second stack's 64 places before row 1 gets there."""
+    made, prompts = bundles("halves", "device"), [[1], [2]]
+    follow = Following(made, prompts, start=60)
+    depths = {"decoder": [[1], [2]], "more": [[2], [2]]}
+    played = play(made.chain, made.inputs(prompts), Schedule(depths), check=follow, max_new_tokens=67)
+    assert follow.steps == 7
+    assert played.run.decoder.store.capacity == 128
 
 
 def test_a_prompt_longer_than_the_first_caches(bundles: Get) -> None:
