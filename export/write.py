@@ -18,7 +18,7 @@ from offramp.runtime.errors import ExportError
 from offramp.runtime.manifest import WEIGHTS_FILE, File
 
 _ALIGNMENT = 64
-_INLINE = 64  # bytes: ONNX Runtime reads axes and sizes only where they stand in the file itself
+_INLINE = 64  # bytes of whole numbers: ONNX Runtime reads axes and sizes only where they stand in the file itself
 
 _ELEMENTS: dict[torch.dtype, int] = {
     torch.float32: TensorProto.FLOAT,
@@ -120,7 +120,7 @@ def _bind(model: onnx.ModelProto, tensors: Sequence[torch.Tensor], places: Seque
     model.graph.input.extend(kept)
     for i, (tensor, (offset, size)) in enumerate(zip(tensors, places, strict=True)):
         proto = model.graph.initializer.add(name=f"w{i}", data_type=_ELEMENTS[tensor.dtype], dims=tensor.shape)
-        if size <= _INLINE:
+        if size == 0 or (size <= _INLINE and not tensor.is_floating_point()):
             proto.raw_data = tensor.detach().cpu().contiguous().numpy().tobytes()
             continue
         proto.data_location = TensorProto.EXTERNAL

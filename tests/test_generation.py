@@ -15,6 +15,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from bundles import classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -48,7 +49,9 @@ MAKE: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, int]] = {
 }
 BLOCKS = {"talker": {"decoder": 4}, "two_stacks": {"decoder": 3}, "halves": {"decoder": 3, "more": 2}}
 #: Model and target; on a "device" (the CPU) all rows run together.
-WHERE = [(name, target) for name in EXITS for target in ("ort", "portable", "device")]
+WHERE = [
+    (name, target) for name in EXITS for target in ("ort", "portable", "device") if (name, target) != ("halves", "ort")
+]
 
 
 class Bundle:
@@ -99,7 +102,8 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             models[name] = captured, apply(captured.program, f"insert-cache,{EXITS[name]}")
         return models[name]
 
-    def get(name: str, target: str = "ort") -> Bundle:
+    def get(name: str, target: str | None = None) -> Bundle:
+        target = target or ("portable" if name == "halves" else "ort")
         if (name, target) not in known and target == "device":
             known[name, target] = Bundle(name, *model(name), get(name, "portable").root, device=True)
         elif (name, target) not in known:
@@ -717,12 +721,10 @@ def test_inputs_beside_the_tokens_have_to_fit(
 
 
 def test_a_bundle_without_caches_does_not_generate(tmp_path: Path) -> None:
-    captured = tiny.captured(tiny.Decoder, {"input_ids": tiny.ids()}, dynamic={})
-    save(captured.program, tmp_path / "plain", segments=1)
-    chain = offramp.load(tmp_path / "plain")
+    chain = offramp.load(classifier(tmp_path / "plain"))
     assert chain.generates is None
     with pytest.raises(InputError, match="has no caches") as caught:
-        chain.generate({"input_ids": [[1]]})
+        chain.generate({"ids": [[1]]})
     assert caught.value.hint == "insert-cache before export"
 
 

@@ -115,17 +115,37 @@ class Causal:
         limits = [self.program.axes.ranges.get(self.tokens, (1, None))[1]]
         for node in self.program.graph.nodes:
             table, axis, index = _looked_up(node)
-            if index is not None and self.kinds[index] == POSITIONAL and self.kinds[table] == CONSTANT:
-                rows = int(expression(shape(table)[axis]))
-                beyond = int(self.values([index], rows + 1)[index].max()) - (rows - 1)
+            if index is None or self.kinds[table] != CONSTANT:
+                continue
+            words: list[int | None] = [None] if self.kinds[index] == POSITIONAL else []
+            if not words and any(self._counts(inner) for inner in read_by([index])):
+                words += self._words()  # of which one is no padding
+            rows = int(expression(shape(table)[axis]))
+            for word in words:
+                beyond = int(self.values([index], rows + 1, word)[index].max()) - (rows - 1)
                 limits.append(rows + 1 - beyond if beyond > 0 else None)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def values(self, nodes: Sequence[fx.Node], size: int | None = None) -> dict[fx.Node, torch.Tensor]:
-        """The values of positional nodes, for ``size`` tokens or the example's."""
+    def _counts(self, node: fx.Node) -> bool:
+        """Whether a node counts tokens of every row."""
+        if node.target is not aten.cumsum.default or len(shape(node)) != 2:
+            return False
+        return bool(expression(shape(node)[node.args[1]]) == self.tokens)  # type: ignore[index]
+
+    def _words(self) -> list[int]:
+        """Two different token ids of the example (or one, if there are no more)."""
+        ids = self.program.example_inputs[next(str(n.target) for n in self.own if n not in self.masks)]
+        return [int(word) for word in ids.unique()[-2:]]
+
+    def values(
+        self, nodes: Sequence[fx.Node], size: int | None = None, word: int | None = None
+    ) -> dict[fx.Node, torch.Tensor]:
+        """The values of positional nodes, for ``size`` tokens (all of one ``word``, perhaps) or the example's."""
         inputs = dict(self.program.example_inputs)
         if size is not None:
             inputs = resized(self.program, {self.tokens: size, self.program.axes.batch: 2})
+        if word is not None:
+            inputs |= {str(n.target): torch.full_like(inputs[str(n.target)], word) for n in self.own}
         inputs |= {str(node.target): torch.ones_like(inputs[str(node.target)]) for node in self.masks}
         return evaluate(self.program.graph_module, nodes, inputs)
 
