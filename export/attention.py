@@ -25,10 +25,10 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
     equal features. What does not fit it, and all for ``portable``, becomes TensorScatter and Attention of opset 24,
     whose time follows the capacity. Both write the caches in place where input and output share memory.
     """
+    builder = _Builder(graph)
     for node in list(graph.nodes):
         if node.target is ops.ATTENTION:
             with graph.inserting_before(node):
-                builder = _Builder(graph)
                 fits = target == "ort" and expression(shape(node.args[1])[-1]) == expression(shape(node.args[2])[-1])
                 made = _grouped(builder, *node.args) if fits else _standard(builder, *node.args)
             for user in list(node.users):
@@ -37,7 +37,7 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
             graph.erase_node(node)
         elif node.target is ops.APPEND:
             with graph.inserting_before(node):
-                whole = _scattered(_Builder(graph), *node.args)
+                whole = _scattered(builder, *node.args)
             node.replace_all_uses_with(whole)
             graph.erase_node(node)
     _merge_equal(graph)

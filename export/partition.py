@@ -11,7 +11,17 @@ from typing import Any
 from torch import fx
 
 from offramp.passes.insert_scores import OF_LOGITS
-from offramp.program.graph import ancestors, dependents, expression, is_symint, is_tensor, read_by, results, shape
+from offramp.program.graph import (
+    ancestors,
+    dependents,
+    expression,
+    is_symint,
+    is_tensor,
+    read_by,
+    results,
+    shape,
+    symbols,
+)
 from offramp.program.program import Exit, Program
 from offramp.program.stacks import Stack
 from offramp.runtime.errors import ExportError, SpecError
@@ -154,9 +164,7 @@ class _Partition:
             if node.op != "call_function" or node in apart:
                 continue
             sizes = [node.meta["val"]] if is_symint(node) else shape(node) if is_tensor(node) else ()
-            if any(axis in getattr(expression(size), "free_symbols", ()) for size in sizes) or any(
-                arg in found for arg in node.all_input_nodes
-            ):
+            if any(axis in symbols(size) for size in sizes) or any(arg in found for arg in node.all_input_nodes):
                 found.add(node)
         return found
 
@@ -272,8 +280,8 @@ class _Partition:
         """
         if any(arg.op == "placeholder" for arg in read_by([node])):
             return False
-        sizes = [expression(arg.meta["val"]) for arg in ancestors([node]) if is_symint(arg)]
-        by_rows = any(self.program.axes.batch in getattr(size, "free_symbols", ()) for size in sizes)
+        sizes = [arg.meta["val"] for arg in ancestors([node]) if is_symint(arg)]
+        by_rows = any(self.program.axes.batch in symbols(size) for size in sizes)
         return by_rows or all(isinstance(expression(size), int) and size == 1 for size in shape(node))
 
     def _assemble(

@@ -185,7 +185,7 @@ class Run:
         self.decoder = Decoder(
             plan.manifest, plan.legs, Store(plan.manifest, slots, capacity, device), propagate, max_pending
         )
-        self._keep({name: value for name, value in kept.items() if name in plan.read})
+        self._keep(kept)
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.askers = {name: Asker(policy, stacks[name], slots) for name in plan.stacks}
@@ -206,7 +206,7 @@ class Run:
         store.keep(repeated)
 
     def _read_tables(self) -> None:
-        self._keep({k: v for k, v in self._tables(self.decoder.store.capacity).items() if k in self.plan.read})
+        self._keep(self._tables(self.decoder.store.capacity))
 
     def feed(self, tokens: Sequence[NDArray[np.int64]], askers: Mapping[str, Asker] | None) -> list[Left]:
         """Run new tokens of every row that is still there, in the order of slots."""
