@@ -19,6 +19,7 @@ from offramp.export.attention import TARGETS, Target
 from offramp.export.describe import Describer, Progress
 from offramp.export.lower import OPSET
 from offramp.export.partition import partition
+from offramp.export.prepare import prepared
 from offramp.export.validate import validate
 from offramp.export.write import Writer
 from offramp.program.program import Program
@@ -69,17 +70,19 @@ def save(
     place = Path(path).resolve()
     if place.exists() and not (place / MANIFEST_FILE).is_file() and (not place.is_dir() or any(place.iterdir())):
         raise ExportError(f"{place} exists and is no bundle", hint="another path; offramp replaces bundles only")
-    plan = partition(program, segments)
+    program = program.without_dropout()
+    lowered = prepared(program)
+    plan = partition(lowered, segments)
     place.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    writer = Writer(directory, program.graph_module)
+    writer = Writer(directory, lowered.graph_module)
     try:
-        describer = Describer(program, plan, writer, target, progress)
+        describer = Describer(lowered, plan, writer, target, progress)
         manifest = describer.manifest(name or place.stem, _provenance(program), policy)
         for file in files:
             _add(file, directory)
         manifest = replace(manifest, files=writer.close(), generation=dict(generation or {}))
-        figures = validate(program, manifest, directory, describer.origin)
+        figures = validate(program, manifest, directory, describer.origin, lowered)
         manifest = replace(manifest, validation=figures)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written

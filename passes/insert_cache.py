@@ -69,7 +69,7 @@ class InsertCache(Pass):
         """Rebuild the program."""
         if program.cache is not None:
             return PassResult(program, notes=("the program has caches already",))
-        return _Insertion(program, repr(self)).result()
+        return _Insertion(program.without_dropout(), repr(self)).result()
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """Chunks give what one pass gives."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from offramp.program.dropout import keeps
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, shape_key, storage_key
 
 _ASSERTIONS = ("_assert", "sym_constrain", "_check")
@@ -184,8 +185,8 @@ _IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.detach_.default: _always,
     aten.contiguous.default: _always,
     aten.lift_fresh_copy.default: _always,
-    aten.dropout.default: lambda node: node.args[2] is False,
-    aten.feature_dropout.default: lambda node: node.args[2] is False,
+    aten.dropout.default: lambda node: node.args[2] is False and not keeps(node),
+    aten.feature_dropout.default: lambda node: node.args[2] is False and not keeps(node),
     aten._to_copy.default: lambda node: _same(node),
     aten.to.dtype: lambda node: _same(node),
     aten.to.device: lambda node: _same(node),

@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from offramp.program.canonical import canonicalize
+from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.graph import expression, shape
 from offramp.program.program import Program, analyse
 from offramp.program.quiet import quiet
@@ -26,7 +27,9 @@ ExampleInputs = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tens
 Dynamic = Mapping[str, Mapping[int, str]]
 
 
-def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dynamic | None = None) -> Program:
+def capture(
+    module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dynamic | None = None, *, training: bool = False
+) -> Program:
     """Capture the forward of ``module`` as a program, and find its axes and stacks.
 
     Args:
@@ -37,10 +40,13 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
         dynamic: names of the axes that may vary, ``{"input_ids": {0: "batch", 1: "tokens"}}``; every other
             axis is then fixed. None lets every axis vary that the model lets vary (of inputs with four or
             more axes, such as images, only the first).
+        training: keep the model's dropout, for ``program.module`` in training mode; all else sees the model as it
+            is in eval mode.
 
     Raises:
         CaptureError: the forward cannot be captured (control flow that depends on data, say), returns
-            something that is not a tensor, or changes its buffers.
+            something that is not a tensor, or changes its buffers; or, for ``training``, it differs from the eval
+            forward by more than dropout.
     """
     inputs = _named(module, example_inputs)
     if dynamic is not None:
@@ -51,14 +57,20 @@ def capture(module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dyn
         with _plain_attention():
             if dynamic is None:
                 inputs = _doubled(module, inputs)
+            module.train(training)
             exported = _export(module, inputs, dynamic)  # before any call: models cache tables of the first length
+            module.eval()
             with torch.no_grad():
                 expected = named_outputs(module(**inputs))
         graph_module = _flatten(exported, inputs, list(expected))
     finally:
         for part, training in modes.items():
             part.training = training
+    if training:
+        switch_off(graph_module.graph)
     canonicalize(graph_module)
+    if training:
+        same_as_eval(graph_module, inputs, expected)
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
     names = _axis_names(graph_module, dynamic)
     return analyse(graph_module, example, expected, names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.axes import Axes, find_axes
+from offramp.program.dropout import Trainable, keeps, strip
 from offramp.program.graph import ancestors, dependents, expression, placeholders, results, run, shape
 from offramp.program.stacks import Stack, find_stacks, name_stacks, why_none
 from offramp.runtime.errors import StructureError
@@ -81,14 +82,34 @@ class Program:
         """The ``fx`` graph."""
         return self.graph_module.graph
 
-    @property
+    @cached_property
     def module(self) -> fx.GraphModule:
         """The graph as a trainable module: ``module(**inputs)`` returns a dictionary of tensors.
 
         The model's outputs stand under their own names; an exit's under ``exit.outputs`` and ``exit.scores``.
-        Weights are those of the captured model, not copies.
+        Weights are those of the captured model, not copies. Where the program was captured for training, dropout
+        follows ``module.train()`` and ``module.eval()``.
         """
-        return self.graph_module
+        return Trainable(self.graph_module) if any(map(keeps, self.graph.nodes)) else self.graph_module
+
+    def without_dropout(self) -> Program:
+        """The program as it is deployed; this one where there is no dropout in it."""
+        if not any(map(keeps, self.graph.nodes)):
+            return self
+        graph = fx.Graph()
+        copied: Any = graph.graph_copy(self.graph, {})
+        graph.output(copied)
+        renamed = strip(graph)
+        module = fx.GraphModule(self.graph_module, graph, "Program")
+
+        def now(name: str) -> str:
+            while name in renamed:
+                name = renamed[name]
+            return name
+
+        stacks = {key: replace(stack, cuts=tuple(map(now, stack.cuts))) for key, stack in self.stacks.items()}
+        exits = tuple(replace(item, hidden=now(item.hidden), state=now(item.state)) for item in self.exits)
+        return replace(self, graph_module=module, stacks=stacks, exits=exits)
 
     @cached_property
     def nodes(self) -> Mapping[str, fx.Node]:

@@ -17,6 +17,7 @@ import networkx as nx
 from torch import fx
 
 from offramp.program.attention import AttentionSite
+from offramp.program.dropout import keeps
 from offramp.program.graph import data_inputs, is_tensor, read_by, results, shape, shape_key, weights
 
 _GENERIC = re.compile(
@@ -344,7 +345,7 @@ def _path(stack: Found) -> str:
     for block in stack.blocks:
         counts: Counter[str] = Counter()
         for node in block:
-            modules = list((node.meta.get("nn_module_stack") or {}).values())
+            modules = [] if keeps(node) else list((node.meta.get("nn_module_stack") or {}).values())
             for weight in weights(node):
                 counts[str(weight.target).rpartition(".")[0]] += 1
             if modules:

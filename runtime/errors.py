@@ -7,6 +7,7 @@
     ├── StructureError      the captured graph has no stack that an exit could leave
     ├── SpecError           a pipeline text, or a pass's options, name something that is not there
     ├── PassError           a pass could not apply, or broke its contract
+    ├── TrainingError       training met a loss or a gradient that is not finite
     ├── ExportError         a segment could not be lowered, or does not compute what torch computes
     ├── BundleError         a bundle is missing something, altered, unsafe or too new
     ├── InputError          the inputs of a run do not fit the bundle (also a ValueError)
@@ -55,6 +56,12 @@ class PassError(OfframpError):
     """A pass could not apply, or its result broke a check of the verifier."""
 
     stage = "rewrite"
+
+
+class TrainingError(OfframpError):
+    """Training met a loss or a gradient that is not finite."""
+
+    stage = "train"
 
 
 class ExportError(OfframpError):

@@ -1,0 +1,142 @@
+"""Train the translator with an exit after every decoder block, on Multi30k; about an hour on two cores.
+
+    python -m examples.train_translation [--plain] [--epochs N] [--out DIRECTORY]
+
+Reads ``multi30k/{train,val}.{de,en}.gz`` (lowercased here) in ``$OFFRAMP_DATA``, or in ``../shared/data`` beside the checkout.
+Deep supervision as in DEED (arXiv 2311.08623): ``L_avg + L_N``, two of the seven exits drawn at each step. ``--plain`` trains
+the same model without exits. An interrupted run goes on when started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from examples.translation import BEGIN, END, LONGEST, PAD, Translator
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+import offramp
+from offramp.program import Program
+from offramp.training.fit import Point, fit
+from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
+
+VOCABULARY = 6000
+TOKENS_A_BATCH = 3000
+PIPELINE = "insert-exits{stack=decoder},insert-adapter{stack=decoder,kind=norm-linear}"
+
+
+def lines(name: str) -> list[str]:
+    """The sentences of one file of Multi30k."""
+    named = os.environ.get("OFFRAMP_DATA")
+    root = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    path = root / "multi30k" / f"{name}.gz"
+    if not path.is_file():
+        sys.exit(
+            f"no {path}\n  This is Multi30k (github.com/multi30k/dataset): captions, one a line.\n"
+            "  try: OFFRAMP_DATA=DIR, where DIR/multi30k has its files"
+        )
+    return [line.strip().lower() for line in gzip.open(path, "rt", encoding="utf-8")]
+
+
+def tokenizer() -> Tokenizer:
+    """Byte pairs of both languages."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False
+    )
+    made.train_from_iterator(lines("train.de") + lines("train.en"), trainer)
+    return made
+
+
+class Batches:
+    """Pairs of similar length together, about as many tokens in each batch, shuffled anew each epoch."""
+
+    def __init__(self, split: str, words: Tokenizer) -> None:
+        pairs = zip(words.encode_batch(lines(f"{split}.de")), words.encode_batch(lines(f"{split}.en")), strict=True)
+        self.pairs = [(s.ids[: LONGEST - 1] + [END], t.ids[: LONGEST - 2]) for s, t in pairs]
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Deal the batches of an epoch."""
+        dice = random.Random(epoch)
+        order = sorted(
+            self.pairs, key=lambda pair: (len(pair[1]) + dice.random() * 2, len(pair[0]) + dice.random() * 4)
+        )
+        self.batches: list[list[tuple[list[int], list[int]]]] = [[]]
+        for pair in order:
+            longest = max(max(len(s), len(t) + 1) for s, t in (*self.batches[-1], pair))
+            if longest * (len(self.batches[-1]) + 1) > TOKENS_A_BATCH:
+                self.batches.append([])
+            self.batches[-1].append(pair)
+        dice.shuffle(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for pairs in self.batches:
+            source = nn.utils.rnn.pad_sequence([torch.tensor(s) for s, _ in pairs], True, PAD)
+            target = nn.utils.rnn.pad_sequence([torch.tensor([BEGIN, *t]) for _, t in pairs], True, PAD)
+            labels = nn.utils.rnn.pad_sequence([torch.tensor([*t, END]) for _, t in pairs], True, IGNORED)
+            yield {"source": source, "source_mask": (source != PAD).long(), "target": target, "labels": labels}
+
+
+def program(plain: bool = False) -> Program:
+    """The translator, captured, with its exits; weights as they start."""
+    torch.manual_seed(0)
+    example = {
+        "source": torch.full((2, 9), 5),
+        "source_mask": torch.ones(2, 9, dtype=torch.int64),
+        "target": torch.full((2, 7), 5),
+    }
+    captured = offramp.capture(Translator(VOCABULARY), example, training=True)
+    return captured if plain else offramp.apply(captured, PIPELINE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--plain", action="store_true", help="without exits")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("build/translation"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    words = tokenizer()
+    words.save(str(args.out / "tokenizer.json"))
+    trained = program(args.plain)
+    objective = CrossEntropy(smoothing=0.1) if args.plain else DeepSupervision(sample=2, smoothing=0.1)
+
+    def show(point: Point) -> None:
+        print(f"step {point.step:6} epoch {point.epoch:6.2f} loss {point.loss:.3f} {point.seconds:6.0f} s", flush=True)
+
+    fit(
+        trained,
+        Batches("train", words),
+        objective,
+        epochs=args.epochs,
+        train="all",
+        rate=2e-3,
+        warmup=1000,
+        optimizer=lambda weights: torch.optim.AdamW(weights, 2e-3, (0.9, 0.98), 1e-9, 1e-4),
+        precision="bf16",
+        folder=args.out / ("plain" if args.plain else "exits"),
+        progress=show,
+    )
+    weights = {name: weight.detach().half() for name, weight in trained.graph_module.named_parameters()}
+    file = args.out / ("plain.safetensors" if args.plain else "exits.safetensors")
+    save_file(weights, file)
+    print(f"wrote {file}: {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A program and an objective as one module: batches in, losses out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from offramp.program.graph import results
+from offramp.program.program import Program
+from offramp.runtime.errors import SpecError
+from offramp.training.objectives import Objective
+
+Batch = Mapping[str, Tensor]
+
+
+class Learner(torch.nn.Module):
+    """Computes what an objective wants of a batch, and no more: of exits that it does not ask for, nothing runs.
+
+    A batch may hold hidden states of the program under their nodes' names (see `remember`): what makes them does not
+    run, and inputs that only that would read may be left out.
+    """
+
+    def __init__(self, program: Program, objective: Objective) -> None:
+        super().__init__()
+        self.module = program.module
+        self.program, self.objective = program, objective
+        self._hidden = hidden_states(program)
+        self._parts: dict[tuple[tuple[str, ...], ...], fx.GraphModule] = {}
+
+    def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The losses by name; their sum is what is minimised."""
+        values = self.values(self.objective.wants(self.program, step), batch)
+        return self.objective.losses(self.program, values, batch)
+
+    def values(self, wanted: Iterable[str], batch: Batch) -> dict[str, Tensor]:
+        """Outputs of the program, or values of nodes, by name."""
+        known = tuple(name for name in self._hidden if name in batch)
+        part = self._part(tuple(sorted(set(wanted))), known)
+        needed = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
+        if missing := [name for name in needed if name not in batch]:
+            raise SpecError(f"the batch lacks the inputs {missing}; it has {sorted(batch)}")
+        found: dict[str, Tensor] = part(**{name: batch[name] for name in needed})
+        return found
+
+    def _part(self, wanted: tuple[str, ...], known: tuple[str, ...]) -> fx.GraphModule:
+        """The graph that returns just ``wanted`` and takes ``known`` nodes from outside."""
+        if (wanted, known) in self._parts:
+            return self._parts[wanted, known]
+        graph = fx.Graph()
+        copied: Any = graph.graph_copy(self.module.graph, {})
+        graph.output(copied)
+        nodes = {node.name: node for node in graph.nodes}
+        returned = {**nodes, **results(graph)}
+        graph.output_node().args = ({name: returned[name] for name in wanted},)
+        for name in known:
+            with graph.inserting_before(next(iter(graph.nodes))):
+                given = graph.placeholder(f"given_{name}")
+            given.target = name
+            nodes[name].replace_all_uses_with(given)
+        graph.eliminate_dead_code(lambda node: node.op == "output")
+        for node in graph.find_nodes(op="placeholder"):
+            if not node.users:
+                graph.erase_node(node)
+        made = fx.GraphModule(self.module, graph, "Part")  # the same weights and dropout modules
+        self._parts[wanted, known] = made
+        return made
+
+
+def hidden_states(program: Program) -> tuple[str, ...]:
+    """The nodes of the hidden states that exits and full depth read."""
+    names = [item.hidden for item in program.exits] + [stack.output for stack in program.stacks.values()]
+    return tuple(dict.fromkeys(names))
+
+
+def remember(
+    program: Program, batches: Iterable[Batch], stack: str, keep: Collection[str] = (), dtype: torch.dtype | None = None
+) -> list[dict[str, Tensor]]:
+    """The batches with the hidden states of a stack's exits in them, so that training what was added runs no block.
+
+    A frozen model makes the same of the same batch at every epoch: it runs once, here, in eval mode. Of the batches'
+    own tensors those named in ``keep`` and ``labels`` stay. ``dtype`` is what floats are stored as.
+    """
+    learner = Learner(program, Objective())
+    learner.eval()
+    names = [item.hidden for item in program.exits_of(stack)] + [program.stacks[stack].output]
+    found = []
+    for batch in batches:
+        with torch.no_grad():
+            states = learner.values(names, batch)
+        kept = {name: value for name, value in batch.items() if name in keep or name == "labels"}
+        found.append({**kept, **{name: value.to(dtype) if dtype else value for name, value in states.items()}})
+    return found
+
+
+def added(program: Program) -> dict[str, torch.nn.Parameter]:
+    """The weights that passes have added to the captured model, by name."""
+    mine = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and "provenance" in node.meta}
+    return {name: weight for name, weight in program.graph_module.named_parameters() if name in mine}

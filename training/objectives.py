@@ -1,0 +1,305 @@
+"""What training minimises: deep supervision, distillation between depths, gates.
+
+An objective names what it wants of the program (outputs, or values of nodes) and makes losses of it. Batches hold
+the program's inputs, and ``labels``: int64 class indices for each place of the logits, ``IGNORED`` where nothing
+counts. Objectives that need no labels count every place, or those where ``labels`` is not `IGNORED` if given.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.passes.infra.base import stack_named
+from offramp.program.program import Exit, Program
+from offramp.runtime.errors import SpecError
+
+IGNORED = -100
+Values = Mapping[str, Tensor]
+
+
+class Objective:
+    """Base of all: stateless, and the same for every process of a run."""
+
+    def check(self, program: Program) -> None:
+        """Raise a SpecError where the program lacks what this needs."""
+
+    def wants(self, program: Program, step: int) -> Sequence[str]:
+        """The outputs of the program, or names of its nodes, that this step needs."""
+        raise NotImplementedError
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        """Scalars by name, whose sum is minimised; ``values`` holds what `wants` named."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Objective):
+    """Cross-entropy of one output of the program, which needs no exits."""
+
+    output: str = "logits"
+    smoothing: float = 0.0
+
+    def check(self, program: Program) -> None:
+        if self.output not in program.outputs:
+            raise SpecError(f"the program has no output {self.output!r}; there are {list(program.outputs)}")
+
+    def wants(self, program: Program, step: int) -> Sequence[str]:
+        return [self.output]
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        return {"final": cross_entropy(values[self.output], batch, self.smoothing)}
+
+
+@dataclass(frozen=True)
+class _AtExits(Objective):
+    """What objectives over a stack's exits share.
+
+    ``stack`` may be left out where one stack has exits with outputs, ``output`` where one is named logits or there is
+    one. ``sample`` draws that many exits for each step, all if None; ``seed`` starts the draws.
+    """
+
+    stack: str | None = None
+    output: str | None = None
+    sample: int | None = None
+    seed: int = 0
+
+    def check(self, program: Program) -> None:
+        self.exits(program)
+        self.final(program)
+        if self.sample is not None and self.sample < 1:
+            raise SpecError(f"sample={self.sample}: at least one exit a step")
+
+    def _stack(self, program: Program) -> str:
+        """The stack whose exits are meant."""
+        having = list(dict.fromkeys(item.stack for item in program.exits if item.outputs))
+        return having[0] if self.stack is None and len(having) == 1 else stack_named(program, self.stack)
+
+    def exits(self, program: Program) -> list[Exit]:
+        """The exits before full depth, shallowest first."""
+        name = self._stack(program)
+        found = [e for e in program.exits_of(name) if e.after < program.stacks[name].blocks and e.outputs]
+        if not found:
+            raise SpecError(f"stack {name!r} has no exits with outputs", hint=f"insert-exits{{stack={name}}} first")
+        return found
+
+    def final(self, program: Program) -> str:
+        """The output that holds logits at full depth."""
+        there = list(self.exits(program)[0].outputs)
+        name = self.output or ("logits" if "logits" in there else there[0] if len(there) == 1 else None)
+        if name not in there:
+            raise SpecError(f"which output holds logits? The exits have {there}", hint=f"output={there[0]!r}")
+        return name
+
+    def drawn(self, program: Program, step: int) -> list[Exit]:
+        """The exits of this step."""
+        there = self.exits(program)
+        if self.sample is None or self.sample >= len(there):
+            return there
+        chosen = random.Random(f"{self.seed} {step}").sample(range(len(there)), self.sample)
+        return [there[i] for i in sorted(chosen)]
+
+    def wants(self, program: Program, step: int) -> Sequence[str]:
+        output = self.final(program)
+        return [output, *(item.outputs[output] for item in self.drawn(program, step))]
+
+    def given(self, program: Program, values: Values) -> dict[int, Tensor]:
+        """The logits of the exits that were computed, by ``after``."""
+        output = self.final(program)
+        return {e.after: values[e.outputs[output]] for e in self.exits(program) if e.outputs[output] in values}
+
+
+@dataclass(frozen=True)
+class DeepSupervision(_AtExits):
+    """Cross-entropy at every exit and at full depth: ``L_avg + L_N`` (DEED, arXiv 2311.08623, sec. 3.2).
+
+    ``weights`` by ``after`` (full depth is the number of blocks) replaces DEED's: ``1/N`` for each of N depths, and one
+    more for the last. With ``sample`` the drawn exits stand for all, so the expected loss is the same.
+    """
+
+    weights: Mapping[int, float] | None = None
+    smoothing: float = 0.0
+
+    def check(self, program: Program) -> None:
+        super().check(program)
+        known = {item.after for item in self.exits(program)} | {program.stacks[self._stack(program)].blocks}
+        if wrong := sorted(set(self.weights or ()) - known):
+            raise SpecError(f"weights for {wrong}: the stack has exits after {sorted(known)}")
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        depth, count = program.stacks[self._stack(program)].blocks, len(self.exits(program)) + 1
+        weights = self.weights
+        if weights is None:
+            weights = {e.after: 1 / count for e in self.exits(program)} | {depth: 1 + 1 / count}
+        given = self.given(program, values)
+        share = (count - 1) / len(given)
+        found = {"final": weights.get(depth, 0.0) * cross_entropy(values[self.final(program)], batch, self.smoothing)}
+        for after, logits in given.items():
+            found[f"exit {after}"] = weights.get(after, 0.0) * share * cross_entropy(logits, batch, self.smoothing)
+        return found
+
+
+@dataclass(frozen=True)
+class DepthWeighted(_AtExits):
+    """Cross-entropy weighted by depth, and layer-wise distillation below the exit (FREE, arXiv 2310.05424, sec. 4.1).
+
+    ``(sum_i i L_i) / sum_i i + alpha * MSE``: the hidden states of the blocks below the deepest exit follow those of as many
+    blocks spread over the stack, which get no gradient from it. ``align`` pairs them: "last" the two last ones, "unif"
+    one to one, "dyna" from the deepest on each teacher with the nearest student that lies below the one taken before.
+    """
+
+    alpha: float = 0.5
+    align: Literal["dyna", "unif", "last"] = "dyna"
+    smoothing: float = 0.0
+
+    def check(self, program: Program) -> None:
+        super().check(program)
+        if self.align not in ("dyna", "unif", "last"):
+            raise SpecError(f"align={self.align!r}: there are dyna, unif and last")
+
+    def wants(self, program: Program, step: int) -> Sequence[str]:
+        students, teachers = self._layers(program)
+        return [*super().wants(program, step), *students, *teachers]
+
+    def _layers(self, program: Program) -> tuple[list[str], list[str]]:
+        """The nodes of the students' and the teachers' hidden states."""
+        stack = program.stacks[self._stack(program)]
+        below = self.exits(program)[-1].after
+        spread = [(i + 1) * stack.blocks // below for i in range(below)]
+        return [stack.cuts[i + 1] for i in range(below)], [stack.cuts[i] for i in spread]
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        depth = program.stacks[self._stack(program)].blocks
+        by_depth = {**self.given(program, values), depth: values[self.final(program)]}
+        total = sum(by_depth)
+        found = {
+            "final" if after == depth else f"exit {after}": after / total * cross_entropy(logits, batch, self.smoothing)
+            for after, logits in by_depth.items()
+        }
+        students, teachers = ([values[name].float() for name in names] for names in self._layers(program))
+        pairs = aligned(students, [teacher.detach() for teacher in teachers], self.align)
+        found["layers"] = self.alpha * torch.stack([F.mse_loss(a, b) for a, b in pairs]).mean()
+        return found
+
+
+def aligned(students: list[Tensor], teachers: list[Tensor], align: str) -> list[tuple[Tensor, Tensor]]:
+    """Which student's hidden state follows which teacher's."""
+    if align == "last":
+        return [(students[-1], teachers[-1])]
+    if align == "unif":
+        return list(zip(students, teachers, strict=True))
+    pairs, free = [], len(students)
+    for teacher in reversed(teachers):
+        if not free:
+            break
+        distances = [F.mse_loss(student.detach(), teacher).item() for student in students[:free]]
+        free = min(range(free), key=distances.__getitem__)
+        pairs.append((students[free], teacher))
+    return pairs
+
+
+@dataclass(frozen=True)
+class SelfDistillation(_AtExits):
+    """Exits learn what full depth says, which learns nothing from it; needs no labels.
+
+    ``KL(final || exit)`` at ``temperature``, times its square (Hinton et al., arXiv 1503.02531), and ``hard`` times the
+    cross-entropy with the class that full depth prefers.
+    """
+
+    temperature: float = 1.0
+    hard: float = 0.0
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        final = values[self.final(program)].detach()
+        given = self.given(program, values)
+        counts = counted(final, batch)
+        teacher = final[counts].float()
+        soft = F.log_softmax(teacher / self.temperature, -1)
+        found = {}
+        for after, logits in given.items():
+            student = logits[counts].float()
+            kl = F.kl_div(F.log_softmax(student / self.temperature, -1), soft, reduction="batchmean", log_target=True)
+            loss = kl * self.temperature**2
+            if self.hard:
+                loss = loss + self.hard * F.cross_entropy(student, teacher.argmax(-1))
+            found[f"exit {after}"] = loss / len(given)
+        return found
+
+
+@dataclass(frozen=True)
+class LearnedGates(_AtExits):
+    """The score "learned" tells whether an exit's prediction is that of full depth (CALM, arXiv 2207.07061, sec. 3.1).
+
+    Binary cross-entropy in which both answers weigh the same, however rare one is. Train it apart from what it judges,
+    with ``train="added"``.
+    """
+
+    def check(self, program: Program) -> None:
+        super().check(program)
+        if lacking := [item.after for item in self.exits(program) if "learned" not in item.scores]:
+            raise SpecError(
+                f"the exits after {lacking} have no learned gate", hint="insert-scores{measure=learned} first"
+            )
+
+    def wants(self, program: Program, step: int) -> Sequence[str]:
+        return [*super().wants(program, step), *(item.scores["learned"] for item in self.drawn(program, step))]
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        final = values[self.final(program)]
+        counts = counted(final, batch)
+        given = self.given(program, values)
+        found = {}
+        for item in self.exits(program):
+            if item.after not in given:
+                continue
+            right = (given[item.after].argmax(-1) == final.argmax(-1))[counts].float()
+            score = values[item.scores["learned"]].reshape(counts.shape)[counts].float().clamp(1e-6, 1 - 1e-6)
+            share = right.mean().clamp(1 / (2 * len(right)), 1 - 1 / (2 * len(right)))
+            weight = torch.where(right == 1, 0.5 / share, 0.5 / (1 - share))
+            found[f"gate {item.after}"] = F.binary_cross_entropy(score, right, weight) / len(given)
+        return found
+
+
+@dataclass(frozen=True)
+class Together(Objective):
+    """Several objectives at once: their losses are added up."""
+
+    parts: tuple[Objective, ...]
+
+    def check(self, program: Program) -> None:
+        for part in self.parts:
+            part.check(program)
+
+    def wants(self, program: Program, step: int) -> Sequence[str]:
+        return [name for part in self.parts for name in part.wants(program, step)]
+
+    def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        return {
+            f"{type(part).__name__}: {name}": loss
+            for part in self.parts
+            for name, loss in part.losses(program, values, batch).items()
+        }
+
+
+def cross_entropy(logits: Tensor, batch: Values, smoothing: float = 0.0) -> Tensor:
+    """Of logits ``[..., classes]`` with ``batch["labels"]``, over the places that count."""
+    labels = batch.get("labels")
+    if labels is None or labels.shape != logits.shape[:-1]:
+        found = "none" if labels is None else list(labels.shape)
+        raise SpecError(f"labels of shape {list(logits.shape[:-1])} are needed, the batch has {found}")
+    flat = logits.reshape(-1, logits.shape[-1])
+    return F.cross_entropy(flat, labels.reshape(-1), ignore_index=IGNORED, label_smoothing=smoothing)
+
+
+def counted(logits: Tensor, batch: Values) -> Tensor:
+    """Which places of the logits count, ``bool`` of their shape without the classes."""
+    labels = batch.get("labels")
+    if labels is None:
+        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    return labels != IGNORED
