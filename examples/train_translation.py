@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from examples.translation import BEGIN, END, LONGEST, PAD, Translator
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
@@ -27,6 +26,7 @@ import offramp
 from offramp.program import Program
 from offramp.training.fit import Point, fit
 from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
+from offramp.training.weights import save_weights
 
 VOCABULARY = 6000
 TOKENS_A_BATCH = 3000
@@ -132,9 +132,8 @@ def main() -> None:
         folder=args.out / ("plain" if args.plain else "exits"),
         progress=show,
     )
-    weights = {name: weight.detach().half() for name, weight in trained.graph_module.named_parameters()}
     file = args.out / ("plain.safetensors" if args.plain else "exits.safetensors")
-    save_file(weights, file)
+    save_weights(trained, file, "all", torch.float16)
     print(f"wrote {file}: {file.stat().st_size:,} bytes")
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 import offramp
 from offramp.runtime.errors import SpecError, TrainingError
 from offramp.training.fit import Point, fit
-from offramp.training.learner import Learner, added, remember
+from offramp.training.learner import Learner, remember
 from offramp.training.objectives import CrossEntropy, DeepSupervision, LearnedGates, SelfDistillation
+from offramp.training.weights import added, load_weights, save_weights
 
 PIPELINE = "insert-exits{after=1|2},insert-adapter{kind=linear},insert-scores{measure=learned}"
 Batch = dict[str, Tensor]
@@ -228,3 +229,22 @@ def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     fit(program(), batches(), SelfDistillation(), folder=tmp_path, every=3)
     with pytest.raises(SpecError, match="trains other weights"):
         fit(program(), batches(), DeepSupervision(), train="all", folder=tmp_path, every=3)
+
+
+def test_weights_go_through_a_file(tmp_path: Path) -> None:
+    trained, other = program(), program()
+    fit(trained, batches(), SelfDistillation(), epochs=1)
+    save_weights(trained, tmp_path / "added.safetensors")
+    load_weights(other, tmp_path / "added.safetensors")
+    assert all(torch.equal(weight, weights(trained)[name]) for name, weight in weights(other).items())
+
+
+def test_weights_of_another_pipeline_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    save_weights(program("insert-exits{after=2},insert-adapter{kind=mlp}"), tmp_path / "mlp.safetensors")
+    other = program()
+    before = digest(other, of_added=True)
+    with pytest.raises(SpecError, match=r"fc1.*the program: none"):
+        load_weights(other, tmp_path / "mlp.safetensors")
+    with pytest.raises(SpecError, match="cannot be read"):
+        load_weights(other, tmp_path / "none.safetensors")
+    assert digest(other, of_added=True) == before

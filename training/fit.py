@@ -22,8 +22,9 @@ from torch import Tensor
 
 from offramp.program.program import Program
 from offramp.runtime.errors import SpecError, TrainingError
-from offramp.training.learner import Batch, Learner, added
+from offramp.training.learner import Batch, Learner
 from offramp.training.objectives import Objective
+from offramp.training.weights import added
 
 _KEPT = 2  # checkpoints
 _WEIGHTS = "trained.safetensors"

@@ -93,9 +93,3 @@ def remember(
         kept = {name: value for name, value in batch.items() if name in keep or name == "labels"}
         found.append({**kept, **{name: value.to(dtype) if dtype else value for name, value in states.items()}})
     return found
-
-
-def added(program: Program) -> dict[str, torch.nn.Parameter]:
-    """The weights that passes have added to the captured model, by name."""
-    mine = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and "provenance" in node.meta}
-    return {name: weight for name, weight in program.graph_module.named_parameters() if name in mine}
