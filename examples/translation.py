@@ -1,7 +1,7 @@
 """A small encoder-decoder that translates German captions into English, and its tokenizer.
 
-Three encoder blocks and eight decoder blocks of 128 features, pre-norm (arXiv 2002.04745), one embedding for source, target
-and head (arXiv 1608.05859), sinusoidal positions (arXiv 1706.03762).
+Three encoder blocks and eight decoder blocks of 128 features, pre-norm (arXiv 2002.04745), one embedding for source,
+target and head (arXiv 1608.05859), sinusoidal positions (arXiv 1706.03762).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class Translator(nn.Module):
-    """``(source ids, its padding mask, target ids) -> logits`` of the next target token, all ``int64 [batch, tokens]``."""
+    """Source ids, their padding mask and target ids, ``int64 [batch, tokens]``, to logits of the next target token."""
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()

@@ -118,6 +118,8 @@ class _Attention(torch.nn.Module):
         super().__init__()
         self.probability = probability
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any):
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         dropped = self.probability if self.training else 0.0
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, dropped, *args[1:], **kwargs)

@@ -31,13 +31,15 @@ class Dropping(tiny.Talker):
             dropped = self.probability if self.training else 0.0
             x = x + F.scaled_dot_product_attention(y, y, y, dropout_p=dropped, is_causal=True)[:, 0]
             x = x + self.drop(block.mlp(x))
-        return self.head(self.leave(x))
+        out: Tensor = self.head(self.leave(x))
+        return out
 
 
 class Noisy(tiny.Talker):
     def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
         x = self.embed(input_ids)
-        return self.head(x + torch.rand_like(x) if self.training else x)
+        out: Tensor = self.head(x + torch.rand_like(x) if self.training else x)
+        return out
 
 
 class Normalised(tiny.Talker):
@@ -45,7 +47,8 @@ class Normalised(tiny.Talker):
 
     def forward(self, input_ids: Tensor) -> Tensor:  # type: ignore[override]
         x = self.embed(input_ids)
-        return self.head(x - x.mean((0, 1)) if self.training else x)
+        out: Tensor = self.head(x - x.mean((0, 1)) if self.training else x)
+        return out
 
 
 def program(training: bool = True, model: nn.Module | None = None) -> offramp.Program:

@@ -50,7 +50,8 @@ def batch(*, ignored: int = 2) -> dict[str, Tensor]:
 
 
 def losses(made: offramp.Program, objective: Objective, step: int = 0, **changes: Any) -> dict[str, Tensor]:
-    return Learner(made, objective)({**batch(), **changes}, step)
+    found: dict[str, Tensor] = Learner(made, objective)({**batch(), **changes}, step)
+    return found
 
 
 def logits(made: offramp.Program) -> dict[int, Tensor]:

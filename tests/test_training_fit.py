@@ -7,6 +7,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def weights(made: offramp.Program) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in made.graph_module.named_parameters()}
 
 
-class Cut(Exception):
+class KilledError(Exception):
     """Stands for a killed process."""
 
 
@@ -78,7 +81,7 @@ class Cutting(list[Batch]):
             if self.left is not None:
                 self.left -= 1
                 if self.left < 0:
-                    raise Cut
+                    raise KilledError
             yield self[at]
 
 
@@ -115,7 +118,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path: Path, cut: in
     whole = program(training=True)
     expected = fit(whole, Cutting(batches()), DeepSupervision(sample=1), folder=tmp_path / "whole", **options)
     first = program(training=True)
-    with pytest.raises(Cut):
+    with pytest.raises(KilledError):
         fit(first, Cutting(batches(), cut), DeepSupervision(sample=1), folder=tmp_path / "cut", **options)
     again = program(training=True)
     curve = fit(again, Cutting(batches()), DeepSupervision(sample=1), folder=tmp_path / "cut", **options)
@@ -157,11 +160,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path: Path
 def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
     halves = batches(2)
     one = [{name: torch.cat([half[name] for half in halves]) for name in halves[0]}]
-    options: dict[str, Any] = {"train": "all", "rate": 1e-3, "clip": 1e9}
-    sgd = {"optimizer": lambda found: torch.optim.SGD(found, 1e-2)}
+    options: dict[str, Any] = {"train": "all", "clip": 1e9, "optimizer": lambda found: torch.optim.SGD(found, 1e-2)}
     apart, together = program(), program()
-    fit(apart, halves, DeepSupervision(), accumulate=2, **options, **sgd)
-    fit(together, one, DeepSupervision(), **options, **sgd)
+    fit(apart, halves, DeepSupervision(), accumulate=2, **options)
+    fit(together, one, DeepSupervision(), **options)
     for name, weight in weights(together).items():
         torch.testing.assert_close(weights(apart)[name], weight, atol=1e-6, rtol=1e-5)
 
@@ -211,6 +213,7 @@ def test_bf16_trains() -> None:
         ({"train": "some"}, "there are added and all"),
         ({"batches": iter(batches())}, "no length"),
         ({"batches": []}, "no batches"),
+        ({"batches": [], "steps": 3}, "no batches"),
         ({"batches": [{"labels": tiny.ids()}]}, "lacks the inputs"),
         ({"pipeline": "insert-exits{after=1}"}, "no weights to train"),
         ({"pipeline": "insert-exits{after=1},insert-adapter,insert-cache"}, "train first"),
@@ -248,3 +251,40 @@ def test_weights_of_another_pipeline_are_refused_and_change_nothing(tmp_path: Pa
     with pytest.raises(SpecError, match="cannot be read"):
         load_weights(other, tmp_path / "none.safetensors")
     assert digest(other, of_added=True) == before
+
+
+_SHARED = """
+import sys
+import tiny
+import torch
+from test_training_fit import batches, program, weights
+from offramp.training.fit import fit
+from offramp.training.objectives import DeepSupervision
+
+made = program()
+options = {"train": "all", "clip": 1e9, "optimizer": lambda found: torch.optim.SGD(found, 1e-2)}
+fit(made, batches(5), DeepSupervision(sample=1), folder=sys.argv[1], every=1, **options)
+torch.save(weights(made), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_batches(tmp_path: Path) -> None:
+    script = tmp_path / "shared.py"
+    script.write_text(_SHARED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, str(script), str(tmp_path)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    alone, given = program(), batches(5)
+    pairs = [
+        {name: torch.cat([a[name], b[name]]) for name in a} for a, b in ((given[0], given[1]), (given[2], given[3]))
+    ]
+    sgd: dict[str, Any] = {"train": "all", "clip": 1e9, "optimizer": lambda found: torch.optim.SGD(found, 1e-2)}
+    fit(alone, pairs, DeepSupervision(sample=1), **sgd)
+    for name, weight in weights(alone).items():
+        assert torch.equal(one[name], other[name]), name
+        torch.testing.assert_close(one[name], weight, atol=1e-6, rtol=1e-5)
+    assert json.loads((tmp_path / "step-2" / "progress.json").read_text())["step"] == 2

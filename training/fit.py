@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,17 +16,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from offramp.program.program import Program
 from offramp.runtime.errors import SpecError, TrainingError
+from offramp.training.checkpoints import Checkpoints
 from offramp.training.learner import Batch, Learner
 from offramp.training.objectives import Objective
 from offramp.training.weights import added
 
-_KEPT = 2  # checkpoints
-_WEIGHTS = "trained.safetensors"
+_CURVE = "curve.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,13 @@ def fit(
         program: what to train; capture it with ``training=True`` if its dropout is to stay.
         batches: mappings from names to tensors: the program's inputs, and what the objective reads (``labels``). It is
             gone through once an epoch, after ``set_epoch(epoch)`` if it has that; torch's random numbers start anew
-            with each epoch. Of several processes each takes its share of the batches.
+            with each epoch. Several processes take turns: each gets its share of the batches.
         objective: what is minimised; see ``offramp.training.objectives``.
         epochs: how often to go through the batches.
         steps: stop after so many steps of the optimizer, whatever ``epochs`` says; needed where batches have no length.
         train: "added" trains only what passes have added, and no bit of the model; "all" trains everything.
-        rate: the greatest learning rate; it rises for ``warmup`` steps and falls to zero along a cosine.
+        rate: the greatest learning rate; it falls to zero along a cosine.
+        warmup: steps in which the learning rate rises to it.
         optimizer: makes one of the weights that are trained; None for AdamW without weight decay.
         clip: the greatest norm of the gradient.
         precision: accelerate's mixed precision.
@@ -103,7 +102,6 @@ def fit(
     if program.cache is not None:
         raise SpecError("the program has caches, which training does not need", hint="train first, insert-cache then")
     objective.check(program)
-    total = _total(batches, epochs, steps, accumulate)
     AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -111,13 +109,16 @@ def fit(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         step_scheduler_with_optimizer=False,
     )
+    length = len(batches) // accelerator.num_processes if isinstance(batches, Sized) else 0
+    total = _total(length, epochs, steps, accumulate)
     learner = Learner(program, objective)
     weights = _chosen(program, learner, train)
+    home = next(learner.parameters()).device
     made = optimizer(list(weights.values())) if optimizer else torch.optim.AdamW(weights.values(), rate, weight_decay=0)
-    shape = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _schedule(step, warmup, total))
-    prepared = accelerator.prepare(learner, made, shape)
-    run = _Run(accelerator, *prepared, weights, Path(folder) if folder else None, every, log_every, progress, clip)
-    where = next(learner.parameters()).device
+    schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _schedule(step, warmup, total))
+    prepared = accelerator.prepare(learner, made, schedule)
+    checkpoints = Checkpoints(Path(folder), accelerator, weights) if folder else None
+    run = _Run(accelerator, *prepared, weights, checkpoints, every, log_every, progress, clip, length)
     learner.train(train == "all")
     try:
         run.through(batches, total, seed)
@@ -126,20 +127,15 @@ def fit(
         for weight in program.graph_module.parameters():
             weight.requires_grad_(True)
         accelerator.free_memory()
-        learner.to(where if accelerator.num_processes == 1 else "cpu")
+        learner.to(home)
     return tuple(run.curve)
 
 
-def _total(batches: Iterable[Batch], epochs: int, steps: int | None, accumulate: int) -> int:
-    """How many steps of the optimizer there will be."""
-    if steps is not None:
-        return steps
-    if not hasattr(batches, "__len__"):
-        raise SpecError("batches have no length", hint="say how many steps=")
-    count = len(batches)
-    if not count:
-        raise SpecError("there are no batches")
-    return epochs * count // accumulate
+def _total(length: int, epochs: int, steps: int | None, accumulate: int) -> int:
+    """How many steps of the optimizer there will be; ``length`` is that of an epoch, 0 where it is not known."""
+    if steps is None and not length:
+        raise SpecError("there are no batches, or they have no length", hint="say how many steps=")
+    return epochs * length // accumulate if steps is None else steps
 
 
 def _schedule(step: int, warmup: int, total: int) -> float:
@@ -175,32 +171,31 @@ class _Run:
         optimizer: Any,
         schedule: Any,
         weights: Mapping[str, torch.nn.Parameter],
-        folder: Path | None,
+        checkpoints: Checkpoints | None,
         every: int,
         log_every: int,
         progress: Callable[[Point], None] | None,
         clip: float,
+        length: int,
     ) -> None:
         self.accelerator, self.learner, self.optimizer, self.schedule = accelerator, learner, optimizer, schedule
-        self.weights, self.folder, self.every, self.log_every = weights, folder, every, log_every
-        self.progress, self.clip = progress, clip
+        self.weights, self.checkpoints, self.every, self.log_every = weights, checkpoints, every, log_every
+        self.progress, self.clip, self.length = progress, clip, length
         self.step = self.epoch = self.batch = 0
         self.before = 0.0  # seconds of earlier runs
         self.curve: list[Point] = []
-        accelerator.register_save_state_pre_hook(self._save_weights)
-        accelerator.register_load_state_pre_hook(self._load_weights)
 
     def through(self, batches: Iterable[Batch], total: int, seed: int) -> None:
         """Train to the end, from the last checkpoint on."""
-        resumed = self._resume()
+        restore, resumed = self._resume(), True
         started, sums, seen = time.perf_counter(), dict[str, float](), 0
         while self.step < total:
             torch.manual_seed(seed + self.epoch)
             skip = self.batch
             for batch in self._mine(batches, skip):
-                if resumed is not None:  # the state in which the checkpoint left the random numbers
-                    resumed()
-                    resumed = None
+                if resumed:
+                    restore()
+                    resumed = False
                 losses = self._one(batch)
                 self.batch += 1
                 seen += 1
@@ -210,11 +205,12 @@ class _Run:
                     continue
                 self.step += 1
                 if self.step % self.log_every == 0 or self.step == total:
-                    length = getattr(batches, "__len__", lambda: 0)()
-                    self._log(sums, seen, self.epoch + self.batch / length if length else 0.0, started)
+                    self._log(sums, seen, self.epoch + self.batch / max(1, self.length), started)
                     sums, seen = {}, 0
-                if self.folder and (self.step % self.every == 0 or self.step == total):
-                    self._checkpoint(self.before + time.perf_counter() - started)
+                if self.checkpoints and (self.step % self.every == 0 or self.step == total):
+                    where = {"step": self.step, "epoch": self.epoch, "batch": self.batch}
+                    seconds = self.before + time.perf_counter() - started
+                    self.checkpoints.save(self.step, {**where, "seconds": seconds})
                 if self.step == total:
                     return
             if self.batch == 0:
@@ -226,8 +222,9 @@ class _Run:
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(self.epoch)
         rank, count = self.accelerator.process_index, self.accelerator.num_processes
-        for batch in islice(iter(batches), skip * count + rank, None, count):
-            yield {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        given = islice(iter(batches), skip * count, None)
+        while len(shares := list(islice(given, count))) == count:  # every process has one, or none has
+            yield {name: value.to(self.accelerator.device) for name, value in shares[rank].items()}
 
     def _one(self, batch: Batch) -> dict[str, float]:
         """Forward, backward, and a step where enough batches have been accumulated."""
@@ -248,7 +245,7 @@ class _Run:
         return values
 
     def _broken(self, what: str) -> TrainingError:
-        kept = self._checkpoints()
+        kept = self.checkpoints.found() if self.checkpoints else []
         return TrainingError(
             f"step {self.step + 1} (epoch {self.epoch}, batch {self.batch}): {what}",
             hint="a lower rate, a longer warmup, or precision='no'; "
@@ -263,70 +260,25 @@ class _Run:
         self.curve.append(point)
         if not self.accelerator.is_main_process:
             return
-        if self.folder:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "curve.jsonl").open("a") as file:
+        if self.checkpoints:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            with (self.checkpoints.folder / _CURVE).open("a") as file:
                 file.write(json.dumps(asdict(point)) + "\n")
         if self.progress:
             self.progress(point)
 
-    # checkpoints
-
-    def _checkpoints(self) -> list[Path]:
-        found = self.folder.glob("step-*") if self.folder else ()
-        return sorted((path for path in found if path.suffix != ".tmp"), key=lambda path: int(path.name[5:]))
-
-    def _checkpoint(self, seconds: float) -> None:
-        """Write one beside the others, and give it its name when it is whole."""
-        assert self.folder is not None
-        place = self.folder / f"step-{self.step}"
-        temporary = place.with_name(f"{place.name}.tmp")
-        if self.accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            about = {"step": self.step, "epoch": self.epoch, "batch": self.batch, "seconds": seconds}
-            (temporary / "progress.json").write_text(json.dumps(about))
-            shutil.rmtree(place, ignore_errors=True)
-            temporary.rename(place)
-            for old in self._checkpoints()[:-_KEPT]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
-
-    def _resume(self) -> Callable[[], None] | None:
-        """Load the last checkpoint, if there is one; returns what sets the random numbers to its state."""
-        found = self._checkpoints()
-        if self.folder is None:
-            return None
-        curve = self.folder / "curve.jsonl"
-        points = [Point(**json.loads(line)) for line in curve.read_text().splitlines()] if curve.exists() else []
-        if found:
-            self.accelerator.load_state(str(found[-1]))
-            about = json.loads((found[-1] / "progress.json").read_text())
+    def _resume(self) -> Callable[[], None]:
+        """Go on from the last checkpoint, if there is one; returns what sets the random numbers to its state."""
+        if self.checkpoints is None:
+            return lambda: None
+        about = self.checkpoints.load()
+        if about is not None:
             self.step, self.epoch, self.batch = about["step"], about["epoch"], about["batch"]
             self.before = about["seconds"]
+        file = self.checkpoints.folder / _CURVE
+        points = [Point(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
         self.curve = [point for point in points if point.step <= self.step]
         if points and self.accelerator.is_main_process:
-            curve.write_text("".join(json.dumps(asdict(point)) + "\n" for point in self.curve))
+            file.write_text("".join(json.dumps(asdict(point)) + "\n" for point in self.curve))
         state = torch.get_rng_state()
-        return (lambda: torch.set_rng_state(state)) if found else None
-
-    def _save_weights(self, models: list[Any], weights: list[Any], directory: str) -> None:
-        """Only what is trained goes into a checkpoint."""
-        if self.accelerator.is_main_process:
-            save_file({k: w.detach().contiguous() for k, w in self.weights.items()}, Path(directory) / _WEIGHTS)
-        weights.clear()
-
-    def _load_weights(self, models: list[Any], directory: str) -> None:
-        stored = load_file(Path(directory) / _WEIGHTS)
-        if stored.keys() != self.weights.keys():
-            raise SpecError(
-                f"the checkpoint in {directory} trains other weights: {sorted(stored.keys() ^ self.weights.keys())[:5]}",
-                hint="another folder, or the program and train= of that run",
-            )
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(stored[name])
-        models.clear()
+        return lambda: torch.set_rng_state(state) if about is not None else None

@@ -149,9 +149,9 @@ class DeepSupervision(_AtExits):
 class DepthWeighted(_AtExits):
     """Cross-entropy weighted by depth, and layer-wise distillation below the exit (FREE, arXiv 2310.05424, sec. 4.1).
 
-    ``(sum_i i L_i) / sum_i i + alpha * MSE``: the hidden states of the blocks below the deepest exit follow those of as many
-    blocks spread over the stack, which get no gradient from it. ``align`` pairs them: "last" the two last ones, "unif"
-    one to one, "dyna" from the deepest on each teacher with the nearest student that lies below the one taken before.
+    ``(sum_i i L_i) / sum_i i + alpha * MSE``: the hidden states of the blocks below the deepest exit follow those of
+    as many blocks spread over the stack, which get no gradient from it. ``align`` pairs them: "last" the two last ones,
+    "unif" one to one, "dyna" from the deepest on each teacher with the nearest student below the one taken before.
     """
 
     alpha: float = 0.5

@@ -1,0 +1,1 @@
+"""Examples: recipes that train what the benchmarks measure."""
