@@ -29,9 +29,11 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
     """Put one file into the folder of a bundle that has all that its chunks run, lowered as its segments are."""
     from offramp.export.lower import close
     from offramp.export.partition import Piece, partition
+    from offramp.export.prepare import prepared
     from offramp.export.write import Writer
     from offramp.program.graph import is_tensor, results
 
+    program = prepared(program)
     plan = partition(program, 1)
     pieces = [*plan.enter, *(piece for stack in plan.stacks for _, piece in stack.blocks), plan.tail]
     order = {node: i for i, node in enumerate(program.graph.nodes)}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import fx
-from torch.onnx.ops import _dtype_mappings, _symbolic_impl
 
+from offramp.export.builder import Builder
+from offramp.export.halves import part
+from offramp.export.layout import same_shape
+from offramp.export.rotary import ROTARY
 from offramp.program import ops
 from offramp.program.graph import aten, expression, shape
 
 Target = Literal["ort", "portable"]
 TARGETS = ("ort", "portable")
-_KINDS = {dtype: kind for kind, dtype in _dtype_mappings.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
 
 
 def lower_attention(graph: fx.Graph, target: Target) -> None:
@@ -25,11 +27,11 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
     equal features. What does not fit it, and all for ``portable``, becomes TensorScatter and Attention of opset 24,
     whose time follows the capacity. Both write the caches in place where input and output share memory.
     """
-    builder = _Builder(graph)
+    builder = Builder(graph)
     for node in list(graph.nodes):
         if node.target is ops.ATTENTION:
             with graph.inserting_before(node):
-                fits = target == "ort" and expression(shape(node.args[1])[-1]) == expression(shape(node.args[2])[-1])
+                fits = target == "ort" and _fits(*node.args[1:3])
                 made = _grouped(builder, *node.args) if fits else _standard(builder, *node.args)
             for user in list(node.users):
                 user.replace_all_uses_with(made[user.args[1]])
@@ -40,69 +42,16 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
                 whole = _scattered(builder, *node.args)
             node.replace_all_uses_with(whole)
             graph.erase_node(node)
+    for node in list(graph.find_nodes(op="call_function", target=ROTARY)):
+        if node.users:  # by those that do not rotate themselves
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_rotated(builder, *node.args))
+    graph.eliminate_dead_code()
     _merge_equal(graph)
 
 
-class _Builder:
-    """Writes nodes with their shapes into a graph."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        mode = next(v for a in self.graph.nodes if isinstance(v := a.meta.get("val"), torch.Tensor)).fake_mode  # type: ignore[attr-defined]
-        with mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
-
-    def size(self, node: fx.Node, axis: int) -> Any:
-        found = expression(shape(node)[axis])
-        return found if isinstance(found, int) else self.call(aten.sym_size.int, node, axis)
-
-    def sizes(self, node: fx.Node) -> list[Any]:
-        return [self.size(node, axis) for axis in range(len(shape(node)))]
-
-    def onnx(
-        self,
-        name: str,
-        inputs: Sequence[fx.Node | None],
-        attributes: Mapping[str, Any],
-        outputs: Sequence[Sequence[Any]],
-        like: fx.Node | None = None,
-        domain: str = "",
-        version: int | None = None,
-    ) -> list[fx.Node]:
-        """A call of an ONNX operator with outputs of the given sizes, float32 or of the dtype of ``like``."""
-        kind = _KINDS[like.meta["val"].dtype if like else torch.float32]
-        encoded = _symbolic_impl.EncodedAttrs.from_dict(dict(attributes))
-        # missing inputs at the end are left out
-        given = list(inputs)
-        while given and given[-1] is None:
-            given.pop()
-        called = self.call(
-            torch.ops.onnx_symbolic._symbolic_multi_out.default,
-            given,
-            name,
-            [kind] * len(outputs),
-            shapes=[list(sizes) for sizes in outputs],
-            attr_keys=encoded.attr_keys,
-            attr_types=encoded.attr_types,
-            attr_pos=encoded.attr_pos,
-            attr_ints=encoded.attr_ints,
-            attr_floats=encoded.attr_floats,
-            attr_strs=encoded.attr_strs,
-            metadata_props_keys=[],
-            metadata_props_values=[],
-            domain=domain,
-            version=version,
-        )
-        return [self.call(operator.getitem, called, i) for i in range(len(outputs))]
-
-
 def _grouped(
-    b: _Builder,
+    b: Builder,
     query: fx.Node,
     key: fx.Node,
     value: fx.Node,
@@ -114,12 +63,20 @@ def _grouped(
     window: int,
 ) -> list[fx.Node]:
     """com.microsoft.GroupQueryAttention, with heads beside features: ``[rows, chunk, heads * features]``."""
+    cos: Any = None
+    sin: Any = None
+    rotates = _rotates(query, key, lengths)
+    if rotates:
+        query, cos, sin, _ = query.args  # type: ignore[assignment]
+        key = key.args[0]  # type: ignore[assignment]
     rows, heads, chunk, features = b.sizes(query)
-
-    def flat(node: fx.Node) -> fx.Node:
-        turned = b.call(aten.transpose.int, node, 1, 2)
-        return b.call(aten.reshape.default, turned, [rows, chunk, int(shape(node)[1]) * int(shape(node)[3])])
-
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(shape(key)[1]), "scale": float(scale)}
+    if rotates:
+        attributes["do_rotary"] = 1
+    given: list[fx.Node | None] = [_beside(b, node) for node in (query, key, value)]
+    whole = _packed(given)
+    if whole is not None:
+        given = [whole, None, None]
     ends = b.call(aten.add.Tensor, lengths, chunk)
     last = b.call(aten._to_copy.default, b.call(aten.sub.Tensor, ends, 1), dtype=torch.int32)
     longest = b.call(aten.amax.default, ends, [0])
@@ -128,12 +85,11 @@ def _grouped(
     if bias is not None:
         added = _as_float(b, bias)
         added = _first(b, added, longest)  # the operator takes as many keys as the longest row has
-    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(shape(key)[1]), "scale": float(scale)}
     if window:
         attributes["local_window_size"] = window
     made = b.onnx(
         "GroupQueryAttention",
-        [flat(query), flat(key), flat(value), key_cache, value_cache, last, total, None, None, None, added],
+        [*given, key_cache, value_cache, last, total, cos, sin, None, added],
         attributes,
         [[rows, chunk, heads * features], b.sizes(key_cache), b.sizes(value_cache)],
         domain="com.microsoft",
@@ -143,7 +99,62 @@ def _grouped(
     return [b.call(aten.transpose.int, apart, 1, 2), made[1], made[2]]
 
 
-def _first(b: _Builder, table: fx.Node, count: fx.Node) -> fx.Node:
+def _fits(key: fx.Node, value: fx.Node) -> bool:
+    """Whether GroupQueryAttention takes heads of these features."""
+    features = expression(shape(key)[-1])
+    return bool(features == expression(shape(value)[-1]) and features % 8 == 0)
+
+
+def _rotates(query: fx.Node, key: fx.Node, lengths: fx.Node) -> bool:
+    """Whether GroupQueryAttention can rotate queries and keys itself."""
+    if query.target is not ROTARY or key.target is not ROTARY or query.args[1:] != key.args[1:]:
+        return False
+    if query.args[3] is not lengths:
+        return False
+    half = expression(shape(query.args[1])[-1])  # type: ignore[arg-type]
+    return bool(expression(shape(query)[-1]) % 16 == 0 and half % 8 == 0)
+
+
+def _beside(b: Builder, node: fx.Node) -> fx.Node:
+    """``[rows, heads, chunk, features]`` as ``[rows, chunk, heads * features]``, as it was before if it was that."""
+    rows, heads, chunk, features = b.sizes(node)
+    turned: Any = node.args[0] if node.target is aten.transpose.int and set(node.args[1:]) == {1, 2} else None
+    if turned is None:
+        turned = b.call(aten.transpose.int, node, 1, 2)
+    wanted = b.call(aten.reshape.default, turned, [rows, chunk, heads * features])
+    while turned.target is aten.reshape.default:
+        turned = turned.args[0]
+        if same_shape(turned, wanted):
+            return turned  # type: ignore[no-any-return]
+    return wanted
+
+
+def _packed(given: Sequence[Any]) -> fx.Node | None:
+    """What queries, keys and values are the parts of, in this order and with nothing else."""
+    parts = [part(node) for node in given]
+    if any(found is None or found[0] is not parts[0][0] for found in parts):  # type: ignore[index]
+        return None
+    whole, at = parts[0][0], 0  # type: ignore[index]
+    for _, start, stop in parts:  # type: ignore[misc]
+        if start != at:
+            return None
+        at = stop
+    return whole if at == expression(shape(whole)[-1]) else None
+
+
+def _rotated(b: Builder, x: fx.Node, cos: fx.Node, sin: fx.Node, lengths: fx.Node) -> fx.Node:
+    """RotaryEmbedding, which takes positions."""
+    last = b.call(operator.sub, b.size(cos, 0), 1)
+    steps = b.call(aten.arange.default, b.size(x, 2))
+    places = b.call(aten.add.Tensor, b.call(aten.unsqueeze.default, lengths, 1), steps)
+    # places behind a shorter row's tokens may lie past the end: what they hold is not read
+    places = b.call(aten.minimum.default, places, b.call(aten.scalar_tensor.default, last, dtype=torch.int64))
+    turned = 2 * int(shape(cos)[-1])
+    attributes = {} if turned == expression(shape(x)[-1]) else {"rotary_embedding_dim": turned}
+    return b.onnx("RotaryEmbedding", [x, cos, sin, places], attributes, [b.sizes(x)])[0]
+
+
+def _first(b: Builder, table: fx.Node, count: fx.Node) -> fx.Node:
     """The first ``count`` (an int64 tensor) places of the last axis."""
     sizes = b.sizes(table)
     start, axis = (b.call(aten.full.default, [1], number, dtype=torch.int64) for number in (0, len(sizes) - 1))
@@ -152,7 +163,7 @@ def _first(b: _Builder, table: fx.Node, count: fx.Node) -> fx.Node:
 
 
 def _standard(
-    b: _Builder,
+    b: Builder,
     query: fx.Node,
     key: fx.Node,
     value: fx.Node,
@@ -189,7 +200,7 @@ def _standard(
     return [made[0], keys, values]
 
 
-def _scattered(b: _Builder, cache: fx.Node, new: fx.Node, lengths: fx.Node, axis: int) -> fx.Node:
+def _scattered(b: Builder, cache: fx.Node, new: fx.Node, lengths: fx.Node, axis: int) -> fx.Node:
     """TensorScatter; of a cache with several places of each row on axis 0, each gets the row's length."""
     rows, places = b.size(lengths, 0), b.size(cache, 0)
     if expression(shape(cache)[0]) != expression(shape(lengths)[0]):
@@ -199,7 +210,7 @@ def _scattered(b: _Builder, cache: fx.Node, new: fx.Node, lengths: fx.Node, axis
     return b.onnx("TensorScatter", [cache, new, lengths], {"axis": axis}, [b.sizes(cache)], like=cache)[0]
 
 
-def _as_float(b: _Builder, bias: fx.Node) -> fx.Node:
+def _as_float(b: Builder, bias: fx.Node) -> fx.Node:
     if bias.meta["val"].dtype != torch.bool:
         return bias
     zero = b.call(aten.zeros_like.default, bias, dtype=torch.float32)

@@ -25,6 +25,9 @@ from torch.export.graph_signature import (
 )
 
 from offramp.export.attention import Target, lower_attention
+from offramp.export.layout import cancel_layout
+from offramp.export.merge import merged
+from offramp.export.norm import fuse_norms
 from offramp.export.partition import Piece
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
 from offramp.program.quiet import quiet
@@ -39,7 +42,8 @@ class Function:
     """A piece as a closed function of tensors: its activations first, then its weights, then nothing else.
 
     ``key`` is equal for two functions exactly when they are the same computation of tensors of the same
-    shapes and dtypes; ``weights`` are ``get_attr`` nodes of the program, in the order of the parameters.
+    shapes and dtypes; ``weights`` are nodes of the program, in the order of the parameters: weights, or several that
+    lie one behind the other (`merged`).
     """
 
     graph: fx.Graph
@@ -55,10 +59,14 @@ def close(piece: Piece, target: Target = "ort") -> Function:
     A size that none of the inputs has, and that cannot be computed from theirs, brings the tensor that it
     is read from along as one more input.
     """
-    weights = list(dict.fromkeys(arg for n in piece.nodes for arg in n.all_input_nodes if arg.op == "get_attr"))
+    joined = {node for node in piece.nodes if merged(node)} - set(piece.outputs)
+    nodes = [node for node in piece.nodes if node not in joined]
+    weights = list(
+        dict.fromkeys(arg for n in nodes for arg in n.all_input_nodes if arg.op == "get_attr" or arg in joined)
+    )
     inputs = list(piece.inputs)
     inside = set(piece.nodes)
-    for node in piece.nodes:
+    for node in nodes:
         for arg in node.all_input_nodes:
             if is_symint(arg):
                 inputs += [extra for extra in _unread(arg, inside, inputs) if extra not in inputs]
@@ -87,13 +95,15 @@ def close(piece: Piece, target: Target = "ort") -> Function:
             env[node].meta = {"val": node.meta["val"]}
         return env[node]
 
-    for node in piece.nodes:
+    for node in nodes:
         for arg in node.all_input_nodes:
             if is_symint(arg):
                 size(arg)
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(tuple(env[node] for node in piece.outputs))
     lower_attention(graph, target)
+    cancel_layout(graph)
+    fuse_norms(graph)
     _widen_masks(graph)
     _plain_reshapes(graph)
     return Function(graph, tuple(inputs), tuple(weights), piece.outputs, _key(graph))

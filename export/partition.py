@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from offramp.export.merge import merged
 from offramp.passes.insert_scores import OF_LOGITS
 from offramp.program.graph import (
     ancestors,
@@ -261,7 +262,8 @@ class _Partition:
             shared |= {arg for node in counts if node in self.chunked for arg in node.all_input_nodes if arg in counts}
             shared = {node for node in shared if node not in self.chunked or counts[node] > 1}
             shared -= {node for node in shared if node in self.chunked and self._cheap(node)}
-        return {node for node in shared if self.level[node] is not None and is_tensor(node) and not self._trivial(node)}
+        shared = {node for node in shared if self.level[node] is not None and is_tensor(node)}
+        return {node for node in shared if not merged(node) and not self._trivial(node)}
 
     def _cheap(self, node: fx.Node) -> bool:
         """Whether a value of chunks is made where it is used.

@@ -66,8 +66,17 @@ def eager(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, tor
     return {name: returned[name] for name in program.outputs}
 
 
-def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapping[str, fx.Node]) -> dict[str, Any]:
-    """Compare a bundle's files with the program they were made from; ``origin`` names the node of each value.
+def validate(
+    program: Program,
+    manifest: Manifest,
+    directory: Path,
+    origin: Mapping[str, fx.Node],
+    lowered: Program | None = None,
+) -> dict[str, Any]:
+    """Compare a bundle's files with a program; ``origin`` names the node of each value.
+
+    Those are nodes of ``lowered``, the program as it was when it was cut, if that is another. All but single segments
+    is compared with ``program`` itself, so that what was rewritten in between is validated too.
 
     Returns the largest relative errors: ``segments`` (each segment on torch's values of its inputs), ``chain``
     (full depth), ``exits`` (every exit forced, against the truncated program), ``rows`` (rows that leave at
@@ -78,7 +87,7 @@ def validate(program: Program, manifest: Manifest, directory: Path, origin: Mapp
     """
     chain = Chain(manifest, directory)
     figures = {
-        "segments": _segments(program, manifest, directory, origin),
+        "segments": _segments(lowered or program, manifest, directory, origin),
         "chain": _checked(
             "the chain at full depth",
             worst(_run(chain, program.example_inputs), eager(program, program.example_inputs)),

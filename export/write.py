@@ -13,6 +13,7 @@ import torch
 from onnx import TensorProto, helper
 
 from offramp.export.lower import OPSET, Function, translate
+from offramp.export.merge import merged
 from offramp.program.graph import attribute, storage_key
 from offramp.runtime.errors import ExportError
 from offramp.runtime.manifest import WEIGHTS_FILE, File
@@ -51,8 +52,8 @@ class Writer:
 
     def segment(self, function: Function, name: str) -> str:
         """Write the ONNX file of a function, if there is none yet; returns the file's name."""
-        tensors = [attribute(self.module, str(node.target)) for node in function.weights]
-        places = [self._place(tensor) for tensor in tensors]
+        tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in function.weights]
+        places = [self._place(parts) for parts in tensors]
         identity = (function.key, tuple(places))
         if identity not in self._files:
             if function.key not in self._models:
@@ -96,31 +97,37 @@ class Writer:
         """Let go of the weights file."""
         self._weights.close()
 
-    def _place(self, tensor: torch.Tensor) -> tuple[int, int]:
-        """Offset and size in bytes of a weight in the weights file; it is written when first asked for."""
-        key = storage_key(tensor)
+    def _place(self, parts: Sequence[torch.Tensor]) -> tuple[int, int]:
+        """Offset and size in bytes of a weight in the weights file; it is written when first asked for.
+
+        Several lie one behind the other: along their first axis they are one.
+        """
+        key = tuple(map(storage_key, parts))
         if key not in self._placed:
-            if tensor.dtype not in _ELEMENTS:
-                raise ExportError(
-                    f"a weight of dtype {tensor.dtype} cannot be exported",
-                    hint="module.float() before capture",
-                )
             offset = -self._weights.tell() % _ALIGNMENT + self._weights.tell()
             self._weights.write(b"\0" * (offset - self._weights.tell()))
-            data = tensor.detach().cpu().contiguous().numpy().tobytes()
-            self._weights.write(data)
-            self._placed[key] = (offset, len(data))
+            for tensor in parts:
+                if tensor.dtype not in _ELEMENTS:
+                    raise ExportError(
+                        f"a weight of dtype {tensor.dtype} cannot be exported",
+                        hint="module.float() before capture",
+                    )
+                self._weights.write(tensor.detach().cpu().contiguous().numpy().tobytes())
+            self._placed[key] = (offset, self._weights.tell() - offset)
         return self._placed[key]
 
 
-def _bind(model: onnx.ModelProto, tensors: Sequence[torch.Tensor], places: Sequence[tuple[int, int]]) -> None:
+def _bind(model: onnx.ModelProto, tensors: Sequence[Sequence[torch.Tensor]], places: Sequence[tuple[int, int]]) -> None:
     """Turn the parameters ``w0...`` into initializers that lie in the weights file."""
     kept = [value for value in model.graph.input if not value.name.startswith("w")]
     del model.graph.input[:]
     model.graph.input.extend(kept)
-    for i, (tensor, (offset, size)) in enumerate(zip(tensors, places, strict=True)):
-        proto = model.graph.initializer.add(name=f"w{i}", data_type=_ELEMENTS[tensor.dtype], dims=tensor.shape)
-        if size == 0 or (size <= _INLINE and not tensor.is_floating_point()):
+    for i, ((tensor, *others), (offset, size)) in enumerate(zip(tensors, places, strict=True)):
+        dims = (
+            [tensor.shape[0] + sum(other.shape[0] for other in others), *tensor.shape[1:]] if others else tensor.shape
+        )
+        proto = model.graph.initializer.add(name=f"w{i}", data_type=_ELEMENTS[tensor.dtype], dims=dims)
+        if size == 0 or (size <= _INLINE and not tensor.is_floating_point() and not others):
             proto.raw_data = tensor.detach().cpu().contiguous().numpy().tobytes()
             continue
         proto.data_location = TensorProto.EXTERNAL

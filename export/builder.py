@@ -1,0 +1,73 @@
+"""Writing nodes into a closed graph: calls of torch's operators, and of ONNX's own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.onnx.ops import _dtype_mappings, _symbolic_impl
+
+from offramp.program.graph import aten, expression, shape
+
+_KINDS = {dtype: kind for kind, dtype in _dtype_mappings.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
+
+
+class Builder:
+    """Writes nodes with their shapes into a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        mode = next(v for a in self.graph.nodes if isinstance(v := a.meta.get("val"), torch.Tensor)).fake_mode  # type: ignore[attr-defined]
+        with mode, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])
+        return node
+
+    def size(self, node: fx.Node, axis: int) -> Any:
+        found = expression(shape(node)[axis])
+        return found if isinstance(found, int) else self.call(aten.sym_size.int, node, axis)
+
+    def sizes(self, node: fx.Node) -> list[Any]:
+        return [self.size(node, axis) for axis in range(len(shape(node)))]
+
+    def onnx(
+        self,
+        name: str,
+        inputs: Sequence[fx.Node | None],
+        attributes: Mapping[str, Any],
+        outputs: Sequence[Sequence[Any]],
+        like: fx.Node | None = None,
+        domain: str = "",
+        version: int | None = None,
+    ) -> list[fx.Node]:
+        """A call of an ONNX operator with outputs of the given sizes, float32 or of the dtype of ``like``."""
+        kind = _KINDS[like.meta["val"].dtype if like else torch.float32]
+        encoded = _symbolic_impl.EncodedAttrs.from_dict(dict(attributes))
+        # missing inputs at the end are left out
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
+        called = self.call(
+            torch.ops.onnx_symbolic._symbolic_multi_out.default,
+            given,
+            name,
+            [kind] * len(outputs),
+            shapes=[list(sizes) for sizes in outputs],
+            attr_keys=encoded.attr_keys,
+            attr_types=encoded.attr_types,
+            attr_pos=encoded.attr_pos,
+            attr_ints=encoded.attr_ints,
+            attr_floats=encoded.attr_floats,
+            attr_strs=encoded.attr_strs,
+            metadata_props_keys=[],
+            metadata_props_values=[],
+            domain=domain,
+            version=version,
+        )
+        return [self.call(operator.getitem, called, i) for i in range(len(outputs))]

@@ -1,0 +1,30 @@
+"""What is rewritten before a program is cut, for what a piece alone does not show."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from offramp.export.merge import merge_products
+from offramp.export.rotary import fuse_rotary
+from offramp.passes.infra.editor import Editor
+from offramp.program.program import Program
+
+_log = logging.getLogger(__name__)
+
+
+def prepared(program: Program) -> Program:
+    """The program as it is lowered: the same computation, with the operators that have an ONNX form of their own.
+
+    Names of cuts, exits, inputs and outputs stay. Only programs with caches change: theirs are run token by token,
+    where time goes by the number of operators. What looks like a rotation and is none is told to the log (debug).
+    """
+    if program.cache is None:
+        return program
+    editor = Editor(program, "export")
+    merge_products(editor)
+    for note in fuse_rotary(editor):
+        _log.debug("not one operator: %s", note)
+    cuts = {name for stack in program.stacks.values() for name in stack.cuts}
+    editor.drop_dead(keep=cuts | {name for item in program.exits for name in (item.hidden, item.state)})
+    return replace(editor.finish().program, history=program.history)
