@@ -19,9 +19,24 @@ if TYPE_CHECKING:
         SpecError,
         StructureError,
     )
-    from offramp.runtime.policies import Confidence, Depth, Each, Entropy, Never, Patience
-    from offramp.runtime.policy import Policy, State
+    from offramp.runtime.generate import Generated, Token
+    from offramp.runtime.policies import (
+        Adaptive,
+        Budget,
+        Confidence,
+        Decay,
+        Depth,
+        Each,
+        Entropy,
+        Learned,
+        Never,
+        Patience,
+        ShallowDeep,
+        Verify,
+    )
+    from offramp.runtime.policy import Agreement, Cost, Policy, State
     from offramp.runtime.result import Result, Timing
+    from offramp.runtime.sampling import Sampling
 
 _MODULES = {
     "chain": ("Chain", "load"),
@@ -37,23 +52,45 @@ _MODULES = {
         "SpecError",
         "StructureError",
     ),
-    "policies": ("Confidence", "Depth", "Each", "Entropy", "Never", "Patience"),
-    "policy": ("Policy", "State"),
+    "generate": ("Generated", "Token"),
+    "policies": (
+        "Adaptive",
+        "Budget",
+        "Confidence",
+        "Decay",
+        "Depth",
+        "Each",
+        "Entropy",
+        "Learned",
+        "Never",
+        "Patience",
+        "ShallowDeep",
+        "Verify",
+    ),
+    "policy": ("Agreement", "Cost", "Policy", "State"),
     "result": ("Result", "Timing"),
+    "sampling": ("Sampling",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
+    "Adaptive",
+    "Agreement",
+    "Budget",
     "BundleError",
     "CaptureError",
     "Chain",
     "Confidence",
+    "Cost",
+    "Decay",
     "Depth",
     "Each",
     "Entropy",
     "ExecutionError",
     "ExportError",
+    "Generated",
     "InputError",
+    "Learned",
     "Never",
     "OfframpError",
     "PassError",
@@ -61,10 +98,14 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Result",
+    "Sampling",
+    "ShallowDeep",
     "SpecError",
     "State",
     "StructureError",
     "Timing",
+    "Token",
+    "Verify",
     "load",
 ]
 

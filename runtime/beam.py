@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.generate import Generated, Prompts, Run
+from offramp.runtime.feed import Prompts, Run
+from offramp.runtime.generate import Generated
 from offramp.runtime.sampling import Chooser, log_probabilities
 
 
@@ -63,7 +64,7 @@ def search(run: Run, prompts: Prompts, beams: int, length_penalty: float) -> Gen
             else:
                 done.append(row)
             slot += len(here)
-        run.decoder.rearrange(sources)
+        run.rearrange(sources)
         rows, run.rows = going, sources
         tokens = [np.array([beam.tokens[-1]]) for row in rows for beam in row.beams]
         askers = run.askers

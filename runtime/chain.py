@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,8 @@ from offramp.runtime import bundle, policies
 from offramp.runtime.beam import search
 from offramp.runtime.caches import fresh
 from offramp.runtime.errors import InputError
-from offramp.runtime.generate import Generated, Plan, Prompts, Run, Token, stream
+from offramp.runtime.feed import Plan, Prompts, Run
+from offramp.runtime.generate import Generated, Token, stream
 from offramp.runtime.inputs import Inputs
 from offramp.runtime.manifest import Manifest, Stack, Value
 from offramp.runtime.memory import DEVICES, Device, Env, Host, Index, Memory
@@ -21,6 +23,7 @@ from offramp.runtime.plan import Call, Step, prepare, ready_takers
 from offramp.runtime.policy import Asker, Function, Policy, State, listing
 from offramp.runtime.result import Result, Timing
 from offramp.runtime.sessions import Providers, open_sessions
+from offramp.runtime.verify import in_last, refuse, verified
 from offramp.runtime.walk import depths, execute, join, walk
 
 
@@ -103,6 +106,7 @@ class Chain:
             ExecutionError: ONNX Runtime failed in a segment.
         """
         policy = self._asked(policy)
+        refuse(policy, "run() generates nothing")
         arrays, batch = self._inputs.check(inputs)
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
         memory = self._memory
@@ -138,14 +142,14 @@ class Chain:
             options: Fields of `Sampling`: ``temperature``, ``top_k``, ``max_new_tokens``, ``stop``, ...
 
         Yields:
-            A `Token` for each row and step, rows in order.
+            A `Token` for each row and step, rows in order. With `Verify` those that full depth has checked: of some
+            rows none in a step, of others several.
 
         Raises:
             InputError: the bundle has no cache, or inputs and options do not fit it.
             PolicyError, ExecutionError: as for `run`.
         """
-        run, prompts = self._generation(inputs, policy, propagate, max_pending, options)
-        return stream(run, prompts)
+        return _tokens(*self._generation(inputs, policy, propagate, max_pending, options))
 
     def generate(
         self,
@@ -168,7 +172,7 @@ class Chain:
             return search(run, prompts, beams, length_penalty)
         tokens: list[list[int]] = [[] for _ in prompts]
         exits: list[list[int]] = [[] for _ in prompts]
-        for step in stream(run, prompts):
+        for step in _tokens(run, prompts):
             tokens[step.row].append(step.token)
             exits[step.row].append(step.exit)
         return Generated(
@@ -185,6 +189,7 @@ class Chain:
 
     def generation(self, inputs: Mapping[str, Any], policy: Any = None) -> Run:
         """A generation to be fed by hand: inputs checked, what runs once for them done, no token run yet."""
+        refuse(self._asked(policy), "a generation by hand")
         return self._generation(inputs, policy, "defer", None, {})[0]
 
     def _generation(
@@ -202,6 +207,11 @@ class Chain:
         policy = self._asked(policy)
         if beams < 1 or (beams > 1 and options.get("temperature")):
             raise InputError(f"beams={beams}: at least 1, and more than 1 draw no tokens (temperature=0)")
+        policy, drafts = in_last(policy, plan.stacks[-1])
+        if drafts and beams > 1:
+            refuse(policy, "beam search keeps several texts of a row")
+        if drafts and (propagate != "defer" or max_pending is not None):
+            raise InputError("drafts are checked by full depth, and bounded by their number", hint="Verify(drafts=...)")
         prompts = plan.prompts(inputs)
         sampling = plan.sampling(max(row.size for row in prompts), options)
         first = np.zeros((len(prompts), max(row.size for row in prompts)), self.inputs[plan.cache.tokens[0]].dtype)
@@ -248,8 +258,10 @@ class Chain:
             return made
         name = step.run.stack.name
         inner = memory.take(env, step.run.reads, None)
+        started = perf_counter()
         left = walk(step.run, inner, np.arange(batch), askers[name], memory, trace)
         exits[name] = depths(left, batch)
+        askers[name].spent(exits[name], (perf_counter() - started) * 1e3)
         return join(left, self.manifest.values, batch, memory)
 
     def __repr__(self) -> str:
@@ -263,6 +275,11 @@ class Chain:
             f"  {len(manifest.segments)} segments of {files} files; policy {self.policy!r}>",
         ]
         return "\n".join(line for line in lines if line)
+
+
+def _tokens(run: Run, prompts: Prompts) -> Iterator[Token]:
+    _, drafts = in_last(run.policy, run.plan.stacks[-1])
+    return verified(run, prompts, drafts) if drafts else stream(run, prompts)
 
 
 def _listed(values: Mapping[str, Value]) -> str:

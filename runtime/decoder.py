@@ -8,7 +8,7 @@ the hidden states in between: those wait at the piece's input (deferral: DEED's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -29,21 +29,43 @@ Index = NDArray[np.int64]
 Values = dict[str, Array]
 
 
+class Asked(NamedTuple):
+    """What an exit said of a row's last token: its scores, and the model's outputs where those were made for them."""
+
+    scores: Mapping[str, float]
+    outputs: Mapping[str, Array] | None
+
+
 class Left(NamedTuple):
-    """A row that has left the last stack with the model's outputs for its last token."""
+    """A row that has left the last stack with the model's outputs for its last token.
+
+    ``asked`` has what the exits of that stack said of the token, by ``after``. ``whole`` are full depth's outputs for
+    all tokens that got there in this step, [tokens, ...]; None where there were none, or nobody wanted them.
+    """
 
     slot: int
     outputs: Mapping[str, Array]
     exits: Mapping[str, int]
     scores: Mapping[str, float]
+    asked: Mapping[int, Asked]
+    whole: Mapping[str, Array] | None = None
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row on its way through the legs: where it left, and what exits said of its last token."""
+
+    exits: dict[str, int] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    asked: dict[int, Asked] = field(default_factory=dict)
 
 
 @dataclass
 class Decoder:
     """The state of a generation: ``seen[leg, slot]`` tokens computed, and per leg and slot the values that wait.
 
-    ``rows[slot]`` is the place in the batch of what the slot holds, which policies see. With ``max_pending`` no row
-    has more tokens waiting than one less.
+    ``rows[slot]`` is the place in the batch of what the slot holds, which policies see; ``taken[slot]`` how many of
+    its tokens that waited went deeper in the last `feed`. With ``max_pending`` a row has at most one less waiting.
     ``propagate`` is "defer" (exact) or "hidden": where a row leaves, its hidden state stands for those of all
     deeper blocks (CALM, arXiv 2207.07061, sec. 3.3), which are then computed from it, when a token goes deep.
     """
@@ -57,20 +79,32 @@ class Decoder:
     rows: Index = field(init=False)
     pending: list[list[list[Values]]] = field(init=False)
     trace: list[Timing] = field(default_factory=list)
+    taken: dict[int, int] = field(default_factory=dict)
+    following: list[frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.following = [_following(self.legs, at) for at in range(len(self.legs))]
         self.seen = np.zeros((len(self.legs), self.store.slots), np.int64)
         self.rows = np.arange(self.store.slots)
         self.pending = [[[] for _ in range(self.store.slots)] for _ in self.legs]
 
-    def feed(self, slots: Index, values: Values, counts: Index, askers: Mapping[str, Asker] | None) -> list[Left]:
+    def feed(
+        self,
+        slots: Index,
+        values: Values,
+        counts: Index,
+        askers: Mapping[str, Asker] | None,
+        whole: Callable[[], bool] | None = None,
+    ) -> list[Left]:
         """Run new tokens: ``values`` hold ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
 
-        ``askers`` (by stack) decide where rows leave; None runs all to full depth.
+        ``askers`` (by stack) decide where rows leave; None runs all to full depth. ``whole`` is asked where rows get
+        there, whether outputs are wanted for all of their tokens.
         """
         left: list[Left] = []
-        exits: dict[int, dict[str, int]] = {int(slot): {} for slot in slots}
-        scores: dict[int, dict[str, float]] = {int(slot): {} for slot in slots}
+        entered = slots
+        self.taken = {}
+        rows = {slot: _Row() for slot in slots.tolist()}
         waiting: list[tuple[int, Index, Values, Index]] = [(0, slots, values, counts)]
         new = dict(zip(slots.tolist(), counts.tolist(), strict=True))
         while waiting:
@@ -78,7 +112,7 @@ class Decoder:
             while at < len(self.legs) and slots.size:
                 leg = self.legs[at]
                 forwarded = counts
-                values, counts = self._with_pending(at, slots, values, counts)
+                values, counts = self._with_pending(at, slots, values, counts, new)
                 values = self._run(leg, at, slots, values, counts)
                 if self.propagate == "hidden" and leg.stack is not None:  # what waited went its own way already
                     values, counts = self._last(values, slots, counts, forwarded)
@@ -90,19 +124,23 @@ class Decoder:
                 if leave is None:
                     continue
                 if made is not None and askers is not None:
-                    for measure in askers[leg.stack or ""].wanted[door.after] or ():
-                        for slot, score in zip(slots, made[door.scores[measure]].reshape(slots.size, -1), strict=True):
-                            scores[int(slot)][measure] = float(score[-1])
+                    wanted = askers[leg.stack or ""].wanted[door.after] or ()
+                    self._note(door, made, wanted, [rows[slot] for slot in slots.tolist()])
                 go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
-                ending = self._door(door, slots[go], values, counts, go, made)
-                for place, row in enumerate(go):
+                wholly = whole is not None and door.full and door.ends and whole()
+                ending = (
+                    self._through(door, slots, values, counts)
+                    if wholly
+                    else self._door(door, slots[go], values, counts, go, made)
+                )
+                for place, row in enumerate(go.tolist()):
                     slot = int(slots[row])
-                    exits[slot][leg.stack or ""] = door.after
+                    rows[slot].exits[leg.stack or ""] = door.after
                     if not door.full:
-                        self._wait(at, slot, values, int(row), int(counts[row]))
+                        self._wait(at, slot, values, row, int(counts[row]))
                     if door.ends:
-                        outputs = {name: ending[value][place] for name, value in door.results.items()}
-                        left.append(Left(slot, outputs, exits[slot], scores[slot]))
+                        count = int(counts[row]) if wholly else None
+                        left.append(self._left(slot, rows[slot], door, ending, place, count))
                 if not door.ends and go.size:
                     after = self._behind(at, leg.stack)
                     counted = np.array([new[int(slot)] for slot in slots[go]])
@@ -112,7 +150,7 @@ class Decoder:
                     askers[leg.stack or ""].keep(stay)
                 slots, counts = slots[stay], counts[stay]
                 values = self._some(values, stay, counts)
-        return left
+        return left if self.max_pending is None else self._bounded(left, entered, whole)
 
     def _behind(self, at: int, stack: str | None) -> int:
         while at < len(self.legs) and self.legs[at].stack == stack:
@@ -128,10 +166,17 @@ class Decoder:
         for leg in range(at, ends):
             wanted = self._translated(values, at - 1, leg)
             self.pending[leg][slot].append({name: array[row, :count].copy() for name, array in wanted.items()})
-        first = next(leg for leg, other in enumerate(self.legs) if other.stack == stack)
-        lacking = self.seen[first, slot] - self.seen[self._behind(at, stack) - 1, slot]
-        if self.max_pending is not None and lacking >= self.max_pending:
-            self.flush(np.array([slot]), first)
+
+    def _bounded(self, left: list[Left], slots: Index, whole: Callable[[], bool] | None) -> list[Left]:
+        """Flush the rows of which ``max_pending`` tokens wait in a stack."""
+        ends = {leg.stack: at for at, leg in enumerate(self.legs) if leg.stack is not None}
+        made: dict[int, Values] = {}
+        for stack, end in ends.items():
+            first = next(at for at, leg in enumerate(self.legs) if leg.stack == stack)
+            lacking = self.seen[first, slots] - self.seen[end, slots]
+            if (full := slots[lacking >= self.max_pending]).size:
+                made |= self.flush(full, first, whole)
+        return [item._replace(whole=made[item.slot]) if item.slot in made else item for item in left]
 
     def _translated(self, values: Values, left: int, leg: int) -> Values:
         """The values of an exit under the names that a deeper leg reads."""
@@ -142,22 +187,43 @@ class Decoder:
         """How many tokens of a row wait at a leg."""
         return sum(len(next(iter(values.values()))) for values in self.pending[leg][slot])
 
-    def flush(self, slots: Index, start: int) -> None:
-        """Compute what waits at the legs from ``start`` on, of these rows, to the end of the stack."""
+    def flush(self, slots: Index, start: int, whole: Callable[[], bool] | None = None) -> dict[int, Values]:
+        """Compute what waits at the legs from ``start`` on, of these rows, to the end of the stack.
+
+        Returns full depth's outputs for the tokens that got there, by slot, where ``whole`` wants them.
+        """
         stack = self.legs[start].stack
-        for slot in slots:
+        found: dict[int, Values] = {}
+        for slot in slots.tolist():
             one, counts = np.array([slot]), np.zeros(1, np.int64)
             values: Values = {}
-            for leg in range(start, self._behind(start, stack)):
-                if not self.pending[leg][slot] and not counts[0]:
+            for at in range(start, self._behind(start, stack)):
+                if not self.pending[at][slot] and not counts[0]:
                     continue
-                values, counts = self._with_pending(leg, one, values, counts)
-                values = self._run(self.legs[leg], leg, one, values, counts)
+                values, counts = self._with_pending(at, one, values, counts, {})
+                values = self._run(self.legs[at], at, one, values, counts)
+                door = self.legs[at].door
+                if whole is not None and door is not None and door.full and door.ends and whole():
+                    found[slot] = self._results(door, self._through(door, one, values, counts), 0, int(counts[0]))
                 if self.propagate == "hidden":
                     values, counts = {}, np.zeros(1, np.int64)
+        return found
 
-    def _with_pending(self, at: int, slots: Index, values: Values, counts: Index) -> tuple[Values, Index]:
-        """What waits at a leg, then what comes in."""
+    def rollback(self, slot: int, length: int) -> None:
+        """Forget a row's tokens behind its first ``length``; what lies in caches behind their length is not read."""
+        for at, leg in enumerate(self.pending):
+            self.seen[at, slot] = min(self.seen[at, slot], length)
+            kept, left = [], length - int(self.seen[at, slot])
+            for values in leg[slot]:
+                if left > 0:
+                    kept.append({name: array[:left] for name, array in values.items()})
+                    left -= len(next(iter(values.values())))
+            leg[slot] = kept
+
+    def _with_pending(
+        self, at: int, slots: Index, values: Values, counts: Index, new: Mapping[int, int]
+    ) -> tuple[Values, Index]:
+        """What waits at a leg, then what comes in, of which so many tokens are new."""
         held = [self.pending[at][slot] for slot in slots]
         reads = self.legs[at].reads
         if not any(held):
@@ -169,14 +235,15 @@ class Decoder:
                 if counts[row]:
                     parts.append(values[name][row, : counts[row]])
                 rows[name].append(np.concatenate(parts) if len(parts) > 1 else parts[0])
-        for slot in slots:
-            self.pending[at][slot] = []
         total = np.array([len(row) for row in next(iter(rows.values()))], np.int64)
+        for slot, count in zip(slots.tolist(), total.tolist(), strict=True):
+            self.pending[at][slot] = []
+            self.taken[slot] = max(count - new.get(slot, 0), self.taken.get(slot, 0))
         return {name: _padded(arrays) for name, arrays in rows.items()}, total
 
     def _some(self, values: Values, rows: Index, counts: Index) -> Values:
         """The values of some rows, no wider than their tokens."""
-        widest = int(counts.max(initial=0))
+        widest = greatest(counts) if counts.size else 0
         return {name: array[rows, :widest] if self._along(name) else array[rows] for name, array in values.items()}
 
     def _last(self, values: Values, slots: Index, counts: Index, wanted: Index) -> tuple[Values, Index]:
@@ -195,25 +262,22 @@ class Decoder:
 
     def _run(self, leg: Leg, at: int, slots: Index, values: Values, counts: Index) -> Values:
         """The chunk's values after a leg, [slots, chunk, ...]; what the rows have seen grows."""
-        found = values
+        found = dict(values)
         for call in leg.calls:
-            found = found | self._launch(call, self.seen[at], slots, found, counts)
+            found |= self._launch(call, self.seen[at], slots, found, counts)
         self.seen[at, slots] += counts
-        following = self.legs[at + 1].reads if at + 1 < len(self.legs) else frozenset()
-        if leg.door is not None:
-            following |= leg.door.reads | {leg.door.scores[measure] for measure in leg.door.free}
-            following |= frozenset(leg.door.results.values())
+        following = self.following[at]
         return {name: array for name, array in found.items() if name in following}
 
     def _launch(self, call: Launch, seen: Index, slots: Index, values: Values, counts: Index) -> Values:
         started = perf_counter()
         given = {name: values[name] for _, name in call.chunk}
-        widest = int(counts.max())
-        low, high = int(slots.min()), int(slots.max()) + 1
+        widest = greatest(counts)
+        low, high = (int(slots[0]) if slots.size == 1 else int(slots.min())), greatest(slots) + 1
         if self.store.device is not None and call.by_slot:
             low, high = 0, self.store.slots
         rowwise = self.store.cache.rowwise and bool(call.buffers) and widest > 1
-        room = not call.buffers or int(seen[low:high].max()) + widest <= self.store.capacity
+        room = not call.buffers or greatest(seen[low:high]) + widest <= self.store.capacity
         if not call.by_slot:
             made = self.store.run(call, 0, slots.size, given, seen[slots])
         elif slots.size == high - low and room and not (rowwise and slots.size > 1):
@@ -312,9 +376,35 @@ class Decoder:
             return {name: made[name][rows] for name in door.results.values()}
         return self._through(door, slots, self._last_tokens(values, counts, rows))
 
-    def _through(self, door: Door, slots: Index, values: Values) -> Values:
+    def _note(self, door: Door, made: Values, wanted: Sequence[str], rows: Sequence[_Row]) -> None:
+        """Keep what an exit that was asked said of rows."""
+        ready = door.ends and all(value in made for value in door.results.values())
+        for place, row in enumerate(rows):
+            said = {name: float(made[door.scores[name]][place].reshape(-1)[-1]) for name in wanted}
+            row.scores = said or row.scores
+            if door.ends:
+                outputs = {name: made[value][place] for name, value in door.results.items()} if ready else None
+                row.asked[door.after] = Asked(said, outputs)
+
+    def _left(self, slot: int, row: _Row, door: Door, made: Values, place: int, count: int | None) -> Left:
+        """A row that leaves; the exit has ``made`` its values for so many tokens, or (None) for the last one."""
+        if count is None:
+            outputs = {name: made[value][place] for name, value in door.results.items()}
+            return Left(slot, outputs, row.exits, row.scores, row.asked)
+        whole = self._results(door, made, place, count)
+        last = {name: array[-1:] if self._along(door.results[name]) else array for name, array in whole.items()}
+        return Left(slot, last, row.exits, row.scores, row.asked, whole)
+
+    def _results(self, door: Door, made: Values, row: int, count: int) -> Values:
+        """The exit's results for all tokens of a row, under the names of the model's outputs."""
+        return {
+            name: made[value][row, :count] if self._along(value) else made[value][row]
+            for name, value in door.results.items()
+        }
+
+    def _through(self, door: Door, slots: Index, values: Values, counts: Index | None = None) -> Values:
         found = dict(values)
-        ones = np.ones(slots.size, np.int64)
+        ones = np.ones(slots.size, np.int64) if counts is None else counts
         for call in door.calls:
             found |= {
                 name: array.copy()
@@ -347,6 +437,20 @@ class Decoder:
         self.rows[:count] = self.rows[list(sources)]
         for leg in self.pending:
             leg[:count] = [list(leg[source]) for source in sources]
+
+
+def greatest(array: Index) -> int:
+    """The greatest of some numbers: of one, which most steps have, numpy's reduction takes twenty times as long."""
+    return int(array[0]) if array.size == 1 else int(array.max())
+
+
+def _following(legs: Sequence[Leg], at: int) -> frozenset[str]:
+    """The values that are read behind a leg: by the next one, and by its exit."""
+    found = legs[at + 1].reads if at + 1 < len(legs) else frozenset()
+    door = legs[at].door
+    if door is not None:
+        found |= door.reads | {door.scores[measure] for measure in door.free} | frozenset(door.results.values())
+    return found
 
 
 def _padded(rows: Sequence[Array]) -> Array:

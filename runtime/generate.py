@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.decoder import Decoder, Left
-from offramp.runtime.errors import InputError
-from offramp.runtime.legs import Leg, check_layout, legs_of
-from offramp.runtime.manifest import Manifest
-from offramp.runtime.policy import Asker, Policy
+from offramp.runtime.feed import Prompts, Run
+from offramp.runtime.policy import Asker
 from offramp.runtime.result import Timing
-from offramp.runtime.sampling import Chooser, Sampling
-from offramp.runtime.store import Store
-
-Array = NDArray[Any]
-Prompts = list[NDArray[np.int64]]
-
-_FIRST_CAPACITY = 64
-_NEW_TOKENS = 256  # where neither the model nor the user sets a limit
+from offramp.runtime.sampling import Chooser
 
 
 class Token(NamedTuple):
@@ -61,193 +51,6 @@ class Generated:
     scores: tuple[float, ...] = ()
 
 
-class Plan:
-    """A bundle with caches, ready to generate: what of it runs when, and which values are what."""
-
-    def __init__(self, manifest: Manifest, sessions: Mapping[str, Any]) -> None:
-        assert manifest.cache is not None
-        self.manifest, self.cache = manifest, manifest.cache
-        kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places}
-        for stage in manifest.stages:
-            if stage.when != "chunk" and stage.segment is not None:
-                kept |= set(manifest.segments[stage.segment].outputs.values())
-            elif stage.when != "chunk":
-                kept.add(manifest.stacks[stage.stack or ""].output)
-        self.kept = frozenset(kept)
-        self.legs: tuple[Leg, ...] = legs_of(manifest, sessions, self.kept)
-        self.read = frozenset(name for leg in self.legs for call in leg.calls for _, name in call.kept) | frozenset(
-            name for leg in self.legs if leg.door for call in leg.door.calls for _, name in call.kept
-        )
-        self.stacks = [stage.stack for stage in manifest.stages if stage.when == "chunk" and stage.stack]
-        self.output, self.vocabulary = self._logits()
-
-    def _logits(self) -> tuple[str, int]:
-        values = self.manifest.values
-        found = {
-            name: values[value].shape[-1]
-            for name, value in self.manifest.outputs.items()
-            if self.cache.chunk in values[value].shape and isinstance(values[value].shape[-1], int)
-        }
-        name = "logits" if "logits" in found else next(iter(found)) if len(found) == 1 else None
-        return (name, int(found[name])) if name else ("", 0)
-
-    def tokens_input(self) -> str:
-        """The input that holds token ids; InputError where a chunk needs more than those."""
-        if not self.output:
-            raise InputError(
-                f"no output of {sorted(self.manifest.outputs)} is logits over a vocabulary, token by token"
-            )
-        if len(self.cache.tokens) != 1 or not self.manifest.values[self.cache.tokens[0]].dtype.startswith("int"):
-            raise InputError(f"generation extends one input of token ids; this bundle has {list(self.cache.tokens)}")
-        check_layout(self.manifest, self.legs)
-        return self.cache.tokens[0]
-
-    def prompts(self, inputs: Mapping[str, Any]) -> Prompts:
-        """The prompts of the batch, int64 [n] each; the bundle's own where none is given."""
-        name = self.tokens_input()
-        given = inputs.get(name)
-        if given is None:
-            start = list(self.manifest.generation.get("prompt", ()))
-            if not start:
-                raise InputError(f"{name!r} is missing, and the bundle has no prompt of its own")
-            given = [start] * max((len(value) for value in inputs.values()), default=1)
-        try:
-            if isinstance(given, np.ndarray) and given.dtype.kind not in "iu":
-                raise TypeError(f"dtype {given.dtype}")
-            rows = [np.asarray(row) for row in given]
-            if any(row.ndim != 1 or (row.size and row.dtype.kind not in "iu") for row in rows):
-                raise TypeError("not rows of whole numbers")
-        except TypeError as error:
-            raise InputError(
-                f"{name!r} has to be rows of token ids, of any lengths: {error}", hint="[[1, 2, 3], [4, 5]]"
-            ) from error
-        prompts = [row.astype(np.int64) for row in rows]
-        if not prompts or any(row.size == 0 for row in prompts):
-            raise InputError(f"{name!r}: every row needs at least one token")
-        known = self.cache.vocabulary or self.vocabulary
-        wrong = [int(i) for row in prompts for i in row if not 0 <= i < known]
-        if wrong:
-            raise InputError(f"{name!r} has the token ids {wrong[:5]}; they go from 0 to {known - 1}")
-        longest = max(row.size for row in prompts)
-        if self.cache.limit is not None and longest > self.cache.limit:
-            raise InputError(f"the prompt has {longest} tokens; the model takes {self.cache.limit}")
-        return prompts
-
-    def sampling(self, longest: int, options: Mapping[str, Any]) -> Sampling:
-        """The bundle's way of choosing tokens, with the user's options on top."""
-        known = {field.name for field in fields(Sampling)}
-        if unknown := sorted(set(options) - known):
-            raise InputError(f"unknown options {unknown}; there are {sorted(known)}")
-        own = {key: tuple(self.manifest.generation.get(key, ())) for key in ("stop", "suppress", "suppress_first")}
-        given: dict[str, Any] = {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}}
-        chosen = Sampling(**given)
-        Chooser(chosen, self.vocabulary)  # which checks the token ids
-        limits = [self.cache.limit, self.manifest.generation.get("max_length")]
-        limit = min((number for number in limits if number is not None), default=None)
-        room = None if limit is None else limit - longest + (limit == self.cache.limit)
-        wanted = chosen.max_new_tokens
-        if wanted is None:
-            wanted = _NEW_TOKENS if room is None else max(0, room)
-        elif self.cache.limit is not None and longest + wanted - 1 > self.cache.limit:
-            raise InputError(
-                f"max_new_tokens={wanted} after a prompt of {longest}: the model takes {self.cache.limit} tokens",
-                hint=f"max_new_tokens={max(0, self.cache.limit - longest + 1)}",
-            )
-        return replace(chosen, max_new_tokens=wanted)
-
-
-class Run:
-    """One generation: its decoder, its rows and their tokens."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        prompts: Prompts,
-        kept: Mapping[str, Array],
-        tables: Callable[[int], Mapping[str, Array]],
-        policy: Policy,
-        sampling: Sampling,
-        device: tuple[str, int] | None,
-        propagate: str,
-        max_pending: int | None,
-        beams: int = 1,
-    ) -> None:
-        if propagate not in ("defer", "hidden"):
-            raise InputError(f"propagate={propagate!r}: there are defer and hidden")
-        if max_pending is not None and max_pending < 1:
-            raise InputError(f"max_pending={max_pending}: at least 1")
-        self.plan, self.sampling, self._tables = plan, sampling, tables
-        slots = len(prompts) * beams
-        stacks = plan.manifest.stacks
-        longest = max(row.size for row in prompts)
-        self._limit = plan.cache.limit
-        capacity = self._capacity(_FIRST_CAPACITY, longest + 1)
-        self.decoder = Decoder(
-            plan.manifest, plan.legs, Store(plan.manifest, slots, capacity, device), propagate, max_pending
-        )
-        self._keep(kept)
-        self._read_tables()
-        self.rows = list(range(len(prompts)))
-        self.askers = {name: Asker(policy, stacks[name], slots) for name in plan.stacks}
-
-    def _capacity(self, first: int, needed: int) -> int:
-        while first < needed:
-            first *= 2
-        return first if self._limit is None else min(first, self._limit)
-
-    def _keep(self, values: Mapping[str, Array]) -> None:
-        """Let chunks read these values; those of rows are repeated, so that every beam's slot has some."""
-        store, known = self.decoder.store, self.plan.manifest.values
-        repeated = {}
-        for name, value in values.items():
-            axis = known[name].batch_axis
-            times = 1 if axis is None else store.slots * known[name].batch_factor // value.shape[axis]
-            repeated[name] = value if times == 1 else np.concatenate([value] * times, axis)
-        store.keep(repeated)
-
-    def _read_tables(self) -> None:
-        self._keep(self._tables(self.decoder.store.capacity))
-
-    def feed(self, tokens: Sequence[NDArray[np.int64]], askers: Mapping[str, Asker] | None) -> list[Left]:
-        """Run new tokens of every row that is still there, in the order of slots."""
-        decoder, count = self.decoder, len(tokens)
-        counts = np.array([row.size for row in tokens], np.int64)
-        lengths = decoder.seen[0, :count]
-        self.reserve(int((lengths + counts).max()), int(lengths.max() + counts.max()))
-        chunk = np.zeros((count, int(counts.max())), self._dtype())
-        for row, ids in zip(chunk, tokens, strict=True):
-            row[: ids.size] = ids
-        if askers is not None:
-            for asker in askers.values():
-                asker.restart()
-        left = decoder.feed(np.arange(count), {self.plan.cache.tokens[0]: chunk}, counts, askers)
-        return sorted(left, key=lambda item: item.slot)
-
-    def reserve(self, needed: int, wanted: int = 0) -> None:
-        """Make room for ``needed`` tokens in each row, and for ``wanted`` if the model's limit allows."""
-        store = self.decoder.store
-        if self._limit is not None and needed > self._limit:
-            raise InputError(f"a row has {needed} tokens; the model takes {self._limit}")
-        wanted = max(needed, wanted if self._limit is None else min(wanted, self._limit))
-        if wanted > store.capacity:
-            store.grow(self._capacity(store.capacity * 2, wanted))
-            self._read_tables()
-
-    def _dtype(self) -> str:
-        return self.plan.manifest.values[self.plan.cache.tokens[0]].dtype
-
-    def drop(self, slots: Sequence[int]) -> None:
-        """Take rows out: the last ones move into their slots."""
-        count = len(self.rows)
-        sources = list(range(count))
-        for slot in sorted(slots, reverse=True):
-            count -= 1
-            sources[slot] = sources[count]
-            self.rows[slot] = self.rows[count]
-        self.rows = self.rows[:count]
-        self.decoder.rearrange(sources[:count])
-
-
 def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
     """Generate token by token until every row has ended."""
     sampling, plan = run.sampling, run.plan
@@ -263,10 +66,9 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
     while run.rows:
         started = perf_counter()
         run.decoder.trace = []
-        before = run.decoder.seen.copy()
         left = run.feed(tokens, askers)
         emitted = np.array([len(texts[row]) - lengths[row] for row in run.rows])
-        logits = np.stack([item.outputs[plan.output].reshape(-1) for item in left])
+        logits = _rows([item.outputs[plan.output].reshape(-1) for item in left])
         if chooser.batched:
             chosen = chooser.choose_all(logits, emitted).tolist()
         else:
@@ -276,7 +78,7 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
             ]
         milliseconds = (perf_counter() - started) * 1e3
         trace = tuple(run.decoder.trace)
-        caught_up = _caught_up(run, before, left)
+        caught_up = sum(run.decoder.taken.values())
         ended = []
         records = []
         for slot, (item, token) in enumerate(zip(left, chosen, strict=True)):
@@ -287,23 +89,12 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
                 ended.append(slot)
             exit_ = item.exits[plan.stacks[-1]]
             records.append(Token(row, token, exit_, item.exits, item.scores, milliseconds, caught_up, finished, trace))
-        yield from sorted(records, key=lambda record: record.row)
+        yield from records if len(records) == 1 else sorted(records, key=lambda record: record.row)
         run.drop(ended)
         tokens = [np.array([texts[row][-1]]) for row in run.rows]
         askers = run.askers
 
 
-def _caught_up(run: Run, before: NDArray[np.int64], left: Sequence[Left]) -> int:
-    """How many tokens went deeper than where they had left; ``before`` is what every leg had seen before the step.
-
-    A row's new token is one of them where it left, and was computed deeper at once (``max_pending``).
-    """
-    count = 0
-    for item in left:
-        starts, ends = before[:, item.slot], run.decoder.seen[:, item.slot]
-        deepest = [
-            leg.door is None or leg.stack is None or leg.door.after <= item.exits.get(leg.stack, leg.door.after)
-            for leg in run.plan.legs
-        ]
-        count += int((np.where(deepest, np.minimum(ends, starts[0]), ends) - starts).max(initial=0))
-    return count
+def _rows(arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Arrays of one shape as rows of one; no copy where there is one."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)

@@ -153,7 +153,8 @@ class Manifest:
 
     ``inputs`` are names of values, and the names that a user gives; ``outputs`` maps the model's output names
     to the values of full depth. ``batch`` is the axis that rows lie on, None when the model has none: then a
-    run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device.
+    run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device. ``calibration`` says how
+    ``policy`` was chosen, for people.
     """
 
     model: str
@@ -169,6 +170,7 @@ class Manifest:
     take: Mapping[str, str] = field(default_factory=dict)
     cache: Cache | None = None
     policy: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     provenance: Mapping[str, Any] = field(default_factory=dict)

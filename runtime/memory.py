@@ -53,6 +53,8 @@ def quiet() -> ort.RunOptions:
     """Options of a run whose failure is an exception, and not a line on stderr too."""
     options = ort.RunOptions()
     options.log_severity_level = 4
+    # No graph capture. ONNX Runtime looks for this entry at each run, and is slow where there is none.
+    options.add_run_config_entry("gpu_graph_id", "-1")
     return options
 
 
@@ -109,8 +111,6 @@ class Device:
         self._values, self._device, self._to_host = values, device, to_host
         self._host = Host(values)
         self._options = quiet()
-        # No graph capture. ONNX Runtime looks for this entry at each run, and is slow where there is none.
-        self._options.add_run_config_entry("gpu_graph_id", "-1")
         self._lock = threading.Lock()
         self._takers = {
             key: self._bound(session, {"data": "data", "indices": "indices"}, {"taken": "taken"}, frozenset())

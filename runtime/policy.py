@@ -1,12 +1,14 @@
 """What a policy is, and how a run asks it: scores in, "leave" or "go on" out, for each row by itself.
 
-A policy keeps nothing between runs or rows, so one object may serve many threads.
+One object may serve many runs and threads at once. Most policies are frozen: what they decide depends on the
+`State` alone. A policy that `observes` learns, and what it has learned is shared by all rows and all runs that it
+serves; it guards that with a lock, and keeps nothing of any single row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,6 +33,7 @@ class State:
         rows: Where these rows are in the batch of the run, int64 [rows]; increasing, but in generations where others
             have ended.
         history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order.
+        steps: How many tokens each of these rows has generated so far, int64 [rows]; None where nothing is generated.
     """
 
     stack: str
@@ -39,6 +42,41 @@ class State:
     scores: Scores
     rows: NDArray[np.int64]
     history: Mapping[int, Scores]
+    steps: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What full depth said of tokens that an exit had been asked about; in generations, once they are caught up.
+
+    Attributes:
+        stack: The stack's name.
+        after: After how many blocks the exit is.
+        scores: What it had scored, by measure, float32 [tokens].
+        agreed: Whether the token that full depth finds likeliest is the exit's, bool [tokens].
+    """
+
+    stack: str
+    after: int
+    scores: Scores
+    agreed: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a step of a generation, or a stack in one run, took.
+
+    Attributes:
+        stack: The stack's name.
+        depths: After how many blocks each row left, int64 [rows].
+        milliseconds: Wall time, which all rows share.
+        blocks: How many blocks the stack has.
+    """
+
+    stack: str
+    depths: NDArray[np.int64]
+    milliseconds: float
+    blocks: int
 
 
 class Policy:
@@ -46,6 +84,18 @@ class Policy:
 
     The exit at full depth is not a policy's business: there every row leaves.
     """
+
+    @property
+    def observes(self) -> frozenset[type[Agreement | Cost]]:
+        """What it wants to be told; knowing agreement costs the head's time for the tokens that are caught up."""
+        return frozenset()
+
+    def observe(self, seen: Agreement | Cost) -> None:
+        """Learn from what happened; runs in other threads may call this at the same time."""
+
+    def compares(self, stack: str) -> bool:
+        """Whether the tokens of a step that goes deep shall be compared; asked before each, to save some the cost."""
+        return True
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         """The scores that `leave` needs at this exit; None where it is not to be asked at all."""
@@ -93,8 +143,10 @@ class Asker:
 
     def __init__(self, policy: Policy, stack: Stack, batch: int) -> None:
         self._policy, self._stack, self._batch = policy, stack, batch
+        self._costs = Cost in policy.observes
         self._history: dict[int, Scores] = {}
         self.record: dict[int, dict[str, NDArray[Any]]] = {}
+        self.steps: NDArray[np.int64] | None = None  # by place in the batch
         self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
         for exit_ in stack.exits[:-1]:
             missing = set(self.wanted[exit_.after] or ()) - exit_.scores.keys()
@@ -108,7 +160,8 @@ class Asker:
     def ask(self, after: int, rows: NDArray[np.int64], found: Scores) -> Rows:
         """Which of ``rows`` leave; ``found`` has the wanted scores of these rows."""
         scores = {measure: self._score(after, measure, rows.size, array) for measure, array in found.items()}
-        state = State(self._stack.name, after, self._stack.blocks, scores, rows, dict(self._history))
+        steps = None if self.steps is None else self.steps[rows]
+        state = State(self._stack.name, after, self._stack.blocks, scores, rows, dict(self._history), steps)
         leave = self._policy.leave(state)
         if not isinstance(leave, np.ndarray) or leave.dtype != np.bool_ or leave.shape != rows.shape:
             shown = f"{leave.dtype} {list(leave.shape)}" if isinstance(leave, np.ndarray) else repr(leave)
@@ -120,8 +173,14 @@ class Asker:
         self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
         return leave
 
-    def restart(self) -> None:
-        """Forget all scores: the rows' next tokens enter the stack."""
+    def spent(self, depths: NDArray[np.int64], milliseconds: float) -> None:
+        """Tell the policy what the stack took, if it wants to know."""
+        if self._costs:
+            self._policy.observe(Cost(self._stack.name, depths, milliseconds, self._stack.blocks))
+
+    def restart(self, steps: NDArray[np.int64]) -> None:
+        """Forget all scores: the rows' next tokens enter the stack; ``steps`` by place in the batch."""
+        self.steps = steps
         self._history = {}
         self.record = {}
 
@@ -159,3 +218,56 @@ def listing(stacks: Mapping[str, Stack]) -> str:
         exits = ", ".join(str(exit_.after) for exit_ in stack.exits)
         lines.append(f"  {name}: exits after {exits} of {stack.blocks} blocks; scores {', '.join(scores)}")
     return "\n".join(lines)
+
+
+def options(policy: Policy) -> dict[str, Any]:
+    """A policy that is a dataclass as JSON has it: its name, and what it was made with."""
+    assert is_dataclass(policy)
+    found = {item.name: getattr(policy, item.name) for item in fields(policy) if item.init}
+    plain = {k: {str(key): v for key, v in x.items()} if isinstance(x, Mapping) else x for k, x in found.items()}
+    return {"name": type(policy).__name__.lower()} | {k: v for k, v in plain.items() if v not in (None, {})}
+
+
+def named(stacks: Mapping[str, Stack], name: str) -> None:
+    """Raise PolicyError where there is no stack of that name."""
+    if name not in stacks:
+        raise PolicyError(f"there is no stack {name!r}; there are:\n{listing(stacks)}")
+
+
+def scored(stacks: Mapping[str, Stack], measure: str, after: Iterable[int] = ()) -> None:
+    """Raise PolicyError where no exit before full depth has the score, or none after each of so many blocks has."""
+    early = [exit_ for stack in stacks.values() for exit_ in stack.exits[:-1]]
+    if not early:
+        raise PolicyError(f"there is no exit before full depth:\n{listing(stacks)}", hint="insert-exits{after=...}")
+    found = {exit_.after for exit_ in early if measure in exit_.scores}
+    if not found:
+        raise PolicyError(
+            f"no exit before full depth has the score {measure!r}; there are:\n{listing(stacks)}",
+            hint=f"insert-scores{{measure={measure}}}",
+        )
+    if missing := sorted(set(after) - found):
+        listed = ",".join(map(str, missing))
+        raise PolicyError(
+            f"no exit after {listed} blocks with the score {measure!r}; there are:\n{listing(stacks)}",
+            hint=f"insert-exits{{after={listed}}},insert-scores{{measure={measure}}}",
+        )
+
+
+def only(stacks: Mapping[str, Stack], measure: str, policy: Policy, after: int | None = None) -> Stack:
+    """The one stack that has the score at an exit before full depth (``after`` so many blocks).
+
+    Raises:
+        PolicyError: there is none, or several, which a policy that learns cannot tell apart.
+    """
+    scored(stacks, measure, () if after is None else (after,))
+    found = [
+        stack
+        for stack in stacks.values()
+        if any(measure in exit_.scores and after in (None, exit_.after) for exit_ in stack.exits[:-1])
+    ]
+    if len(found) > 1:
+        raise PolicyError(
+            f"{policy!r} learns of one stack, and several have such exits:\n{listing(stacks)}",
+            hint=f"offramp.Each({{{found[-1].name!r}: ...}})",
+        )
+    return found[0]

@@ -120,7 +120,7 @@ class Chooser:
         logits = self._allowed(logits[None], np.array([emitted]))[0]
         best = int(logits.argmax())
         _check(logits[best : best + 1])
-        return best if self.sampling.temperature == 0 else self._draw(row, logits)
+        return best if self.sampling.temperature == 0 else self._drawn(row, *self._weights(logits))
 
     def choose_all(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.int64]:
         """As `choose` for a whole batch, where the choice is ``batched``: [batch, vocabulary], [batch] -> [batch]."""
@@ -131,6 +131,29 @@ class Chooser:
         chosen: NDArray[np.int64] = logits.argmax(-1)
         _check(logits[np.arange(emitted.size), chosen])
         return chosen
+
+    def chances(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> NDArray[np.float64]:
+        """The probabilities, float64 [vocabulary], that `choose` would draw from; arguments and errors as there."""
+        ids, weights = self._weights(self.allowed(logits[None], [tokens], emitted)[0])
+        found = np.zeros(self._vocabulary)
+        found[ids] = weights / weights.sum()
+        return found
+
+    def draw(self, row: int, chances: NDArray[np.float64]) -> int:
+        """A token of a row, drawn in proportion to ``chances`` [vocabulary]."""
+        ids = np.flatnonzero(chances)
+        return self._drawn(row, ids, chances[ids])
+
+    def accept(self, row: int, token: int, draft: NDArray[np.float64], true: NDArray[np.float64]) -> int:
+        """A token of the distribution ``true``, made of one that was drawn from ``draft``: it itself, if possible.
+
+        Speculative sampling (arXiv 2211.17192, sec. 2.3): the token stays with probability ``true / draft``; else one
+        is drawn in proportion to what ``true`` exceeds ``draft`` by.
+        """
+        if self._generator(row).random() * draft[token] < true[token]:
+            return token
+        rest = np.maximum(true - draft, 0.0)
+        return self.draw(row, rest if rest.any() else true)
 
     def allowed(
         self, logits: NDArray[np.float32], texts: Sequence[NDArray[np.int64]], emitted: int
@@ -159,15 +182,15 @@ class Chooser:
 
     def _allowed(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [batch, vocabulary] with minus infinity for what a row may not emit now."""
-        early = emitted < self.sampling.min_new_tokens
-        bans = ((self._never, emitted >= 0), (self._first, emitted == 0), (self._early, early))
-        now = [(ids, rows) for ids, rows in bans if ids.size and rows.any()]
+        bans = ((self._never, np.inf), (self._first, 1), (self._early, self.sampling.min_new_tokens))
+        now = [(ids, rows) for ids, below in bans if ids.size and (rows := emitted < below).any()]
         logits = logits.copy() if now else logits
         for ids, rows in now:
             logits[np.ix_(rows, ids)] = -np.inf
         return logits
 
-    def _draw(self, row: int, logits: NDArray[np.float32]) -> int:
+    def _weights(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The tokens that may be drawn, and in which proportion."""
         top_k, top_p = self.sampling.top_k, self.sampling.top_p
         ids = np.flatnonzero(logits > -np.inf)
         if top_k is not None and top_k < ids.size:
@@ -181,11 +204,17 @@ class Chooser:
             order = likely[np.argsort(-weights[likely], kind="stable")]
             order = order[: int(np.searchsorted(np.cumsum(weights[order]), top_p * total)) + 1]
             ids, weights = ids[order], weights[order]
+        return ids, weights
+
+    def _generator(self, row: int) -> np.random.Generator:
         if row not in self._generators:
             sequence = np.random.SeedSequence(self._seed, spawn_key=(row,))
             self._generators[row] = np.random.default_rng(sequence)
+        return self._generators[row]
+
+    def _drawn(self, row: int, ids: NDArray[np.int64], weights: NDArray[np.float64]) -> int:
         reached = np.cumsum(weights)
-        return int(ids[np.searchsorted(reached, self._generators[row].random() * reached[-1], side="right")])
+        return int(ids[np.searchsorted(reached, self._generator(row).random() * reached[-1], side="right")])
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -28,7 +28,10 @@ _KEPT_CHUNKS = 8  # bindings of larger chunks are not kept
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A segment that runs on chunks: its inputs by what they are, as pairs of the file's name and the value's."""
+    """A segment that runs on chunks: its inputs by what they are, as pairs of the file's name and the value's.
+
+    ``sized`` are the values with an axis of a chunk's tokens, and that axis.
+    """
 
     segment: Segment
     session: ort.InferenceSession
@@ -38,6 +41,7 @@ class Launch:
     lengths: str | None
     made: tuple[tuple[str, str], ...]
     appended: tuple[tuple[str, str], ...]
+    sized: tuple[tuple[str, int], ...]
 
     @property
     def by_slot(self) -> bool:
@@ -52,15 +56,18 @@ def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, 
     inputs, outputs = segment.inputs.items(), segment.outputs.items()
     of = {new: old for old, new in cache.buffers.items()}
     apart = kept | cache.buffers.keys() | {cache.lengths}
+    chunk = tuple((key, name) for key, name in inputs if name not in apart)
+    axes = [(name, axis_of(manifest.values[name], cache.chunk)) for _, name in chunk]
     return Launch(
         segment,
         session,
-        tuple((key, name) for key, name in inputs if name not in apart),
+        chunk,
         tuple((key, name) for key, name in inputs if name in kept),
         tuple((key, name) for key, name in inputs if name in cache.buffers),
         next((key for key, name in inputs if name == cache.lengths), None),
         tuple((key, name) for key, name in outputs if name not in of),
         tuple((key, of[name]) for key, name in outputs if name in of),
+        tuple((name, axis) for name, axis in axes if axis >= 0),
     )
 
 
@@ -168,9 +175,7 @@ class Store:
 
         What it returns is overwritten by the next run of the same size.
         """
-        chunk = max(
-            (values[name].shape[axis] for _, name in launch.chunk if (axis := self._chunk_axis(name)) >= 0), default=1
-        )
+        chunk = max([values[name].shape[axis] for name, axis in launch.sized], default=1)
         key = (launch.segment.name, low, high, chunk)
         call = self._bound.get(key)
         if call is None:
@@ -178,9 +183,6 @@ class Store:
             if chunk <= _KEPT_CHUNKS:
                 self._bound[key] = call
         return call(values, lengths)
-
-    def _chunk_axis(self, name: str) -> int:
-        return axis_of(self.manifest.values[name], self.cache.chunk)
 
     def _bind(
         self, launch: Launch, low: int, high: int, chunk: int

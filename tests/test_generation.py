@@ -30,7 +30,8 @@ from offramp.runtime import bundle
 from offramp.runtime.chain import Chain
 from offramp.runtime.decoder import Decoder
 from offramp.runtime.errors import ExecutionError, InputError, PolicyError
-from offramp.runtime.generate import Run, Token, stream
+from offramp.runtime.feed import Run
+from offramp.runtime.generate import Token, stream
 from offramp.runtime.policy import State
 
 few = settings(max_examples=12)

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
+import offramp
+from offramp.cli._policy import SPECS, parse
 from offramp.runtime.errors import PolicyError
 from offramp.runtime.manifest import Exit, Part, Stack
-from offramp.runtime.policies import Confidence, Depth, Each, Entropy, Never, Patience, from_dict
+from offramp.runtime.policies import (
+    NAMED,
+    Confidence,
+    Decay,
+    Depth,
+    Each,
+    Entropy,
+    Learned,
+    Never,
+    Patience,
+    ShallowDeep,
+    Verify,
+    from_dict,
+)
 from offramp.runtime.policy import Asker, Function, Policy, State
 
 
@@ -48,6 +63,64 @@ def test_patience() -> None:
     f, t = False, True
     assert _walk(Patience(1), "prediction", *rows) == [[f, f, f], [t, f, t], [t, t, f], [f, t, f]]
     assert _walk(Patience(2), "prediction", *rows) == [[f, f, f], [f, f, f], [t, f, f], [f, t, f]]
+
+
+def _at(
+    policy: Policy, measure: str, scores: Sequence[float], steps: Sequence[int] | None, after: int = 2
+) -> list[bool]:
+    """What a policy says of rows that have generated so many tokens."""
+    stack = _stack("decoder", after, after + 2, scores=(measure,))
+    policy.check({"decoder": stack})
+    asker = Asker(policy, stack, len(scores))
+    if steps is not None:
+        asker.restart(np.array(steps, np.int64))
+    leaving = asker.ask(after, np.arange(len(scores)), {measure: np.array(scores, np.float32)})
+    return [bool(one) for one in leaving]
+
+
+def test_learned() -> None:
+    assert _walk(Learned(0.5), "learned", [0.4, 0.5, math.nan]) == [[False, True, False]]
+    assert Learned(0.5) != Confidence(0.5, "learned")  # each is written down under its own name
+
+
+def test_decay_is_equation_5_of_calm() -> None:
+    policy = Decay(0.7, tokens=10, beta=0.8, tau=3.0)
+    for step in (0, 1, 5, 10, 40):
+        threshold = 0.8 * 0.7 + 0.2 * math.exp(-3.0 * step / 10)
+        around = [threshold - 1e-5, threshold + 1e-5]
+        assert _at(policy, "top1", around, [step, step]) == [False, True]
+    assert _at(policy, "top1", [0.7, 0.7, 0.7, math.nan], [0, 5, 10, 10]) == [False, True, True, False]
+    assert _at(policy, "top1", [0.75, 0.77], None) == [False, True]  # no text grows: as at the start
+    single = Decay(None, thresholds={2: 0.5}, beta=1.0)
+    assert _at(single, "top1", [0.49, 0.5], [0, 99]) == [False, True]
+    assert _at(Decay(1.0, tokens=4, beta=0.9, tau=0.0), "top1", [1.0], [2]) == [True]  # clipped to 1
+
+
+def test_decay_lets_nothing_leave_in_the_first_share() -> None:
+    policy = Decay(0.5, "cosine", tokens=9, share=1 / 3)
+    assert _at(policy, "cosine", [1.0, 1.0, 1.0, 1.0], [0, 2, 3, 9]) == [False, False, True, True]
+
+
+def test_steps_are_of_the_rows_that_are_asked() -> None:
+    seen: list[State] = []
+
+    def function(state: State) -> Any:
+        seen.append(state)
+        return state.scores["top1"] > 0.5
+
+    asker = Asker(Function(function), _stack("decoder", 1, 2, 3, scores=("top1",)), 3)
+    asker.restart(np.array([4, 5, 6]))
+    asker.ask(1, np.array([2, 0]), {"top1": np.array([0.1, 0.9], np.float32)})
+    asker.keep(np.array([0]))
+    asker.ask(2, np.array([2]), {"top1": np.array([0.1], np.float32)})
+    assert [state.steps.tolist() for state in seen if state.steps is not None] == [[6, 4], [6]]
+
+
+def test_shallow_and_deep() -> None:
+    """A score that equals the threshold goes deep; no other exit is asked."""
+    assert _at(ShallowDeep(2, 0.5), "margin", [0.4, 0.5, 0.6, math.nan], None) == [False, False, True, False]
+    assert Asker(ShallowDeep(2, measure="top1"), STACKS["encoder"], 1).wanted == {1: None, 2: ("top1",)}
+    assert _at(Verify(2, 0.5), "top1", [0.4, 0.5, 0.6], None) == [False, False, True]
 
 
 def test_history_keeps_the_rows_that_stay() -> None:
@@ -100,6 +173,11 @@ def test_which_exits_are_asked() -> None:
         Confidence(None, thresholds={1: 0.5, 2: 0.7}),
         Each({"encoder": Confidence(0.9), "decoder": Confidence(0.5, "cosine", thresholds={3: 1.0})}),
         Patience(3),
+        Decay(0.9, tokens=20, beta=0.5, tau=1.0, share=0.25, thresholds={1: 0.8}),
+        Decay(0.9, "cosine"),
+        ShallowDeep(2, 0.7, "top1"),
+        Verify(1, 0.3, "top1", drafts=7),
+        Each({"decoder": ShallowDeep(3, measure="cosine"), "encoder": Verify(2)}),
     ],
 )
 def test_policies_that_fit_and_can_be_written_down(policy: Policy) -> None:
@@ -131,6 +209,11 @@ LISTING = """
             "insert-exits{after=3}",
         ),
         (Confidence(0.5, thresholds={4: 1.0}), "no exit after 4 blocks", "insert-scores{measure=top1}"),
+        (Decay(0.5, thresholds={3: 1.0}), "no exit after 3 blocks with the score 'top1'", "insert-exits{after=3}"),
+        (Learned(0.5), "has the score 'learned'", "insert-scores{measure=learned}"),
+        (ShallowDeep(2), "has the score 'margin'", "insert-scores{measure=margin}"),
+        (ShallowDeep(3, measure="top1"), "no exit after 3 blocks with the score 'top1'", "insert-exits{after=3}"),
+        (Verify(4), "no exit after 4 blocks with the score 'top1'", "insert-exits{after=4}"),
     ],
 )
 def test_policies_that_do_not_fit(policy: Policy, message: str, hint: str | None) -> None:
@@ -162,15 +245,23 @@ def test_a_policy_of_ones_own_that_asks_for_what_is_not_there() -> None:
 
 
 def test_options_that_make_no_sense() -> None:
-    for make in (
-        lambda: Confidence(None),
-        lambda: Entropy(math.nan),
-        lambda: Confidence(1, thresholds={1: math.nan}),
-    ):
-        with pytest.raises(PolicyError, match="has no threshold"):
+    refused: list[tuple[Callable[[], Policy], str]] = [
+        (lambda: Confidence(None), "has no threshold"),
+        (lambda: Entropy(math.nan), "has no threshold"),
+        (lambda: Confidence(1, thresholds={1: math.nan}), "has no threshold"),
+        (lambda: ShallowDeep(1, math.nan), "has no threshold"),
+        (lambda: Verify(1, math.nan), "has no threshold"),
+        (lambda: Decay(None), "has no threshold"),
+        (lambda: Patience(0), "at least 1"),
+        (lambda: Verify(1, drafts=0), "at least 1"),
+        (lambda: Decay(0.5, tokens=0), "at least 1"),
+        (lambda: Decay(1.5), "from 0 to 1"),
+        (lambda: Decay(0.5, beta=-1), "from 0 to 1"),
+        (lambda: Decay(0.5, thresholds={1: math.inf}), "from 0 to 1"),
+    ]
+    for make, message in refused:
+        with pytest.raises(PolicyError, match=message):
             make()
-    with pytest.raises(PolicyError, match="at least 1"):
-        Patience(0)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"name": "luck"}, "no policy 'luck'; there are never, depth"),
         ({}, "no policy None"),
@@ -180,7 +271,26 @@ def test_options_that_make_no_sense() -> None:
         ({"name": "confidence", "threshold": 1, "thresholds": {"x": 1}}, "cannot have the options"),
         ({"name": "each", "stacks": {"encoder": {"name": "luck"}}}, "no policy 'luck'"),
         ({"name": "each", "stacks": 3}, "cannot have the options"),
+        ({"name": "shallowdeep"}, "missing 1 required positional argument: 'after'"),
     ]
     for data, message in wrong:
         with pytest.raises(PolicyError, match=message):
             from_dict(data)
+
+
+def test_names() -> None:
+    """Every policy is public, and its name is that of its class."""
+    for name, kind in NAMED.items():
+        assert getattr(offramp, kind.__name__) is kind
+        assert name == kind.__name__.lower()
+
+
+def test_the_commands_examples() -> None:
+    for text in SPECS.split(", "):
+        assert from_dict(parse(text).to_dict()) == parse(text)
+    assert parse("decay:0.9,2=0.8,tokens=64,share=0.25") == Decay(0.9, tokens=64, share=0.25, thresholds={2: 0.8})
+    assert parse("verify:2,measure=margin,drafts=3") == Verify(2, measure="margin", drafts=3)
+    with pytest.raises(PolicyError, match="verify needs a value"):
+        parse("verify")
+    with pytest.raises(PolicyError, match="'x' is no number"):
+        parse("adaptive:2,target=x")

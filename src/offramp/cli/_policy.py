@@ -10,17 +10,29 @@ from offramp.runtime.policy import Policy
 
 SPECS = (
     "never, depth:2, depth:encoder=2, confidence:0.9, confidence:0.9,measure=margin, "
-    "confidence:1=0.95,2=0.9, entropy:0.3, patience:2"
+    "confidence:1=0.95,2=0.9, entropy:0.3, patience:2, learned:0.5, decay:0.9,tokens=64, shallowdeep:2,threshold=0.9, "
+    "adaptive:2,target=0.99, verify:2,drafts=4, budget:3.5, budget:milliseconds=20"
 )
 # What a value without a name sets, by policy.
-_FIRST = {"depth": "depth", "confidence": "threshold", "entropy": "threshold", "patience": "patience"}
+_FIRST = {
+    "depth": "depth",
+    "confidence": "threshold",
+    "entropy": "threshold",
+    "learned": "threshold",
+    "decay": "threshold",
+    "patience": "patience",
+    "shallowdeep": "after",
+    "adaptive": "after",
+    "verify": "after",
+    "budget": "blocks",
+}
 
 
 def parse(text: str) -> Policy:
     """The policy that a text names.
 
-    ``NAME:VALUE,KEY=VALUE,...``: of depth the keys are stacks, of confidence and entropy they are numbers of
-    blocks with thresholds of their own, or ``measure``.
+    ``NAME:VALUE,KEY=VALUE,...``: of depth the keys are stacks, of others their options, or numbers of blocks with
+    thresholds of their own.
 
     Raises:
         PolicyError: there is no such policy, or it has no such option.
@@ -42,7 +54,7 @@ def parse(text: str) -> Policy:
         elif key.isdigit():
             data.setdefault("thresholds", {})[key] = _number(value, text)
         else:
-            data[key] = value
+            data[key] = value if key == "measure" else _number(value, text)
     if name in _FIRST and len(data) == 1:
         raise _unreadable(text, f"{name} needs a value")
     return from_dict(data)
