@@ -2,7 +2,9 @@
 
 The names below are loaded when first used, so that ``import offramp`` needs numpy and ONNX Runtime only::
 
-    offramp.load, Chain, Result, Never, Depth, Confidence, Entropy, Patience, OfframpError   runtime
+    offramp.load, Chain, Result, Token, Generated, Sampling, OfframpError                    runtime
+    offramp.Never, Depth, Confidence, Entropy, Patience, Learned, Decay, ShallowDeep, ...    runtime
+    offramp.calibrate                                                                        runtime
     offramp.capture, Program, apply, InsertExits, InsertAdapter, ..., save                   offramp[torch]
 
 The rooms (``offramp.program``, ``passes``, ``training``, ``export``, ``runtime``) are reached the same way.
@@ -26,42 +28,62 @@ if TYPE_CHECKING:
     )
     from offramp.program import Program, capture
     from offramp.runtime import (
+        Adaptive,
+        Budget,
         Chain,
         Confidence,
+        Decay,
         Depth,
         Each,
         Entropy,
+        Generated,
+        Learned,
         Never,
         OfframpError,
         Patience,
         Policy,
         Result,
+        Sampling,
+        ShallowDeep,
         State,
+        Token,
+        Verify,
         load,
     )
+    from offramp.training import calibrate
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
+    "Budget",
     "Canonicalize",
     "Chain",
     "Confidence",
+    "Decay",
     "Depth",
     "Each",
     "Entropy",
+    "Generated",
     "InsertAdapter",
     "InsertCache",
     "InsertExits",
     "InsertScores",
+    "Learned",
     "Never",
     "OfframpError",
     "Patience",
     "Policy",
     "Program",
     "Result",
+    "Sampling",
+    "ShallowDeep",
     "State",
+    "Token",
     "Truncate",
+    "Verify",
     "apply",
+    "calibrate",
     "capture",
     "load",
     "save",
@@ -72,20 +94,29 @@ _NAMES = {
     "passes": ("Canonicalize", "InsertAdapter", "InsertCache", "InsertExits", "InsertScores", "Truncate", "apply"),
     "export": ("save",),
     "runtime": (
+        "Adaptive",
+        "Budget",
         "Chain",
         "Confidence",
+        "Decay",
         "Depth",
         "Each",
         "Entropy",
+        "Generated",
+        "Learned",
         "Never",
         "OfframpError",
         "Patience",
         "Policy",
         "Result",
+        "Sampling",
+        "ShallowDeep",
         "State",
+        "Token",
+        "Verify",
         "load",
     ),
-    "training": (),
+    "training": ("calibrate",),
 }
 _ROOM_OF = {name: room for room, names in _NAMES.items() for name in names}
 _TORCH_SIDE = frozenset({"torch", "onnx", "onnxscript", "networkx", "safetensors", "rich"})

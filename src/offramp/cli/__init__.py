@@ -20,7 +20,7 @@ from types import ModuleType
 
 from offramp.runtime.errors import OfframpError
 
-COMMANDS = ("inspect", "check", "export", "run", "bench", "demo")
+COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench", "demo")
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
 _WIDTH = 100  # of help pages, so that they do not depend on the terminal
 

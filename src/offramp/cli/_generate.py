@@ -10,6 +10,8 @@ from offramp.cli import _common, _inputs, _words
 from offramp.runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from offramp.runtime import Chain, Policy
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
@@ -83,9 +85,12 @@ def prompted(chain: Chain, args: argparse.Namespace) -> _inputs.Inputs:
     return prompts | _inputs.given(chain, args.bundle, args.input, (), args.audio)
 
 
-def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False) -> list[int]:
-    """The token ids of a text, inside the bundle's template where there is one, unless ``raw``."""
-    tokenizer = _inputs.tokenizer_of(chain, bundle)
+def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False, tokenizer: Tokenizer | None = None) -> list[int]:
+    """The token ids of a text, inside the bundle's template where there is one, unless ``raw``.
+
+    ``tokenizer`` is the bundle's own where it is at hand already.
+    """
+    tokenizer = tokenizer or _inputs.tokenizer_of(chain, bundle)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     template = None if raw else chain.manifest.generation.get("template")

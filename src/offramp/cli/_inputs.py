@@ -39,8 +39,11 @@ def given(
     return inputs
 
 
-def encode(chain: Chain, bundle: Path, texts: Sequence[str]) -> Inputs:
-    """Token ids, and where the bundle takes them masks and types, [texts, tokens], by its own tokenizer."""
+def encode(chain: Chain, bundle: Path, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Inputs:
+    """Token ids, and where the bundle takes them masks and types, [texts, tokens], by its own tokenizer.
+
+    ``tokenizer`` is that one where it is at hand already.
+    """
     import numpy as np
 
     if TOKENIZER not in chain.manifest.files or "input_ids" not in chain.inputs:
@@ -50,7 +53,7 @@ def encode(chain: Chain, bundle: Path, texts: Sequence[str]) -> Inputs:
             if "audio" in chain.manifest.generation
             else "--input name=file.npy; or offramp export --file tokenizer.json",
         )
-    tokenizer = tokenizer_of(chain, bundle)
+    tokenizer = tokenizer or tokenizer_of(chain, bundle)
     length, longest = _lengths(chain)
     known: Mapping[str, Any] = tokenizer.padding or {"pad_id": 0, "pad_token": "[PAD]"}
     kept = {key: known[key] for key in ("pad_id", "pad_token", "pad_type_id", "direction") if key in known}

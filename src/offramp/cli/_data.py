@@ -1,0 +1,131 @@
+"""Examples from a file, for ``offramp calibrate`` and ``offramp report``.
+
+=======  ======================================================================================================
+.npz     arrays named as the bundle's inputs, and perhaps ``labels``
+.tsv     a text a line, perhaps a tab and its label; a first line "sentence" or "text" is a header
+.txt     a text a line
+.jsonl   an object a line: ``text``, or the bundle's inputs by name (a row each, lists of token ids for example), and
+         perhaps ``label``
+=======  ======================================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.cli import _common, _generate, _inputs
+from offramp.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from offramp.runtime import Chain
+
+FORMATS = (".npz", ".tsv", ".txt", ".jsonl")
+_HEADERS = ("sentence", "text", "prompt", "source")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """BUNDLE, --data, and what is about running."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a directory that offramp export wrote")
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        type=Path,
+        required=required,
+        help="examples: .npz (arrays named as the inputs, perhaps labels), .tsv (text, perhaps a label), .txt or "
+        ".jsonl (text or inputs, perhaps label)",
+    )
+    parser.add_argument(
+        "--stack", metavar="NAME", help="the stack that is left early; the last with scores if left out"
+    )
+    parser.add_argument(
+        "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"
+    )
+    parser.add_argument("--threads", metavar="N", type=int, help="of ONNX Runtime; as many as cores if left out")
+    parser.add_argument("--provider", metavar="NAME", action="append", help="of ONNX Runtime; may be repeated")
+
+
+def options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a generation is asked for."""
+    return {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
+
+
+def read(chain: Chain, bundle: Path, file: Path) -> list[dict[str, Any]]:
+    """The examples in a file, a batch each or all in one, with "labels" where it has some.
+
+    Raises:
+        InputError: the file cannot be read, or does not fit the bundle.
+    """
+    if file.suffix not in FORMATS:
+        raise InputError(f"data {file}: there are {', '.join(FORMATS)}")
+    try:
+        if file.suffix == ".npz":
+            return [_arrays(file)]
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = list(_json(lines) if file.suffix == ".jsonl" else _columns(lines, file.suffix))
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"data {file} cannot be read: {error}") from error
+    tokenizer = _inputs.tokenizer_of(chain, bundle) if any("text" in row for row in rows) else None
+    return [_example(chain, bundle, row, tokenizer) for row in rows]
+
+
+def _arrays(file: Path) -> dict[str, Any]:
+    import numpy as np
+
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _columns(lines: list[str], suffix: str) -> Iterator[dict[str, Any]]:
+    for at, line in enumerate(lines):
+        text, *label = line.split("\t") if suffix == ".tsv" else [line]
+        if at == 0 and text.strip().lower() in _HEADERS:
+            continue
+        if len(label) > 1:
+            raise ValueError(f"line {at + 1} has {len(label) + 1} columns, expected a text and perhaps a label")
+        yield {"text": text, **({"label": label[0]} if label else {})}
+
+
+def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
+    for at, line in enumerate(lines):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"line {at + 1} is no object")
+        yield row
+
+
+def _example(chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """One example as a batch of one row."""
+    given = {name: [value] for name, value in row.items() if name not in ("text", "label")}
+    if "text" in row:
+        given |= _read(chain, bundle, str(row["text"]), tokenizer)
+    if "label" in row:
+        given["labels"] = [_label(chain, row["label"], tokenizer)]
+    return given
+
+
+def _read(chain: Chain, bundle: Path, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """A text as the prompt of a model that takes one text, else as what it reads."""
+    if chain.generates == "input_ids":
+        return {"input_ids": [_generate.prompt(chain, bundle, text, tokenizer=tokenizer)]}
+    return _inputs.encode(chain, bundle, [text], tokenizer)
+
+
+def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:
+    """A class id, or for a generation the reference's token ids, the mark of the end behind them."""
+    import numpy as np
+
+    if chain.generates is None:
+        try:
+            return np.asarray(label, np.int64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"label {label!r} is no class id") from error
+    if isinstance(label, str) and tokenizer is not None:
+        ids = tokenizer.encode(label, add_special_tokens=False).ids
+        return np.array([*ids, *list(chain.manifest.generation.get("stop", ()))[:1]], np.int64)
+    return np.asarray(label, np.int64)
