@@ -11,6 +11,7 @@ from torch import fx
 
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
+from offramp.passes.insert_scores import OF_SHORT
 from offramp.program.graph import aten, shape
 from offramp.program.program import Program
 from offramp.runtime.errors import SpecError
@@ -58,6 +59,12 @@ class InsertAdapter(Pass):
             raise SpecError(
                 f"stack {stack!r} has exits after {have or 'no block'}, not after {missing or 'any'}",
                 hint=f"insert-exits{{stack={stack},after=...}} first",
+            )
+        late = [e.after for e in program.exits_of(stack) if e.after in wanted and set(e.scores) & set(OF_SHORT)]
+        if late and self.kind != "identity":
+            raise SpecError(
+                f"the exits after {late} have short scores, which read the state without an adapter",
+                hint="insert-adapter before insert-scores",
             )
 
     def run(self, program: Program) -> PassResult:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
 
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
+from offramp.passes.infra.candidates import short_list
 from offramp.passes.infra.editor import Editor
-from offramp.program.attention import HIDDEN, Mask, attention_sites, padding_mask
-from offramp.program.graph import aten, expression, results, shape
+from offramp.passes.infra.score_builder import ScoreBuilder
+from offramp.passes.infra.short_head import ShortHead, find_head
+from offramp.program.graph import expression, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime.errors import SpecError
 
 OF_LOGITS = ("top1", "margin", "entropy", "prediction")
 OF_STATE = ("cosine", "learned")
+OF_SHORT = ("top1-short", "margin-short")
+MEASURES = OF_LOGITS + OF_STATE + OF_SHORT
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,13 +37,22 @@ class InsertScores(Pass):
     - cosine: similarity of the last block's input and output, all its values as one vector (MuE, arXiv
       2211.11152, sec. 3.2), but per row, and without padding
     - learned: ``sigmoid(w h + b)`` of the hidden state's mean over tokens; trained later, starts at 0.5
+    - top1-short, margin-short: as top1 and margin, among a few candidates (Confidently-Exiting, a fork of FREE,
+      2310.05424, prunes the vocabulary so). ``ids`` lists them, most frequent first, or names a text file of
+      them; of these ``candidates`` many count (all). Without ``ids`` they are the ``candidates`` (512) classes of
+      most probability in the captured model's answer to the inputs that it was captured with
 
-    The first four need the exit's tail to run, the last two only the block. Where logits have more axes than
-    rows and classes, the least sure place that is not padding decides; in a causal stack each token has a score of
-    its own, since each may leave at another exit.
+    The first four need the exit's tail to run, the others only the block. A short score has an adapter and tail of
+    its own up to the head, and K of the head's V rows, in the block's segment; where the row leaves, the whole tail
+    runs. Probabilities are of the candidates alone, hence never below those of all classes: a threshold for top1 is
+    too low for top1-short. The rows are a copy: insert the scores after adapters, and after training of the head.
 
-    Requires: exits; for the first four, a stack whose tail ends in logits.
-    Ensures: full depth gets the scores of logits too.
+    Where logits have more axes than rows and classes, the least sure place that is not padding decides; in a causal
+    stack each token has a score of its own, since each may leave at another exit.
+
+    Requires: exits; for all but cosine and learned, a stack whose tail ends in logits; for short scores, logits of
+    one product with a weight, and operators that keep classes apart after it (scale, bias, soft-cap).
+    Ensures: full depth gets the first four too.
     Invalidates: nothing.
     """
 
@@ -51,6 +61,8 @@ class InsertScores(Pass):
     measure: tuple[str, ...] | str = "top1"
     after: tuple[int, ...] | int | Literal["all"] = "all"
     output: str | None = None
+    candidates: int | None = None
+    ids: tuple[int, ...] | str | None = None
 
     @property
     def measures(self) -> tuple[str, ...]:
@@ -60,16 +72,16 @@ class InsertScores(Pass):
     def requires(self, program: Program) -> None:
         """The measures are known, the exits exist, and there are logits where a measure needs them."""
         stack = stack_named(program, self.stack)
-        wrong = [name for name in self.measures if name not in OF_LOGITS + OF_STATE]
+        wrong = [name for name in self.measures if name not in MEASURES]
         if wrong or not self.measures:
-            raise SpecError(f"measure={'|'.join(map(str, wrong))}: there are {', '.join(OF_LOGITS + OF_STATE)}")
+            raise SpecError(f"measure={'|'.join(map(str, wrong))}: there are {', '.join(MEASURES)}")
         have = {item.after for item in program.exits_of(stack)}
         if not have or (self.after != "all" and not set(blocks_named(program, stack, self.after)) <= have):
             raise SpecError(
                 f"stack {stack!r} has exits after {sorted(have) or 'no block'}",
                 hint=f"insert-exits{{stack={stack}}} first",
             )
-        if set(self.measures) & set(OF_LOGITS):
+        if set(self.measures) - set(OF_STATE):
             if following := program.next_stack(stack):
                 raise SpecError(
                     f"measure={'|'.join(self.measures)}: stack {stack!r} ends in stack {following!r}, not in logits",
@@ -85,6 +97,27 @@ class InsertScores(Pass):
                     f"measure={'|'.join(self.measures)}: batch and tokens share an axis of the hidden state ({error})",
                     hint="measure=top1, margin or entropy",
                 ) from error
+        if set(self.measures) & set(OF_SHORT):
+            for item in program.exits_of(stack):
+                if self._chooses(program, item) and item.after < program.stacks[stack].blocks:
+                    find_head(program.graph, results(program.graph)[item.outputs[self._logits(program)]])
+            self._candidates(program)
+        elif self.candidates is not None or self.ids is not None:
+            raise SpecError(f"candidates and ids belong to measure={' or '.join(OF_SHORT)}")
+
+    def _chooses(self, program: Program, item: Exit) -> bool:
+        """Whether an exit gets scores; full depth does, of the measures that it has."""
+        name = stack_named(program, self.stack)
+        full = item.stack == name and item.after == program.stacks[name].blocks
+        return item.stack == name and (
+            full or self.after == "all" or item.after in blocks_named(program, name, self.after)
+        )
+
+    def _candidates(self, program: Program) -> tuple[int, ...]:
+        ids = self.ids
+        if isinstance(ids, tuple) and len(ids) == 1 and isinstance(ids[0], str):  # as a pipeline's text gives it
+            ids = ids[0]
+        return short_list(program.example_outputs[self._logits(program)], self.candidates, ids)
 
     def _logits(self, program: Program) -> str:
         returned = results(program.graph)
@@ -124,171 +157,33 @@ class InsertScores(Pass):
         if set(self.measures) & set(OF_LOGITS) and not any(e.after == stack.blocks for e in program.exits_of(name)):
             outputs = {output: output for item in program.exits_of(name) for output in item.outputs}
             exits.append(Exit(name, stack.blocks, stack.output, stack.output, outputs=outputs))
+        short = set(self.measures) & set(OF_SHORT)
+        head = ShortHead(editor, name, self._candidates(program)) if short else None
         notes = []
         for at, item in enumerate(exits):
-            full = item.after == stack.blocks
-            if item.stack != name or (
-                self.after != "all" and not full and item.after not in blocks_named(program, name, self.after)
-            ):
+            if not self._chooses(program, item):
                 continue
             scores = dict(item.scores)
             for measure in self.measures:
                 if measure in scores:
                     notes.append(f"the exit after block {item.after} has {measure} already")
-                elif not (full and measure in OF_STATE):
-                    node = self._score(editor, program, item, measure)
+                elif item.after < stack.blocks or measure in OF_LOGITS:
+                    node = self._score(editor, program, item, measure, head)
                     scores[measure] = f"{name}.{item.after}/{measure}"
                     editor.returns({scores[measure]: node})
             exits[at] = replace(item, scores=scores)
         return editor.finish(tuple(notes), exits=tuple(exits))
 
-    def _score(self, editor: Editor, program: Program, item: Exit, measure: str) -> fx.Node:
+    def _score(self, editor: Editor, program: Program, item: Exit, measure: str, head: ShortHead | None) -> fx.Node:
         stack = program.stacks[item.stack]
-        builder = _Builder(editor, program, self._tokens(program))
-        if measure in OF_LOGITS:
-            logits = results(editor.graph)[item.outputs[self._logits(program)]]
-            return builder.of_logits(logits, measure, builder.padding(stack.name))
+        builder = ScoreBuilder(editor, program, self._tokens(program))
         hidden = editor[item.hidden]
+        if measure not in OF_STATE:
+            logits = results(editor.graph)[item.outputs[self._logits(program)]]
+            if head is not None and measure in OF_SHORT:
+                logits, measure = head.logits(builder, hidden, logits), measure.removesuffix("-short")
+            return builder.of_logits(logits, measure, builder.padding(stack.name))
         valid = builder.padding(stack.name)
         if measure == "cosine":
             return builder.cosine(editor[stack.cuts[item.after - 1]], hidden, valid)
         return builder.learned(hidden, valid, f"exits.{item.stack}.{item.after}.gate")
-
-
-class _Builder:
-    """Writes scores into the graph; ``here`` is the node after which the next one goes."""
-
-    def __init__(self, editor: Editor, program: Program, tokens: Any) -> None:
-        self.editor, self.program, self.tokens = editor, program, tokens
-        self.here = editor.graph.output_node().prev
-
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        self.here = self.editor.call(target, *args, at=self.here, **kwargs)
-        return self.here
-
-    def by_rows(self, node: fx.Node) -> fx.Node:
-        """The node in float32, with an axis that counts rows only (a row may take several places of one)."""
-        if node.meta["val"].is_floating_point() and node.meta["val"].dtype != torch.float32:
-            node = self.call(aten._to_copy.default, node, dtype=torch.float32)
-        found = self.program.axes.batch_axis(node)
-        return node if found is None or found[1] == 1 else self.call(aten.unflatten.int, node, found[0], [-1, found[1]])
-
-    def batch_axis(self, node: fx.Node) -> int | None:
-        found = self.program.axes.batch_axis(node)
-        return found[0] if found else None
-
-    def per_row(self, node: fx.Node, reduce: Callable[..., Any]) -> fx.Node:
-        """Reduce all axes but the batch's (and a causal stack's tokens'); without one, to a single row."""
-        axis, tokens = self.batch_axis(node), self.token_axis(node)
-        others = [i for i in range(len(shape(node))) if i not in (axis, tokens)]
-        reduced = self.call(reduce, node, others) if others else node
-        if axis is None:
-            return self.call(aten.reshape.default, reduced, [1])
-        return reduced if tokens is None or axis < tokens else self.call(aten.transpose.int, reduced, 0, 1)
-
-    def token_axis(self, node: fx.Node) -> int | None:
-        sizes = [expression(size) for size in shape(node)]
-        return sizes.index(self.tokens) if self.tokens in sizes else None
-
-    def padding(self, name: str) -> fx.Node | None:
-        """Which tokens of each row are real, ``bool[batch, tokens]``, from the first block's attention mask."""
-        stack = self.program.stacks[name]
-        inside = {node.name for node in self.program.block_nodes(stack, 0)}
-        for site in attention_sites(self.program.graph):
-            mask = padding_mask(site, self.program.axes.batch) if site.weights.name in inside else None
-            if mask is not None:
-                node = self.visible(mask)
-                rows = next(i for i, s in enumerate(shape(node)) if expression(s) == self.program.axes.batch)
-                others = [i for i in range(len(shape(node)) - 1) if i != rows]
-                return self.call(aten.any.dims, node, others) if others else node
-        return None
-
-    def visible(self, mask: Mask) -> fx.Node:
-        """Which keys a mask lets through, as ``Mask.visible`` computes it."""
-        node = self.editor[mask.node.name]
-        if mask.kind == "subtracted":
-            return self.call(aten.lt.Scalar, node, -HIDDEN)
-        if mask.kind == "added" and node.meta["val"].dtype != torch.bool:
-            return self.call(aten.gt.Scalar, node, HIDDEN)
-        return self.call(aten.eq.Scalar if mask.kind == "drops" else aten.ne.Scalar, node, 0)
-
-    def spread(self, valid: fx.Node | None, like: fx.Node) -> fx.Node | None:
-        """``valid`` with axes that broadcast over ``like``; None where ``like`` has no such token axis."""
-        if valid is None:
-            return None
-        sizes = [expression(s) for s in shape(like)]
-        rows, tokens = (expression(s) for s in shape(valid))
-        if sizes.count(rows) != 1 or sizes.count(tokens) != 1:
-            return None
-        a, t = sizes.index(rows), sizes.index(tokens)
-        node = valid if a < t else self.call(aten.transpose.int, valid, 0, 1)
-        for axis in range(len(sizes)):
-            if axis not in (a, t):
-                node = self.call(aten.unsqueeze.default, node, axis)
-        return node
-
-    def of_logits(self, logits: fx.Node, measure: str, valid: fx.Node | None) -> fx.Node:
-        if measure == "prediction":
-            best = self.call(aten.argmax.default, logits, -1)
-            turned = self.tokens is not None and self.batch_axis(best) == 1
-            return self.call(aten.transpose.int, best, 0, 1) if turned else best
-        if measure == "entropy":
-            logs = self.call(aten.log_softmax.int, logits, -1, torch.float32)
-            chances = self.call(aten.exp.default, logs)
-            places = self.call(
-                aten.neg.default,
-                self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, chances, logs), [-1]),
-            )
-        else:
-            chances = self.call(aten.softmax.int, logits, -1, torch.float32)
-            if measure == "top1":
-                places = self.call(aten.amax.default, chances, [-1])
-            else:
-                best = self.call(operator.getitem, self.call(aten.topk.default, chances, 2), 0)
-                first, second = (
-                    self.call(aten.select.int, best, -1, 0),
-                    self.call(aten.select.int, best, -1, 1),
-                )
-                places = self.call(aten.sub.Tensor, first, second)
-        if len(shape(places)) == 1 and self.batch_axis(places) is not None:
-            return places
-        real = self.spread(valid, places)
-        sure = 0.0 if measure == "entropy" else 1.0
-        if real is not None:
-            places = self.call(aten.where.ScalarOther, real, places, sure)
-        return self.per_row(places, aten.amax.default if measure == "entropy" else aten.amin.default)
-
-    def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None) -> fx.Node:
-        before, after = self.by_rows(before), self.by_rows(after)
-        real = self.spread(valid, after)
-
-        def dot(a: fx.Node, b: fx.Node) -> fx.Node:
-            product = self.call(aten.mul.Tensor, a, b)
-            if real is not None:
-                product = self.call(aten.where.ScalarOther, real, product, 0.0)
-            return self.per_row(product, aten.sum.dim_IntList)
-
-        lengths = self.call(aten.sqrt.default, self.call(aten.mul.Tensor, dot(before, before), dot(after, after)))
-        return self.call(aten.div.Tensor, dot(before, after), self.call(aten.clamp_min.default, lengths, 1e-12))
-
-    def learned(self, hidden: fx.Node, valid: fx.Node | None, prefix: str) -> fx.Node:
-        features = int(shape(hidden)[-1])
-        weight = self.editor.parameter(f"{prefix}.weight", torch.zeros(features), hidden)
-        bias = self.editor.parameter(f"{prefix}.bias", torch.zeros(()), hidden)
-        hidden = self.by_rows(hidden)
-        axis = self.batch_axis(hidden)
-        places = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, hidden, weight), [-1])
-        real = self.spread(valid, places)
-        if self.token_axis(places) is not None:
-            pooled = places if axis == 0 else self.call(aten.transpose.int, places, 0, 1)
-        elif real is None:
-            others = [i for i in range(len(shape(places))) if i != axis]
-            pooled = self.call(aten.mean.dim, places, others) if others else places
-        else:
-            total = self.per_row(self.call(aten.where.ScalarOther, real, places, 0.0), aten.sum.dim_IntList)
-            count = self.per_row(self.call(aten._to_copy.default, real, dtype=torch.float32), aten.sum.dim_IntList)
-            pooled = self.call(aten.div.Tensor, total, self.call(aten.clamp_min.default, count, 1.0))
-        logit = self.call(aten.add.Tensor, pooled, bias)
-        if axis is None:
-            logit = self.call(aten.reshape.default, logit, [1])
-        return self.call(aten.sigmoid.default, logit)
