@@ -1,6 +1,6 @@
 """Train the translator with an exit after every decoder block, on Multi30k; about an hour on two cores.
 
-    python -m examples.train_translation [--plain] [--epochs N] [--out DIRECTORY]
+    python -m examples.translation.train [--plain] [--epochs N] [--out DIRECTORY]
 
 Reads ``multi30k/train.{de,en}.gz`` (lowercased here) in ``$OFFRAMP_DATA``, or in ``../shared/data`` beside the
 checkout. Deep supervision as in DEED (arXiv 2311.08623): ``L_avg + L_N``, two of the seven exits drawn at each step.
@@ -14,7 +14,7 @@ import gzip
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 import offramp
-from examples.translation import BEGIN, END, LONGEST, PAD, Translator
+from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST, PAD, Translator
 from offramp.program import Program
 from offramp.training.fit import Point, fit
 from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
@@ -30,13 +30,13 @@ from offramp.training.weights import save_weights
 
 VOCABULARY = 6000
 TOKENS_A_BATCH = 3000
-PIPELINE = "insert-exits{stack=decoder},insert-adapter{stack=decoder,kind=norm-linear}"
+WEIGHTS, TOKENIZER = (Path(__file__).with_name(name) for name in ("exits.safetensors", "tokenizer.json"))
 
 
 def lines(name: str) -> list[str]:
     """The sentences of one file of Multi30k."""
     named = os.environ.get("OFFRAMP_DATA")
-    root = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
     path = root / "multi30k" / f"{name}.gz"
     if not path.is_file():
         sys.exit(
@@ -92,8 +92,8 @@ class Batches:
             yield {"source": source, "source_mask": (source != PAD).long(), "target": target, "labels": labels}
 
 
-def program(plain: bool = False) -> Program:
-    """The translator, captured, with its exits; weights as they start."""
+def program(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> Program:
+    """The translator, captured, with exits in its decoder; weights as they start."""
     torch.manual_seed(0)
     example = {
         "source": torch.full((2, 9), 5),
@@ -101,7 +101,10 @@ def program(plain: bool = False) -> Program:
         "target": torch.full((2, 7), 5),
     }
     captured = offramp.capture(Translator(VOCABULARY), example, training=True)
-    return captured if plain else offramp.apply(captured, PIPELINE)
+    if not exits:
+        return captured
+    after = "|".join(map(str, exits))
+    return offramp.apply(captured, f"insert-exits{{stack=decoder,after={after}}},insert-adapter{{stack=decoder}}")
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     words = tokenizer()
     words.save(str(args.out / "tokenizer.json"))
-    trained = program(args.plain)
+    trained = program(()) if args.plain else program()
     objective = CrossEntropy(smoothing=0.1) if args.plain else DeepSupervision(sample=2, smoothing=0.1)
 
     def show(point: Point) -> None:

@@ -1,0 +1,168 @@
+"""Ways of translating Multi30k, one sentence at a time: bundles, turns, BLEU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import sacrebleu
+import torch
+from tokenizers import Tokenizer
+
+import offramp
+from benchmarks._common import BUILD
+from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST
+from examples.translation.train import TOKENIZER, WEIGHTS, lines, program
+from offramp.runtime import State
+from offramp.runtime.manifest import Exit
+from offramp.training.weights import load_weights
+
+FOLDER = BUILD / "translation"
+MEASURES = ("top1", "margin")
+
+
+@dataclass
+class Way:
+    """A way of decoding, and what it took: text, tokens, depths and decoder milliseconds of each sentence."""
+
+    name: str
+    chain: offramp.Chain
+    policy: Callable[[int], offramp.Policy] = lambda sentence: offramp.Never()
+    propagate: str = "defer"
+    texts: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    depths: list[list[int]] = field(default_factory=list)
+    decoder: list[float] = field(default_factory=list)
+
+    def translate(self, sentence: int, source: list[int]) -> None:
+        """Translate a sentence, and note what it took."""
+        inputs = {"source": [source], "source_mask": [[1] * len(source)]}
+        room = min(2 * len(source) + 10, LONGEST - 1)
+        steps = list(self.chain.stream(inputs, self.policy(sentence), propagate=self.propagate, max_new_tokens=room))
+        self.tokens.append([step.token for step in steps])
+        self.texts.append(words().decode([token for token in self.tokens[-1] if token != END]))
+        self.depths.append([step.exit for step in steps])
+        self.decoder.append(sum(step.milliseconds for step in steps))
+
+    def anew(self) -> Way:
+        """The same way, with nothing measured."""
+        return Way(self.name, self.chain, self.policy, self.propagate)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of the decoder, a sentence."""
+        return sum(self.decoder) / len(self.decoder)
+
+
+def same(policy: offramp.Policy) -> Callable[[int], offramp.Policy]:
+    """One policy for all sentences."""
+    return lambda sentence: policy
+
+
+@functools.cache
+def words() -> Tokenizer:
+    """The tokenizer."""
+    return Tokenizer.from_file(str(TOKENIZER))
+
+
+@functools.cache
+def trained(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> offramp.Program:
+    """The translator with (some of) its trained exits."""
+    if not WEIGHTS.is_file():
+        raise SystemExit(f"no {WEIGHTS}: python -m examples.translation.train")
+    made = program(exits)
+    load_weights(made, WEIGHTS, part=True)
+    return made.without_dropout()
+
+
+def bundle(exits: Sequence[int] = (), cut: int | None = None) -> offramp.Chain:
+    """The translator with exits, or cut off at one, as a bundle with one segment between exits."""
+    name = "cut-" if cut else "exits-" if exits else "one"
+    path = FOLDER / f"{name}{'-'.join(map(str, (cut,) if cut else exits))}.offramp"
+    if not (path / "manifest.json").is_file():
+        made = offramp.apply(trained((cut,) if cut else tuple(exits)), "insert-cache")
+        if cut:
+            made = offramp.apply(made, f"truncate{{stack=decoder,after={cut}}}")
+        elif exits:
+            made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={'|'.join(MEASURES)}}}")
+        generation = {"prompt": [BEGIN], "stop": [END]}
+        offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
+    return offramp.load(path)
+
+
+def sources(split: str, count: int | None = None) -> list[list[int]]:
+    """Sentences to translate, as token ids."""
+    return [[*found.ids[: LONGEST - 1], END] for found in words().encode_batch(lines(f"{split}.de")[:count])]
+
+
+def bleu(way: Way, split: str) -> float:
+    """sacreBLEU of lowercased text."""
+    references = lines(f"{split}.en")[: len(way.texts)]
+    return float(sacrebleu.corpus_bleu(way.texts, [references]).score)
+
+
+def measure(ways: Iterable[Way], split: str, count: int | None = None) -> list[Way]:
+    """Let all translate the same sentences in turns, so that none is always the first after another."""
+    found = [way.anew() for way in ways]
+    for way in found:
+        way.anew().translate(0, [5, 6, 7, 8, END])  # warm
+    for i, source in enumerate(sources(split, count)):
+        for k in range(len(found)):
+            found[(i + k) % len(found)].translate(i, source)
+    return found
+
+
+class Perfect(offramp.Policy):
+    """A perfect gate that costs nothing: leaves at the first exit that says what full depth says."""
+
+    def __init__(self, depths: Sequence[int]) -> None:
+        self.depths = depths
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return () if stack == "decoder" else None
+
+    def leave(self, state: State) -> Any:
+        assert state.steps is not None
+        return np.array([self.depths[step] <= state.after for step in state.steps])
+
+
+@torch.no_grad()
+def perfect(full: Way, split: str, exits: Sequence[int], count: int | None = None) -> Way:
+    """`Perfect` for each of the sentences that ``full`` has translated."""
+    module, policies = trained().module, []
+    for source, text in zip(sources(split, count), full.tokens, strict=True):
+        made = module(
+            source=torch.tensor([source]),
+            source_mask=torch.ones(1, len(source), dtype=torch.int64),
+            target=torch.tensor([[BEGIN, *text[:-1]]]),
+        )
+        depths = np.full(len(text), DECODER_BLOCKS)
+        for after in sorted(exits, reverse=True):
+            depths[made[f"decoder.{after}/logits"][0].argmax(-1).numpy() == np.array(text)] = after
+        policies.append(Perfect(depths.tolist()))
+    return Way(f"a perfect gate after {_listed(exits)}", bundle(exits), policies.__getitem__)
+
+
+def _listed(exits: Sequence[int]) -> str:
+    return ", ".join(map(str, exits))
+
+
+def row(way: Way, full: Way, split: str) -> dict[str, Any]:
+    """What is shown of a way: quality and time beside each other."""
+    return {
+        "set": split.removesuffix("_flickr"),
+        "decoding": way.name,
+        "BLEU": round(bleu(way, split), 2),
+        "of full": f"{100 * bleu(way, split) / bleu(full, split):.1f}%",
+        "blocks": float(np.mean([depth for row in way.depths for depth in row])),
+        "decoder ms": way.milliseconds,
+        "saved": f"{100 * (1 - way.milliseconds / full.milliseconds):.0f}%",
+        "tokens/s": f"{_pace(way) / _pace(full):.2f}x",
+    }
+
+
+def _pace(way: Way) -> float:
+    return sum(map(len, way.tokens)) / sum(way.decoder)

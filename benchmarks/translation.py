@@ -1,0 +1,88 @@
+"""Do exits pay in translation? Multi30k, German to English, batch 1, greedy: BLEU and decoder time in one row.
+
+Thresholds are chosen on the validation set, and measured on the two test sets; all ways take turns, sentence by
+sentence. "decoder" is the wall time of the steps: the encoder, and what runs once for a sentence, are not part of it.
+``saved`` and ``tokens/s`` compare with full depth in one ONNX Runtime session, the quickest way without exits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+
+import offramp
+from benchmarks._common import report
+from benchmarks._translate import MEASURES, Way, bleu, bundle, measure, perfect, row, same
+from examples.translation.model import DECODER_BLOCKS
+
+SETS = ((1,), (2,), (3,), (1, 2), (1, 3), (2, 4), (1, 2, 3, 5))  # of exits: each a bundle of its own
+THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TARGETS = (0.7, 0.8, 0.9, 0.95, 0.98)
+KEEP = (0.99, 1.0)
+TESTS = ("test_2016_flickr", "test_2017_flickr")
+
+
+def deed() -> list[Way]:
+    """Confidence at some exits (DEED, arXiv 2311.08623)."""
+    return [
+        Way(f"DEED: {kind} >= {at} after {_listed(exits)}", bundle(exits), same(offramp.Confidence(at, kind)))
+        for exits, kind, at in itertools.product(SETS, MEASURES, THRESHOLDS)
+    ]
+
+
+def free() -> list[Way]:
+    """One exit and a threshold that adapts itself (FREE, arXiv 2310.05424)."""
+    return [
+        Way(
+            f"FREE: {target} are to agree after {exits[0]}",
+            bundle(exits),
+            same(offramp.Adaptive(exits[0], 0.6, target=target)),
+        )
+        for exits, target in itertools.product(SETS, TARGETS)
+        if len(exits) == 1
+    ]
+
+
+def choose(ways: Callable[[], list[Way]], full: Way, count: int) -> dict[float, Way]:
+    """For each share of full depth's BLEU the quickest way that keeps it on the validation set, as if never used."""
+    base, *found = measure([full, *ways()], "val", count)
+    chosen = {}
+    for keep in KEEP:
+        good = [i for i, way in enumerate(found) if bleu(way, "val") >= keep * bleu(base, "val")]
+        if good:
+            chosen[keep] = ways()[min(good, key=lambda i: found[i].milliseconds)]
+    return chosen
+
+
+def main() -> None:
+    """Choose, measure, print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--val", type=int, default=400, help="sentences of the validation set (400)")
+    parser.add_argument("--sentences", type=int, help="sentences of each test set (all)")
+    args = parser.parse_args()
+    one = Way("full depth, one session", bundle())
+    ways = [one, Way("full depth, the chain", bundle((1, 2, 3, 5)))]
+    ways += [Way(f"cut off after {k}", bundle(cut=k)) for k in range(1, DECODER_BLOCKS)]
+    gated = [
+        (f"[{keep:.0%}] ", way) for found in (deed, free) for keep, way in choose(found, one, args.val).items()
+    ]
+    for mark, way in gated:
+        ways.append(Way(mark + way.name, way.chain, way.policy))
+        if way.name.startswith("DEED"):
+            ways.append(Way(f"{mark}the same, hidden states copied", way.chain, way.policy, "hidden"))
+    rows = []
+    for split in TESTS:
+        full = measure([one], split, args.sentences)[0]
+        gates = [perfect(full, split, exits, args.sentences) for exits in SETS]
+        found = measure([*ways, *gates], split, args.sentences)
+        rows += [row(way, found[0], split) for way in found]
+    report("translation", "Multi30k de-en: quality and decoder time", rows)
+
+
+def _listed(exits: Sequence[int]) -> str:
+    return ", ".join(map(str, exits))
+
+
+if __name__ == "__main__":
+    main()
