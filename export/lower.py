@@ -29,6 +29,7 @@ from offramp.export.layout import cancel_layout
 from offramp.export.merge import merged
 from offramp.export.norm import fuse_norms
 from offramp.export.partition import Piece
+from offramp.program.canonical import sizes_from_inputs
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
 from offramp.program.quiet import quiet
 from offramp.runtime.errors import ExportError
@@ -106,6 +107,8 @@ def close(piece: Piece, target: Target = "ort") -> Function:
     fuse_norms(graph)
     _widen_masks(graph)
     _plain_reshapes(graph)
+    sizes_from_inputs(graph)  # so that no value is made for its size alone
+    graph.eliminate_dead_code()
     return Function(graph, tuple(inputs), tuple(weights), piece.outputs, _key(graph))
 
 

@@ -31,7 +31,7 @@ def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int
     edits += _sizes_not_tensors(graph)
     edits += _plain_operators(graph)
     edits += _drop_identities(graph, frozenset(protected))
-    edits += _sizes_from_inputs(graph)
+    edits += sizes_from_inputs(graph)
     edits += _merge_equal(module, frozenset(protected))
     before = len(graph.nodes)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in protected)
@@ -214,7 +214,7 @@ def _drop_identities(graph: fx.Graph, protected: frozenset[str]) -> int:
     return edits
 
 
-def _sizes_from_inputs(graph: fx.Graph) -> int:
+def sizes_from_inputs(graph: fx.Graph) -> int:
     """Read every size that some input has from that input, so that blocks do not depend on each other."""
     edits = 0
     inputs: dict[str, tuple[fx.Node, int]] = {}

@@ -78,11 +78,11 @@ def _added(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 FACTORIES: dict[str, Factory] = {
-    **{name: decoders.REQUIRED[name] for name in ("llama", "qwen2", "mistral", "gpt2", "t5")},
-    **{name: decoders.OTHERS[name] for name in ("gpt_neox", "phi", "phi3", "stablelm", "qwen3", "cohere", "glm4")},
+    **{name: decoders.REQUIRED[name] for name in ("llama", "gpt2")},
+    **{name: decoders.OTHERS[name] for name in ("gpt_neox", "qwen3", "cohere")},
     "wide": decoders._hf("LlamaForCausalLM", {**decoders._GROUPED, **WIDE}),
     "wide_partial": decoders._hf(
-        "StableLmForCausalLM", {**decoders._TEXT, "hidden_size": 4 * WIDTH}, partial_rotary_factor=0.5
+        "PhiForCausalLM", {**decoders._TEXT, "hidden_size": 4 * WIDTH}, partial_rotary_factor=0.5
     ),
     "twice": _rotated(_twice),
     "unequal": _rotated(_unequal),
@@ -139,7 +139,7 @@ def test_the_operator_turns_pairs_by_position() -> None:
 # Fires
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt_neox", "phi", "phi3", "stablelm", "qwen3", "twice"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3", "twice"])
 def test_queries_and_keys_are_rotated_by_one_operator(cached: Get, name: str) -> None:
     program = cached(name)
     made = prepared(program)
@@ -150,7 +150,7 @@ def test_queries_and_keys_are_rotated_by_one_operator(cached: Get, name: str) ->
     features = {int(shape(node)[-1]) for node in found}
     turned = {2 * int(shape(node.args[1])[-1]) for node in found}  # type: ignore[arg-type]
     assert features == {SIZE}
-    assert turned == {SIZE // 2 if name in ("gpt_neox", "phi", "stablelm") else SIZE}
+    assert turned == {SIZE // 2 if name == "gpt_neox" else SIZE}
     assert not made.graph.find_nodes(op="call_function", target=aten.neg.default)
     assert made.history == program.history
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_what_is_no_rotation_says_why(cached: Get, name: str, caplog: pytest.Log
     assert len([record for record in caplog.records if REFUSED[name] in record.getMessage()]) == 2 * BLOCKS
 
 
-@pytest.mark.parametrize("name", ["gpt2", "t5", "cohere", "glm4", "turned_back", "added"])
+@pytest.mark.parametrize("name", ["gpt2", "cohere", "turned_back", "added"])
 def test_other_forms_are_left_alone(cached: Get, name: str) -> None:
     editor = Editor(cached(name), "test")
     assert fuse_rotary(editor) == ()
@@ -282,10 +282,11 @@ def test_onnx_runtimes_attention_rotates_itself(cached: Get, name: str) -> None:
     assert found["GroupQueryAttention"] == 1
     assert "RotaryEmbedding" not in found
     assert not {aten.transpose.int, aten.reshape.default, aten.cat.default} & set(found)
-    assert found[aten.linear.default] == 5  # queries, keys and values; output; gate, up, down
+    # queries, keys and values; output; gate, up, down or two layers
+    assert found[aten.linear.default] == (5 if name == "wide" else 4)
 
 
-@pytest.mark.parametrize(("name", "target"), [("llama", "ort"), ("phi", "ort"), ("wide", "portable")])
+@pytest.mark.parametrize(("name", "target"), [("llama", "ort"), ("gpt_neox", "ort"), ("wide", "portable")])
 def test_others_get_an_operator_of_their_own(cached: Get, name: str, target: Target) -> None:
     found = block(cached(name), target)
     assert found["RotaryEmbedding"] == 2
@@ -293,7 +294,7 @@ def test_others_get_an_operator_of_their_own(cached: Get, name: str, target: Tar
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("wide", "ort"), ("wide", "portable"), ("wide_partial", "ort"), ("phi", "portable")]
+    ("name", "target"), [("wide", "ort"), ("wide_partial", "ort"), ("gpt_neox", "portable")]
 )
 def test_a_bundle_computes_what_torch_does(cached: Get, name: str, target: Target, tmp_path: Path) -> None:
     program = cached(name)
