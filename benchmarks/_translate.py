@@ -22,6 +22,7 @@ from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
 MEASURES = ("top1", "margin")
+THREADS = 1  # more make a model of this size slower
 
 
 @dataclass
@@ -78,19 +79,16 @@ def trained(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> offramp.Program:
     return made.without_dropout()
 
 
-def bundle(exits: Sequence[int] = (), cut: int | None = None) -> offramp.Chain:
-    """The translator with exits, or cut off at one, as a bundle with one segment between exits."""
-    name = "cut-" if cut else "exits-" if exits else "one"
-    path = FOLDER / f"{name}{'-'.join(map(str, (cut,) if cut else exits))}.offramp"
+def bundle(exits: Sequence[int] = ()) -> offramp.Chain:
+    """The translator with exits as a bundle, with one segment between exits."""
+    path = FOLDER / f"{'exits-' if exits else 'one'}{'-'.join(map(str, exits))}.offramp"
     if not (path / "manifest.json").is_file():
-        made = offramp.apply(trained((cut,) if cut else tuple(exits)), "insert-cache")
-        if cut:
-            made = offramp.apply(made, f"truncate{{stack=decoder,after={cut}}}")
-        elif exits:
+        made = offramp.apply(trained(tuple(exits)), "insert-cache")
+        if exits:
             made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={'|'.join(MEASURES)}}}")
         generation = {"prompt": [BEGIN], "stop": [END]}
         offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
-    return offramp.load(path)
+    return offramp.load(path, threads=THREADS)
 
 
 def sources(split: str, count: int | None = None) -> list[list[int]]:

@@ -1,0 +1,265 @@
+"""Do early exits pay in Whisper? 32 recordings: words and tokens that differ, and time, for each policy in one row.
+
+The adapters come from ``examples/train_speech_adapters.py``, which heard synthetic speech only. Encoder and decoder are
+bundles of their own, so that all ways decode what was encoded once. "decoder ms" are all steps of a recording; "clip"
+is the encoder, what the decoder makes of its states, and the steps. Ratios compare with full depth on the same
+recording in the same turn. A perfect gate leaves where the exit says what full depth would: it has seen the answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
+
+import offramp
+from benchmarks import _chains
+from benchmarks._common import BUILD, data, report
+from examples import train_speech_adapters as recipe
+from offramp import zoo
+from offramp.runtime.audio import log_mel, read_wav, resample
+from offramp.runtime.manifest import Exit
+from offramp.runtime.policies import Verify
+from offramp.runtime.policy import Rows
+from offramp.training.weights import load_weights
+
+MODEL = "whisper_base"
+FULL = "full depth"
+AT = 0.9
+SHORT, CANDIDATES = "top1-short", 2048
+Row = dict[str, Any]
+
+
+class Clip(NamedTuple):
+    """A recording: its features [1, 80, 3000], and what is said in it where that is known."""
+
+    name: str
+    features: NDArray[np.float32]
+    said: str | None
+
+
+class Heard(NamedTuple):
+    """A recording's encoder states [1, 1500, 512], and the milliseconds that they took."""
+
+    memory: NDArray[np.float32]
+    ms: float
+
+
+class Way(NamedTuple):
+    """A way to decode: the decoder's bundle, who decides, and ``propagate``."""
+
+    chain: offramp.Chain
+    policy: offramp.Policy
+    propagate: str = "defer"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What decoding one recording gave: milliseconds of the decoder and of all, tokens, and the exit of each."""
+
+    tokens: list[int]
+    exits: list[int]
+    decoder_ms: float
+    clip_ms: float
+
+
+@dataclass(frozen=True)
+class Known(offramp.Policy):
+    """The perfect gate: the step's first exit of those that are right, by a table; it asks for no score."""
+
+    right: Sequence[int | None]
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return () if stack == "decoder" else None
+
+    def leave(self, state: offramp.State) -> Rows:
+        assert state.steps is not None
+        return np.array([self.right[step] == state.after for step in state.steps])
+
+
+class Watch(offramp.Policy):
+    """Full depth for all, and what each exit would have said: ``seen[step][after]``."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, dict[int, int]] = defaultdict(dict)
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return ("prediction",) if stack == "decoder" else None
+
+    def leave(self, state: offramp.State) -> Rows:
+        assert state.steps is not None
+        self.seen[int(state.steps[0])][state.after] = int(state.scores["prediction"][0])
+        return np.zeros(state.rows.size, np.bool_)
+
+
+def distance(found: Sequence[Any], wanted: Sequence[Any]) -> int:
+    """The fewest insertions, deletions and substitutions that make one of the other (Levenshtein)."""
+    row = list(range(len(wanted) + 1))
+    for at, one in enumerate(found, 1):
+        before, row = row, [at]
+        for column, other in enumerate(wanted, 1):
+            row.append(min(row[-1] + 1, before[column] + 1, before[column - 1] + (one != other)))
+    return row[-1]
+
+
+def word_errors(found: str, said: str) -> tuple[int, int]:
+    """Wrong words, and how many were said; case, punctuation and ways to write numbers do not count."""
+    normal = EnglishTextNormalizer({})
+    words = normal(said).split()
+    return distance(normal(found).split(), words), len(words)
+
+
+def clips() -> list[Clip]:
+    """All recordings, the transcribed ones first."""
+    folder = data("ljspeech")
+    with (folder / "metadata8.csv").open(newline="") as stream:
+        said = {row[0]: row[-1] for row in csv.reader(stream, delimiter="|", quoting=csv.QUOTE_NONE)}
+    found = []
+    for path in sorted(folder.glob("*.wav")):
+        samples, rate = read_wav(path)
+        found.append(Clip(path.stem, log_mel(resample(samples, rate, 16000)), said.get(path.stem)))
+    return sorted(found, key=lambda clip: clip.said is None)
+
+
+def bundles() -> dict[str, Path]:
+    """The encoder; the decoder "plain", a single session beside it; and with exits that score cheaply, or in full."""
+    if not recipe.WEIGHTS.is_file():
+        raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
+    paths = {name: BUILD / f"speech-{name}.offramp" for name in ("encoder", "plain", "short", "scored")}
+    how: dict[str, Any] = {"generation": zoo.generation(MODEL), "files": zoo.tokenizer_files(MODEL), "segments": 1}
+    if not (paths["encoder"] / "manifest.json").exists():
+        module, example = zoo.load(MODEL)
+        listener = recipe.Listener(module.whisper)
+        features = {"input_features": example["input_features"]}
+        offramp.save(offramp.capture(listener, features), paths["encoder"], segments=1)
+    if not (paths["plain"] / "single" / _chains.SINGLE).exists():
+        program = recipe.program("insert-cache")
+        offramp.save(program, paths["plain"], **how)
+        _chains.write_single(program, paths["plain"])
+    scores = {
+        "short": offramp.InsertScores(measure=SHORT, ids=recipe.common(CANDIDATES)),
+        "scored": offramp.InsertScores(measure=("top1", "prediction")),
+    }
+    trained = recipe.WEIGHTS.stat().st_mtime
+    for name, score in scores.items():
+        if not (paths[name] / "manifest.json").exists() or paths[name].stat().st_mtime < trained:
+            program = recipe.program()
+            load_weights(program, recipe.WEIGHTS)
+            offramp.save(offramp.apply(program, [score, offramp.InsertCache()]), paths[name], **how)
+    return paths
+
+
+def listened(encoder: offramp.Chain, clip: Clip) -> Heard:
+    """The encoder's part."""
+    started = time.perf_counter()
+    memory = encoder.run({"input_features": clip.features}).outputs["memory"]
+    return Heard(memory, (time.perf_counter() - started) * 1e3)
+
+
+def decoded(heard: Heard, way: Way) -> Run:
+    """One recording, greedy."""
+    started = time.perf_counter()
+    steps = list(way.chain.stream({"memory": heard.memory}, way.policy, propagate=way.propagate))
+    spent = (time.perf_counter() - started) * 1e3
+    return Run([s.token for s in steps], [s.exit for s in steps], sum(s.milliseconds for s in steps), heard.ms + spent)
+
+
+def perfect(short: offramp.Chain, scored: offramp.Chain, heard: Heard) -> dict[str, Way]:
+    """Gates that leave at the first of some exits that says what full depth says, given full depth's text."""
+    watch, found = Watch(), {}
+    tokens = decoded(heard, Way(scored, watch)).tokens
+    for some in sets(short):
+        right = [next((e for e in some if watch.seen[i].get(e) == token), None) for i, token in enumerate(tokens)]
+        found[f"a perfect gate after {listed(some)}"] = Way(short, Known(right))
+    return found
+
+
+def sets(chain: offramp.Chain) -> list[tuple[int, ...]]:
+    """Each exit alone, and all together."""
+    exits = [exit_.after for exit_ in chain.stacks["decoder"].exits[:-1]]
+    return list(dict.fromkeys([*((after,) for after in exits), tuple(exits)]))
+
+
+def listed(exits: Sequence[int]) -> str:
+    return " and ".join(map(str, exits))
+
+
+def ways(plain: offramp.Chain, short: offramp.Chain, scored: offramp.Chain) -> dict[str, Way]:
+    """Every way but perfect gates and the single session."""
+    found = {FULL: Way(plain, offramp.Never()), "full depth, exits unused": Way(short, offramp.Never())}
+    for some in sets(short):
+        cheap = offramp.Confidence(measure=SHORT, thresholds=dict.fromkeys(some, AT))
+        found[f"short top1 >= {AT} after {listed(some)}"] = Way(short, cheap)
+        if len(some) == 1:
+            (after,) = some
+            found[f"same after {after}, state copied up"] = Way(short, cheap, "hidden")
+            found[f"top1 >= {AT} after {after}"] = Way(scored, offramp.Confidence(thresholds={after: AT}))
+            found[f"verify after {after}"] = Way(short, Verify(after, threshold=0.5, measure=SHORT))
+            found[f"always after {after}"] = Way(short, offramp.Depth({"decoder": after}))
+    return found
+
+
+def row(name: str, recordings: Sequence[Clip], texts: Sequence[str], runs: Sequence[Run], full: Sequence[Run]) -> Row:
+    """What one way did, against full depth in the same turns."""
+    pairs = list(zip(recordings, texts, runs, full, strict=True))
+    errors = [word_errors(text, clip.said) for clip, text, _, _ in pairs if clip.said is not None]
+    others = [(run.tokens, whole.tokens) for clip, _, run, whole in pairs if clip.said is None]
+    wrong = sum(distance(tokens, wanted) for tokens, wanted in others)
+    depths = [exit_ for run in runs for exit_ in run.exits]
+    return {
+        "way": name,
+        "WER of 8": round(sum(wrong for wrong, _ in errors) / sum(words for _, words in errors), 4),
+        "tokens as full, of 24": round(1 - wrong / max(1, sum(len(wanted) for _, wanted in others)), 4),
+        "same texts, of 32": sum(run.tokens == whole.tokens for run, whole in zip(runs, full, strict=True)),
+        "mean blocks": round(statistics.mean(depths), 2),
+        "decoder ms": statistics.median(run.decoder_ms for run in runs),
+        "of full": round(statistics.median(a.decoder_ms / b.decoder_ms for a, b in zip(runs, full, strict=True)), 3),
+        "clip ms": statistics.median(run.clip_ms for run in runs),
+        "clip of full": round(statistics.median(a.clip_ms / b.clip_ms for a, b in zip(runs, full, strict=True)), 3),
+    }
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--clips", type=int, help="how many recordings (32)")
+    recordings = clips()[: parser.parse_args().clips]
+    paths = bundles()
+    encoder, plain, short, scored = (offramp.load(path) for path in paths.values())
+    words = Tokenizer.from_file(str(paths["plain"] / "tokenizer.json"))
+    every = ways(plain, short, scored)
+    for way in every.values():
+        decoded(listened(encoder, recordings[0]), way)  # warms up
+    runs: dict[str, list[Run]] = {}
+    with _chains.chain(paths["plain"], single=True) as worker:
+        for clip in recordings:
+            heard = listened(encoder, clip)
+            for name, way in (every | perfect(short, scored, heard)).items():
+                runs.setdefault(name, []).append(decoded(heard, way))
+            full = runs[FULL][-1]
+            states = BUILD / "speech.npy"
+            np.save(states, heard.memory)
+            alone = worker.decode(zoo.generation(MODEL)["prompt"], len(full.tokens), states)
+            later = alone.mean_ms * (len(full.tokens) - 1)
+            one = Run(full.tokens, full.exits, later + alone.mean_ms, heard.ms + alone.prefill_ms + later)
+            runs.setdefault("full depth, one session", []).append(one)
+    rows = []
+    for name, found in runs.items():
+        texts = [words.decode(run.tokens) for run in found]
+        rows.append(row(name, recordings, texts, found, runs[FULL]))
+    report("speech", f"Whisper base, greedy, fp32, {len(recordings)} LJSpeech recordings", rows)
+
+
+if __name__ == "__main__":
+    main()
