@@ -23,8 +23,8 @@ import offramp
 from examples.train_speech_adapters import Among
 from offramp import zoo
 from offramp.program import Program
-from offramp.training.fit import Point, fit
 from offramp.training.learner import Batch, Learner, remember
+from offramp.training.loop import Point, fit
 from offramp.training.objectives import Objective
 from offramp.training.weights import save_weights
 

@@ -31,8 +31,8 @@ import offramp
 from offramp import zoo
 from offramp.program import Program
 from offramp.runtime.audio import log_mel, read_wav, resample
-from offramp.training.fit import Point, fit
 from offramp.training.learner import Batch, Learner, remember
+from offramp.training.loop import Point, fit
 from offramp.training.objectives import IGNORED, Objective, SelfDistillation, Values
 from offramp.training.weights import save_weights
 

@@ -64,8 +64,8 @@ def capture(
                 expected = named_outputs(module(**inputs))
         graph_module = _flatten(exported, inputs, list(expected))
     finally:
-        for part, training in modes.items():
-            part.training = training
+        for part, mode in modes.items():
+            part.training = mode
     if training:
         switch_off(graph_module.graph)
     canonicalize(graph_module)

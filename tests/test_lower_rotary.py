@@ -293,9 +293,7 @@ def test_others_get_an_operator_of_their_own(cached: Get, name: str, target: Tar
     assert found["GroupQueryAttention"] == (target == "ort")
 
 
-@pytest.mark.parametrize(
-    ("name", "target"), [("wide", "ort"), ("wide_partial", "ort"), ("gpt_neox", "portable")]
-)
+@pytest.mark.parametrize(("name", "target"), [("wide", "ort"), ("wide_partial", "ort"), ("gpt_neox", "portable")])
 def test_a_bundle_computes_what_torch_does(cached: Get, name: str, target: Target, tmp_path: Path) -> None:
     program = cached(name)
     figures = offramp.save(program, tmp_path / "made", segments=2, target=target)

@@ -130,7 +130,7 @@ def test_self_distillation_is_the_divergence_and_teaches_exits_only() -> None:
     teacher = (values[4] / 2).log_softmax(-1)
     expected = sum(
         4 * (teacher.exp() * (teacher - (values[after] / 2).log_softmax(-1))).sum(-1).mean()
-        + 0.5 * F.cross_entropy(values[after], values[4].argmax(-1))
+        + 0.5 * F.cross_entropy(values[after] / 2, values[4].argmax(-1))
         for after in (1, 2)
     )
     found = losses(made, SelfDistillation(temperature=2.0, hard=0.5))

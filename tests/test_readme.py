@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import textwrap
 from pathlib import Path
@@ -26,11 +27,16 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     except zoo.ZooError as error:
         pytest.skip(str(error))
     monkeypatch.chdir(tmp_path)
+    words = ["a", "film", "of", "great", "warmth", "and", "little", "sense", "that", "nobody", "needed", "twice"]
+    dice = random.Random(0)
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(dice.sample(words, 9)) for _ in range(200)))
     names = {"__name__": "readme"}
     for block in python_blocks("README.md"):
         exec(compile(block, "README.md", "exec"), names)
-    first, *tokens = capsys.readouterr().out.splitlines()
+    first, *tokens, chosen, verdict = capsys.readouterr().out.splitlines()
     assert first.startswith("(2, 2) [")
+    assert chosen.split("(")[0] in ("Confidence", "Never")
+    assert verdict.split(":")[0] in ("yes", "no")
     assert 2 <= len(tokens) <= 16
     assert all(line.split()[2] == "4" and line.endswith(" ms") for line in tokens)
 

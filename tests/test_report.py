@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 import offramp
 from offramp.runtime import Chain, InputError
-from offramp.training import report as reports
+from offramp.training import judge
 from offramp.training.costs import Costs
-from offramp.training.report import Point, Report, report
+from offramp.training.judge import Point, Report, report
 
 ALL = {1: 0.5, 4: 0.5}
 FULL = Point("Never()", 0.8, 10.0, 1.0, {4: 1.0})
@@ -92,7 +92,7 @@ def test_the_sentence(frontier: list[tuple[float, float]], oracle: float, said: 
     points = [Point("some policy", quality, 10 / speed, speed, ALL) for quality, speed in frontier]
     perfect = replace(FULL, milliseconds=10 / oracle, speedup=oracle)
     stack = offramp.load(root).stacks["encoder"]
-    assert reports.verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
+    assert judge.verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
 
 
 def test_without_examples_only_times(root: Path) -> None:

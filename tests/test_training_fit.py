@@ -22,8 +22,8 @@ from torch import Tensor
 
 import offramp
 from offramp.runtime.errors import SpecError, TrainingError
-from offramp.training.fit import Point, fit
 from offramp.training.learner import Learner, remember
+from offramp.training.loop import Point, fit
 from offramp.training.objectives import CrossEntropy, DeepSupervision, LearnedGates, SelfDistillation
 from offramp.training.weights import added, load_weights, save_weights
 
@@ -258,7 +258,7 @@ import sys
 import tiny
 import torch
 from test_training_fit import batches, program, weights
-from offramp.training.fit import fit
+from offramp.training.loop import fit
 from offramp.training.objectives import DeepSupervision
 
 made = program()

@@ -209,7 +209,7 @@ class SelfDistillation(_AtExits):
     """Exits learn what full depth says, which learns nothing from it; needs no labels.
 
     ``KL(final || exit)`` at ``temperature``, times its square (Hinton et al., arXiv 1503.02531), and ``hard`` times the
-    cross-entropy with the class that full depth prefers.
+    cross-entropy, at the same temperature, with the class that full depth prefers.
     """
 
     temperature: float = 1.0
@@ -223,11 +223,10 @@ class SelfDistillation(_AtExits):
         soft = F.log_softmax(teacher / self.temperature, -1)
         found = {}
         for after, logits in given.items():
-            student = logits[counts].float()
-            kl = F.kl_div(F.log_softmax(student / self.temperature, -1), soft, reduction="batchmean", log_target=True)
-            loss = kl * self.temperature**2
+            student = F.log_softmax(logits[counts].float() / self.temperature, -1)
+            loss = F.kl_div(student, soft, reduction="batchmean", log_target=True) * self.temperature**2
             if self.hard:
-                loss = loss + self.hard * F.cross_entropy(student, teacher.argmax(-1))
+                loss = loss + self.hard * F.nll_loss(student, teacher.argmax(-1))
             found[f"exit {after}"] = loss / len(given)
         return found
 

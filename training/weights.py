@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -28,6 +29,7 @@ def save_weights(
     """Write a program's weights as safetensors: those that passes have added, or all; floats as ``dtype``."""
     chosen = added(program) if which == "added" else dict(program.graph_module.named_parameters())
     save_file({name: weight.detach().to(dtype or weight.dtype).contiguous() for name, weight in chosen.items()}, path)
+    Path(path).chmod(0o644)  # safetensors writes for the owner only
 
 
 def load_weights(program: Program, path: str | os.PathLike[str], *, part: bool = False) -> None:

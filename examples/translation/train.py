@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import offramp
 from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST, PAD, Translator
 from offramp.program import Program
-from offramp.training.fit import Point, fit
+from offramp.training.loop import Point, fit
 from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
 from offramp.training.weights import save_weights
 

@@ -116,9 +116,9 @@ def fit(
     home = next(learner.parameters()).device
     made = optimizer(list(weights.values())) if optimizer else torch.optim.AdamW(weights.values(), rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _schedule(step, warmup, total))
-    prepared = accelerator.prepare(learner, made, schedule)
+    module, stepper, paced = accelerator.prepare(learner, made, schedule)
     checkpoints = Checkpoints(Path(folder), accelerator, weights) if folder else None
-    run = _Run(accelerator, *prepared, weights, checkpoints, every, log_every, progress, clip, length)
+    run = _Run(accelerator, module, stepper, paced, weights, checkpoints, every, log_every, progress, clip, length)
     learner.train(train == "all")
     try:
         run.through(batches, total, seed)
