@@ -35,7 +35,7 @@ def root(tmp_path: Path) -> Path:
 def found(root: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     free = dict.fromkeys(("top1", "entropy"), np.array([False, False]))
     steady = Costs(0.5, np.array([1.0, 1.0, 2.0]), np.zeros(3), np.full(3, 0.1), free)
-    monkeypatch.setattr(reports, "time_rows", lambda *_: steady)
+    monkeypatch.setattr(judge, "time_rows", lambda *_: steady)
     return report(offramp.load(root), {"ids": ids(200)})
 
 
