@@ -1,14 +1,14 @@
 """Memory of one generation: caches and what it reads again and again, bound to segments once.
 
-A segment that is run on some rows and a chunk of some size has a binding of its own, with arrays for what changes
-at each run; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a device the caches
-stay there, and what changes is copied from and to the host.
+A segment that is run on some rows has a binding of its own, with arrays for what changes at each run, which others
+replace when the chunk's size changes; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a
+device the caches stay there, and what changes is copied from and to the host.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from offramp.runtime.memory import quiet
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
-_KEPT_CHUNKS = 8  # bindings of larger chunks are not kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +70,24 @@ def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, 
     )
 
 
+@dataclass(slots=True)
+class _Bound:
+    """A binding of a segment to some slots, and its arrays for chunks of the last size.
+
+    ONNX Runtime keeps no hold of numpy's memory: ``slices`` and ``sized`` do. ``fetched`` are outputs of sizes that
+    only a run tells, by their place among all outputs.
+    """
+
+    binding: Any
+    counts: Array
+    slices: dict[str, ort.OrtValue] = field(default_factory=dict)
+    chunk: int = 0
+    sized: list[ort.OrtValue] = field(default_factory=list)
+    given: list[tuple[str, Array]] = field(default_factory=list)
+    made: dict[str, Array] = field(default_factory=dict)
+    fetched: list[tuple[int, str]] = field(default_factory=list)
+
+
 class Store:
     """Caches and kept values of a generation, for ``slots`` rows.
 
@@ -84,7 +101,7 @@ class Store:
         self.capacity = capacity
         self._arrays: dict[str, Array] = {}
         self._on_device: dict[str, ort.OrtValue] = {}
-        self._bound: dict[Any, Callable[[Mapping[str, Array], Array], dict[str, Array]]] = {}
+        self._bound: dict[tuple[str, int, int], _Bound] = {}
         self._options = quiet()
         sizes = self._sizes(slots, 1)
         for name in self.cache.buffers:
@@ -173,73 +190,66 @@ class Store:
     def run(self, launch: Launch, low: int, high: int, values: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
         """Run a segment on the slots from ``low`` up to ``high``: values [high - low, chunk, ...] by name.
 
-        What it returns is overwritten by the next run of the same size.
+        What it returns may be overwritten by the next run.
         """
         chunk = max([values[name].shape[axis] for name, axis in launch.sized], default=1)
-        key = (launch.segment.name, low, high, chunk)
-        call = self._bound.get(key)
-        if call is None:
-            call = self._bind(launch, low, high, chunk)
-            if chunk <= _KEPT_CHUNKS:
-                self._bound[key] = call
-        return call(values, lengths)
+        key = (launch.segment.name, low, high)
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(launch, low, high)
+        if bound.chunk != chunk:
+            self._size(bound, launch, high - low, chunk)
+        for name, array in bound.given:
+            array[...] = values[name]
+        bound.counts[...] = lengths
+        try:
+            launch.session.run_with_iobinding(bound.binding, self._options)
+        except Exception as error:
+            shapes = ", ".join(f"{wanted} {list(array.shape)}" for wanted, array in bound.given)
+            raise ExecutionError(f"segment {launch.segment.name!r} failed with {shapes}: {error}") from error
+        if bound.fetched:
+            outputs = bound.binding.get_outputs()
+            bound.made.update({wanted: outputs[at].numpy() for at, wanted in bound.fetched})
+        return bound.made
 
-    def _bind(
-        self, launch: Launch, low: int, high: int, chunk: int
-    ) -> Callable[[Mapping[str, Array], Array], dict[str, Array]]:
-        manifest, binding = self.manifest, launch.session.io_binding()
-        sizes = self._sizes(high - low, chunk)
-        given: list[tuple[str, Array]] = []
-        for key, name in launch.chunk:
-            array = self._array_of(manifest.values[name], sizes)
-            binding.bind_ortvalue_input(key, ort.OrtValue.ortvalue_from_numpy(array))
-            given.append((name, array))
-        counts = np.zeros(high - low, np.int64)
+    def _bind(self, launch: Launch, low: int, high: int) -> _Bound:
+        """A binding of what is the same for chunks of any size."""
+        bound = _Bound(launch.session.io_binding(), np.zeros(high - low, np.int64))
         if launch.lengths is not None:
-            binding.bind_ortvalue_input(launch.lengths, ort.OrtValue.ortvalue_from_numpy(counts))
-        holds = []  # ONNX Runtime keeps no hold of numpy's memory
-        slices: dict[str, ort.OrtValue] = {}
+            bound.binding.bind_ortvalue_input(launch.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
         for key, name in (*launch.kept, *launch.buffers):
-            slices[name] = self._slice(name, low, high)
-            binding.bind_ortvalue_input(key, slices[name])
+            bound.slices[name] = self._slice(name, low, high)
+            bound.binding.bind_ortvalue_input(key, bound.slices[name])
         for key, name in launch.appended:
-            binding.bind_ortvalue_output(key, slices.setdefault(name, self._slice(name, low, high)))
-        made: dict[str, Array] = {}
-        fetched: list[tuple[int, str]] = []
+            bound.binding.bind_ortvalue_output(key, bound.slices.setdefault(name, self._slice(name, low, high)))
+        return bound
+
+    def _size(self, bound: _Bound, launch: Launch, rows: int, chunk: int) -> None:
+        """Bind arrays for a chunk of this size in the place of those for the last one."""
+        values, sizes = self.manifest.values, self._sizes(rows, chunk)
+        bound.chunk, bound.given, bound.made, bound.fetched, bound.sized = chunk, [], {}, [], []
+
+        def array_of(name: str) -> tuple[Array, ort.OrtValue]:
+            array = np.zeros([evaluate(size, sizes) for size in values[name].shape], values[name].dtype)
+            bound.sized.append(ort.OrtValue.ortvalue_from_numpy(array))
+            return array, bound.sized[-1]
+
+        for key, name in launch.chunk:
+            array, value = array_of(name)
+            bound.binding.bind_ortvalue_input(key, value)
+            bound.given.append((name, array))
         for at, (key, name) in enumerate(launch.made, len(launch.appended)):
-            if self._sized(manifest.values[name]):
-                made[name] = self._array_of(manifest.values[name], sizes)
-                holds.append(ort.OrtValue.ortvalue_from_numpy(made[name]))
-                binding.bind_ortvalue_output(key, holds[-1])
+            if self._known(values[name]):
+                bound.made[name], value = array_of(name)
+                bound.binding.bind_ortvalue_output(key, value)
             else:
-                binding.bind_output(key)
-                fetched.append((at, name))
-        run, options, name = launch.session.run_with_iobinding, self._options, launch.segment.name
+                bound.binding.bind_output(key)
+                bound.fetched.append((at, name))
 
-        def call(values: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
-            for wanted, array in given:
-                array[...] = values[wanted]
-            counts[...] = lengths
-            try:
-                run(binding, options)
-            except Exception as error:
-                shapes = ", ".join(f"{wanted} {list(array.shape)}" for wanted, array in given)
-                raise ExecutionError(f"segment {name!r} failed with {shapes}: {error}") from error
-            if fetched:
-                outputs = binding.get_outputs()
-                made.update({wanted: outputs[at].numpy() for at, wanted in fetched})
-            return made
-
-        call.__dict__["holds"] = (holds, slices, binding)
-        return call
-
-    def _sized(self, value: Value) -> bool:
+    def _known(self, value: Value) -> bool:
         """Whether the sizes of a value follow from slots, chunk and capacity."""
         known = {self.manifest.batch, self.cache.chunk, self.cache.capacity}
         return all(names(size) <= known for size in value.shape)
-
-    def _array_of(self, value: Value, sizes: Mapping[str, int]) -> Array:
-        return np.zeros([evaluate(size, sizes) for size in value.shape], value.dtype)
 
     def _slice(self, name: str, low: int, high: int) -> ort.OrtValue:
         if name in self._on_device:

@@ -29,7 +29,7 @@ from offramp.training.quality import same_class, same_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
-OWN = ("risk", "examples", "quality", "observe", "costs", "gates", "calibration", "report")
+OWN = ("risk", "examples", "quality", "observe", "costs", "gates", "calibration", "judge")
 
 
 def ids(count: int, seed: int = 0) -> NDArray[np.int64]:
