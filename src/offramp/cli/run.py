@@ -15,13 +15,15 @@ from offramp.cli import _common, _generate, _inputs
 if TYPE_CHECKING:
     from offramp.runtime import Chain, Result
 
-POLICIES = "never, depth:encoder=2, confidence:0.9,measure=top1, entropy:0.3 or patience:2"
+POLICIES = (
+    "never, depth:encoder=2, confidence:0.9,measure=top1, entropy:0.3, patience:2, adaptive:2,target=0.99, verify:2"
+)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _inputs.add_arguments(parser)
-    parser.add_argument("--policy", metavar="SPEC", help=f"{POLICIES}; the bundle's own if left out")
+    parser.add_argument("--policy", metavar="SPEC", help=f"{POLICIES}, ...; the bundle's own if left out")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the outputs to DIR/NAME.npy")
     _generate.add_arguments(parser)
 
