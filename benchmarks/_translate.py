@@ -13,11 +13,9 @@ import torch
 from tokenizers import Tokenizer
 
 import offramp
-from benchmarks._common import BUILD
+from benchmarks._common import BUILD, Known
 from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST
 from examples.translation.train import TOKENIZER, WEIGHTS, lines, program
-from offramp.runtime import State
-from offramp.runtime.manifest import Exit
 from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
@@ -113,23 +111,9 @@ def measure(ways: Iterable[Way], split: str, count: int | None = None) -> list[W
     return found
 
 
-class Perfect(offramp.Policy):
-    """A perfect gate that costs nothing: leaves at the first exit that says what full depth says."""
-
-    def __init__(self, depths: Sequence[int]) -> None:
-        self.depths = depths
-
-    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
-        return () if stack == "decoder" else None
-
-    def leave(self, state: State) -> Any:
-        assert state.steps is not None
-        return np.array([self.depths[step] <= state.after for step in state.steps])
-
-
 @torch.no_grad()
 def perfect(full: Way, split: str, exits: Sequence[int], count: int | None = None) -> Way:
-    """`Perfect` for each of the sentences that ``full`` has translated."""
+    """A perfect gate for each of the sentences that ``full`` has translated."""
     module, policies = trained().module, []
     for source, text in zip(sources(split, count), full.tokens, strict=True):
         made = module(
@@ -140,11 +124,12 @@ def perfect(full: Way, split: str, exits: Sequence[int], count: int | None = Non
         depths = np.full(len(text), DECODER_BLOCKS)
         for after in sorted(exits, reverse=True):
             depths[made[f"decoder.{after}/logits"][0].argmax(-1).numpy() == np.array(text)] = after
-        policies.append(Perfect(depths.tolist()))
-    return Way(f"a perfect gate after {_listed(exits)}", bundle(exits), policies.__getitem__)
+        policies.append(Known(depths.tolist()))
+    return Way(f"a perfect gate after {listed(exits)}", bundle(exits), policies.__getitem__)
 
 
-def _listed(exits: Sequence[int]) -> str:
+def listed(exits: Sequence[int]) -> str:
+    """Exits as text."""
     return ", ".join(map(str, exits))
 
 

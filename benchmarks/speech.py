@@ -25,7 +25,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 import offramp
 from benchmarks import _chains
-from benchmarks._common import BUILD, data, report
+from benchmarks._common import BUILD, Known, data, report
 from examples import train_speech_adapters as recipe
 from offramp import zoo
 from offramp.runtime.audio import log_mel, read_wav, resample
@@ -72,20 +72,6 @@ class Run:
     exits: list[int]
     decoder_ms: float
     clip_ms: float
-
-
-@dataclass(frozen=True)
-class Known(offramp.Policy):
-    """The perfect gate: the step's first exit of those that are right, by a table; it asks for no score."""
-
-    right: Sequence[int | None]
-
-    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
-        return () if stack == "decoder" else None
-
-    def leave(self, state: offramp.State) -> Rows:
-        assert state.steps is not None
-        return np.array([self.right[step] == state.after for step in state.steps])
 
 
 class Watch(offramp.Policy):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import offramp
 from benchmarks._common import report
-from benchmarks._translate import MEASURES, Way, bleu, bundle, measure, perfect, row, same
+from benchmarks._translate import MEASURES, Way, bleu, bundle, listed, measure, perfect, row, same
 from examples.translation.model import DECODER_BLOCKS
 
 SETS = ((1,), (2,), (3,), (1, 3), (2, 4))  # of exits: each a bundle of its own
@@ -26,7 +26,7 @@ TESTS = ("test_2016_flickr", "test_2017_flickr")
 def deed() -> list[Way]:
     """Confidence at some exits (DEED, arXiv 2311.08623)."""
     return [
-        Way(f"DEED: {kind} >= {at} after {_listed(exits)}", bundle(exits), same(offramp.Confidence(at, kind)))
+        Way(f"DEED: {kind} >= {at} after {listed(exits)}", bundle(exits), same(offramp.Confidence(at, kind)))
         for exits, kind, at in itertools.product(SETS, MEASURES, THRESHOLDS)
     ]
 
@@ -78,10 +78,6 @@ def main() -> None:
         found = measure([*ways, *gates], split, args.sentences)
         rows += [row(way, found[0], split) for way in found]
     report("translation", "Multi30k de-en: quality and decoder time", rows)
-
-
-def _listed(exits: Sequence[int]) -> str:
-    return ", ".join(map(str, exits))
 
 
 if __name__ == "__main__":

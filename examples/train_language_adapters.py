@@ -9,8 +9,6 @@ the frozen last block says of each next token (self-distillation); the frozen bl
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import offramp
+from examples._data import wikitext
 from examples.train_speech_adapters import Among
 from offramp import zoo
 from offramp.program import Program
@@ -37,15 +36,7 @@ LENGTH, ROWS = 128, 4  # of a batch
 
 def text(split: str) -> str:
     """A split of WikiText-2."""
-    named = os.environ.get("OFFRAMP_DATA")
-    root = Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data"
-    path = root / "wikitext2" / f"{split}.txt"
-    if not path.is_file():
-        sys.exit(
-            f"no {path}\n  This is WikiText-2 (Merity et al. 2016), tokens with blanks between, a paragraph a line.\n"
-            "  try: OFFRAMP_DATA=DIR, where DIR/wikitext2 has valid.txt and test.txt"
-        )
-    return path.read_text(encoding="utf-8")
+    return wikitext(split).read_text(encoding="utf-8")
 
 
 def batches(split: str, tokens: int) -> list[Batch]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import random
 import re
 import shutil
@@ -28,6 +27,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import offramp
+from examples._data import wikitext
 from offramp import zoo
 from offramp.program import Program
 from offramp.runtime.audio import log_mel, read_wav, resample
@@ -96,22 +96,10 @@ class Among(SelfDistillation):
         return super().losses(program, {k: v.index_select(-1, some) + stands for k, v in values.items()}, batch)
 
 
-def data(file: str) -> Path:
-    """A file of the data beside the checkout."""
-    named = os.environ.get("OFFRAMP_DATA")
-    path = (Path(named) if named else Path(__file__).resolve().parents[2] / "shared" / "data") / file
-    if not path.is_file():
-        sys.exit(
-            f"no {path}\n  This is WikiText-2 (Merity et al. 2016), tokens with blanks between, a paragraph a line.\n"
-            f"  try: OFFRAMP_DATA=DIR, where DIR/{file} is that file"
-        )
-    return path
-
-
 def passages(count: int) -> list[str]:
     """Runs of whole sentences of at least `WORDS` words, as one would print them, from all over the text."""
     found = []
-    for line in data("wikitext2/valid.txt").read_text(encoding="utf-8").splitlines():
+    for line in wikitext("valid").read_text(encoding="utf-8").splitlines():
         if line.strip().startswith("=") or len(line) < 80:
             continue
         taken: list[str] = []
@@ -142,7 +130,7 @@ def printed(sentence: str) -> str:
 def common(count: int) -> tuple[int, ...]:
     """The tokens that the text has most of, as Whisper writes it."""
     words = Tokenizer.from_file(str(zoo.tokenizer_files(MODEL)[0]))
-    texts = [f" {printed(line.strip())}" for line in data("wikitext2/valid.txt").read_text("utf-8").splitlines()]
+    texts = [f" {printed(line.strip())}" for line in wikitext("valid").read_text("utf-8").splitlines()]
     found = Counter(token for row in words.encode_batch(texts, add_special_tokens=False) for token in row.ids)
     (stop,) = zoo.generation(MODEL)["stop"]
     return (stop, *(token for token, _ in found.most_common(count - 1)))

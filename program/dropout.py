@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from offramp.program.graph import aten, source
+from offramp.program.graph import aten, copied, source
 from offramp.runtime.errors import CaptureError
 
 _DROPS = (aten.dropout.default, aten.feature_dropout.default)
@@ -91,9 +91,7 @@ class Trainable(fx.GraphModule):
     """A program's graph whose dropout follows the module's mode; weights are shared with the program."""
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
-        graph = fx.Graph()
-        copied: Any = graph.graph_copy(graph_module.graph, {})
-        graph.output(copied)
+        graph = copied(graph_module.graph)
         root = torch.nn.Module()
         root.__dict__.update(graph_module.__dict__)
         root._modules = dict(graph_module._modules)

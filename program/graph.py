@@ -64,6 +64,14 @@ def shape_key(node: fx.Node) -> str:
     return f"{[str(expression(size)) for size in value.shape]}:{value.dtype}"
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph, whose nodes have the same names."""
+    made = fx.Graph()
+    returned: Any = made.graph_copy(graph, {})
+    made.output(returned)
+    return made
+
+
 def data_inputs(node: fx.Node) -> list[fx.Node]:
     """The nodes whose *contents* this node reads: shapes and weights do not count."""
     if node.op != "call_function" and node.op != "output":

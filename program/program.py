@@ -13,7 +13,7 @@ from torch import fx
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.axes import Axes, find_axes
 from offramp.program.dropout import Trainable, keeps, strip
-from offramp.program.graph import ancestors, dependents, expression, placeholders, results, run, shape
+from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
 from offramp.program.stacks import Stack, find_stacks, name_stacks, why_none
 from offramp.runtime.errors import StructureError
 
@@ -96,9 +96,7 @@ class Program:
         """The program as it is deployed; this one where there is no dropout in it."""
         if not any(map(keeps, self.graph.nodes)):
             return self
-        graph = fx.Graph()
-        copied: Any = graph.graph_copy(self.graph, {})
-        graph.output(copied)
+        graph = copied(self.graph)
         renamed = strip(graph)
         module = fx.GraphModule(self.graph_module, graph, "Program")
 

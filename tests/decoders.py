@@ -11,10 +11,11 @@ reason is how the refusal begins. `REFUSED` captures too, but cannot run token b
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,8 @@ import torch
 from architectures import BATCH, BLOCKS, HEADS, INNER, TOKENS, VOCAB, WIDTH, Factory, Inputs, _build
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import offramp
 
 SOURCES, ENCODER_BLOCKS, WINDOW, SIZE, PLACES = 11, 3, 4, WIDTH // HEADS, 64
 
@@ -671,3 +674,8 @@ STACKS: dict[str, dict[str, tuple[str, int]]] = {
     name: _ENCODER_DECODER if name in _TWO_INPUTS else _DECODER for name in (*REQUIRED, *OTHERS, *REFUSED)
 }
 # fmt: on
+
+
+def with_caches(factories: Mapping[str, Factory]) -> Callable[[str], offramp.Program]:
+    """Programs with caches by name, each captured once."""
+    return functools.cache(lambda name: offramp.apply(offramp.capture(*factories[name]()), "insert-cache"))

@@ -92,14 +92,7 @@ Get = Callable[[str], Program]
 @pytest.fixture(scope="module")
 def cached() -> Get:
     """Programs with caches by the names above."""
-    known: dict[str, Program] = {}
-
-    def get(name: str) -> Program:
-        if name not in known:
-            known[name] = offramp.apply(offramp.capture(*FACTORIES[name]()), "insert-cache")
-        return known[name]
-
-    return get
+    return decoders.with_caches(FACTORIES)
 
 
 def laid_together(program: Program) -> list[fx.Node]:

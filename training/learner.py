@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from offramp.program.graph import results
+from offramp.program.graph import copied, results
 from offramp.program.program import Program
 from offramp.runtime.errors import SpecError
 from offramp.training.objectives import Objective
@@ -49,9 +48,7 @@ class Learner(torch.nn.Module):
         """The graph that returns just ``wanted`` and takes ``known`` nodes from outside."""
         if (wanted, known) in self._parts:
             return self._parts[wanted, known]
-        graph = fx.Graph()
-        copied: Any = graph.graph_copy(self.module.graph, {})
-        graph.output(copied)
+        graph = copied(self.module.graph)
         nodes = {node.name: node for node in graph.nodes}
         returned = {**nodes, **results(graph)}
         graph.output_node().args = ({name: returned[name] for name in wanted},)

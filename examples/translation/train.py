@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import os
 import random
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor, nn
 
 import offramp
+from examples._data import data
 from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST, PAD, Translator
 from offramp.program import Program
 from offramp.training.loop import Point, fit
@@ -35,14 +34,7 @@ WEIGHTS, TOKENIZER = (Path(__file__).with_name(name) for name in ("exits.safeten
 
 def lines(name: str) -> list[str]:
     """The sentences of one file of Multi30k."""
-    named = os.environ.get("OFFRAMP_DATA")
-    root = Path(named) if named else Path(__file__).resolve().parents[3] / "shared" / "data"
-    path = root / "multi30k" / f"{name}.gz"
-    if not path.is_file():
-        sys.exit(
-            f"no {path}\n  This is Multi30k (github.com/multi30k/dataset): captions, one a line.\n"
-            "  try: OFFRAMP_DATA=DIR, where DIR/multi30k has its files"
-        )
+    path = data(f"multi30k/{name}.gz", "Multi30k (github.com/multi30k/dataset): captions, one a line")
     return [line.strip().lower() for line in gzip.open(path, "rt", encoding="utf-8")]
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offramp.passes.infra.base import PassResult
-from offramp.program.graph import attribute, results
+from offramp.program.graph import attribute, copied, results
 from offramp.program.program import Program
 from offramp.runtime.errors import PassError
 
@@ -28,9 +28,7 @@ class Editor:
     def __init__(self, program: Program, pass_text: str) -> None:
         self.program = program
         self.text = pass_text
-        self.graph = fx.Graph()
-        copied: Any = self.graph.graph_copy(program.graph, {})
-        self.graph.output(copied)
+        self.graph = copied(program.graph)
         self.module = fx.GraphModule(program.graph_module, self.graph, "Program")
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self.edits: Counter[str] = Counter()
@@ -69,8 +67,8 @@ class Editor:
         """Copies of ``nodes`` (in graph order) after ``at``, reading through ``mapping``, which is extended."""
         for node in nodes:
             with self.graph.inserting_after(at):
-                copied = self.graph.node_copy(node, lambda arg: mapping.get(arg, arg))
-            mapping[node] = at = self._made(copied, node)
+                copy_ = self.graph.node_copy(node, lambda arg: mapping.get(arg, arg))
+            mapping[node] = at = self._made(copy_, node)
         return mapping
 
     def copied_weights(self, nodes: Iterable[fx.Node], prefix: str, at: fx.Node) -> dict[fx.Node, fx.Node]:
