@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,8 @@ from examples.translation.train import TOKENIZER, WEIGHTS, lines, program
 from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
-MEASURES = ("top1", "margin")
+MEASURES = ("top1-short", "margin-short", "prediction-short")
+CANDIDATES = 2000
 THREADS = 1  # more make a model of this size slower
 
 
@@ -68,6 +70,13 @@ def words() -> Tokenizer:
 
 
 @functools.cache
+def frequent() -> list[int]:
+    """The most frequent tokens of English in the training set."""
+    counts = Counter(token for text in words().encode_batch(lines("train.en")) for token in text.ids)
+    return [END, *(token for token, _ in counts.most_common(CANDIDATES - 1))]
+
+
+@functools.cache
 def trained(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> offramp.Program:
     """The translator with (some of) its trained exits."""
     if not WEIGHTS.is_file():
@@ -83,7 +92,8 @@ def bundle(exits: Sequence[int] = ()) -> offramp.Chain:
     if not (path / "manifest.json").is_file():
         made = offramp.apply(trained(tuple(exits)), "insert-cache")
         if exits:
-            made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={'|'.join(MEASURES)}}}")
+            few = "|".join(map(str, frequent()))
+            made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={'|'.join(MEASURES)},ids={few}}}")
         generation = {"prompt": [BEGIN], "stop": [END]}
         offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
     return offramp.load(path, threads=THREADS)

@@ -119,7 +119,12 @@ class Describer:
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
         stack = plan.stack
-        parts = [m.Part(depth, (self._segment(piece),)) for depth, piece in plan.blocks]
+        parts = [
+            m.Part(depth, (self._segment(piece),), self._name(stack.cuts[depth])) for depth, piece in plan.blocks
+        ]
+        entering = self._name(stack.input)
+        if entering not in self.values and self.program.cache is not None:  # the first piece makes it
+            entering = self.program.cache.tokens[0]
         known = {item.after: item for item in self.program.exits_of(stack.name)}
         exits = [self._exit(plan, item, final) for after, item in known.items() if after < stack.blocks]
         exits.append(self._full(plan, known.get(stack.blocks), final))
@@ -127,7 +132,7 @@ class Describer:
             stack.name,
             stack.role,
             stack.blocks,
-            self._name(stack.input),
+            entering,
             self._name(stack.output),
             tuple(parts),
             tuple(exits),

@@ -52,8 +52,9 @@ class StackPlan:
 class Plan:
     """Pieces in the order in which they run: before each stack (None: nothing to do), the stacks, the tail.
 
-    Of a program with caches ``before`` is what runs once; what runs when their capacity changes, and for each chunk of
-    tokens, is apart.
+    Of a program with caches ``before`` is what runs once; what runs when their capacity changes is apart. What runs
+    for each chunk of tokens (the embedding, say) is part of the stack's first piece, or apart too where more than the
+    stack needs it.
     """
 
     before: list[Piece | None]
@@ -317,11 +318,10 @@ class _Partition:
             here = sorted((node for node in crossing if self.level[node] == index), key=self.order.__getitem__)
             buffers = self.buffers.get((stack.name, -1), [])
             outputs = _unique([self.program.nodes[stack.input], *buffers, *here])
-            earlier = {node for node in shared if (self.level[node] or 0) < index}
+            known = {node for node in shared if (self.level[node] or 0) < index}
             others = self.cuts - {self.program.nodes[stack.input]}
             outputs = [node for node in outputs if node.op == "call_function" and node not in others]
             made: list[Piece | None] = []
-            known = earlier
             for name, group in (
                 ("before", [n for n in outputs if n not in self.chunked and n not in self.sized]),
                 ("tables", [n for n in outputs if n in self.sized]),
@@ -331,6 +331,12 @@ class _Partition:
                 crossing |= {node for node in piece.inputs if node in shared}
                 made.append(piece if group else None)
                 known = known | set(group)
+            if (enter := made[-1]) is not None:
+                outside = [piece for key, piece in pieces.items() if key[1] != stack.name]
+                outside += [piece for piece in itertools.chain(*before) if piece]
+                if not set(enter.outputs) & {*early, *(arg for piece in outside for arg in piece.inputs)}:
+                    self._join(enter, stack, pieces, tail)
+                    made[-1] = None
             before.append(tuple(made))
         plans = []
         for stack in self.stacks:
@@ -343,6 +349,16 @@ class _Partition:
             plans.append(plan)
         once, tables, enter = (list(column) for column in zip(*before[::-1], strict=True))
         return Plan(once, tables, enter, plans, tail if tail.nodes else None)
+
+    def _join(self, enter: Piece, stack: Stack, pieces: dict[tuple[str, str, int], Piece], tail: Piece) -> None:
+        """Make what enters a stack part of its first piece, which spares every chunk a session's call."""
+        first = next(key for key in pieces if key[:2] == ("block", stack.name))
+        block, others = pieces[first], [tail, *(piece for key, piece in pieces.items() if key != first)]
+        read = {arg for piece in others for arg in piece.inputs} | set(self.buffers.get((stack.name, -1), []))
+        kept = [node for node in enter.outputs if node in read]
+        nodes = sorted({*enter.nodes, *block.nodes}, key=self.order.__getitem__)
+        inputs = [node for node in _unique([*enter.inputs, *block.inputs]) if node not in enter.nodes]
+        pieces[first] = Piece(block.name, tuple(inputs), (*block.outputs, *kept), tuple(nodes))
 
     def _label(self, key: tuple[str, str, int]) -> str:
         kind, name, depth = key

@@ -18,7 +18,7 @@ from offramp.runtime.errors import SpecError
 
 OF_LOGITS = ("top1", "margin", "entropy", "prediction")
 OF_STATE = ("cosine", "learned")
-OF_SHORT = ("top1-short", "margin-short")
+OF_SHORT = ("top1-short", "margin-short", "prediction-short")
 MEASURES = OF_LOGITS + OF_STATE + OF_SHORT
 
 
@@ -37,15 +37,18 @@ class InsertScores(Pass):
     - cosine: similarity of the last block's input and output, all its values as one vector (MuE, arXiv
       2211.11152, sec. 3.2), but per row, and without padding
     - learned: ``sigmoid(w h + b)`` of the hidden state's mean over tokens; trained later, starts at 0.5
-    - top1-short, margin-short: as top1 and margin, among a few candidates (Confidently-Exiting, a fork of FREE,
-      2310.05424, prunes the vocabulary so). ``ids`` lists them, most frequent first, or names a text file of
-      them; of these ``candidates`` many count (all). Without ``ids`` they are the ``candidates`` (512) classes of
-      most probability in the captured model's answer to the inputs that it was captured with
+    - top1-short, margin-short, prediction-short: as top1, margin and prediction (the class itself, not its place),
+      among a few candidates (Confidently-Exiting, a fork of FREE, 2310.05424, prunes the vocabulary so). ``ids`` lists
+      them, most frequent first, or names a text file of them; of these ``candidates`` many count (all). Without
+      ``ids`` they are the ``candidates`` (512) classes of most probability in the captured model's answer to the
+      inputs that it was captured with
 
     The first four need the exit's tail to run, the others only the block. A short score has an adapter and tail of
     its own up to the head, and K of the head's V rows, in the block's segment; where the row leaves, the whole tail
-    runs. Probabilities are of the candidates alone, hence never below those of all classes: a threshold for top1 is
-    too low for top1-short. The rows are a copy: insert the scores after adapters, and after training of the head.
+    runs, or, where an exit has prediction-short and generation is greedy, nothing: that is the token (the lexical
+    short list of machine translation). Probabilities are of the candidates alone, hence never below those of all
+    classes: a threshold for top1 is too low for top1-short. The rows are a copy: insert the scores after adapters, and
+    after training of the head.
 
     Where logits have more axes than rows and classes, the least sure place that is not padding decides; in a causal
     stack each token has a score of its own, since each may leave at another exit.
@@ -103,7 +106,7 @@ class InsertScores(Pass):
                     find_head(program.graph, results(program.graph)[item.outputs[self._logits(program)]])
             self._candidates(program)
         elif self.candidates is not None or self.ids is not None:
-            raise SpecError(f"candidates and ids belong to measure={' or '.join(OF_SHORT)}")
+            raise SpecError(f"candidates and ids belong to measure={', '.join(OF_SHORT)}")
 
     def _chooses(self, program: Program, item: Exit) -> bool:
         """Whether an exit gets scores; full depth does, of the measures that it has."""
@@ -136,7 +139,7 @@ class InsertScores(Pass):
         if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
             raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
         axes = len(shape(node)) - (self._tokens(program) is not None)
-        if "prediction" in self.measures and (axes > 2 or program.axes.batch is None):
+        if {"prediction", "prediction-short"} & set(self.measures) and (axes > 2 or program.axes.batch is None):
             raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
         return name
 
@@ -181,7 +184,9 @@ class InsertScores(Pass):
         if measure not in OF_STATE:
             logits = results(editor.graph)[item.outputs[self._logits(program)]]
             if head is not None and measure in OF_SHORT:
-                logits, measure = head.logits(builder, hidden, logits), measure.removesuffix("-short")
+                few = head.logits(builder, hidden, logits)
+                found = builder.of_logits(few, measure.removesuffix("-short"), builder.padding(stack.name))
+                return head.classes(builder, found) if measure == "prediction-short" else found
             return builder.of_logits(logits, measure, builder.padding(stack.name))
         valid = builder.padding(stack.name)
         if measure == "cosine":

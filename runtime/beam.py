@@ -48,7 +48,7 @@ def search(run: Run, prompts: Prompts, beams: int, length_penalty: float) -> Gen
     done: list[_Row] = [] if limit else list(rows)
     run.rows = list(range(len(prompts)))
     tokens: Sequence[NDArray[np.int64]] = prompts
-    askers = None
+    askers = run.first
     while len(done) < len(prompts):
         left = run.feed(tokens, askers)
         sources: list[int] = []

@@ -30,15 +30,18 @@ Values = dict[str, Array]
 
 
 class Asked(NamedTuple):
-    """What an exit said of a row's last token: its scores, and the model's outputs where those were made for them."""
+    """What an exit said of a row's last token: its scores, the next token where it picked one, and the model's outputs
+    where those were made for its scores."""
 
     scores: Mapping[str, float]
+    pick: int | None
     outputs: Mapping[str, Array] | None
 
 
 class Left(NamedTuple):
-    """A row that has left the last stack with the model's outputs for its last token.
+    """A row that has left the last stack with the model's outputs for its last token, or only with its next one.
 
+    ``pick`` is that token, where `Decoder.feed` was to take what the exit picks; ``outputs`` are empty then.
     ``asked`` has what the exits of that stack said of the token, by ``after``. ``whole`` are full depth's outputs for
     all tokens that got there in this step, [tokens, ...]; None where there were none, or nobody wanted them.
     """
@@ -48,6 +51,7 @@ class Left(NamedTuple):
     exits: Mapping[str, int]
     scores: Mapping[str, float]
     asked: Mapping[int, Asked]
+    pick: int | None = None
     whole: Mapping[str, Array] | None = None
 
 
@@ -95,11 +99,13 @@ class Decoder:
         counts: Index,
         askers: Mapping[str, Asker] | None,
         whole: Callable[[], bool] | None = None,
+        picks: Callable[[int, int], bool] | None = None,
     ) -> list[Left]:
         """Run new tokens: ``values`` hold ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
 
         ``askers`` (by stack) decide where rows leave; None runs all to full depth. ``whole`` is asked where rows get
-        there, whether outputs are wanted for all of their tokens.
+        there, whether outputs are wanted for all of their tokens; ``picks`` of a slot and the token that an exit has
+        picked, whether that will do without outputs (None: never).
         """
         left: list[Left] = []
         entered = slots
@@ -127,20 +133,25 @@ class Decoder:
                     wanted = askers[leg.stack or ""].wanted[door.after] or ()
                     self._note(door, made, wanted, [rows[slot] for slot in slots.tolist()])
                 go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
+                picked = self._picked(door, made, slots, go, picks)
+                answered = [row for row in go.tolist() if row not in picked]
                 wholly = whole is not None and door.full and door.ends and whole()
                 ending = (
                     self._through(door, slots, values, counts)
                     if wholly
-                    else self._door(door, slots[go], values, counts, go, made)
+                    else self._door(door, slots, values, counts, answered, made)
                 )
-                for place, row in enumerate(go.tolist()):
+                for row in go.tolist():
                     slot = int(slots[row])
                     rows[slot].exits[leg.stack or ""] = door.after
                     if not door.full:
                         self._wait(at, slot, values, row, int(counts[row]))
-                    if door.ends:
+                    if row in picked:
+                        gone = rows[slot]
+                        left.append(Left(slot, {}, gone.exits, gone.scores, gone.asked, picked[row]))
+                    elif door.ends:
                         count = int(counts[row]) if wholly else None
-                        left.append(self._left(slot, rows[slot], door, ending, place, count))
+                        left.append(self._left(slot, rows[slot], door, ending, answered.index(row), count))
                 if not door.ends and go.size:
                     after = self._behind(at, leg.stack)
                     counted = np.array([new[int(slot)] for slot in slots[go]])
@@ -366,15 +377,24 @@ class Decoder:
         found = {measure: made[door.scores[measure]].reshape(slots.size, -1)[:, -1] for measure in wanted}
         return asker.ask(door.after, self.rows[slots], found), made
 
+    def _picked(
+        self, door: Door, made: Values | None, slots: Index, rows: Index, picks: Callable[[int, int], bool] | None
+    ) -> dict[int, int]:
+        """The tokens that the exit has picked and that will do, of ``rows``."""
+        if door.pick is None or made is None or picks is None:
+            return {}
+        tokens = made[door.pick].reshape(slots.size, -1)[:, -1]
+        return {row: int(tokens[row]) for row in rows.tolist() if picks(int(slots[row]), int(tokens[row]))}
+
     def _door(
-        self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, made: Values | None
+        self, door: Door, slots: Index, values: Values, counts: Index, rows: list[int], made: Values | None
     ) -> Values:
         """The exit's values for ``rows``, on their last token."""
-        if not rows.size or not door.ends:
+        if not rows or not door.ends:
             return {}
         if made is not None and all(value in made for value in door.results.values()):
             return {name: made[name][rows] for name in door.results.values()}
-        return self._through(door, slots, self._last_tokens(values, counts, rows))
+        return self._through(door, slots[rows], self._last_tokens(values, counts, np.array(rows)))
 
     def _note(self, door: Door, made: Values, wanted: Sequence[str], rows: Sequence[_Row]) -> None:
         """Keep what an exit that was asked said of rows."""
@@ -384,7 +404,8 @@ class Decoder:
             row.scores = said or row.scores
             if door.ends:
                 outputs = {name: made[value][place] for name, value in door.results.items()} if ready else None
-                row.asked[door.after] = Asked(said, outputs)
+                pick = None if door.pick is None else int(made[door.pick][place].reshape(-1)[-1])
+                row.asked[door.after] = Asked(said, pick, outputs)
 
     def _left(self, slot: int, row: _Row, door: Door, made: Values, place: int, count: int | None) -> Left:
         """A row that leaves; the exit has ``made`` its values for so many tokens, or (None) for the last one."""
@@ -393,7 +414,7 @@ class Decoder:
             return Left(slot, outputs, row.exits, row.scores, row.asked)
         whole = self._results(door, made, place, count)
         last = {name: array[-1:] if self._along(door.results[name]) else array for name, array in whole.items()}
-        return Left(slot, last, row.exits, row.scores, row.asked, whole)
+        return Left(slot, last, row.exits, row.scores, row.asked, None, whole)
 
     def _results(self, door: Door, made: Values, row: int, count: int) -> Values:
         """The exit's results for all tokens of a row, under the names of the model's outputs."""

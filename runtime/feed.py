@@ -122,7 +122,11 @@ class Plan:
 
 
 class Run:
-    """One generation: its decoder, its rows and their tokens."""
+    """One generation: its decoder, its rows and their tokens.
+
+    ``first`` are asked about the prompts: nobody, for these go to full depth, but where each is a single token that
+    only starts the text, a step like any other.
+    """
 
     def __init__(
         self,
@@ -156,6 +160,7 @@ class Run:
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.askers = {name: Asker(policy, stacks[name], slots) for name in plan.stacks}
+        self.first = self.askers if all(row.size == 1 for row in prompts) else None
         self._given = np.array([row.size for row in prompts], np.int64)
         self._watch: Watch | None = None
         if Agreement in policy.observes and plan.output:
@@ -184,10 +189,11 @@ class Run:
         tokens: Sequence[NDArray[np.int64]],
         askers: Mapping[str, Asker] | None,
         whole: Callable[[], bool] | None = None,
+        picks: Callable[[int, int], bool] | None = None,
     ) -> list[Left]:
         """Run new tokens of every row that is still there, in the order of slots; the policy is told what it took.
 
-        Rows leave where ``askers`` say so; ``whole`` as in `Decoder.feed`.
+        Rows leave where ``askers`` say so; ``whole`` and ``picks`` as in `Decoder.feed`.
         """
         started = perf_counter()
         decoder, count = self.decoder, len(tokens)
@@ -206,7 +212,7 @@ class Run:
                 asker.restart(steps)
             if whole is None and self._watch is not None:
                 whole = self._watch.wants
-        left = decoder.feed(np.arange(count), {self.plan.cache.tokens[0]: chunk}, counts, askers, whole)
+        left = decoder.feed(np.arange(count), {self.plan.cache.tokens[0]: chunk}, counts, askers, whole, picks)
         left.sort(key=lambda item: item.slot)
         if askers is not None:
             if self._watch is not None:

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.feed import Prompts, Run
-from offramp.runtime.policy import Asker
 from offramp.runtime.result import Timing
 from offramp.runtime.sampling import Chooser
 
@@ -62,20 +61,27 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
     texts = [list(map(int, prompt)) for prompt in prompts]
     lengths = [len(text) for text in texts]
     tokens: list[NDArray[np.int64]] = list(prompts)
-    askers: Mapping[str, Asker] | None = None
+    askers = run.first
+    def picks(slot: int, token: int) -> bool:
+        row = run.rows[slot]
+        return chooser.takes(token, len(texts[row]) - lengths[row])
+
     while run.rows:
         started = perf_counter()
         run.decoder.trace = []
-        left = run.feed(tokens, askers)
-        emitted = np.array([len(texts[row]) - lengths[row] for row in run.rows])
-        logits = _rows([item.outputs[plan.output].reshape(-1) for item in left])
-        if chooser.batched:
-            chosen = chooser.choose_all(logits, emitted).tolist()
-        else:
-            chosen = [
-                chooser.choose(row, np.array(texts[row]), logits[slot], int(emitted[slot]))
-                for slot, row in enumerate(run.rows)
-            ]
+        left = run.feed(tokens, askers, picks=picks if chooser.batched else None)
+        chosen = [-1 if item.pick is None else item.pick for item in left]
+        if open_ := [slot for slot, item in enumerate(left) if item.pick is None]:
+            rows = [run.rows[slot] for slot in open_]
+            logits = _rows([left[slot].outputs[plan.output].reshape(-1) for slot in open_])
+            emitted = [len(texts[row]) - lengths[row] for row in rows]
+            if chooser.batched:
+                made = chooser.choose_all(logits, np.array(emitted)).tolist()
+            else:
+                told = zip(rows, logits, emitted, strict=True)
+                made = [chooser.choose(row, np.array(texts[row]), own, count) for row, own, count in told]
+            for slot, token in zip(open_, made, strict=True):
+                chosen[slot] = token
         milliseconds = (perf_counter() - started) * 1e3
         trace = tuple(run.decoder.trace)
         caught_up = sum(run.decoder.taken.values())

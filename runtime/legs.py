@@ -8,13 +8,16 @@ from typing import Any
 
 from offramp.runtime.caches import axis_of
 from offramp.runtime.errors import InputError
-from offramp.runtime.manifest import Exit, Manifest, Stack
+from offramp.runtime.manifest import PICK, Exit, Manifest, Stack
 from offramp.runtime.store import Launch, launch
 
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """An exit: what it runs on the last token, its scores, and what it stands for."""
+    """An exit: what it runs on the last token, its scores, and what it stands for.
+
+    ``pick`` is the value that holds a row's next token where the exit has one without running anything.
+    """
 
     after: int
     calls: tuple[Launch, ...]
@@ -24,14 +27,15 @@ class Door:
     results: Mapping[str, str]
     full: bool
     ends: bool
+    pick: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Leg:
     """Segments that run without a place to leave between.
 
-    ``reads`` are the values of the chunk that this leg or a later one needs from before, ``hidden`` the one among
-    those of the next leg that this one makes.
+    ``reads`` are the values of the chunk that this leg or a later one needs from before, ``hidden`` the one that
+    this leg of a stack makes of them.
     """
 
     stack: str | None
@@ -46,11 +50,11 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
     ready = {
         name: launch(manifest, segment, sessions[segment.file], kept) for name, segment in manifest.segments.items()
     }
-    parts: list[tuple[str | None, tuple[Launch, ...], Door | None]] = []
+    parts: list[tuple[str | None, tuple[Launch, ...], str | None, Door | None]] = []
     chunked = [stage for stage in manifest.stages if stage.when == "chunk"]
     for stage in chunked:
         if stage.segment is not None:
-            parts.append((None, (ready[stage.segment],), None))
+            parts.append((None, (ready[stage.segment],), None, None))
             continue
         stack = manifest.stacks[stage.stack or ""]
         exits = {exit_.after: exit_ for exit_ in stack.exits}
@@ -59,13 +63,12 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
             calls += tuple(ready[name] for name in part.segments)
             if part.depth in exits:
                 ends = stage is chunked[-1]
-                parts.append((stack.name, calls, _door(manifest, stack, exits[part.depth], ready, ends=ends)))
+                door = _door(manifest, stack, exits[part.depth], ready, ends=ends)
+                parts.append((stack.name, calls, part.output, door))
                 calls = ()
     legs: list[Leg] = []
     later: frozenset[str] = frozenset()
-    for stack_name, calls, door in reversed(parts):
-        made = {name for call in calls for _, name in call.made}
-        hidden = next(iter(sorted(later & made)), None)
+    for stack_name, calls, hidden, door in reversed(parts):
         if door is not None:
             if door.full and not door.ends:
                 later = frozenset(door.results.values()) | (later - set(door.results))
@@ -82,9 +85,9 @@ def _door(manifest: Manifest, stack: Stack, exit_: Exit, ready: Mapping[str, Lau
     results = dict(exit_.outputs) if ends else {stack.output: exit_.state}
     reads = {name for call in calls for _, name in call.chunk} | {v for v in results.values() if v not in made}
     free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
-    return Door(
-        exit_.after, calls, frozenset(reads - made), exit_.scores, free, results, exit_.after == stack.blocks, ends
-    )
+    pick = exit_.scores[PICK] if PICK in free and ends else None
+    full = exit_.after == stack.blocks
+    return Door(exit_.after, calls, frozenset(reads - made), exit_.scores, free, results, full, ends, pick)
 
 
 def check_layout(manifest: Manifest, legs: Sequence[Leg]) -> None:

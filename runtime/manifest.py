@@ -21,9 +21,11 @@ from offramp.runtime.decode import decode
 from offramp.runtime.errors import BundleError
 
 FORMAT = "offramp"
-VERSION = 2
+VERSION = 3
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
+
+PICK = "prediction-short"
 
 # The dtypes of values: numpy's names, and ONNX Runtime's.
 DTYPES: Mapping[str, str] = {
@@ -71,7 +73,8 @@ class Exit:
     ``state`` is the value that stands for the stack's output when a row leaves here. ``outputs`` maps the
     model's output names to values; it is empty when other stages follow the stack. ``scores`` maps measures
     (``top1``, ``cosine``, ...) to values of shape [batch]; a score is made either by ``segments`` or already
-    by the block's own segment.
+    by the block's own segment. With the score `PICK` a row that leaves has its next token, which greedy generation
+    takes without running ``segments``.
     """
 
     after: int
@@ -85,15 +88,22 @@ class Exit:
 
 @dataclass(frozen=True)
 class Part:
-    """Segments of a stack that run without a place to leave between; ``depth`` blocks are done."""
+    """Segments of a stack that run without a place to leave between; ``depth`` blocks are done.
+
+    ``output`` is the value of the hidden state then, which the next part reads.
+    """
 
     depth: int
     segments: tuple[str, ...]
+    output: str
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A loop of ``blocks`` transformer blocks from value ``input`` to value ``output``."""
+    """A loop of ``blocks`` transformer blocks from value ``input`` to value ``output``.
+
+    Where the first part makes the hidden state that enters the stack, ``input`` are the tokens that it is made of.
+    """
 
     name: str
     role: str
@@ -200,10 +210,10 @@ def from_json(text: str) -> Manifest:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise BundleError(f'{MANIFEST_FILE} is not one of offramp: it lacks "format": "{FORMAT}"')
     version = data.get("version")
-    if isinstance(version, int) and version > VERSION:
+    if isinstance(version, int) and version != VERSION:
         raise BundleError(
-            f"the bundle has format version {version}, this offramp reads up to {VERSION}",
-            hint="pip install --upgrade offramp",
+            f"the bundle has format version {version}, this offramp reads {VERSION}",
+            hint="pip install --upgrade offramp" if version > VERSION else "export the model again",
         )
     problems: list[str] = []
     manifest: Manifest = decode(Manifest, data, "", problems)

@@ -29,7 +29,7 @@ class State:
         stack: The stack's name.
         after: How many blocks are done.
         blocks: How many the stack has.
-        scores: For each measure that was asked for, float32 [rows] (int64 for "prediction").
+        scores: For each measure that was asked for, float32 [rows] (int64 for "prediction" and "prediction-short").
         rows: Where these rows are in the batch of the run, int64 [rows]; increasing, but in generations where others
             have ended.
         history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order.
@@ -193,7 +193,7 @@ class Asker:
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
         if self._stack.role == "decoder" and array.ndim == 2:  # by token: the least sure one, or what follows the text
-            array = array[:, -1] if measure == "prediction" else array.max(1) if measure == "entropy" else array.min(1)
+            array = array[:, -1] if measure.startswith("prediction") else array.max(1) if measure == "entropy" else array.min(1)
         if array.size != rows:
             raise ExecutionError(
                 f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "

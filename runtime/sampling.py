@@ -132,6 +132,11 @@ class Chooser:
         _check(logits[np.arange(emitted.size), chosen])
         return chosen
 
+    def takes(self, token: int, emitted: int) -> bool:
+        """Whether a row that has emitted so many tokens may go on with this one, by the bans."""
+        bans = ((self._never, math.inf), (self._first, 1), (self._early, self.sampling.min_new_tokens))
+        return not any(emitted < below and token in ids for ids, below in bans)
+
     def chances(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> NDArray[np.float64]:
         """The probabilities, float64 [vocabulary], that `choose` would draw from; arguments and errors as there."""
         ids, weights = self._weights(self.allowed(logits[None], [tokens], emitted)[0])

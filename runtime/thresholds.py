@@ -192,7 +192,7 @@ def threshold_at(position: float) -> float:
 
 def check_learner(policy: Policy, measure: str, threshold: float) -> None:
     """Raise PolicyError where a threshold that learns cannot start, or a measure is not on its scale."""
-    if measure in ("entropy", "prediction"):
+    if measure == "entropy" or measure.startswith("prediction"):
         raise PolicyError(f"{policy!r}: {measure!r} does not go from 0, unsure, to 1", hint="measure=top1 or margin")
     if not 0 <= threshold <= 1:
         raise PolicyError(f"{policy!r}: the threshold to start with is from 0 to 1")

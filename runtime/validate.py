@@ -191,6 +191,7 @@ class _Flow:
         for part in stack.parts:
             for segment in part.segments:
                 yield from self._run(segment, inner)
+            yield from self._there([part.output], inner, f"{where}, part {part.depth}, output")
             if part.depth in exits:
                 place = f"{where}, exit after {part.depth}"
                 yield from self._leave(exits[part.depth], inner, place, stack.output, ends=ends)

@@ -79,9 +79,13 @@ class _Text:
     milliseconds: float = 0.0
     trace: list[Timing] = field(default_factory=list)
 
-    def draft(self, left: Left, logits: Array, chooser: Chooser) -> _Draft:
-        """One more draft, from an exit's logits [vocabulary]."""
+    def draft(self, left: Left, output: str, chooser: Chooser) -> _Draft:
+        """One more draft: what an exit picked, or from its logits, the output of that name."""
+        if left.pick is not None:
+            self.drafts.append(_Draft(left.pick, left.scores, None))
+            return self.drafts[-1]
         before, emitted = self._before(len(self.drafts))
+        logits = left.outputs[output].reshape(-1)
         if chooser.sampling.temperature == 0:
             made = _Draft(chooser.choose(self.row, before, logits, emitted), left.scores, None)
         else:
@@ -152,21 +156,25 @@ def verified(run: Run, prompts: Prompts, policy: Verify) -> Iterator[Token]:
     texts = [_Text(row, prompt.tolist(), prompt.size) for row, prompt in enumerate(prompts)]
     full = np.zeros(len(texts), np.bool_)
     drafting = {**run.askers, name: Asker(_Drafting(policy, full), stack, decoder.store.slots)}
-    askers: Mapping[str, Asker] | None = None
+    askers = drafting if run.first else None
     tokens = prompts
+
+    def picks(slot: int, token: int) -> bool:
+        text = texts[run.rows[slot]]
+        return chooser.takes(token, len(text.tokens) + len(text.drafts) - text.given)
+
     while run.rows:
         started = perf_counter()
         decoder.trace = []
-        left = run.feed(tokens, askers, _always if askers else None)
+        left = run.feed(tokens, askers, _always if askers else None, picks if chooser.batched else None)
         here = [texts[row] for row in run.rows]
         deep: dict[int, Array] = {}
         closing = []  # rows that no draft can follow: they are checked without a token that goes deep
         for slot, (item, text) in enumerate(zip(left, here, strict=True)):
-            logits = (item.whole or item.outputs)[plan.output].reshape(-1, plan.vocabulary)
             if item.exits[name] == stack.blocks:
-                deep[slot] = logits
+                deep[slot] = (item.whole or item.outputs)[plan.output].reshape(-1, plan.vocabulary)
                 continue
-            token = text.draft(item, logits[0], chooser).token
+            token = text.draft(item, plan.output, chooser).token
             if token in sampling.stop or len(text.tokens) + len(text.drafts) - text.given == limit:
                 closing.append(slot)
         for slot, outputs in decoder.flush(np.array(closing, np.int64), first, _always).items():

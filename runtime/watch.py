@@ -57,11 +57,13 @@ class Watch:
         self._waiting[: len(sources)] = [list(self._waiting[source]) for source in sources]
 
     def _said(self, item: Left) -> list[_Said]:
-        """What exits said of a row's new token; nothing of those whose outputs were not made."""
+        """What exits said of a row's new token; nothing of those that neither picked one nor made their outputs."""
         exit_, found = item.exits[self._stack], []
         for after, asked in item.asked.items():
             outputs = item.outputs if after == exit_ else asked.outputs
-            if outputs is not None:
+            if asked.pick is not None:
+                found.append(_Said(after, dict(asked.scores), asked.pick))
+            elif outputs is not None:
                 found.append(_Said(after, dict(asked.scores), int(self._best(outputs[self._output])[-1])))
         return found
 

@@ -159,7 +159,7 @@ def classifier(
                 )
             found = found or {"calm": f"calm{i}"}
             ways.append(m.Exit(i, tuple(pieces), state, logits, found))
-    parts = tuple(m.Part(i, (f"block{i}",)) for i in range(1, 5))
+    parts = tuple(m.Part(i, (f"block{i}",), f"hidden{i}") for i in range(1, 5))
     stack = m.Stack("encoder", "encoder", 4, "hidden0", "hidden4", parts, tuple(ways))
     return w.finish(
         inputs=("ids",),
@@ -230,9 +230,9 @@ def translator(root: Path) -> Path:
         w.segment(f"exit{i}", "tail.onnx", {"hidden": f"state{i}"}, outputs)
         ways.append(m.Exit(i, (f"exit{i}",), f"state{i}", {"logits": f"logits{i}"}, {"top1": f"top1.{i}"}))
     leave = (m.Exit(1, ("adapt1",), "adapted1", {}, {}), m.Exit(2, (), "hidden2", {}, {}))
-    parts = tuple(m.Part(i, (f"encoder{i}",)) for i in (1, 2))
+    parts = tuple(m.Part(i, (f"encoder{i}",), f"hidden{i}") for i in (1, 2))
     encoder = m.Stack("encoder", "encoder", 2, "hidden0", "encoded", parts, leave)
-    parts = tuple(m.Part(i, (f"decoder{i}",)) for i in (1, 2))
+    parts = tuple(m.Part(i, (f"decoder{i}",), f"state{i}") for i in (1, 2))
     decoder = m.Stack("decoder", "decoder", 2, "state0", "state2", parts, tuple(ways))
     return w.finish(
         inputs=("source", "target"),

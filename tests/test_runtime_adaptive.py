@@ -237,7 +237,7 @@ def test_what_it_takes_no_notice_of() -> None:
 
 def stack(name: str, *exits: int) -> Stack:
     found = tuple(Exit(i, (), "s", {"y": "y"}, {"margin": "v"} if i < exits[-1] else {}) for i in exits)
-    return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, ()) for i in exits), found)
+    return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, (), "s") for i in exits), found)
 
 
 def test_options() -> None:

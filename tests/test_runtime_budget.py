@@ -131,7 +131,7 @@ def test_threads_lose_nothing() -> None:
 
 def stack(name: str, *exits: int, scores: tuple[str, ...] = ("top1",)) -> Stack:
     found = tuple(Exit(i, (), "s", {"y": "y"}, dict.fromkeys(scores if i < exits[-1] else (), "v")) for i in exits)
-    return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, ()) for i in exits), found)
+    return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, (), "s") for i in exits), found)
 
 
 def test_options() -> None:

@@ -32,7 +32,7 @@ from offramp.runtime.policy import Asker, Function, Policy, State
 
 def _stack(name: str, *exits: int, scores: Sequence[str] = ("top1", "entropy", "prediction")) -> Stack:
     found = tuple(Exit(i, (), "s", {"y": "y"}, dict.fromkeys(scores if i < exits[-1] else (), "v")) for i in exits)
-    return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, ()) for i in exits), found)
+    return Stack(name, name, exits[-1], "x", "s", tuple(Part(i, (), "s") for i in exits), found)
 
 
 STACKS = {"encoder": _stack("encoder", 1, 2, 4), "decoder": _stack("decoder", 3, 6, scores=("cosine",))}

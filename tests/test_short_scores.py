@@ -1,4 +1,4 @@
-"""insert-scores: top1-short and margin-short, against slices of the whole logits in torch."""
+"""insert-scores: top1-short, margin-short and prediction-short, against slices of the whole logits in torch."""
 
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
@@ -25,7 +25,7 @@ from offramp.program.graph import results
 from offramp.runtime.errors import SpecError
 
 IDS = (7, 2, 9, 0, 4)
-TEXT = f"insert-scores{{measure=top1-short|margin-short,ids={'|'.join(map(str, IDS))}}}"
+TEXT = f"insert-scores{{measure={'|'.join(OF_SHORT)},ids={'|'.join(map(str, IDS))}}}"
 
 
 class Tailed(tiny.Encoder):
@@ -71,8 +71,9 @@ def _captured(form: str) -> tiny.Captured:
 
 
 def _expected(logits: Tensor, ids: tuple[int, ...] = IDS) -> dict[str, Tensor]:
-    best = logits.float()[..., list(ids)].softmax(-1).sort(-1, descending=True).values
-    return {"top1-short": best[..., 0], "margin-short": best[..., 0] - best[..., 1]}
+    best, at = logits.float()[..., list(ids)].softmax(-1).sort(-1, descending=True)
+    classes = torch.tensor(ids)[at[..., 0]]
+    return {"top1-short": best[..., 0], "margin-short": best[..., 0] - best[..., 1], "prediction-short": classes}
 
 
 def _assert_scores(program: Program, inputs: tiny.Inputs, ids: tuple[int, ...] = IDS) -> None:
@@ -83,7 +84,7 @@ def _assert_scores(program: Program, inputs: tiny.Inputs, ids: tuple[int, ...] =
     for item in early:
         (logits,) = item.outputs.values()
         for measure, expected in _expected(found[logits], ids).items():
-            assert found[item.scores[measure]].dtype == torch.float32
+            assert found[item.scores[measure]].dtype == expected.dtype
             torch.testing.assert_close(found[item.scores[measure]], expected)
 
 
@@ -129,6 +130,8 @@ def test_the_least_sure_token_that_is_not_padding_decides(labeller: tiny.Capture
     for item in program.exits:
         (logits,) = item.outputs.values()
         for measure, places in _expected(found[logits], (2, 0)).items():
+            if measure == "prediction-short":
+                continue  # a row with many of them has no such score
             torch.testing.assert_close(found[item.scores[measure]], places.masked_fill(~real, 1.0).amin(1))
 
 
@@ -146,7 +149,7 @@ def test_half_precision() -> None:
 
 
 def test_candidates_are_the_likeliest_of_the_models_answer(decoder: tiny.Captured) -> None:
-    program = apply(decoder.program, "insert-exits,insert-scores{measure=top1-short|margin-short,candidates=5}")
+    program = apply(decoder.program, f"insert-exits,insert-scores{{measure={'|'.join(OF_SHORT)},candidates=5}}")
     (logits,) = decoder.eager().values()
     ids = logits.softmax(-1).sum((0, 1)).topk(5).indices.tolist()
     _assert_scores(program, decoder.inputs, tuple(ids))
@@ -154,7 +157,7 @@ def test_candidates_are_the_likeliest_of_the_models_answer(decoder: tiny.Capture
 
 def test_candidates_can_stand_in_a_file(decoder: tiny.Captured, tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("7 2\n9\n0\n4\n1\n")
-    text = f"insert-exits,insert-scores{{measure=top1-short|margin-short,candidates=5,ids={tmp_path / 'ids.txt'}}}"
+    text = f"insert-exits,insert-scores{{measure={'|'.join(OF_SHORT)},candidates=5,ids={tmp_path / 'ids.txt'}}}"
     program = apply(decoder.program, text)
     _assert_scores(program, decoder.inputs)
     assert ",".join(program.history) == text
@@ -169,8 +172,9 @@ def test_candidates_can_stand_in_a_file(decoder: tiny.Captured, tmp_path: Path) 
 
 def test_exits_share_rows_and_training_leaves_them_alone(decoder: tiny.Captured) -> None:
     program = apply(decoder.program, f"insert-exits,{TEXT}")
-    ((name, rows),) = _short(program).items()
-    assert name.startswith("exits.decoder.short.")
+    (name, rows), (listed, ids) = sorted(_short(program).items(), reverse=True)
+    assert (name, listed) == ("exits.decoder.short.words.weight", "exits.decoder.short.candidates")
+    assert ids.tolist() == list(IDS)
     torch.testing.assert_close(rows, decoder.model.get_parameter("words.weight")[list(IDS)].detach())
     assert dict(program.module.named_parameters()).keys() == dict(decoder.program.module.named_parameters()).keys()
 
@@ -205,7 +209,7 @@ class Odd(Tailed):
 def test_tails_that_end_in_no_such_product_are_refused(form: str, reason: str) -> None:
     captured = tiny.captured(partial(Odd, form), {"input_ids": tiny.ids()})
     with pytest.raises(SpecError, match=f"one product with a weight.*{reason}"):
-        apply(captured.program, f"insert-exits,{TEXT}")
+        apply(captured.program, f"insert-exits,{TEXT}".replace("|prediction-short", ""))
     assert apply(captured.program, "insert-exits,insert-scores").exits[0].scores
 
 
@@ -222,7 +226,7 @@ def test_tails_that_end_in_no_such_product_are_refused(form: str, reason: str) -
         ("measure=top1-short,ids=1|11|-1", r"\[11, -1\] not among the classes"),
         ("measure=top1-short,ids=" + "|".join(map(str, range(11))), "ids: 11 of them"),
         ("measure=top1-short,ids=nowhere.txt", "ids=nowhere.txt: no text file of token ids"),
-        ("measure=top1,candidates=4", "candidates and ids belong to measure=top1-short or margin-short"),
+        ("measure=top1,candidates=4", "candidates and ids belong to measure=top1-short, margin-short, prediction-short"),
         ("measure=cosine,ids=1|2", "candidates and ids belong to"),
     ],
 )
@@ -299,22 +303,31 @@ def test_a_row_that_stays_does_not_run_the_head(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("order", ["insert-cache,insert-exits,{}", "insert-exits,{},insert-cache"])
-def test_generation(tmp_path: Path, order: str) -> None:
-    """Each token leaves at the first exit whose short score, in torch on the whole text, is high enough."""
+@pytest.mark.parametrize("picks", [True, False])
+@pytest.mark.parametrize("prompt", [[3, 1, 4], [3]])
+def test_generation(tmp_path: Path, order: str, picks: bool, prompt: list[int]) -> None:
+    """Each token leaves at the first exit whose short score, in torch on the whole text, is high enough.
+
+    A prompt of several tokens goes to full depth, and where the exit picks the token, it is the best candidate.
+    """
     captured = tiny.captured(tiny.Talker, {"input_ids": tiny.ids()}, seed=4)
     scored = apply(captured.program, f"insert-exits,{TEXT}")
-    save(apply(captured.program, order.format(TEXT)), tmp_path / "talker.offramp", target="portable")
+    text = TEXT if picks else TEXT.replace("|prediction-short", "")
+    save(apply(captured.program, order.format(text)), tmp_path / "talker.offramp", target="portable")
     chain = offramp.load(tmp_path / "talker.offramp")
-    prompt, count, threshold = [3, 1, 4], 16, 0.5
+    count, threshold = 16, 0.5
     words, depths = list(prompt), []
     for step in range(count):
         found = tiny.outputs(scored.module, {"input_ids": torch.tensor([words])})
         sure = [item for item in scored.exits if found[item.scores["top1-short"]][0, -1] >= threshold]
-        leave = sure[0] if sure and step else None
+        leave = sure[0] if sure and (step or len(prompt) == 1) else None
         depths.append(leave.after if leave else tiny.BLOCKS)
-        words.append(int(found[leave.outputs["output"] if leave else "output"][0, -1].argmax()))
+        made = "output" if leave is None else leave.scores["prediction-short"] if picks else leave.outputs["output"]
+        words.append(int(found[made][0, -1] if leave and picks else found[made][0, -1].argmax()))
     policy = offramp.Confidence(threshold, measure="top1-short")
-    made = chain.generate({"input_ids": [prompt]}, policy, max_new_tokens=count)
-    assert made.tokens[0].tolist() == words[len(prompt) :]
-    assert made.exits[0].tolist() == depths
+    steps = list(chain.stream({"input_ids": [prompt]}, policy, max_new_tokens=count))
+    assert [step.token for step in steps] == words[len(prompt) :]
+    assert [step.exit for step in steps] == depths
     assert len(set(depths)) > 2
+    for step in steps:
+        assert any("tail" in ran.segment for ran in step.trace) == (step.exit == tiny.BLOCKS or not picks)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from offramp.training.examples import Example, Examples, together
 from offramp.training.quality import Quality, answers_of, graded, same_class
 
 Numbers = NDArray[np.float64]
-NO_GATE = ("prediction",)  # scores that say what, not how surely
+NO_GATE = ("prediction", "prediction-short")  # scores that say what, not how surely
 _TIMED = 48  # examples whose segments are timed
 _PERIOD = 8  # tokens until one goes deep and takes the others along, where that is timed
 
@@ -183,18 +182,19 @@ def observe_tokens(
     """
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
-    lengths = np.array([max(0, len(text) - 1) for text in texts], np.int64)
+    skipped = [chain.generation(example, Never()).first is None for example in examples.inputs]
+    lengths = np.array([max(0, len(text) - skip) for text, skip in zip(texts, skipped, strict=True)], np.int64)
     scores = {measure: np.full((lengths.sum(), early), np.nan, np.float32) for measure in sorted(measures)}
     quality = np.zeros((lengths.sum(), early + 1))
     trace: list[Timing] = []
     late: list[Timing] = []
     start = 0
-    for example, text, length in zip(examples.inputs, texts, lengths, strict=True):
+    for example, text, skip, length in zip(examples.inputs, texts, skipped, lengths, strict=True):
         for at, exit_ in enumerate(stack.exits):
             asked = measures_of(exit_) if at < early else ()
             forced = Forced(stack.name, exit_.after, asked) if at < early else Never()
             for step, (token, found, timed) in enumerate(_told(chain, example, forced, text, options)):
-                quality[start + step, at] = token == text[step + 1]
+                quality[start + step, at] = token == text[skip + step]
                 for measure in asked:
                     scores[measure][start + step, at] = found[measure]
                 trace += timed
@@ -209,14 +209,22 @@ def observe_tokens(
 def _told(
     chain: Chain, example: Example, policy: Policy, text: NDArray[np.int64], options: Mapping[str, Any]
 ) -> Iterator[tuple[int, Mapping[str, float], list[Timing]]]:
-    """Behind each token of the text but the last: the next one that comes out, its scores and what ran."""
+    """Behind the prompt and each token of the text but the last: the token that comes out, its scores and what ran.
+
+    Where the prompt goes to full depth, nothing is told of it.
+    """
     run = chain.generation(example, policy)
     plan = run.plan
     prompts = plan.prompts(example)
     chooser = Chooser(plan.sampling(prompts[0].size, options), plan.vocabulary)
-    run.feed(prompts, None)
-    for step, (token, _) in enumerate(pairwise(text), start=1):
+    if run.first is None:
+        run.feed(prompts, None)
+    fed = [*prompts, *(np.array([token]) for token in text[:-1])]
+    for step in range(run.first is None, len(text)):
         run.decoder.trace = []
-        (left,) = run.feed([np.array([token])], run.askers)
-        seen = np.concatenate([prompts[0], text[:step]])
-        yield chooser.choose(0, seen, left.outputs[plan.output].reshape(-1), step), left.scores, run.decoder.trace
+        (left,) = run.feed([fed[step]], run.askers, picks=lambda slot, token, step=step: chooser.takes(token, step))
+        seen = np.concatenate(fed[: step + 1])
+        token = left.pick
+        if token is None:
+            token = chooser.choose(0, seen, left.outputs[plan.output].reshape(-1), step)
+        yield token, left.scores, run.decoder.trace

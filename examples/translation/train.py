@@ -99,6 +99,11 @@ def program(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> Program:
     return offramp.apply(captured, f"insert-exits{{stack=decoder,after={after}}},insert-adapter{{stack=decoder}}")
 
 
+def show(point: Point) -> None:
+    """Print a point of the curve."""
+    print(f"step {point.step:6} epoch {point.epoch:6.2f} loss {point.loss:.3f} {point.seconds:6.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--plain", action="store_true", help="without exits")
@@ -110,9 +115,6 @@ def main() -> None:
     words.save(str(args.out / "tokenizer.json"))
     trained = program(()) if args.plain else program()
     objective = CrossEntropy(smoothing=0.1) if args.plain else DeepSupervision(sample=2, smoothing=0.1)
-
-    def show(point: Point) -> None:
-        print(f"step {point.step:6} epoch {point.epoch:6.2f} loss {point.loss:.3f} {point.seconds:6.0f} s", flush=True)
 
     fit(
         trained,

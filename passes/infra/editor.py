@@ -40,6 +40,13 @@ class Editor:
 
     def parameter(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:
         """A new weight of the program under ``name``, read by a new node before ``like``."""
+        return self._attribute(name, torch.nn.Parameter(value.clone()), like)
+
+    def buffer(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:
+        """A new tensor of the program that is not trained, as `parameter`."""
+        return self._attribute(name, torch.nn.Buffer(value.clone()), like)
+
+    def _attribute(self, name: str, value: torch.Tensor, like: fx.Node) -> fx.Node:
         owner, _, leaf = name.rpartition(".")
         holder = self.module
         for part in owner.split(".") if owner else ():
@@ -48,10 +55,10 @@ class Editor:
             holder = getattr(holder, part)
         if hasattr(holder, leaf):
             raise PassError(f"the program already has a weight named {name}")
-        setattr(holder, leaf, torch.nn.Parameter(value.clone()))
+        setattr(holder, leaf, value)
         with self.graph.inserting_before(like):
             node = self.graph.create_node("get_attr", name)
-        node.meta["val"] = self._fake.from_tensor(getattr(holder, leaf), static_shapes=True)
+        node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
         return self._made(node, like)
 
     def call(self, target: Any, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:

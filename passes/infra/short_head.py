@@ -125,6 +125,12 @@ class ShortHead:
             self._made[logits] = self._write(builder, hidden, logits)
         return self._made[logits]
 
+    def classes(self, builder: ScoreBuilder, places: fx.Node) -> fx.Node:
+        """The classes of the candidates at ``places``, int64 of the same shape."""
+        name = f"{self.prefix}.candidates"
+        ids = self._known(name, self.candidates) or self.editor.buffer(name, self.candidates, builder.here)
+        return builder.call(aten.index.Tensor, ids, [places])
+
     def _write(self, builder: ScoreBuilder, hidden: fx.Node, logits: fx.Node) -> fx.Node:
         head, classes = find_head(self.editor.graph, logits), int(shape(logits)[-1])
         place, at, axis = _PRODUCTS[head.product.target]
@@ -158,7 +164,7 @@ class ShortHead:
             value = evaluate(self.editor.module, [weight], {})[weight].detach()
             value = value.index_select(axis, self.candidates.to(value.device))
             name = f"{self.prefix}.{weight.target if weight.op == 'get_attr' else weight.name}"
-            self._rows[weight, axis] = self._known(name, value) or self._new(name, value, builder.here)
+            self._rows[weight, axis] = self._known(name, value) or self.editor.buffer(name, value, builder.here)
         return self._rows[weight, axis]
 
     def _known(self, name: str, value: torch.Tensor) -> fx.Node | None:
@@ -169,12 +175,4 @@ class ShortHead:
                 f"{name} holds other rows already: a stack has one list of candidates, of one state of its head",
                 hint="all short scores of a stack in one insert-scores",
             )
-        return node
-
-    def _new(self, name: str, value: torch.Tensor, here: fx.Node) -> fx.Node:
-        node = self.editor.parameter(name, value, here)
-        owner, _, leaf = name.rpartition(".")
-        holder = self.editor.module.get_submodule(owner)
-        delattr(holder, leaf)
-        holder.register_buffer(leaf, value)
         return node
