@@ -119,9 +119,7 @@ class Describer:
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
         stack = plan.stack
-        parts = [
-            m.Part(depth, (self._segment(piece),), self._name(stack.cuts[depth])) for depth, piece in plan.blocks
-        ]
+        parts = [m.Part(depth, (self._segment(piece),), self._name(stack.cuts[depth])) for depth, piece in plan.blocks]
         entering = self._name(stack.input)
         if entering not in self.values and self.program.cache is not None:  # the first piece makes it
             entering = self.program.cache.tokens[0]

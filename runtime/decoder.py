@@ -10,28 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.caches import axis_of
-from offramp.runtime.errors import ExecutionError
+from offramp.runtime.launcher import Array, Index, Launcher, Values, greatest, padded
 from offramp.runtime.legs import Door, Leg
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policy import Asker
-from offramp.runtime.result import Timing
-from offramp.runtime.store import Launch, Store
-
-Array = NDArray[Any]
-Index = NDArray[np.int64]
-Values = dict[str, Array]
+from offramp.runtime.store import Store
 
 
 class Asked(NamedTuple):
-    """What an exit said of a row's last token: its scores, the next token where it picked one, and the model's outputs
-    where those were made for its scores."""
+    """What an exit said of a row's last token.
+
+    That is its scores, the next token where it picks one, and the model's outputs where its scores are made of them.
+    """
 
     scores: Mapping[str, float]
     pick: int | None
@@ -82,11 +78,12 @@ class Decoder:
     seen: Index = field(init=False)
     rows: Index = field(init=False)
     pending: list[list[list[Values]]] = field(init=False)
-    trace: list[Timing] = field(default_factory=list)
     taken: dict[int, int] = field(default_factory=dict)
+    launcher: Launcher = field(init=False)
     following: list[frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.launcher = Launcher(self.store)
         self.following = [_following(self.legs, at) for at in range(len(self.legs))]
         self.seen = np.zeros((len(self.legs), self.store.slots), np.int64)
         self.rows = np.arange(self.store.slots)
@@ -132,7 +129,9 @@ class Decoder:
                 if made is not None and askers is not None:
                     wanted = askers[leg.stack or ""].wanted[door.after] or ()
                     self._note(door, made, wanted, [rows[slot] for slot in slots.tolist()])
-                go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
+                (go,) = leave.nonzero()
+                if not go.size:
+                    continue
                 picked = self._picked(door, made, slots, go, picks)
                 answered = [row for row in go.tolist() if row not in picked]
                 wholly = whole is not None and door.full and door.ends and whole()
@@ -152,12 +151,15 @@ class Decoder:
                     elif door.ends:
                         count = int(counts[row]) if wholly else None
                         left.append(self._left(slot, rows[slot], door, ending, answered.index(row), count))
-                if not door.ends and go.size:
+                if not door.ends:
                     after = self._behind(at, leg.stack)
                     counted = np.array([new[int(slot)] for slot in slots[go]])
                     onward = self._onward(door, slots[go], values, counts, go, counted)
                     waiting.append((after, slots[go], onward, counted))
-                if askers is not None and not door.full:
+                if go.size == slots.size:
+                    break
+                (stay,) = np.nonzero(~leave)
+                if askers is not None:
                     askers[leg.stack or ""].keep(stay)
                 slots, counts = slots[stay], counts[stay]
                 values = self._some(values, stay, counts)
@@ -250,7 +252,7 @@ class Decoder:
         for slot, count in zip(slots.tolist(), total.tolist(), strict=True):
             self.pending[at][slot] = []
             self.taken[slot] = max(count - new.get(slot, 0), self.taken.get(slot, 0))
-        return {name: _padded(arrays) for name, arrays in rows.items()}, total
+        return {name: padded(arrays) for name, arrays in rows.items()}, total
 
     def _some(self, values: Values, rows: Index, counts: Index) -> Values:
         """The values of some rows, no wider than their tokens."""
@@ -262,7 +264,7 @@ class Decoder:
         if np.array_equal(counts, wanted):
             return values, counts
         rows = {
-            name: _padded(
+            name: padded(
                 [array[row, count - want : count] for row, (count, want) in enumerate(zip(counts, wanted, strict=True))]
             )
             for name, array in values.items()
@@ -275,83 +277,13 @@ class Decoder:
         """The chunk's values after a leg, [slots, chunk, ...]; what the rows have seen grows."""
         found = dict(values)
         for call in leg.calls:
-            found |= self._launch(call, self.seen[at], slots, found, counts)
-        self.seen[at, slots] += counts
+            found |= self.launcher.launch(call, self.seen[at], slots, found, counts)
+        if slots.size == 1:  # which most steps have; picking rows by an array takes ten times as long
+            self.seen[at, slots[0]] += counts[0]
+        else:
+            self.seen[at, slots] += counts
         following = self.following[at]
         return {name: array for name, array in found.items() if name in following}
-
-    def _launch(self, call: Launch, seen: Index, slots: Index, values: Values, counts: Index) -> Values:
-        started = perf_counter()
-        given = {name: values[name] for _, name in call.chunk}
-        widest = greatest(counts)
-        low, high = (int(slots[0]) if slots.size == 1 else int(slots.min())), greatest(slots) + 1
-        if self.store.device is not None and call.by_slot:
-            low, high = 0, self.store.slots
-        rowwise = self.store.cache.rowwise and bool(call.buffers) and widest > 1
-        room = not call.buffers or greatest(seen[low:high]) + widest <= self.store.capacity
-        if not call.by_slot:
-            made = self.store.run(call, 0, slots.size, given, seen[slots])
-        elif slots.size == high - low and room and not (rowwise and slots.size > 1):
-            made = self.store.run(call, low, high, given, seen[low:high])
-        elif room and not rowwise:
-            made = self._with_idle(call, low, high, seen, slots, given)
-        elif self.store.device is not None and not rowwise:
-            made = self._in_parts(call, low, high, seen, slots, given, counts)
-        else:
-            made = self._apart(call, seen, slots, given, counts)
-        self.trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
-        return made
-
-    def _with_idle(self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values) -> Values:
-        """Run slots in between too: what they append lies behind their length, and is not read.
-
-        Those that have no room for it get back what it has overwritten.
-        """
-        places, width = slots - low, max((array.shape[1] for array in given.values()), default=1)
-        lengths = np.minimum(seen[low:high], self.store.capacity - width)
-        full = low + np.flatnonzero(lengths < seen[low:high])
-        restore = self.store.saved([name for _, name in call.buffers], full) if full.size else None
-        wide = {}
-        for name, array in given.items():
-            wide[name] = np.zeros((high - low, *array.shape[1:]), array.dtype)
-            wide[name][places] = array
-        made = {name: array[places] for name, array in self.store.run(call, low, high, wide, lengths).items()}
-        if restore is not None:
-            restore()
-        return made
-
-    def _in_parts(
-        self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values, counts: Index
-    ) -> Values:
-        """Run narrower chunks one after the other, of the rows that have tokens left, so that these have room."""
-        rows: list[dict[str, list[Array]]] = [{} for _ in slots]
-        done = 0
-        while (going := np.flatnonzero(counts > done)).size:
-            width = min(int(counts.max()) - done, self.store.capacity - int(seen[slots[going]].max()) - done)
-            some = {name: array[going, done : done + width] for name, array in given.items()}
-            shifted = seen.copy()
-            shifted[slots] += np.minimum(counts, done)
-            for name, array in self._with_idle(call, low, high, shifted, slots[going], some).items():
-                for row, values in zip(going, array, strict=True):
-                    rows[row].setdefault(name, []).append(values)
-            done += width
-        whole = [{name: np.concatenate(parts) for name, parts in row.items()} for row in rows]
-        return {name: _padded([row[name] for row in whole]) for name in whole[0]}
-
-    def _apart(self, call: Launch, seen: Index, slots: Index, given: Values, counts: Index) -> Values:
-        """One row after the other, each with just its tokens."""
-        if self.store.device is not None:
-            raise ExecutionError(
-                f"segment {call.segment.name!r} takes one row at a time, but on a device all rows run together",
-                hint='one row at a time, or a bundle with target="portable"',
-            )
-        rows: dict[str, list[Array]] = {}
-        for row, slot in enumerate(slots):
-            one = {name: array[row : row + 1, : counts[row]] for name, array in given.items()}
-            made = self.store.run(call, int(slot), int(slot) + 1, one, seen[slot : slot + 1])
-            for name, array in made.items():
-                rows.setdefault(name, []).append(array[0].copy())
-        return {name: _padded(arrays) for name, arrays in rows.items()}
 
     # leaving
 
@@ -371,9 +303,9 @@ class Decoder:
         wanted = asker.wanted[door.after] if asker else None
         if asker is None or wanted is None:
             return None, None
-        made = self._last_tokens(values, counts, np.arange(slots.size))
+        made = self._last_tokens(values, counts)
         if not door.free.issuperset(wanted):
-            made |= self._through(door, slots, made)
+            made = made | self._through(door, slots, made)
         found = {measure: made[door.scores[measure]].reshape(slots.size, -1)[:, -1] for measure in wanted}
         return asker.ask(door.after, self.rows[slots], found), made
 
@@ -383,8 +315,8 @@ class Decoder:
         """The tokens that the exit has picked and that will do, of ``rows``."""
         if door.pick is None or made is None or picks is None:
             return {}
-        tokens = made[door.pick].reshape(slots.size, -1)[:, -1]
-        return {row: int(tokens[row]) for row in rows.tolist() if picks(int(slots[row]), int(tokens[row]))}
+        tokens, places = made[door.pick].reshape(slots.size, -1)[:, -1].tolist(), slots.tolist()
+        return {row: tokens[row] for row in rows.tolist() if picks(places[row], tokens[row])}
 
     def _door(
         self, door: Door, slots: Index, values: Values, counts: Index, rows: list[int], made: Values | None
@@ -427,10 +359,8 @@ class Decoder:
         found = dict(values)
         ones = np.ones(slots.size, np.int64) if counts is None else counts
         for call in door.calls:
-            found |= {
-                name: array.copy()
-                for name, array in self._launch(call, np.zeros(self.store.slots, np.int64), slots, found, ones).items()
-            }
+            made = self.launcher.launch(call, np.zeros(self.store.slots, np.int64), slots, found, ones)
+            found |= {name: array.copy() for name, array in made.items()}
         return found
 
     def _onward(self, door: Door, slots: Index, values: Values, counts: Index, rows: Index, wanted: Index) -> Values:
@@ -438,11 +368,15 @@ class Decoder:
         some = self._some(values, rows, counts[rows])
         some, counted = self._last(some, slots, counts[rows], wanted)
         for call in door.calls:
-            some = some | self._launch(call, np.zeros(self.store.slots, np.int64), slots, some, counted)
+            some = some | self.launcher.launch(call, np.zeros(self.store.slots, np.int64), slots, some, counted)
         return {**some, **{full: some[here] for full, here in door.results.items()}}
 
-    def _last_tokens(self, values: Values, counts: Index, rows: Index) -> Values:
-        """The last token of each of ``rows``: [rows, 1, ...]."""
+    def _last_tokens(self, values: Values, counts: Index, rows: Index | None = None) -> Values:
+        """The last token of each of ``rows`` (None: of all): [rows, 1, ...]."""
+        if rows is None:
+            if greatest(counts) == 1:
+                return values
+            rows = np.arange(counts.size)
         at = counts[rows] - 1
         return {name: array[rows, at][:, None] if self._along(name) else array[rows] for name, array in values.items()}
 
@@ -460,11 +394,6 @@ class Decoder:
             leg[:count] = [list(leg[source]) for source in sources]
 
 
-def greatest(array: Index) -> int:
-    """The greatest of some numbers: of one, which most steps have, numpy's reduction takes twenty times as long."""
-    return int(array[0]) if array.size == 1 else int(array.max())
-
-
 def _following(legs: Sequence[Leg], at: int) -> frozenset[str]:
     """The values that are read behind a leg: by the next one, and by its exit."""
     found = legs[at + 1].reads if at + 1 < len(legs) else frozenset()
@@ -472,12 +401,3 @@ def _following(legs: Sequence[Leg], at: int) -> frozenset[str]:
     if door is not None:
         found |= door.reads | {door.scores[measure] for measure in door.free} | frozenset(door.results.values())
     return found
-
-
-def _padded(rows: Sequence[Array]) -> Array:
-    """Rows of different numbers of tokens as one array, zeros behind the shorter ones."""
-    widest = max(len(row) for row in rows)
-    whole = np.zeros((len(rows), widest, *rows[0].shape[1:]), rows[0].dtype)
-    for row, array in zip(whole, rows, strict=True):
-        row[: len(array)] = array
-    return whole

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.decoder import Decoder, Left, greatest
+from offramp.runtime.decoder import Decoder, Left
 from offramp.runtime.errors import InputError
+from offramp.runtime.launcher import greatest
 from offramp.runtime.legs import Leg, check_layout, legs_of
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policy import Agreement, Asker, Policy
@@ -162,6 +163,7 @@ class Run:
         self.askers = {name: Asker(policy, stacks[name], slots) for name in plan.stacks}
         self.first = self.askers if all(row.size == 1 for row in prompts) else None
         self._given = np.array([row.size for row in prompts], np.int64)
+        self._steps = np.zeros(slots, np.int64)
         self._watch: Watch | None = None
         if Agreement in policy.observes and plan.output:
             self._watch = Watch(policy, self.decoder, plan.stacks[-1], plan.output)
@@ -206,7 +208,7 @@ class Run:
             row[: ids.size] = ids
         if askers is not None:
             rows = decoder.rows[:count]
-            steps = np.zeros(decoder.store.slots, np.int64)
+            steps = self._steps
             steps[rows] = lengths + counts - self._given[rows]
             for asker in askers.values():
                 asker.restart(steps)
@@ -219,7 +221,7 @@ class Run:
                 self._watch.see(left, counts.tolist())
             milliseconds = (perf_counter() - started) * 1e3
             for name, asker in askers.items():
-                asker.spent(np.array([item.exits[name] for item in left], np.int64), milliseconds)
+                asker.spent([item.exits[name] for item in left], milliseconds)
         return left
 
     def rearrange(self, sources: Sequence[int]) -> None:

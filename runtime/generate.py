@@ -62,13 +62,14 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
     lengths = [len(text) for text in texts]
     tokens: list[NDArray[np.int64]] = list(prompts)
     askers = run.first
+
     def picks(slot: int, token: int) -> bool:
         row = run.rows[slot]
         return chooser.takes(token, len(texts[row]) - lengths[row])
 
     while run.rows:
         started = perf_counter()
-        run.decoder.trace = []
+        run.decoder.launcher.trace = []
         left = run.feed(tokens, askers, picks=picks if chooser.batched else None)
         chosen = [-1 if item.pick is None else item.pick for item in left]
         if open_ := [slot for slot, item in enumerate(left) if item.pick is None]:
@@ -83,7 +84,7 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
             for slot, token in zip(open_, made, strict=True):
                 chosen[slot] = token
         milliseconds = (perf_counter() - started) * 1e3
-        trace = tuple(run.decoder.trace)
+        trace = tuple(run.decoder.launcher.trace)
         caught_up = sum(run.decoder.taken.values())
         ended = []
         records = []

@@ -7,7 +7,7 @@ serves; it guards that with a lock, and keeps nothing of any single row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeAlias
 
@@ -173,10 +173,11 @@ class Asker:
         self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
         return leave
 
-    def spent(self, depths: NDArray[np.int64], milliseconds: float) -> None:
+    def spent(self, depths: Sequence[int] | NDArray[np.int64], milliseconds: float) -> None:
         """Tell the policy what the stack took, if it wants to know."""
         if self._costs:
-            self._policy.observe(Cost(self._stack.name, depths, milliseconds, self._stack.blocks))
+            took = np.array(depths, np.int64)
+            self._policy.observe(Cost(self._stack.name, took, milliseconds, self._stack.blocks))
 
     def restart(self, steps: NDArray[np.int64]) -> None:
         """Forget all scores: the rows' next tokens enter the stack; ``steps`` by place in the batch."""
@@ -193,7 +194,10 @@ class Asker:
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
         if self._stack.role == "decoder" and array.ndim == 2:  # by token: the least sure one, or what follows the text
-            array = array[:, -1] if measure.startswith("prediction") else array.max(1) if measure == "entropy" else array.min(1)
+            if measure.startswith("prediction"):
+                array = array[:, -1]
+            else:
+                array = array.max(1) if measure == "entropy" else array.min(1)
         if array.size != rows:
             raise ExecutionError(
                 f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "

@@ -98,7 +98,8 @@ class Chooser:
         bans = (sampling.suppress, sampling.suppress_first, sampling.stop if sampling.min_new_tokens else ())
         if len({id_ for ids in bans for id_ in ids}) == vocabulary:
             raise InputError(f"all {vocabulary} tokens are banned as a row's first")
-        self._never, self._first, self._early = (np.unique(np.array(ids, np.int64)) for ids in bans)
+        below = (math.inf, 1, sampling.min_new_tokens)
+        self._bans = [(np.unique(np.array(ids)), count) for ids, count in zip(bans, below, strict=True) if ids]
 
     def choose(self, row: int, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> int:
         """The next token of a row; what other rows there are does not matter.
@@ -134,8 +135,7 @@ class Chooser:
 
     def takes(self, token: int, emitted: int) -> bool:
         """Whether a row that has emitted so many tokens may go on with this one, by the bans."""
-        bans = ((self._never, math.inf), (self._first, 1), (self._early, self.sampling.min_new_tokens))
-        return not any(emitted < below and token in ids for ids, below in bans)
+        return not any(emitted < below and token in ids for ids, below in self._bans)
 
     def chances(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> NDArray[np.float64]:
         """The probabilities, float64 [vocabulary], that `choose` would draw from; arguments and errors as there."""
@@ -187,8 +187,7 @@ class Chooser:
 
     def _allowed(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.float32]:
         """Logits [batch, vocabulary] with minus infinity for what a row may not emit now."""
-        bans = ((self._never, np.inf), (self._first, 1), (self._early, self.sampling.min_new_tokens))
-        now = [(ids, rows) for ids, below in bans if ids.size and (rows := emitted < below).any()]
+        now = [(ids, rows) for ids, below in self._bans if (rows := emitted < below).any()]
         logits = logits.copy() if now else logits
         for ids, rows in now:
             logits[np.ix_(rows, ids)] = -np.inf

@@ -165,7 +165,7 @@ def verified(run: Run, prompts: Prompts, policy: Verify) -> Iterator[Token]:
 
     while run.rows:
         started = perf_counter()
-        decoder.trace = []
+        decoder.launcher.trace = []
         left = run.feed(tokens, askers, _always if askers else None, picks if chooser.batched else None)
         here = [texts[row] for row in run.rows]
         deep: dict[int, Array] = {}
@@ -184,7 +184,7 @@ def verified(run: Run, prompts: Prompts, policy: Verify) -> Iterator[Token]:
         spent = (perf_counter() - started) * 1e3
         for text in here:
             text.milliseconds += spent
-            text.trace += decoder.trace
+            text.trace += decoder.launcher.trace
         records: list[Token] = []
         for slot, (kept, own) in judged.items():
             decoder.rollback(slot, len(here[slot].tokens) + kept)

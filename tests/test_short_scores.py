@@ -226,7 +226,10 @@ def test_tails_that_end_in_no_such_product_are_refused(form: str, reason: str) -
         ("measure=top1-short,ids=1|11|-1", r"\[11, -1\] not among the classes"),
         ("measure=top1-short,ids=" + "|".join(map(str, range(11))), "ids: 11 of them"),
         ("measure=top1-short,ids=nowhere.txt", "ids=nowhere.txt: no text file of token ids"),
-        ("measure=top1,candidates=4", "candidates and ids belong to measure=top1-short, margin-short, prediction-short"),
+        (
+            "measure=top1,candidates=4",
+            "candidates and ids belong to measure=top1-short, margin-short",
+        ),
         ("measure=cosine,ids=1|2", "candidates and ids belong to"),
     ],
 )

@@ -221,10 +221,10 @@ def _told(
         run.feed(prompts, None)
     fed = [*prompts, *(np.array([token]) for token in text[:-1])]
     for step in range(run.first is None, len(text)):
-        run.decoder.trace = []
+        run.decoder.launcher.trace = []
         (left,) = run.feed([fed[step]], run.askers, picks=lambda slot, token, step=step: chooser.takes(token, step))
         seen = np.concatenate(fed[: step + 1])
         token = left.pick
         if token is None:
             token = chooser.choose(0, seen, left.outputs[plan.output].reshape(-1), step)
-        yield token, left.scores, run.decoder.trace
+        yield token, left.scores, run.decoder.launcher.trace
