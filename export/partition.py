@@ -229,35 +229,34 @@ class _Partition:
             exits = {item.after: item for item in self.program.exits_of(stack.name)}
             for first, last in self._groups(stack):
                 inner = {nodes[name] for name in stack.cuts[first + 1 : last]}
-                scores = self._scores(exits[last], stack)[0] if last in exits else []
+                scores = self._scores(exits[last])[0] if last in exits else []
                 kept = [node for depth in range(first, last) for node in self.buffers.get((stack.name, depth), [])]
                 wanted["block", stack.name, last] = ([nodes[stack.cuts[last]], *scores, *kept], self.cuts - inner)
             for after, item in exits.items():
                 if after < stack.blocks and item.head == "own":
                     made = [self.returned[name] for name in item.outputs.values()]
-                    wanted["head", stack.name, after] = ([*made, *self._scores(item, stack)[1]], self.cuts)
+                    wanted["head", stack.name, after] = ([*made, *self._scores(item)[1]], self.cuts)
                 elif after < stack.blocks and item.adapter != "identity":
                     wanted["adapter", stack.name, after] = ([nodes[item.state]], self.cuts)
         last_stack = self.stacks[-1]
         finals = [self.returned[name] for name in self.program.outputs]
         for item in self.program.exits:
             if item.after == self.program.stacks[item.stack].blocks:
-                finals += [self.returned[name] for name in item.scores.values()]
+                finals += self._scores(item)[1]
         finals = [node for node in _unique(finals) if node.op == "call_function" and node not in self.cuts]
         wanted["tail", last_stack.name, 0] = (finals, self.cuts)
 
         shared = self._shared([self._slice(*request) for request in wanted.values()])
         return self._assemble(wanted, shared)
 
-    def _scores(self, item: Exit, stack: Stack) -> tuple[list[fx.Node], list[fx.Node]]:
+    def _scores(self, item: Exit) -> tuple[list[fx.Node], list[fx.Node]]:
         """An exit's scores: those made from hidden states alone, and those that need its head."""
         head = {self.returned[name] for name in item.outputs.values()} | {self.program.nodes[item.state]}
         own: list[fx.Node] = []
         late: list[fx.Node] = []
         for name in item.scores.values():
             node = self.returned[name]
-            full = item.after == stack.blocks
-            (late if full or ancestors([node], stop=self.cuts) & head else own).append(node)
+            (late if ancestors([node], stop=self.cuts) & (head - self.cuts) else own).append(node)
         return own, late
 
     def _shared(self, slices: Sequence[set[fx.Node]]) -> set[fx.Node]:

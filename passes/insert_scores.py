@@ -12,7 +12,7 @@ from offramp.passes.infra.candidates import short_list
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.score_builder import ScoreBuilder
 from offramp.passes.infra.short_head import ShortHead, find_head
-from offramp.program.graph import expression, results, shape
+from offramp.program.graph import dependents, expression, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime.errors import SpecError
 
@@ -28,7 +28,7 @@ class InsertScores(Pass):
 
     ``state -> tail' -> logits'``  becomes  ``state -> tail' -> logits' -> top1``
 
-    Options: ``stack``; ``after``, counts of blocks that have an exit, or "all"; ``output``, the model's output
+    Options: ``stack``; ``after``, counts of blocks that have an exit, or "all" of those; ``output``, the model's output
     that holds logits (may be left out where one is named so, or there is one); ``measure``, any of
 
     - top1, margin: the greatest probability, and its distance to the second (CALM, arXiv 2207.07061, sec. 3.1)
@@ -48,7 +48,8 @@ class InsertScores(Pass):
     runs, or, where an exit has prediction-short and generation is greedy, nothing: that is the token (the lexical
     short list of machine translation). Probabilities are of the candidates alone, hence never below those of all
     classes: a threshold for top1 is too low for top1-short. The rows are a copy: insert the scores after adapters, and
-    after training of the head.
+    after training of the head. Where ``after`` names all blocks, full depth gets short scores too, which spares it
+    the head where they are sure enough: there a policy says whether the token that was picked will do.
 
     Where logits have more axes than rows and classes, the least sure place that is not padding decides; in a causal
     stack each token has a score of its own, since each may leave at another exit.
@@ -79,7 +80,7 @@ class InsertScores(Pass):
         if wrong or not self.measures:
             raise SpecError(f"measure={'|'.join(map(str, wrong))}: there are {', '.join(MEASURES)}")
         have = {item.after for item in program.exits_of(stack)}
-        if not have or (self.after != "all" and not set(blocks_named(program, stack, self.after)) <= have):
+        if not self._early(program) <= have or not (have or self._at_end(program)):
             raise SpecError(
                 f"stack {stack!r} has exits after {sorted(have) or 'no block'}",
                 hint=f"insert-exits{{stack={stack}}} first",
@@ -101,20 +102,49 @@ class InsertScores(Pass):
                     hint="measure=top1, margin or entropy",
                 ) from error
         if set(self.measures) & set(OF_SHORT):
-            for item in program.exits_of(stack):
-                if self._chooses(program, item) and item.after < program.stacks[stack].blocks:
+            for item in (*program.exits_of(stack), *([self._full(program)] if self._at_end(program) else ())):
+                if self._short_at(program, item):
                     find_head(program.graph, results(program.graph)[item.outputs[self._logits(program)]])
             self._candidates(program)
         elif self.candidates is not None or self.ids is not None:
             raise SpecError(f"candidates and ids belong to measure={', '.join(OF_SHORT)}")
 
-    def _chooses(self, program: Program, item: Exit) -> bool:
-        """Whether an exit gets scores; full depth does, of the measures that it has."""
+    def _at_end(self, program: Program) -> bool:
+        """Whether full depth gets short scores."""
+        blocks = program.stacks[stack_named(program, self.stack)].blocks
+        return blocks in (self.after if isinstance(self.after, tuple) else (self.after,))
+
+    def _early(self, program: Program) -> set[int]:
+        """The exits before full depth that get scores."""
         name = stack_named(program, self.stack)
-        full = item.stack == name and item.after == program.stacks[name].blocks
-        return item.stack == name and (
-            full or self.after == "all" or item.after in blocks_named(program, name, self.after)
-        )
+        blocks = program.stacks[name].blocks
+        if self.after == "all":
+            return {item.after for item in program.exits_of(name) if item.after < blocks}
+        given = self.after if isinstance(self.after, tuple) else (self.after,)
+        counts = tuple(count for count in given if count != blocks)
+        return set(blocks_named(program, name, counts)) if counts or not given else set()
+
+    def _full(self, program: Program) -> Exit:
+        """Full depth as an exit, as it stands or new."""
+        name = stack_named(program, self.stack)
+        stack = program.stacks[name]
+        found = [item for item in program.exits_of(name) if item.after == stack.blocks]
+        behind = dependents([program.nodes[stack.output]], program.graph) | {program.nodes[stack.output]}
+        returned = results(program.graph)
+        outputs = {output: output for output in program.outputs if returned[output] in behind}
+        return found[0] if found else Exit(name, stack.blocks, stack.output, stack.output, outputs=outputs)
+
+    def _wanted(self, program: Program, item: Exit) -> tuple[str, ...]:
+        """The measures that an exit gets; full depth those of its logits, and short ones only where it is named."""
+        name = stack_named(program, self.stack)
+        if item.stack != name:
+            return ()
+        if item.after < program.stacks[name].blocks:
+            return self.measures if item.after in self._early(program) else ()
+        return tuple(m for m in self.measures if m in OF_LOGITS or (m in OF_SHORT and self._at_end(program)))
+
+    def _short_at(self, program: Program, item: Exit) -> bool:
+        return bool(set(self._wanted(program, item)) & set(OF_SHORT))
 
     def _candidates(self, program: Program) -> tuple[int, ...]:
         ids = self.ids
@@ -125,7 +155,7 @@ class InsertScores(Pass):
     def _logits(self, program: Program) -> str:
         returned = results(program.graph)
         stack = stack_named(program, self.stack)
-        made = {name for item in program.exits_of(stack) for name in item.outputs}
+        made = self._full(program).outputs
         usable = [name for name in program.outputs if name in made and returned[name].meta["val"].is_floating_point()]
         name = self.output or ("logits" if "logits" in usable else usable[0] if len(usable) == 1 else None)
         if name not in usable:
@@ -154,23 +184,20 @@ class InsertScores(Pass):
     def run(self, program: Program) -> PassResult:
         """Insert the scores that are not there yet."""
         name = stack_named(program, self.stack)
-        stack = program.stacks[name]
         editor = Editor(program, repr(self))
         exits = list(program.exits)
-        if set(self.measures) & set(OF_LOGITS) and not any(e.after == stack.blocks for e in program.exits_of(name)):
-            outputs = {output: output for item in program.exits_of(name) for output in item.outputs}
-            exits.append(Exit(name, stack.blocks, stack.output, stack.output, outputs=outputs))
+        full = self._full(program)
+        if full not in exits and self._wanted(program, full):
+            exits.append(full)
         short = set(self.measures) & set(OF_SHORT)
         head = ShortHead(editor, name, self._candidates(program)) if short else None
         notes = []
         for at, item in enumerate(exits):
-            if not self._chooses(program, item):
-                continue
             scores = dict(item.scores)
-            for measure in self.measures:
+            for measure in self._wanted(program, item):
                 if measure in scores:
                     notes.append(f"the exit after block {item.after} has {measure} already")
-                elif item.after < stack.blocks or measure in OF_LOGITS:
+                else:
                     node = self._score(editor, program, item, measure, head)
                     scores[measure] = f"{name}.{item.after}/{measure}"
                     editor.returns({scores[measure]: node})

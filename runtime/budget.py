@@ -78,7 +78,7 @@ class Budget(Policy):
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
         stack = only(stacks, self.measure, self)
-        first = min(exit_.after for exit_ in stack.exits[:-1] if self.measure in exit_.scores)
+        first = min(exit_.after for exit_ in stack.asking if self.measure in exit_.scores)
         if self.blocks is not None and not first <= self.blocks <= stack.blocks:
             raise PolicyError(
                 f"a mean of {self.blocks} blocks cannot be held by exits with the score {self.measure!r} after "

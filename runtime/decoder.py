@@ -123,16 +123,16 @@ class Decoder:
                 door = leg.door
                 if door is None:
                     continue
-                leave, made = self._ask(door, leg, slots, values, counts, askers)
-                if leave is None:
-                    continue
+                leave, made = self._ask(door, slots, values, counts, self._asker(door, leg, askers, picks, whole))
                 if made is not None and askers is not None:
                     wanted = askers[leg.stack or ""].wanted[door.after] or ()
                     self._note(door, made, wanted, [rows[slot] for slot in slots.tolist()])
+                picked = self._picked(door, made, slots, leave, picks)
+                if door.full:
+                    leave = np.ones(slots.size, np.bool_)
                 (go,) = leave.nonzero()
                 if not go.size:
                     continue
-                picked = self._picked(door, made, slots, go, picks)
                 answered = [row for row in go.tolist() if row not in picked]
                 wholly = whole is not None and door.full and door.ends and whole()
                 ending = (
@@ -287,22 +287,27 @@ class Decoder:
 
     # leaving
 
-    def _ask(
+    def _asker(
         self,
         door: Door,
         leg: Leg,
-        slots: Index,
-        values: Values,
-        counts: Index,
         askers: Mapping[str, Asker] | None,
-    ) -> tuple[NDArray[np.bool_] | None, Values | None]:
-        """Which rows leave (None: nobody was asked), and what the exit made for that."""
-        if door.full:
-            return np.ones(slots.size, np.bool_), None
+        picks: Callable[[int, int], bool] | None,
+        whole: Callable[[], bool] | None,
+    ) -> Asker | None:
+        """Who says which rows leave here, if anybody; at full depth, whether the tokens that were picked will do."""
         asker = askers[leg.stack or ""] if askers else None
-        wanted = asker.wanted[door.after] if asker else None
-        if asker is None or wanted is None:
-            return None, None
+        if asker is None or asker.wanted.get(door.after) is None:
+            return None
+        return None if door.full and (door.pick is None or picks is None or whole is not None) else asker
+
+    def _ask(
+        self, door: Door, slots: Index, values: Values, counts: Index, asker: Asker | None
+    ) -> tuple[NDArray[np.bool_], Values | None]:
+        """What the policy says of each row, and what the exit made for that."""
+        if asker is None:
+            return np.zeros(slots.size, np.bool_), None
+        wanted = asker.wanted[door.after] or ()
         made = self._last_tokens(values, counts)
         if not door.free.issuperset(wanted):
             made = made | self._through(door, slots, made)
@@ -310,13 +315,18 @@ class Decoder:
         return asker.ask(door.after, self.rows[slots], found), made
 
     def _picked(
-        self, door: Door, made: Values | None, slots: Index, rows: Index, picks: Callable[[int, int], bool] | None
+        self,
+        door: Door,
+        made: Values | None,
+        slots: Index,
+        sure: NDArray[np.bool_],
+        picks: Callable[[int, int], bool] | None,
     ) -> dict[int, int]:
-        """The tokens that the exit has picked and that will do, of ``rows``."""
+        """The tokens that the exit has picked and that will do, of the rows that are ``sure``."""
         if door.pick is None or made is None or picks is None:
             return {}
         tokens, places = made[door.pick].reshape(slots.size, -1)[:, -1].tolist(), slots.tolist()
-        return {row: tokens[row] for row in rows.tolist() if picks(places[row], tokens[row])}
+        return {row: tokens[row] for row in sure.nonzero()[0].tolist() if picks(places[row], tokens[row])}
 
     def _door(
         self, door: Door, slots: Index, values: Values, counts: Index, rows: list[int], made: Values | None

@@ -26,6 +26,7 @@ MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 
 PICK = "prediction-short"
+SHORT = ("top1-short", "margin-short", PICK)  # scores that need no head of the whole vocabulary
 
 # The dtypes of values: numpy's names, and ONNX Runtime's.
 DTYPES: Mapping[str, str] = {
@@ -73,8 +74,8 @@ class Exit:
     ``state`` is the value that stands for the stack's output when a row leaves here. ``outputs`` maps the
     model's output names to values; it is empty when other stages follow the stack. ``scores`` maps measures
     (``top1``, ``cosine``, ...) to values of shape [batch]; a score is made either by ``segments`` or already
-    by the block's own segment. With the score `PICK` a row that leaves has its next token, which greedy generation
-    takes without running ``segments``.
+    by the block's own segment. With the score `PICK` a row has its next token, which greedy generation takes without
+    running ``segments`` where the policy lets the row leave; at full depth, where it finds the token good enough.
     """
 
     after: int
@@ -112,6 +113,11 @@ class Stack:
     output: str
     parts: tuple[Part, ...]
     exits: tuple[Exit, ...]
+
+    @property
+    def asking(self) -> tuple[Exit, ...]:
+        """The exits at which policies are asked: those before full depth, and full depth where it picks tokens."""
+        return self.exits if PICK in self.exits[-1].scores else self.exits[:-1]
 
 
 @dataclass(frozen=True)

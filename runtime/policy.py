@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.errors import ExecutionError, PolicyError
-from offramp.runtime.manifest import Exit, Stack
+from offramp.runtime.manifest import SHORT, Exit, Stack
 
 Rows: TypeAlias = NDArray[np.bool_]
 Scores: TypeAlias = Mapping[str, NDArray[Any]]
@@ -82,7 +82,8 @@ class Cost:
 class Policy:
     """Base of all policies; a plain function ``(state) -> bool [rows]`` serves as well.
 
-    The exit at full depth is not a policy's business: there every row leaves.
+    The exit at full depth is a policy's business only where it has picked a token of a short list: then it says whether
+    that will do (leave), or the head is to run over the whole vocabulary. Of its scores it gets those of short lists.
     """
 
     @property
@@ -147,8 +148,10 @@ class Asker:
         self._history: dict[int, Scores] = {}
         self.record: dict[int, dict[str, NDArray[Any]]] = {}
         self.steps: NDArray[np.int64] | None = None  # by place in the batch
-        self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
-        for exit_ in stack.exits[:-1]:
+        self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.asking}
+        if (wanted := self.wanted.get(stack.blocks)) is not None:
+            self.wanted[stack.blocks] = tuple(measure for measure in wanted if measure in SHORT) or None
+        for exit_ in stack.asking:
             missing = set(self.wanted[exit_.after] or ()) - exit_.scores.keys()
             if missing:
                 raise PolicyError(
@@ -240,7 +243,7 @@ def named(stacks: Mapping[str, Stack], name: str) -> None:
 
 def scored(stacks: Mapping[str, Stack], measure: str, after: Iterable[int] = ()) -> None:
     """Raise PolicyError where no exit before full depth has the score, or none after each of so many blocks has."""
-    early = [exit_ for stack in stacks.values() for exit_ in stack.exits[:-1]]
+    early = [exit_ for stack in stacks.values() for exit_ in stack.asking]
     if not early:
         raise PolicyError(f"there is no exit before full depth:\n{listing(stacks)}", hint="insert-exits{after=...}")
     found = {exit_.after for exit_ in early if measure in exit_.scores}
@@ -267,7 +270,7 @@ def only(stacks: Mapping[str, Stack], measure: str, policy: Policy, after: int |
     found = [
         stack
         for stack in stacks.values()
-        if any(measure in exit_.scores and after in (None, exit_.after) for exit_ in stack.exits[:-1])
+        if any(measure in exit_.scores and after in (None, exit_.after) for exit_ in stack.asking)
     ]
     if len(found) > 1:
         raise PolicyError(

@@ -334,3 +334,44 @@ def test_generation(tmp_path: Path, order: str, picks: bool, prompt: list[int]) 
     assert len(set(depths)) > 2
     for step in steps:
         assert any("tail" in ran.segment for ran in step.trace) == (step.exit == tiny.BLOCKS or not picks)
+
+
+@pytest.mark.parametrize("passes", ["insert-exits{after=2}", ""])
+def test_full_depth_picks_tokens_too(tmp_path: Path, passes: str) -> None:
+    """Where the short score is high enough, full depth does without its head; sampling and beams never do."""
+    captured = tiny.captured(tiny.Talker, {"input_ids": tiny.ids()}, seed=4)
+    text = TEXT.replace("{", f"{{after={tiny.BLOCKS},")
+    program = apply(captured.program, ",".join(filter(None, [passes, text, "insert-cache"])))
+    save(program, tmp_path / "talker.offramp", target="portable")
+    chain = offramp.load(tmp_path / "talker.offramp")
+    scored = apply(captured.program, text)
+    (full,) = [item for item in scored.exits if item.after == tiny.BLOCKS]
+    prompt, count, threshold = [3, 1], 24, 0.4
+    words, picked = list(prompt), []
+    for _ in range(count):
+        found = tiny.outputs(scored.module, {"input_ids": torch.tensor([words])})
+        picked.append(bool(found[full.scores["top1-short"]][0, -1] >= threshold) and len(words) > len(prompt))
+        best, few = found["output"][0, -1].argmax(), found[full.scores["prediction-short"]][0, -1]
+        words.append(int(few if picked[-1] else best))
+    policy = offramp.Confidence(thresholds={tiny.BLOCKS: threshold}, measure="top1-short")
+    steps = list(chain.stream({"input_ids": [prompt]}, policy, max_new_tokens=count))
+    assert [step.token for step in steps] == words[len(prompt) :]
+    assert [not any("tail" in ran.segment for ran in step.trace) for step in steps] == picked
+    assert {step.exit for step in steps} == {tiny.BLOCKS}
+    assert len(set(picked)) == 2
+    for options in ({"temperature": 1.0}, {"suppress": IDS}, {"processors": (lambda tokens, logits: logits,)}):
+        steps = list(chain.stream({"input_ids": [prompt]}, policy, max_new_tokens=4, **options))
+        assert all(any("tail" in ran.segment for ran in step.trace) for step in steps)
+    exact = chain.generate({"input_ids": [prompt]}, offramp.Never(), beams=2, max_new_tokens=8)
+    assert (
+        chain.generate({"input_ids": [prompt]}, policy, beams=2, max_new_tokens=8).tokens[0].tolist()
+        == exact.tokens[0].tolist()
+    )
+
+
+def test_without_exits_only_full_depth_can_be_scored(decoder: tiny.Captured) -> None:
+    with pytest.raises(SpecError, match="has exits after no block"):
+        apply(decoder.program, TEXT)
+    with pytest.raises(SpecError, match="has exits after no block"):
+        apply(decoder.program, TEXT.replace("{", "{after=1,"))
+    assert apply(decoder.program, TEXT.replace("{", f"{{after={tiny.BLOCKS},")).exits[0].scores.keys() == set(OF_SHORT)
