@@ -29,7 +29,7 @@ from benchmarks._common import BUILD, Known, data, report
 from examples import train_speech_adapters as recipe
 from offramp import zoo
 from offramp.runtime.audio import log_mel, read_wav, resample
-from offramp.runtime.manifest import Exit
+from offramp.runtime.manifest import PICK, Exit
 from offramp.runtime.policies import Verify
 from offramp.runtime.policy import Rows
 from offramp.training.weights import load_weights
@@ -37,7 +37,8 @@ from offramp.training.weights import load_weights
 MODEL = "whisper_base"
 FULL = "full depth"
 AT = 0.9
-SHORT, CANDIDATES = "top1-short", 2048
+BLOCKS = 6
+SHORT, CANDIDATES = "top1-short", 8192
 Row = dict[str, Any]
 
 
@@ -75,17 +76,17 @@ class Run:
 
 
 class Watch(offramp.Policy):
-    """Full depth for all, and what each exit would have said: ``seen[step][after]``."""
+    """The whole head for all, and what each exit would have picked: ``seen[step][after]``."""
 
     def __init__(self) -> None:
         self.seen: dict[int, dict[int, int]] = defaultdict(dict)
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
-        return ("prediction",) if stack == "decoder" else None
+        return (PICK,) if stack == "decoder" else None
 
     def leave(self, state: offramp.State) -> Rows:
         assert state.steps is not None
-        self.seen[int(state.steps[0])][state.after] = int(state.scores["prediction"][0])
+        self.seen[int(state.steps[0])][state.after] = int(state.scores[PICK][0])
         return np.zeros(state.rows.size, np.bool_)
 
 
@@ -119,10 +120,10 @@ def clips() -> list[Clip]:
 
 
 def bundles() -> dict[str, Path]:
-    """The encoder; the decoder "plain", a single session beside it; and with exits that score cheaply, or in full."""
+    """The encoder; the decoder "plain", with a single session, with a short list at full depth, and with exits too."""
     if not recipe.WEIGHTS.is_file():
         raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
-    paths = {name: BUILD / f"speech-{name}.offramp" for name in ("encoder", "plain", "short", "scored")}
+    paths = {name: BUILD / f"speech-{name}.offramp" for name in ("encoder", "plain", "end", "short")}
     how: dict[str, Any] = {"generation": zoo.generation(MODEL), "files": zoo.tokenizer_files(MODEL), "segments": 1}
     if not (paths["encoder"] / "manifest.json").exists():
         module, example = zoo.load(MODEL)
@@ -133,16 +134,15 @@ def bundles() -> dict[str, Path]:
         program = recipe.program("insert-cache")
         offramp.save(program, paths["plain"], **how)
         _chains.write_single(program, paths["plain"])
-    scores = {
-        "short": offramp.InsertScores(measure=SHORT, ids=recipe.common(CANDIDATES)),
-        "scored": offramp.InsertScores(measure=("top1", "prediction")),
-    }
-    trained = recipe.WEIGHTS.stat().st_mtime
-    for name, score in scores.items():
+    for name, exits in (("end", ()), ("short", recipe.EXITS)):
+        trained = recipe.WEIGHTS.stat().st_mtime
         if not (paths[name] / "manifest.json").exists() or paths[name].stat().st_mtime < trained:
-            program = recipe.program()
-            load_weights(program, recipe.WEIGHTS)
-            offramp.save(offramp.apply(program, [score, offramp.InsertCache()]), paths[name], **how)
+            program = recipe.program(recipe.PIPELINE if exits else "")
+            if exits:
+                load_weights(program, recipe.WEIGHTS)
+            few = recipe.common(CANDIDATES)
+            scores = offramp.InsertScores(measure=(SHORT, PICK), after=(*exits, BLOCKS), ids=few)
+            offramp.save(offramp.apply(program, [scores, offramp.InsertCache()]), paths[name], **how)
     return paths
 
 
@@ -161,38 +161,38 @@ def decoded(heard: Heard, way: Way) -> Run:
     return Run([s.token for s in steps], [s.exit for s in steps], sum(s.milliseconds for s in steps), heard.ms + spent)
 
 
-def perfect(short: offramp.Chain, scored: offramp.Chain, heard: Heard) -> dict[str, Way]:
+def perfect(short: offramp.Chain, heard: Heard) -> dict[str, Way]:
     """Gates that leave at the first of some exits that says what full depth says, given full depth's text."""
     watch, found = Watch(), {}
-    tokens = decoded(heard, Way(scored, watch)).tokens
-    for some in sets(short):
+    tokens = decoded(heard, Way(short, watch)).tokens
+    for some in sets():
         right = [next((e for e in some if watch.seen[i].get(e) == token), None) for i, token in enumerate(tokens)]
         found[f"a perfect gate after {listed(some)}"] = Way(short, Known(right))
     return found
 
 
-def sets(chain: offramp.Chain) -> list[tuple[int, ...]]:
-    """Each exit alone, and all together."""
-    exits = [exit_.after for exit_ in chain.stacks["decoder"].exits[:-1]]
-    return list(dict.fromkeys([*((after,) for after in exits), tuple(exits)]))
+def sets() -> list[tuple[int, ...]]:
+    """Each exit together with the short list at full depth, and all."""
+    return [*((after, BLOCKS) for after in recipe.EXITS), (*recipe.EXITS, BLOCKS)]
 
 
 def listed(exits: Sequence[int]) -> str:
     return " and ".join(map(str, exits))
 
 
-def ways(plain: offramp.Chain, short: offramp.Chain, scored: offramp.Chain) -> dict[str, Way]:
+def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain) -> dict[str, Way]:
     """Every way but perfect gates and the single session."""
     found = {FULL: Way(plain, offramp.Never()), "full depth, exits unused": Way(short, offramp.Never())}
-    for some in sets(short):
+    for at in (0.5, 0.7, AT):
+        found[f"short list >= {at} after {BLOCKS}"] = Way(
+            end, offramp.Confidence(measure=SHORT, thresholds={BLOCKS: at})
+        )
+    for some in sets():
         cheap = offramp.Confidence(measure=SHORT, thresholds=dict.fromkeys(some, AT))
-        found[f"short top1 >= {AT} after {listed(some)}"] = Way(short, cheap)
-        if len(some) == 1:
-            (after,) = some
-            found[f"same after {after}, state copied up"] = Way(short, cheap, "hidden")
-            found[f"top1 >= {AT} after {after}"] = Way(scored, offramp.Confidence(thresholds={after: AT}))
-            found[f"verify after {after}"] = Way(short, Verify(after, threshold=0.5, measure=SHORT))
-            found[f"always after {after}"] = Way(short, offramp.Depth({"decoder": after}))
+        found[f"short list >= {AT} after {listed(some)}"] = Way(short, cheap)
+    for after in recipe.EXITS:
+        found[f"verify after {after}"] = Way(short, Verify(after, threshold=0.5, measure=SHORT))
+        found[f"always after {after}"] = Way(short, offramp.Depth({"decoder": after}))
     return found
 
 
@@ -222,16 +222,16 @@ def main() -> None:
     parser.add_argument("--clips", type=int, help="how many recordings (32)")
     recordings = clips()[: parser.parse_args().clips]
     paths = bundles()
-    encoder, plain, short, scored = (offramp.load(path) for path in paths.values())
+    encoder, plain, end, short = (offramp.load(path) for path in paths.values())
     words = Tokenizer.from_file(str(paths["plain"] / "tokenizer.json"))
-    every = ways(plain, short, scored)
+    every = ways(plain, end, short)
     for way in every.values():
         decoded(listened(encoder, recordings[0]), way)  # warms up
     runs: dict[str, list[Run]] = {}
     with _chains.chain(paths["plain"], single=True) as worker:
         for clip in recordings:
             heard = listened(encoder, clip)
-            for name, way in (every | perfect(short, scored, heard)).items():
+            for name, way in (every | perfect(short, heard)).items():
                 runs.setdefault(name, []).append(decoded(heard, way))
             full = runs[FULL][-1]
             states = BUILD / "speech.npy"

@@ -10,7 +10,7 @@ from torch import fx
 
 from offramp.passes.infra.masks import plain_window
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
-from offramp.program.graph import aten, data_inputs, expression, is_symint, read_by, shape, source, symbols
+from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
 from offramp.program.program import Program, evaluate
 from offramp.program.sizes import resized
 from offramp.runtime.errors import PassError
@@ -113,9 +113,11 @@ class Causal:
     def _limit(self) -> int | None:
         """From the captured range of the axis, and from tables that positions are looked up in."""
         limits = [self.program.axes.ranges.get(self.tokens, (1, None))[1]]
+        cuts = [self.program.nodes[name] for stack in self.program.stacks.values() for name in stack.cuts[1:]]
+        behind = dependents(cuts, self.program.graph)  # where no position is looked up any more
         for node in self.program.graph.nodes:
             table, axis, index = _looked_up(node)
-            if index is None or self.kinds[table] != CONSTANT:
+            if index is None or index in behind or self.kinds[table] != CONSTANT:
                 continue
             words: list[int | None] = [None] if self.kinds[index] == POSITIONAL else []
             if not words and any(self._counts(inner) for inner in read_by([index])):
