@@ -38,7 +38,7 @@ MODEL = "whisper_base"
 FULL = "full depth"
 AT = 0.9
 BLOCKS = 6
-SHORT, CANDIDATES = "top1-short", 8192
+SHORT, CANDIDATES = "top1-short", {"end": 12000, "short": 4096}
 Row = dict[str, Any]
 
 
@@ -140,7 +140,7 @@ def bundles() -> dict[str, Path]:
             program = recipe.program(recipe.PIPELINE if exits else "")
             if exits:
                 load_weights(program, recipe.WEIGHTS)
-            few = recipe.common(CANDIDATES)
+            few = recipe.common(CANDIDATES[name])
             scores = offramp.InsertScores(measure=(SHORT, PICK), after=(*exits, BLOCKS), ids=few)
             offramp.save(offramp.apply(program, [scores, offramp.InsertCache()]), paths[name], **how)
     return paths
@@ -183,7 +183,7 @@ def listed(exits: Sequence[int]) -> str:
 def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain) -> dict[str, Way]:
     """Every way but perfect gates and the single session."""
     found = {FULL: Way(plain, offramp.Never()), "full depth, exits unused": Way(short, offramp.Never())}
-    for at in (0.5, 0.7, AT):
+    for at in (0.8, AT, 0.95):
         found[f"short list >= {at} after {BLOCKS}"] = Way(
             end, offramp.Confidence(measure=SHORT, thresholds={BLOCKS: at})
         )

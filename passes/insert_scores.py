@@ -112,7 +112,8 @@ class InsertScores(Pass):
     def _at_end(self, program: Program) -> bool:
         """Whether full depth gets short scores."""
         blocks = program.stacks[stack_named(program, self.stack)].blocks
-        return blocks in (self.after if isinstance(self.after, tuple) else (self.after,))
+        given = self.after if isinstance(self.after, tuple) else (self.after,)
+        return blocks in given and bool(set(self.measures) & set(OF_SHORT))
 
     def _early(self, program: Program) -> set[int]:
         """The exits before full depth that get scores."""
@@ -121,8 +122,8 @@ class InsertScores(Pass):
         if self.after == "all":
             return {item.after for item in program.exits_of(name) if item.after < blocks}
         given = self.after if isinstance(self.after, tuple) else (self.after,)
-        counts = tuple(count for count in given if count != blocks)
-        return set(blocks_named(program, name, counts)) if counts or not given else set()
+        counts = tuple(count for count in given if count != blocks) if self._at_end(program) else given
+        return set(blocks_named(program, name, counts)) if counts or not self._at_end(program) else set()
 
     def _full(self, program: Program) -> Exit:
         """Full depth as an exit, as it stands or new."""

@@ -169,7 +169,9 @@ class Chain:
         """
         run, prompts = self._generation(inputs, policy, propagate, max_pending, options, beams)
         if beams > 1:
-            return search(run, prompts, beams, length_penalty)
+            found = search(run, prompts, beams, length_penalty)
+            run.end()
+            return found
         tokens: list[list[int]] = [[] for _ in prompts]
         exits: list[list[int]] = [[] for _ in prompts]
         for step in _tokens(run, prompts):
@@ -279,7 +281,8 @@ class Chain:
 
 def _tokens(run: Run, prompts: Prompts) -> Iterator[Token]:
     _, drafts = in_last(run.policy, run.plan.stacks[-1])
-    return verified(run, prompts, drafts) if drafts else stream(run, prompts)
+    yield from verified(run, prompts, drafts) if drafts else stream(run, prompts)
+    run.end()
 
 
 def _listed(values: Mapping[str, Value]) -> str:

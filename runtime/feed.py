@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from time import perf_counter
@@ -46,6 +47,21 @@ class Plan:
         )
         self.stacks = [stage.stack for stage in manifest.stages if stage.when == "chunk" and stage.stack]
         self.output, self.vocabulary = self._logits()
+        self._lock = threading.Lock()
+        self._spare: Store | None = None
+
+    def store(self, slots: int, capacity: int, device: tuple[str, int] | None) -> Store:
+        """Memory for a generation, that of one that has ended where it has the same size."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is not None and (spare.slots, spare.capacity, spare.device) == (slots, capacity, device):
+            return spare
+        return Store(self.manifest, slots, capacity, device)
+
+    def release(self, store: Store) -> None:
+        """Leave the memory of a generation to the next one."""
+        with self._lock:
+            self._spare = store
 
     def _logits(self) -> tuple[str, int]:
         values = self.manifest.values
@@ -125,8 +141,8 @@ class Plan:
 class Run:
     """One generation: its decoder, its rows and their tokens.
 
-    ``first`` are asked about the prompts: nobody, for these go to full depth, but where each is a single token that
-    only starts the text, a step like any other.
+    A prompt goes to full depth, but for one of a single token, which only starts the text: a step like any other.
+    ``first`` are asked about the prompts, nobody where none is such a one.
     """
 
     def __init__(
@@ -154,15 +170,14 @@ class Run:
         longest = max(row.size for row in prompts)
         self._limit = plan.cache.limit
         capacity = self._capacity(_FIRST_CAPACITY, longest + 1)
-        self.decoder = Decoder(
-            plan.manifest, plan.legs, Store(plan.manifest, slots, capacity, device), propagate, max_pending
-        )
+        self.decoder = Decoder(plan.manifest, plan.legs, plan.store(slots, capacity, device), propagate, max_pending)
         self._keep(kept)
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.askers = {name: Asker(policy, stacks[name], slots) for name in plan.stacks}
-        self.first = self.askers if all(row.size == 1 for row in prompts) else None
         self._given = np.array([row.size for row in prompts], np.int64)
+        self.first = self.askers if (self._given == 1).any() else None
+        self._mixed = self.first is not None and bool((self._given > 1).any())
         self._steps = np.zeros(slots, np.int64)
         self._watch: Watch | None = None
         if Agreement in policy.observes and plan.output:
@@ -214,15 +229,25 @@ class Run:
                 asker.restart(steps)
             if whole is None and self._watch is not None:
                 whole = self._watch.wants
-        left = decoder.feed(np.arange(count), {self.plan.cache.tokens[0]: chunk}, counts, askers, whole, picks)
-        left.sort(key=lambda item: item.slot)
+        name, slots = self.plan.cache.tokens[0], np.arange(count)
+        unasked: list[Left] = []
+        if askers is not None and self._mixed:  # apart, so that each row gets what it gets alone
+            deep, slots, self._mixed = slots[counts > 1], slots[counts == 1], False
+            unasked = decoder.feed(deep, {name: chunk[deep]}, counts[deep], None)
+            chunk = chunk[slots, :1]
+        asked = decoder.feed(slots, {name: chunk}, counts[slots], askers, whole, picks)
+        left = sorted(unasked + asked, key=lambda item: item.slot)
         if askers is not None:
             if self._watch is not None:
                 self._watch.see(left, counts.tolist())
             milliseconds = (perf_counter() - started) * 1e3
             for name, asker in askers.items():
-                asker.spent([item.exits[name] for item in left], milliseconds)
+                asker.spent([item.exits[name] for item in asked], milliseconds)
         return left
+
+    def end(self) -> None:
+        """Leave this generation's memory to others; it cannot go on."""
+        self.plan.release(self.decoder.store)
 
     def rearrange(self, sources: Sequence[int]) -> None:
         """Slot ``i`` gets what slot ``sources[i]`` had."""

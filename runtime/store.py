@@ -2,7 +2,8 @@
 
 A segment that is run on some rows has a binding of its own, with arrays for what changes at each run, which others
 replace when the chunk's size changes; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a
-device the caches stay there, and what changes is copied from and to the host.
+device the caches stay there, and what changes is copied from and to the host. A generation that ends leaves all this to
+the next one of its size.
 """
 
 from __future__ import annotations
@@ -74,12 +75,13 @@ def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, 
 class _Bound:
     """A binding of a segment to some slots, and its arrays for chunks of the last size.
 
-    ONNX Runtime keeps no hold of numpy's memory: ``slices`` and ``sized`` do. ``fetched`` are outputs of sizes that
-    only a run tells, by their place among all outputs.
+    ONNX Runtime keeps no hold of numpy's memory: ``slices`` and ``sized`` do. ``kept`` says which are bound now.
+    ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
     """
 
     binding: Any
     counts: Array
+    kept: int = -1
     slices: dict[str, ort.OrtValue] = field(default_factory=dict)
     chunk: int = 0
     sized: list[ort.OrtValue] = field(default_factory=list)
@@ -102,6 +104,7 @@ class Store:
         self._arrays: dict[str, Array] = {}
         self._on_device: dict[str, ort.OrtValue] = {}
         self._bound: dict[tuple[str, int, int], _Bound] = {}
+        self._kept = 0  # how often values were replaced
         self._options = quiet()
         sizes = self._sizes(slots, 1)
         for name in self.cache.buffers:
@@ -116,7 +119,7 @@ class Store:
         """Values that chunks read and do not change; they replace those of the same names."""
         self._arrays |= {name: np.array(value) for name, value in values.items()}
         self._settle(values)
-        self._bound.clear()
+        self._kept += 1
 
     def _settle(self, names: Any) -> None:
         if self.device is not None:
@@ -197,6 +200,11 @@ class Store:
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(launch, low, high)
+        if bound.kept != self._kept:
+            bound.kept = self._kept
+            for file_name, name in launch.kept:
+                bound.slices[name] = self._slice(name, low, high)
+                bound.binding.bind_ortvalue_input(file_name, bound.slices[name])
         if bound.chunk != chunk:
             self._size(bound, launch, high - low, chunk)
         for name, array in bound.given:
@@ -217,7 +225,7 @@ class Store:
         bound = _Bound(launch.session.io_binding(), np.zeros(high - low, np.int64))
         if launch.lengths is not None:
             bound.binding.bind_ortvalue_input(launch.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
-        for key, name in (*launch.kept, *launch.buffers):
+        for key, name in launch.buffers:
             bound.slices[name] = self._slice(name, low, high)
             bound.binding.bind_ortvalue_input(key, bound.slices[name])
         for key, name in launch.appended:

@@ -59,7 +59,7 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
         if kind is m.Manifest:
             needed |= {"format", "version"}
         assert set(schema.get("required", ())) == needed
-    assert SCHEMA["properties"]["version"]["maximum"] == m.VERSION
+    assert SCHEMA["properties"]["version"]["const"] == m.VERSION
     assert set(SCHEMA["$defs"]["value"]["properties"]["dtype"]["enum"]) == set(m.DTYPES)
 
 
@@ -196,5 +196,7 @@ def test_other_texts_are_refused(data: dict[str, Any]) -> None:
     for text in ("[]", '{"format": "other"}', "null"):
         with pytest.raises(BundleError, match="is not one of offramp"):
             m.from_json(text)
-    with pytest.raises(BundleError, match=r"format version 3.*(\n.*)*pip install --upgrade offramp"):
-        m.from_json(json.dumps(data | {"version": 3, "news": 1}))
+    with pytest.raises(BundleError, match=r"format version 4.*(\n.*)*pip install --upgrade offramp"):
+        m.from_json(json.dumps(data | {"version": 4, "news": 1}))
+    with pytest.raises(BundleError, match=r"format version 2.*(\n.*)*export the model again"):
+        m.from_json(json.dumps(data | {"version": 2}))

@@ -183,12 +183,13 @@ class Oracle:
                     yield f"{name}_cache_{at}", values.numpy()
 
     def write(self, prompt: Sequence[int], depths: Mapping[str, Sequence[int]], count: int) -> list[int]:
-        """The tokens that follow, each leaving where ``depths`` says (the first at full depth)."""
-        logits, found = self.feed(prompt, {}), list[int]()
+        """The tokens that follow, each leaving where ``depths`` says (behind a prompt of several at full depth)."""
+        turns = ({stack: at[step % len(at)] for stack, at in depths.items()} for step in itertools.count())
+        logits, found = self.feed(prompt, next(turns) if len(prompt) == 1 else {}), list[int]()
         for step in range(count):
             found.append(int(logits.argmax()))
             if step + 1 < count:
-                logits = self.feed(found[-1:], {stack: at[step % len(at)] for stack, at in depths.items()})
+                logits = self.feed(found[-1:], next(turns))
         return found
 
 
@@ -390,8 +391,8 @@ def test_tokens_and_caches_are_those_of_the_whole_text(
     for row in range(len(prompts)):
         assert played.tokens(row) == expected[row]
         for stack, blocks in BLOCKS[where[0]].items():
-            at = depths[stack][row]
-            assert played.exits(row, stack) == [blocks, *(at[step % len(at)] for step in range(count - 1))]
+            at, first = depths[stack][row], [blocks] if len(prompts[row]) > 1 else []
+            assert played.exits(row, stack) == [*first, *(at[step % len(at)] for step in range(count - len(first)))]
     for before, now in itertools.pairwise(played.moments):
         assert (before.seen <= now.seen).all()
     for now in played.moments:
@@ -463,10 +464,11 @@ def test_rows_keep_their_numbers_when_others_end(bundles: Get, where: tuple[str,
 def test_rows_run_no_wider_than_their_own_tokens(bundles: Get, name: str) -> None:
     """Row 0 takes a token along to its exit; the rows behind it, with one token each, run on together."""
     made = bundles(name)
-    inputs, depths = made.inputs([[1], [2], [3]]), {"decoder": [[1, 2], [3, 3], [3, 3]]}
+    prompts = [[1, 1], [2, 1], [3, 1]]
+    inputs, depths = made.inputs(prompts), {"decoder": [[1, 2], [3, 3], [3, 3]]}
     played = play(made.chain, inputs, Schedule(depths), max_new_tokens=3)
     for row in range(3):
-        assert played.tokens(row) == made.oracle(inputs, row).write([row + 1], of_row(depths, row), 3)
+        assert played.tokens(row) == made.oracle(inputs, row).write(prompts[row], of_row(depths, row), 3)
     rows = [timing.rows for timing in played.steps[2][0].trace if timing.segment == "decoder.3"]
     assert rows == [2]
 
@@ -509,14 +511,14 @@ def test_what_a_policy_sees(bundles: Get) -> None:
 
 def test_scores_are_those_of_the_last_exit_that_was_asked(bundles: Get) -> None:
     made = bundles("talker")
-    played = play(made.chain, made.inputs([[1], [2]]), Schedule({"decoder": [[4], [2]]}), max_new_tokens=2)
+    played = play(made.chain, made.inputs([[1, 0], [2, 0]]), Schedule({"decoder": [[4], [2]]}), max_new_tokens=2)
     deep, early = played.steps[1]
     for token, after in ((deep, 3), (early, 2)):
         with torch.no_grad():
-            ids = [[token.row + 1, played.tokens(token.row)[0]]]
+            ids = [[token.row + 1, 0, played.tokens(token.row)[0]]]
             chances = tiny.cut(made.captured.model, after)(torch.tensor(ids))[0, -1].softmax(-1)
         assert token.scores["top1"] == pytest.approx(float(chances.max()), rel=1e-4)
-    assert played.steps[0][0].scores == {}  # a prompt runs to full depth, and nobody is asked
+    assert played.steps[0][0].scores == {}  # a prompt of several tokens runs to full depth, and nobody is asked
     never = play(made.chain, made.inputs([[1]]), offramp.Never(), max_new_tokens=2)
     assert [token.scores for token in never.row(0)] == [{}, {}]
 
@@ -580,7 +582,7 @@ def test_the_records_of_a_known_schedule(bundles: Get, name: str, target: str) -
     made = bundles(name, target)
     blocks = BLOCKS[name]["decoder"]
     depths = {"decoder": [[1, 1, 1, blocks, 2, 1, blocks]]}
-    played = play(made.chain, made.inputs([[1]]), Schedule(depths), max_new_tokens=8)
+    played = play(made.chain, made.inputs([[1, 2]]), Schedule(depths), max_new_tokens=8)
     tokens = played.row(0)
     assert [token.exit for token in tokens] == [blocks, 1, 1, 1, blocks, 2, 1, blocks]
     assert [dict(token.exits) for token in tokens] == [{"decoder": token.exit} for token in tokens]
@@ -603,13 +605,13 @@ def test_the_records_of_a_known_schedule(bundles: Get, name: str, target: str) -
 def test_caught_up_counts_tokens_of_all_rows(bundles: Get) -> None:
     made = bundles("talker")
     depths = {"decoder": [[1, 1, 4, 4], [3, 2, 1, 4]]}
-    played = play(made.chain, made.inputs([[1], [2, 3]]), Schedule(depths), max_new_tokens=5)
+    played = play(made.chain, made.inputs([[1, 2], [2, 3]]), Schedule(depths), max_new_tokens=5)
     assert [[token.caught_up for token in step] for step in played.steps] == [[n] * 2 for n in (0, 0, 0, 2, 3)]
 
 
 def test_a_bound_catches_up_by_itself(bundles: Get) -> None:
     made = bundles("talker")
-    played = play(made.chain, made.inputs([[1]]), Schedule({"decoder": [[1]]}), max_pending=3, max_new_tokens=8)
+    played = play(made.chain, made.inputs([[1, 2]]), Schedule({"decoder": [[1]]}), max_pending=3, max_new_tokens=8)
     assert [step[0].caught_up for step in played.steps] == [0, 0, 0, 3, 0, 0, 3, 0]
     assert [step[0].exit for step in played.steps] == [4] + [1] * 7
 
@@ -800,19 +802,19 @@ def test_hidden_states_whose_rows_lie_elsewhere(bundles: Get) -> None:
 @few
 @given(prompt=st.lists(st.integers(0, tiny.WORDS - 1), min_size=1, max_size=4), after=st.integers(1, 4))
 def test_as_many_beams_as_words_find_the_best_of_all(bundles: Get, prompt: list[int], after: int) -> None:
-    """Of two tokens, the second left early; rows that are not alike get what they get alone."""
+    """Of two tokens, the second left early, and the first behind a prompt of one; rows get what they get alone."""
     made = bundles("talker")
     inputs = made.inputs([prompt, [1], prompt])
     found = made.chain.generate(inputs, offramp.Depth(after), beams=tiny.WORDS, max_new_tokens=2)
     for row in range(3):
-        first = made.oracle(inputs, row)
-        total = first.feed(inputs["input_ids"][row], {}).log_softmax(-1)[:, None].repeat(1, tiny.WORDS)
+        first, at = made.oracle(inputs, row), {"decoder": 4 if len(inputs["input_ids"][row]) > 1 else after}
+        total = first.feed(inputs["input_ids"][row], at).log_softmax(-1)[:, None].repeat(1, tiny.WORDS)
         for token in range(tiny.WORDS):
             oracle = made.oracle(inputs, row)
-            oracle.feed(inputs["input_ids"][row], {})
+            oracle.feed(inputs["input_ids"][row], at)
             total[token] += oracle.feed([token], {"decoder": after}).log_softmax(-1)
         assert found.tokens[row].tolist() == list(divmod(int(total.argmax()), tiny.WORDS))
-        assert found.exits[row].tolist() == [4, after]
+        assert found.exits[row].tolist() == [at["decoder"], after]
         assert found.scores[row] == pytest.approx(float(total.max()) / 2, rel=1e-4)
 
 
