@@ -20,7 +20,7 @@ from examples.translation.train import TOKENIZER, WEIGHTS, lines, program
 from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
-MEASURES = ("top1-short", "margin-short", "prediction-short")
+MEASURE = "top1-short"
 CANDIDATES = 2000
 THREADS = 1  # more make a model of this size slower
 
@@ -93,7 +93,7 @@ def bundle(exits: Sequence[int] = ()) -> offramp.Chain:
         made = offramp.apply(trained(tuple(exits)), "insert-cache")
         if exits:
             few = "|".join(map(str, frequent()))
-            made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={'|'.join(MEASURES)},ids={few}}}")
+            made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={MEASURE}|prediction-short,ids={few}}}")
         generation = {"prompt": [BEGIN], "stop": [END]}
         offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
     return offramp.load(path, threads=THREADS)
@@ -123,8 +123,8 @@ def measure(ways: Iterable[Way], split: str, count: int | None = None) -> list[W
 
 @torch.no_grad()
 def perfect(full: Way, split: str, exits: Sequence[int], count: int | None = None) -> Way:
-    """A perfect gate for each of the sentences that ``full`` has translated."""
-    module, policies = trained().module, []
+    """A perfect gate for each sentence that ``full`` has translated: it leaves where the pick is full depth's."""
+    module, policies, few = trained().module, [], torch.tensor(frequent())
     for source, text in zip(sources(split, count), full.tokens, strict=True):
         made = module(
             source=torch.tensor([source]),
@@ -133,7 +133,8 @@ def perfect(full: Way, split: str, exits: Sequence[int], count: int | None = Non
         )
         depths = np.full(len(text), DECODER_BLOCKS)
         for after in sorted(exits, reverse=True):
-            depths[made[f"decoder.{after}/logits"][0].argmax(-1).numpy() == np.array(text)] = after
+            picked = few[made[f"decoder.{after}/logits"][0][:, few].argmax(-1)]
+            depths[picked.numpy() == np.array(text)] = after
         policies.append(Known(depths.tolist()))
     return Way(f"a perfect gate after {listed(exits)}", bundle(exits), policies.__getitem__)
 

@@ -174,7 +174,7 @@ class _Partition:
         """The new contents of caches by what makes them: stack and the number of blocks before, -1 for its entry.
 
         Raises:
-            ExportError: one is made after the last stack, or there is no causal stack.
+            ExportError: one is made after the last stack.
         """
         found: dict[tuple[str, int], list[fx.Node]] = {}
         if self.program.cache is None:
@@ -184,11 +184,6 @@ class _Partition:
             for depth, name in enumerate(stack.cuts):
                 after[stack.name, depth] = dependents([self.program.nodes[name]], self.graph)
         causal = [stack for stack in self.stacks if self.program.nodes[stack.input] in self.chunked]
-        if not causal:
-            raise ExportError(
-                "the program has caches and no causal stack: that one was truncated",
-                hint="the whole program, and offramp.Depth at run time",
-            )
         for output in self.program.cache.buffers.values():
             node = self.returned[output]
             place = (causal[0].name, -1)

@@ -20,8 +20,8 @@ class Truncate(Pass):
     there is an exit after that block). This is what an exit forced by the runtime must compute.
 
     Requires: the stack exists, with more blocks than ``after``.
-    Ensures: the deeper blocks, and every exit of the stack, are gone.
-    Invalidates: the stack's record; the program keeps its other stacks and their exits.
+    Ensures: the deeper blocks, and the exits that are not before the new end, are gone.
+    Invalidates: nothing; the stack's record is a shorter one, whose last block has the exit's adapter.
     """
 
     name: ClassVar[str] = "truncate"
@@ -42,10 +42,11 @@ class Truncate(Pass):
         there = next((item for item in program.exits_of(name) if item.after == self.after), None)
         editor = Editor(program, repr(self))
         output = editor[stack.output]
-        state = editor[there.state if there else stack.cuts[self.after]]
+        state = editor[there.state if there and there.adapter != "identity" else stack.cuts[self.after]]
         gone = [
             key
             for item in program.exits_of(name)
+            if item.after >= self.after
             for key in (*item.outputs.values(), *item.scores.values())
             if key not in program.outputs
         ]
@@ -56,10 +57,15 @@ class Truncate(Pass):
         gone += [program.cache.buffers[key] for key in unkept] if program.cache else []
         editor.graph.output_node().args = ({key: node for key, node in known.items() if key not in gone},)
         editor.replace_uses(output, state, list(output.users))
-        exits = tuple(item for item in program.exits if item.stack != name)
+        head: dict[str, Any] = {"head": "own"} if there and there.head == "own" else {}  # the others have the old one
+        exits = tuple(
+            item if item.stack != name else replace(item, **head)
+            for item in program.exits
+            if item.stack != name or item.after < self.after
+        )
         editor.drop_dead(keep={item.state for item in exits})
-        stacks = {key: value for key, value in program.stacks.items() if key != name}
-        changes: dict[str, Any] = {"stacks": stacks, "exits": exits}
+        shorter = replace(stack, cuts=(*stack.cuts[: self.after], state.name))
+        changes: dict[str, Any] = {"stacks": {**program.stacks, name: shorter}, "exits": exits}
         if program.cache is not None:
             for key in unkept:
                 editor.graph.erase_node(editor[key])

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch import Tensor
 
+import offramp
+from offramp.export import save
 from offramp.passes import PassResult, Truncate, apply
-from offramp.runtime.errors import PassError, SpecError, StructureError
+from offramp.runtime.errors import PassError, SpecError
+from offramp.runtime.policy import Rows, State
 
 
 @pytest.mark.parametrize("name", ["encoder", "labeller", "decoder", "time_first", "mixing"])
@@ -27,9 +34,10 @@ def test_what_is_left(encoder: tiny.Captured) -> None:
     assert result.edits["erased"] == len(encoder.program.nodes) - len(program.nodes)
     assert tiny.added(encoder.program, program) == []
     assert not {f"blocks.{i}" for i in (2, 3)} & {".".join(n.split(".")[:2]) for n in program.module.state_dict()}
-    assert (program.stacks, program.exits, program.outputs) == ({}, (), ("logits",))
-    assert program.history == ("truncate{after=2}",)
     cuts = encoder.program.stacks["encoder"].cuts
+    assert {name: stack.cuts for name, stack in program.stacks.items()} == {"encoder": cuts[:3]}
+    assert (program.exits, program.outputs) == ((), ("logits",))
+    assert program.history == ("truncate{after=2}",)
     assert cuts[2] in program.nodes
     assert cuts[3] not in program.nodes
 
@@ -46,25 +54,61 @@ def test_it_goes_through_the_exits_adapter_and_head(encoder: tiny.Captured) -> N
         program = apply(full, [Truncate(after=after)])
         tiny.assert_same(tiny.outputs(program.module, encoder.inputs), {"logits": found[f"encoder.{after}/logits"]})
         prefixes = {name.split(".")[2] for name in program.module.state_dict() if name.startswith("exits.")}
-        assert prefixes == {str(after)}
+        assert prefixes == {str(i) for i in range(1, after + 1)}
 
 
-def test_scores_and_other_exits_go(encoder: tiny.Captured) -> None:
-    text = "insert-exits,insert-scores{measure=top1|cosine|learned},truncate{after=2}"
-    program = apply(encoder.program, text)
-    assert set(tiny.outputs(program.module, encoder.inputs)) == {"logits"}
-    assert program.exits == ()
+def test_deeper_exits_go(encoder: tiny.Captured) -> None:
+    full = apply(encoder.program, "insert-exits,insert-scores{measure=top1|cosine|learned}")
+    program = apply(full, "truncate{after=2}")
+    assert [item.after for item in program.exits] == [1]
+    found, before = tiny.outputs(program.module, encoder.inputs), tiny.outputs(full.module, encoder.inputs)
+    early = {"encoder.1/logits", *program.exits[0].scores.values()}
+    assert set(found) == {"logits", *early}
+    tiny.assert_same({name: found[name] for name in early}, {name: before[name] for name in early}, rtol=0, atol=0)
+
+
+ADAPTED = "insert-exits{after=1|3},insert-adapter{kind=norm-linear}"
+OWN = "insert-exits{after=1},insert-exits{after=3,head=own}"
+
+
+@pytest.mark.parametrize("passes", ["insert-exits{after=1|3}", ADAPTED, OWN])
+@pytest.mark.parametrize("steps", ["insert-cache,truncate{after=3}", "truncate{after=3},insert-cache"])
+def test_a_shorter_stack_generates(tmp_path: Path, passes: str, steps: str) -> None:
+    """As the whole one does that leaves there at the latest; its early exit is as it was."""
+    captured = tiny.captured(tiny.Talker, {"input_ids": tiny.ids()}, seed=4)
+    full = apply(captured.program, passes)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in full.module.named_parameters():
+            if name.startswith("exits."):
+                weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.25)
+    save(apply(full, "insert-cache"), tmp_path / "full", target="portable")
+    save(apply(full, steps), tmp_path / "short", target="portable")
+    whole, short = offramp.load(tmp_path / "full"), offramp.load(tmp_path / "short")
+    assert [exit_.after for exit_ in short.stacks["decoder"].exits] == [1, 3]
+    for depths in ([3], [1], [1, 1, 3, 1]):
+        found, wanted = (
+            chain.generate({"input_ids": [[3]]}, partial(_turn, depths), max_new_tokens=12)
+            for chain in (short, whole)
+        )
+        assert found.tokens[0].tolist() == wanted.tokens[0].tolist()
+        assert found.exits[0].tolist() == [depths[i % len(depths)] for i in range(12)]
+
+
+def _turn(depths: list[int], state: State) -> Rows:
+    assert state.steps is not None
+    return np.array([depths[step % len(depths)] <= state.after for step in state.steps.tolist()])
 
 
 def test_one_of_two_stacks(two_stacks: tiny.Captured) -> None:
     exits = "insert-exits{stack=encoder},insert-exits{stack=decoder},insert-scores{stack=decoder}"
     full = apply(two_stacks.program, exits)
     program = apply(full, "truncate{stack=encoder,after=3}")
-    assert list(program.stacks) == ["decoder"]
-    assert program.exits == full.exits[tiny.BLOCKS - 1 :]
+    assert {name: stack.blocks for name, stack in program.stacks.items()} == {"encoder": 3, "decoder": tiny.BLOCKS - 1}
+    assert program.exits == full.exits[:2] + full.exits[tiny.BLOCKS - 1 :]
     found = tiny.outputs(program.module, two_stacks.inputs)
     tiny.assert_same(found, two_stacks.truncated(3, "encoder.blocks"))
-    short = apply(program, "truncate{after=1}")
+    short = apply(program, "truncate{stack=decoder,after=1}")
     both = tiny.cut(tiny.cut(two_stacks.model, 3, "encoder.blocks"), 1, "decoder.blocks")
     tiny.assert_same(tiny.outputs(short.module, two_stacks.inputs), tiny.outputs(both, two_stacks.inputs))
     tiny.assert_same({"output": found["decoder.1/output"]}, tiny.outputs(both, two_stacks.inputs))
@@ -73,12 +117,12 @@ def test_one_of_two_stacks(two_stacks: tiny.Captured) -> None:
 def test_the_decoder_alone_keeps_the_exits_of_the_encoder(two_stacks: tiny.Captured) -> None:
     full = apply(two_stacks.program, "insert-exits{stack=encoder,after=2},insert-exits{stack=decoder}")
     program = apply(full, "truncate{stack=decoder,after=2}")
-    assert [(item.stack, item.after) for item in program.exits] == [("encoder", 2)]
+    assert [(item.stack, item.after) for item in program.exits] == [("encoder", 2), ("decoder", 1)]
     assert program.exits[0].state in program.nodes
     expected = two_stacks.truncated(2, "decoder.blocks")
     tiny.assert_same(tiny.outputs(program.module, two_stacks.inputs), expected)
     tiny.assert_same(
-        tiny.outputs(apply(program, "truncate{after=2}").module, two_stacks.inputs),
+        tiny.outputs(apply(program, "truncate{stack=encoder,after=2}").module, two_stacks.inputs),
         tiny.outputs(tiny.cut(tiny.cut(two_stacks.model, 2, "decoder.blocks"), 2, "encoder.blocks"), two_stacks.inputs),
     )
 
@@ -122,9 +166,11 @@ def test_refusals(two_stacks: tiny.Captured, step: Truncate, reason: str) -> Non
         apply(two_stacks.program, step)
 
 
-def test_a_second_truncation_finds_no_stack(encoder: tiny.Captured) -> None:
-    program = apply(encoder.program, "truncate{after=2}")
-    with pytest.raises(StructureError, match="no stack"):
+def test_a_second_truncation_cuts_further(encoder: tiny.Captured) -> None:
+    program = apply(encoder.program, "truncate{after=2},truncate{after=1}")
+    tiny.assert_same(tiny.outputs(program.module, encoder.inputs), encoder.truncated(1))
+    assert program.stacks["encoder"].blocks == 1
+    with pytest.raises(SpecError, match="after=1 is no place"):
         apply(program, "truncate{after=1}")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.manifest import Manifest, Stack
+from offramp.runtime.manifest import PICK, Manifest, Stack
 
 Numbers = NDArray[np.float64]
 
@@ -21,7 +21,8 @@ class Costs:
         around: Of what runs whatever happens, before the stack and behind it.
         blocks: From each exit to the next, [exits], full depth last.
         further: Of each further token that goes along there, [exits]; 0 for rows.
-        leave: Of an exit's adapter and tail, [exits].
+        tails: Of an exit's adapter and tail, [exits].
+        picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits].
         free: By measure whether asking for it costs nothing, bool [exits before full depth]: else the exit's adapter
             and tail run for all who are asked.
     """
@@ -29,7 +30,8 @@ class Costs:
     around: float
     blocks: Numbers
     further: Numbers
-    leave: Numbers
+    tails: Numbers
+    picks: NDArray[np.bool_]
     free: Mapping[str, NDArray[np.bool_]]
 
     @classmethod
@@ -71,7 +73,8 @@ class Costs:
             around=sum(times.get(name, 0.0) for name in chunked - own),
             blocks=blocks,
             further=further,
-            leave=np.array([sum(times.get(name, 0.0) for name in exit_.segments) for exit_ in stack.exits]),
+            tails=np.array([sum(times.get(name, 0.0) for name in exit_.segments) for exit_ in stack.exits]),
+            picks=np.array([bool(manifest.cache) and PICK in e.scores and e.after < stack.blocks for e in stack.exits]),
             free={
                 measure: np.array(
                     [exit_.scores.get(measure) not in values for exit_, values in zip(stack.exits, made, strict=False)]
@@ -83,11 +86,16 @@ class Costs:
     @property
     def full(self) -> float:
         """A step to full depth, where no one is asked."""
-        return float(self.around + self.blocks.sum() + self.leave[-1])
+        return float(self.around + self.blocks.sum() + self.tails[-1])
+
+    @property
+    def leave(self) -> Numbers:
+        """What leaving costs where nothing was run to ask, [exits]."""
+        return np.where(self.picks, 0.0, self.tails)
 
     def gates(self, measure: str) -> Numbers:
         """What asking for a measure costs a step that does not leave, [exits before full depth]."""
-        return np.where(self.free[measure], 0.0, self.leave[:-1])
+        return np.where(self.free[measure], 0.0, self.tails[:-1])
 
     def expected(
         self,
@@ -106,7 +114,10 @@ class Costs:
         """
         steps = np.arange(taken.size)
         starts = np.repeat(lengths.cumsum() - lengths, lengths)
-        total = self.around + self.leave[taken]
+        run = np.zeros(len(self.tails), np.bool_)
+        if measure is not None:
+            run[:-1] = ~self.free[measure]
+        total = self.around + np.where(run, self.tails, self.leave)[taken]
         for leg, (first, further) in enumerate(zip(self.blocks, self.further, strict=True)):
             through = taken >= leg
             total = total + through * first
