@@ -23,6 +23,7 @@ FOLDER = BUILD / "translation"
 MEASURE = "top1-short"
 CANDIDATES = 2000
 THREADS = 1  # more make a model of this size slower
+TURN = 8  # sentences
 
 
 @dataclass
@@ -86,11 +87,15 @@ def trained(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> offramp.Program:
     return made.without_dropout()
 
 
-def bundle(exits: Sequence[int] = ()) -> offramp.Chain:
-    """The translator with exits as a bundle, with one segment between exits."""
-    path = FOLDER / f"{'exits-' if exits else 'one'}{'-'.join(map(str, exits))}.offramp"
+@functools.cache
+def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS) -> offramp.Chain:
+    """The translator with exits as a bundle, with one segment between exits; no token goes deeper than ``deepest``."""
+    path = FOLDER / f"{'exits-' if exits else 'one'}{'-'.join(map(str, exits))}-{deepest}.offramp"
     if not (path / "manifest.json").is_file():
-        made = offramp.apply(trained(tuple(exits)), "insert-cache")
+        cut = deepest < DECODER_BLOCKS
+        made = offramp.apply(trained((*exits, deepest) if cut else tuple(exits)), "insert-cache")
+        if cut:
+            made = offramp.apply(made, f"truncate{{stack=decoder,after={deepest}}}")
         if exits:
             few = "|".join(map(str, frequent()))
             made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={MEASURE}|prediction-short,ids={few}}}")
@@ -111,13 +116,14 @@ def bleu(way: Way, split: str) -> float:
 
 
 def measure(ways: Iterable[Way], split: str, count: int | None = None) -> list[Way]:
-    """Let all translate the same sentences in turns, so that none is always the first after another."""
-    found = [way.anew() for way in ways]
-    for way in found:
-        way.anew().translate(0, [5, 6, 7, 8, END])  # warm
-    for i, source in enumerate(sources(split, count)):
+    """Let all translate the same sentences in turns, a few at a time; none is always the first after another."""
+    found, texts = [way.anew() for way in ways], sources(split, count)
+    for start in range(0, len(texts), TURN):
         for k in range(len(found)):
-            found[(i + k) % len(found)].translate(i, source)
+            way = found[(start // TURN + k) % len(found)]
+            way.anew().translate(start, texts[start])  # what ran before has left the processor's caches to others
+            for sentence in range(start, min(start + TURN, len(texts))):
+                way.translate(sentence, texts[sentence])
     return found
 
 

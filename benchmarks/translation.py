@@ -16,7 +16,7 @@ from benchmarks._common import report
 from benchmarks._translate import MEASURE, Way, bleu, bundle, listed, measure, perfect, row, same
 from examples.translation.model import DECODER_BLOCKS
 
-SETS = ((1,), (2,), (3,), (1, 3))  # of exits: each a bundle of its own
+SETS = (((1,), 8), ((2,), 8), ((1, 3), 8), ((1,), 3), ((1,), 4), ((2,), 4), ((2,), 5))  # exits, and the deepest
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TARGETS = (0.7, 0.8, 0.9, 0.95)
 KEEP = (0.99, 1.0)
@@ -26,8 +26,12 @@ TESTS = ("test_2016_flickr", "test_2017_flickr")
 def deed() -> list[Way]:
     """Confidence at some exits (DEED, arXiv 2311.08623)."""
     return [
-        Way(f"DEED: {MEASURE} >= {at} after {listed(exits)}", bundle(exits), same(offramp.Confidence(at, MEASURE)))
-        for exits, at in itertools.product(SETS, THRESHOLDS)
+        Way(
+            f"DEED: {MEASURE} >= {at} after {listed(exits)} of {deepest}",
+            bundle(exits, deepest),
+            same(offramp.Confidence(at, MEASURE)),
+        )
+        for (exits, deepest), at in itertools.product(SETS, THRESHOLDS)
     ]
 
 
@@ -35,11 +39,11 @@ def free() -> list[Way]:
     """One exit and a threshold that adapts itself (FREE, arXiv 2310.05424)."""
     return [
         Way(
-            f"FREE: {target} are to agree after {exits[0]}",
-            bundle(exits),
+            f"FREE: {target} are to agree after {exits[0]} of {deepest}",
+            bundle(exits, deepest),
             same(offramp.Adaptive(exits[0], 0.6, MEASURE, target=target)),
         )
-        for exits, target in itertools.product(SETS, TARGETS)
+        for (exits, deepest), target in itertools.product(SETS, TARGETS)
         if len(exits) == 1
     ]
 
@@ -74,7 +78,7 @@ def main() -> None:
     rows = []
     for split in TESTS:
         full = measure([one], split, args.sentences)[0]
-        gates = [perfect(full, split, exits, args.sentences) for exits in SETS]
+        gates = [perfect(full, split, exits, args.sentences) for exits, deepest in SETS if deepest == DECODER_BLOCKS]
         found = measure([*ways, *gates], split, args.sentences)
         rows += [row(way, found[0], split) for way in found]
     report("translation", "Multi30k de-en: quality and decoder time", rows)

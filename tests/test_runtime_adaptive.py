@@ -348,8 +348,8 @@ def test_a_share_of_what_goes_deep_is_compared(chain: Chain) -> None:
 
 def test_rows_that_end_and_beams_are_followed(chain: Chain) -> None:
     """Whatever moves between slots, the exit's tokens are compared with full depth's at the same places."""
-    policy, prompts = Told([True, True, False]), [[1, 1], [2, 1], [3, 1], [4, 1]]
-    found = chain.generate({"input_ids": prompts}, policy, max_new_tokens=30, stop=[8, 3])
+    policy, prompts = Told([True, True, False]), [[1, 5], [2, 5], [3, 5], [4, 5]]
+    found = chain.generate({"input_ids": prompts}, policy, max_new_tokens=30, stop=[5])
     assert len({row.size for row in found.tokens}) > 1
     wanted = []
     for prompt, tokens in zip(prompts, found.tokens, strict=True):

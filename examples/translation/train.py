@@ -10,6 +10,7 @@ checkout. Deep supervision as in DEED (arXiv 2311.08623): ``L_avg + L_N``, two o
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import random
 from collections.abc import Iterator, Sequence
@@ -84,19 +85,24 @@ class Batches:
             yield {"source": source, "source_mask": (source != PAD).long(), "target": target, "labels": labels}
 
 
-def program(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> Program:
-    """The translator, captured, with exits in its decoder; weights as they start."""
+@functools.cache
+def captured() -> Program:
+    """The translator, captured; weights as they start."""
     torch.manual_seed(0)
     example = {
         "source": torch.full((2, 9), 5),
         "source_mask": torch.ones(2, 9, dtype=torch.int64),
         "target": torch.full((2, 7), 5),
     }
-    captured = offramp.capture(Translator(VOCABULARY), example, training=True)
+    return offramp.capture(Translator(VOCABULARY), example, training=True)
+
+
+def program(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> Program:
+    """The translator with exits in its decoder; the weights of all that this returns are the same."""
     if not exits:
-        return captured
+        return captured()
     after = "|".join(map(str, exits))
-    return offramp.apply(captured, f"insert-exits{{stack=decoder,after={after}}},insert-adapter{{stack=decoder}}")
+    return offramp.apply(captured(), f"insert-exits{{stack=decoder,after={after}}},insert-adapter{{stack=decoder}}")
 
 
 def show(point: Point) -> None:
