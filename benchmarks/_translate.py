@@ -21,7 +21,7 @@ from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
 MEASURE = "top1-short"
-CANDIDATES = 2000
+CANDIDATES = 3000  # of 6,000 tokens; the others are German, or hardly used
 THREADS = 1  # more make a model of this size slower
 TURN = 8  # sentences
 
@@ -88,17 +88,21 @@ def trained(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> offramp.Program:
 
 
 @functools.cache
-def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS) -> offramp.Chain:
-    """The translator with exits as a bundle, with one segment between exits; no token goes deeper than ``deepest``."""
-    path = FOLDER / f"{'exits-' if exits else 'one'}{'-'.join(map(str, exits))}-{deepest}.offramp"
+def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool = True) -> offramp.Chain:
+    """The translator as a bundle, with one segment between exits; no token goes deeper than ``deepest``.
+
+    With a ``short`` list of candidates, exits and full depth pick tokens of it.
+    """
+    path = FOLDER / f"{'short' if short else 'whole'}-{'-'.join(map(str, exits))}-of-{deepest}.offramp"
     if not (path / "manifest.json").is_file():
         cut = deepest < DECODER_BLOCKS
         made = offramp.apply(trained((*exits, deepest) if cut else tuple(exits)), "insert-cache")
         if cut:
             made = offramp.apply(made, f"truncate{{stack=decoder,after={deepest}}}")
-        if exits:
-            few = "|".join(map(str, frequent()))
-            made = offramp.apply(made, f"insert-scores{{stack=decoder,measure={MEASURE}|prediction-short,ids={few}}}")
+        if short:
+            measures, after = (MEASURE, "prediction-short"), (*exits, deepest)
+            scores = offramp.InsertScores("decoder", measures, after, ids=tuple(frequent()))
+            made = offramp.apply(made, [scores])
         generation = {"prompt": [BEGIN], "stop": [END]}
         offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
     return offramp.load(path, threads=THREADS)

@@ -26,7 +26,8 @@ from offramp.training.weights import load_weights
 TOKENS = 2048  # of the test text, for perplexity
 PROMPTS, WORDS, NEW = 50, 8, 24
 AT = 0.9
-SHORT, CANDIDATES = "top1-short", 2048
+BLOCKS = 30
+SHORT, CANDIDATES = "top1-short", 4096
 BUNDLE = BUILD / "language.offramp"
 
 
@@ -72,6 +73,7 @@ def ways() -> dict[str, offramp.Policy]:
     for after in recipe.EXITS:
         found[f"short top1 >= {AT} after {after}"] = offramp.Confidence(measure=SHORT, thresholds={after: AT})
         found[f"verify after {after}"] = Verify(after, threshold=0.5, measure=SHORT)
+    found[f"short top1 >= {AT} after {BLOCKS}"] = offramp.Confidence(measure=SHORT, thresholds={BLOCKS: AT})
     return found
 
 
@@ -105,7 +107,8 @@ def main() -> None:
     if not recipe.WEIGHTS.is_file():
         raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
     program = by_depth()
-    scores = offramp.InsertScores(measure=SHORT, ids=recipe.common(CANDIDATES))
+    measures, after = (SHORT, "prediction-short"), (*recipe.EXITS, BLOCKS)
+    scores = offramp.InsertScores(measure=measures, after=after, ids=recipe.common(CANDIDATES))
     offramp.save(
         offramp.apply(program, [scores, offramp.InsertCache()]),
         BUNDLE,

@@ -29,7 +29,7 @@ def deed() -> list[Way]:
         Way(
             f"DEED: {MEASURE} >= {at} after {listed(exits)} of {deepest}",
             bundle(exits, deepest),
-            same(offramp.Confidence(at, MEASURE)),
+            same(offramp.Confidence(measure=MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})),
         )
         for (exits, deepest), at in itertools.product(SETS, THRESHOLDS)
     ]
@@ -41,7 +41,7 @@ def free() -> list[Way]:
         Way(
             f"FREE: {target} are to agree after {exits[0]} of {deepest}",
             bundle(exits, deepest),
-            same(offramp.Adaptive(exits[0], 0.6, MEASURE, target=target)),
+            same(offramp.Adaptive(exits[0], 0.6, MEASURE, target=target, share=0.25, pick=0.0)),
         )
         for (exits, deepest), target in itertools.product(SETS, TARGETS)
         if len(exits) == 1
@@ -65,11 +65,10 @@ def main() -> None:
     parser.add_argument("--val", type=int, help="sentences of the validation set (all)")
     parser.add_argument("--sentences", type=int, help="sentences of each test set (all)")
     args = parser.parse_args()
-    one = Way("full depth, one session", bundle())
-    ways = [one, Way("full depth, the chain", bundle((1, 3)))]
-    ways += [
-        Way(f"always after {k}", bundle((k,)), same(offramp.Depth({"decoder": k}))) for k in range(1, DECODER_BLOCKS)
-    ]
+    one = Way("full depth, one session", bundle(short=False))
+    few = same(offramp.Confidence(measure=MEASURE, thresholds={DECODER_BLOCKS: 0.0}))
+    ways = [one, Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
+    ways += [Way(f"truncated to {k}, one session", bundle((), k, short=False)) for k in range(1, DECODER_BLOCKS)]
     gated = [(f"[{keep:.0%}] ", way) for found in (deed, free) for keep, way in choose(found, one, args.val).items()]
     for mark, way in gated:
         ways.append(Way(mark + way.name, way.chain, way.policy))

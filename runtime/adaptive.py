@@ -51,6 +51,7 @@ class Adaptive(Policy):
     Attributes:
         threshold: The threshold to start with; `now` is what it has become.
         share: In this share of the steps that go deep tokens are compared, which takes the head's time for them.
+        pick: In other steps, where full depth picks tokens of a short list, one that scores at least this will do.
     """
 
     after: int
@@ -64,6 +65,7 @@ class Adaptive(Policy):
     step: float = 0.5
     audit: int = 64
     share: float = 1.0
+    pick: float | None = None
     _position: float = field(init=False, compare=False)
     _count: int = field(default=0, init=False, compare=False)
     _turn: float = field(default=0.0, init=False, compare=False)
@@ -94,7 +96,12 @@ class Adaptive(Policy):
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return (self.measure,) if exit_.after == self.after and self.measure in exit_.scores else None
 
+    def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return (self.measure,) if self.pick is not None and self.measure in exit_.scores else None
+
     def leave(self, state: State) -> Rows:
+        if state.after == state.blocks and self.pick is not None:
+            return np.greater_equal(state.scores[self.measure], self.pick)
         leaving = np.greater(state.scores[self.measure], self.now)
         return leaving if state.steps is None else leaving & (state.steps % self.audit != 0)
 

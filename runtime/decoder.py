@@ -123,7 +123,9 @@ class Decoder:
                 door = leg.door
                 if door is None:
                     continue
-                leave, made = self._ask(door, slots, values, counts, self._asker(door, leg, askers, picks, whole))
+                wholly = whole is not None and door.full and door.ends and whole()
+                asker = self._asker(door, leg, askers, picks=picks is not None and not wholly)
+                leave, made = self._ask(door, slots, values, counts, asker)
                 if made is not None and askers is not None:
                     wanted = askers[leg.stack or ""].wanted[door.after] or ()
                     self._note(door, made, wanted, [rows[slot] for slot in slots.tolist()])
@@ -134,7 +136,6 @@ class Decoder:
                 if not go.size:
                     continue
                 answered = [row for row in go.tolist() if row not in picked]
-                wholly = whole is not None and door.full and door.ends and whole()
                 ending = (
                     self._through(door, slots, values, counts)
                     if wholly
@@ -287,19 +288,12 @@ class Decoder:
 
     # leaving
 
-    def _asker(
-        self,
-        door: Door,
-        leg: Leg,
-        askers: Mapping[str, Asker] | None,
-        picks: Callable[[int, int], bool] | None,
-        whole: Callable[[], bool] | None,
-    ) -> Asker | None:
+    def _asker(self, door: Door, leg: Leg, askers: Mapping[str, Asker] | None, picks: bool) -> Asker | None:
         """Who says which rows leave here, if anybody; at full depth, whether the tokens that were picked will do."""
         asker = askers[leg.stack or ""] if askers else None
         if asker is None or asker.wanted.get(door.after) is None:
             return None
-        return None if door.full and (door.pick is None or picks is None or whole is not None) else asker
+        return None if door.full and not (picks and door.pick is not None) else asker
 
     def _ask(
         self, door: Door, slots: Index, values: Values, counts: Index, asker: Asker | None

@@ -127,6 +127,9 @@ class Each(Policy):
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return self.stacks[stack].measures(stack, exit_) if stack in self.stacks else None
 
+    def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return self.stacks[stack].picks(stack, exit_) if stack in self.stacks else None
+
     def leave(self, state: State) -> Rows:
         return self.stacks[state.stack].leave(state)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.errors import ExecutionError, PolicyError
-from offramp.runtime.manifest import SHORT, Exit, Stack
+from offramp.runtime.manifest import PICK, SHORT, Exit, Stack
 
 Rows: TypeAlias = NDArray[np.bool_]
 Scores: TypeAlias = Mapping[str, NDArray[Any]]
@@ -102,6 +102,13 @@ class Policy:
         """The scores that `leave` needs at this exit; None where it is not to be asked at all."""
         raise NotImplementedError
 
+    def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        """As `measures`, for full depth where it picks tokens of a short list: `leave` says whether one will do.
+
+        None runs the head over the whole vocabulary.
+        """
+        return tuple(measure for measure in self.measures(stack, exit_) or () if measure in SHORT) or None
+
     def leave(self, state: State) -> Rows:
         """Which rows leave here: bool [rows]."""
         raise NotImplementedError
@@ -148,9 +155,9 @@ class Asker:
         self._history: dict[int, Scores] = {}
         self.record: dict[int, dict[str, NDArray[Any]]] = {}
         self.steps: NDArray[np.int64] | None = None  # by place in the batch
-        self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.asking}
-        if (wanted := self.wanted.get(stack.blocks)) is not None:
-            self.wanted[stack.blocks] = tuple(measure for measure in wanted if measure in SHORT) or None
+        self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
+        if PICK in stack.exits[-1].scores:
+            self.wanted[stack.blocks] = policy.picks(stack.name, stack.exits[-1])
         for exit_ in stack.asking:
             missing = set(self.wanted[exit_.after] or ()) - exit_.scores.keys()
             if missing:

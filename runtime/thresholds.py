@@ -125,12 +125,15 @@ class ShallowDeep(Policy):
 
     The tokens that left are computed deeper, all at once, when one does not: FREE's synchronised parallel decoding is
     what offramp does with every exit. So this is `Confidence` at one exit, with FREE's measure and comparison: a
-    score that equals the threshold goes deep.
+    score that equals the threshold goes deep. Where full depth picks tokens of a short list, one that scores at least
+    ``pick`` will do; None always runs the head over the whole vocabulary.
     """
 
     after: int
     threshold: float = 0.9
     measure: str = "margin"
+    _: KW_ONLY
+    pick: float | None = None
 
     def __post_init__(self) -> None:
         if math.isnan(self.threshold):
@@ -139,7 +142,12 @@ class ShallowDeep(Policy):
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return (self.measure,) if exit_.after == self.after and self.measure in exit_.scores else None
 
+    def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return (self.measure,) if self.pick is not None and self.measure in exit_.scores else None
+
     def leave(self, state: State) -> Rows:
+        if state.after == state.blocks and self.pick is not None:
+            return np.greater_equal(state.scores[self.measure], self.pick)
         return np.greater(state.scores[self.measure], self.threshold)
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
@@ -168,8 +176,8 @@ class Verify(ShallowDeep):
 
     def __post_init__(self) -> None:
         ShallowDeep.__post_init__(self)
-        if self.drafts < 1:
-            raise PolicyError(f"{self!r}: at least 1 draft")
+        if self.drafts < 1 or self.pick is not None:
+            raise PolicyError(f"{self!r}: at least 1 draft, and full depth checks with its whole head")
 
 
 #: Thresholds that learn move on a scale on which 0.9, 0.99 and 0.999 are about as far apart; its ends are 0 and 1.

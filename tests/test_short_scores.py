@@ -359,6 +359,8 @@ def test_full_depth_picks_tokens_too(tmp_path: Path, passes: str) -> None:
     assert [not any("tail" in ran.segment for ran in step.trace) for step in steps] == picked
     assert {step.exit for step in steps} == {tiny.BLOCKS}
     assert len(set(picked)) == 2
+    shallow = offramp.ShallowDeep(tiny.BLOCKS, 2.0, "top1-short", pick=threshold)
+    assert [step.token for step in chain.stream({"input_ids": [prompt]}, shallow, max_new_tokens=count)] == words[2:]
     for options in ({"temperature": 1.0}, {"suppress": IDS}, {"processors": (lambda tokens, logits: logits,)}):
         steps = list(chain.stream({"input_ids": [prompt]}, policy, max_new_tokens=4, **options))
         assert all(any("tail" in ran.segment for ran in step.trace) for step in steps)

@@ -102,6 +102,14 @@ def test_a_frozen_model_changes_no_bit() -> None:
     assert all(weight.requires_grad for weight in made.graph_module.parameters())
 
 
+def test_what_a_user_has_frozen_is_frozen_afterwards() -> None:
+    made = program()
+    name, weight = next(iter(made.graph_module.named_parameters()))
+    weight.requires_grad_(False)
+    fit(made, batches(), SelfDistillation(), epochs=1)
+    assert [found for found, one in made.graph_module.named_parameters() if not one.requires_grad] == [name]
+
+
 def test_added_weights_are_those_of_passes() -> None:
     assert set(added(program())) == {
         f"exits.decoder.{after}.{name}"

@@ -88,8 +88,7 @@ def test_a_shorter_stack_generates(tmp_path: Path, passes: str, steps: str) -> N
     assert [exit_.after for exit_ in short.stacks["decoder"].exits] == [1, 3]
     for depths in ([3], [1], [1, 1, 3, 1]):
         found, wanted = (
-            chain.generate({"input_ids": [[3]]}, partial(_turn, depths), max_new_tokens=12)
-            for chain in (short, whole)
+            chain.generate({"input_ids": [[3]]}, partial(_turn, depths), max_new_tokens=12) for chain in (short, whole)
         )
         assert found.tokens[0].tolist() == wanted.tokens[0].tolist()
         assert found.exits[0].tolist() == [depths[i % len(depths)] for i in range(12)]

@@ -112,6 +112,7 @@ def fit(
     length = len(batches) // accelerator.num_processes if isinstance(batches, Sized) else 0
     total = _total(length, epochs, steps, accumulate)
     learner = Learner(program, objective)
+    asked = [(weight, weight.requires_grad) for weight in program.graph_module.parameters()]
     weights = _chosen(program, learner, train)
     home = next(learner.parameters()).device
     made = optimizer(list(weights.values())) if optimizer else torch.optim.AdamW(weights.values(), rate, weight_decay=0)
@@ -124,8 +125,8 @@ def fit(
         run.through(batches, total, seed)
     finally:
         learner.eval()
-        for weight in program.graph_module.parameters():
-            weight.requires_grad_(True)
+        for weight, wanted in asked:
+            weight.requires_grad_(wanted)
         accelerator.free_memory()
         learner.to(home)
     return tuple(run.curve)
