@@ -325,11 +325,11 @@ class _Partition:
                 crossing |= {node for node in piece.inputs if node in shared}
                 made.append(piece if group else None)
                 known = known | set(group)
-            if (enter := made[-1]) is not None:
+            if (entry := made[-1]) is not None:
                 outside = [piece for key, piece in pieces.items() if key[1] != stack.name]
                 outside += [piece for piece in itertools.chain(*before) if piece]
-                if not set(enter.outputs) & {*early, *(arg for piece in outside for arg in piece.inputs)}:
-                    self._join(enter, stack, pieces, tail)
+                if not set(entry.outputs) & {*early, *(arg for piece in outside for arg in piece.inputs)}:
+                    self._join(entry, stack, pieces, tail)
                     made[-1] = None
             before.append(tuple(made))
         plans = []

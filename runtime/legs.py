@@ -63,8 +63,8 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
             calls += tuple(ready[name] for name in part.segments)
             if part.depth in exits:
                 ends = stage is chunked[-1]
-                door = _door(manifest, stack, exits[part.depth], ready, ends=ends)
-                parts.append((stack.name, calls, part.output, door))
+                made = _door(manifest, stack, exits[part.depth], ready, ends=ends)
+                parts.append((stack.name, calls, part.output, made))
                 calls = ()
     legs: list[Leg] = []
     later: frozenset[str] = frozenset()

@@ -118,7 +118,7 @@ def test_segments_are_timed_on_this_machine(root: Path, monkeypatch: pytest.Monk
 
 def test_exits_that_cost_more_than_they_save_are_dropped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = costs(4)
-    first = replace(usual, leave=np.array([5.0, 0.1, 0.1, 0.1]))
+    first = replace(usual, tails=np.array([5.0, 0.1, 0.1, 0.1]))
     monkeypatch.setattr(calibration, "time_rows", lambda chain, stack, examples: first)
     record = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6, measure="top1").record
     assert "it saves nothing: " in record["dropped"]["1"]
@@ -395,3 +395,13 @@ def test_a_calibration_needs_no_torch(root: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     assert (finished.stdout, finished.returncode) == ("300\n", 0), finished.stderr
+
+
+def test_a_picked_token_costs_no_tail() -> None:
+    """Unless the tail was run to ask."""
+    free = {"top1-short": np.array([True]), "top1": np.array([False])}
+    found = Costs(0.0, np.array([1.0, 4.0]), np.zeros(2), np.array([3.0, 3.0]), free, np.array([True, False]))
+    taken, lengths, asked = np.array([0, 1]), np.array([2]), np.array([True])
+    assert found.leave.tolist() == [0.0, 3.0]
+    assert found.expected(taken, lengths, "top1-short", asked) == (1 + 1 + 4 + 3) / 2
+    assert found.expected(taken, lengths, "top1", asked) == (1 + 3 + 1 + 3 + 4 + 3) / 2

@@ -494,7 +494,8 @@ def test_exits_of_both_stacks_together(saved: Get) -> None:
     for source, target in itertools.product((1, 3), (1, 2)):
         cut = apply(program, [Truncate("encoder", source), Truncate("decoder", target)])
         policy = offramp.Depth({"encoder": source, "decoder": target})
-        expected = tiny.outputs(cut.module, program.example_inputs)
+        found = tiny.outputs(cut.module, program.example_inputs)
+        expected = {name: found[name] for name in program.outputs}
         assert_close(saved("two_stacks").run(program.example_inputs, policy), expected)
 
 

@@ -480,7 +480,7 @@ def test_truncate_then_cache_is_cache_then_truncate(
     decoder: tiny.Captured, two_stacks: tiny.Captured, cached: Get
 ) -> None:
     _, program = cached("two_stacks")
-    short = apply(program, "truncate{stack=encoder,after=2},truncate{after=1}")
+    short = apply(program, "truncate{stack=encoder,after=2},truncate{stack=decoder,after=1}")
     assert short.cache is not None
     assert list(short.cache.buffers) == ["key_cache_0", "value_cache_0"]
     expected = tiny.outputs(

@@ -332,8 +332,8 @@ def test_generation(tmp_path: Path, order: str, picks: bool, prompt: list[int]) 
     assert [step.token for step in steps] == words[len(prompt) :]
     assert [step.exit for step in steps] == depths
     assert len(set(depths)) > 2
-    for step in steps:
-        assert any("tail" in ran.segment for ran in step.trace) == (step.exit == tiny.BLOCKS or not picks)
+    for token in steps:
+        assert any("tail" in ran.segment for ran in token.trace) == (token.exit == tiny.BLOCKS or not picks)
 
 
 @pytest.mark.parametrize("passes", ["insert-exits{after=2}", ""])

@@ -22,17 +22,17 @@ class Costs:
         blocks: From each exit to the next, [exits], full depth last.
         further: Of each further token that goes along there, [exits]; 0 for rows.
         tails: Of an exit's adapter and tail, [exits].
-        picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits].
         free: By measure whether asking for it costs nothing, bool [exits before full depth]: else the exit's adapter
             and tail run for all who are asked.
+        picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits]; None where none does.
     """
 
     around: float
     blocks: Numbers
     further: Numbers
     tails: Numbers
-    picks: NDArray[np.bool_]
     free: Mapping[str, NDArray[np.bool_]]
+    picks: NDArray[np.bool_] | None = None
 
     @classmethod
     def of(
@@ -91,7 +91,7 @@ class Costs:
     @property
     def leave(self) -> Numbers:
         """What leaving costs where nothing was run to ask, [exits]."""
-        return np.where(self.picks, 0.0, self.tails)
+        return self.tails if self.picks is None else np.where(self.picks, 0.0, self.tails)
 
     def gates(self, measure: str) -> Numbers:
         """What asking for a measure costs a step that does not leave, [exits before full depth]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -222,9 +223,13 @@ def _told(
     fed = [*prompts, *(np.array([token]) for token in text[:-1])]
     for step in range(run.first is None, len(text)):
         run.decoder.launcher.trace = []
-        (left,) = run.feed([fed[step]], run.askers, picks=lambda slot, token, step=step: chooser.takes(token, step))
+        (left,) = run.feed([fed[step]], run.askers, picks=partial(_takes, chooser, step))
         seen = np.concatenate(fed[: step + 1])
         token = left.pick
         if token is None:
             token = chooser.choose(0, seen, left.outputs[plan.output].reshape(-1), step)
         yield token, left.scores, run.decoder.launcher.trace
+
+
+def _takes(chooser: Chooser, step: int, slot: int, token: int) -> bool:
+    return chooser.takes(token, step)
