@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from offramp.export import partition
+from offramp.export import partition, save
 from offramp.export.lower import close
 from offramp.export.partition import Piece, Plan
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
@@ -145,7 +147,7 @@ def test_what_cannot_be_cut_is_refused(encoder: tiny.Captured) -> None:
         with pytest.raises(SpecError, match=f"segments={segments}: at least one"):
             partition(encoder.program, segments)
     with pytest.raises(StructureError, match="no stack"):
-        partition(apply(encoder.program, [Truncate(after=1)]))
+        partition(replace(encoder.program, stacks={}))
 
 
 # What crosses
@@ -352,3 +354,27 @@ def test_pieces_compute_the_program_at_other_sizes(name: str, request: pytest.Fi
     plan = partition(captured.program)
     for inputs in other_sizes(captured.program):
         assert_computes(captured.program, plan, inputs)
+
+
+# What runs for each chunk
+
+
+class _Embedded(tiny.Decoder):
+    """Returns what enters its blocks, too."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"logits": super().forward(input_ids), "embedded": self.embed(input_ids) * 2}
+
+
+@pytest.mark.parametrize(("make", "apart"), [(tiny.Decoder, False), (_Embedded, True)])
+def test_the_first_piece_embeds_the_tokens(tmp_path: Path, make: Any, apart: bool) -> None:
+    """Unless what that makes is needed where no part of the stack has run."""
+    program = apply(tiny.captured(make, {"input_ids": tiny.ids()}).program, "insert-exits{after=1},insert-cache")
+    assert program.cache is not None
+    plan = partition(program)
+    (stack,) = plan.stacks
+    (tokens,) = (program.nodes[name] for name in program.cache.tokens)
+    assert (plan.enter != [None]) == apart
+    assert (tokens in stack.blocks[0][1].inputs) != apart
+    assert all(tokens not in piece.inputs for _, piece in stack.blocks[1:])
+    save(program, tmp_path / "m.offramp")  # which validates it
