@@ -6,6 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 import offramp
 from benchmarks._common import BUILD, Known
 from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST
-from examples.translation.train import TOKENIZER, WEIGHTS, lines, program
+from examples.translation.train import TOKENIZER, WEIGHTS, captured, lines, program
 from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
@@ -105,6 +106,16 @@ def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool
             made = offramp.apply(made, [scores])
         generation = {"prompt": [BEGIN], "stop": [END]}
         offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
+    return offramp.load(path, threads=THREADS)
+
+
+def without_exits(weights: Path) -> offramp.Chain:
+    """The same model as it was trained without exits: what ``examples.translation.train --plain`` left."""
+    made = captured.__wrapped__()  # with weights of its own
+    load_weights(made, weights)
+    path = FOLDER / "plain.offramp"
+    generation = {"prompt": [BEGIN], "stop": [END]}
+    offramp.save(offramp.apply(made.without_dropout(), "insert-cache"), path, segments=1, generation=generation)
     return offramp.load(path, threads=THREADS)
 
 

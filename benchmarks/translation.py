@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import offramp
 from benchmarks._common import report
-from benchmarks._translate import MEASURE, Way, bleu, bundle, listed, measure, perfect, row, same
+from benchmarks._translate import MEASURE, Way, bleu, bundle, listed, measure, perfect, row, same, without_exits
 from examples.translation.model import DECODER_BLOCKS
 
 SETS = (((1,), 8), ((2,), 8), ((1, 3), 8), ((2,), 4), ((2,), 5))  # exits, and the deepest
@@ -64,11 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--val", type=int, help="sentences of the validation set (all)")
     parser.add_argument("--sentences", type=int, help="sentences of each test set (all)")
+    parser.add_argument("--plain", type=Path, help="weights of the same model, trained without exits")
     args = parser.parse_args()
     one = Way("full depth, one session", bundle(short=False))
     few = same(offramp.Confidence(measure=MEASURE, thresholds={DECODER_BLOCKS: 0.0}))
     ways = [one, Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
     ways += [Way(f"truncated to {k}, one session", bundle((), k, short=False)) for k in range(1, DECODER_BLOCKS)]
+    if args.plain:
+        ways.append(Way("trained without exits, one session", without_exits(args.plain)))
     gated = [(f"[{keep:.0%}] ", way) for found in (deed, free) for keep, way in choose(found, one, args.val).items()]
     for mark, way in gated:
         ways.append(Way(mark + way.name, way.chain, way.policy))
