@@ -18,6 +18,7 @@ import offramp
 from benchmarks._common import BUILD, Known
 from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST
 from examples.translation.train import TOKENIZER, WEIGHTS, captured, lines, program
+from offramp.runtime.manifest import PICK
 from offramp.training.weights import load_weights
 
 FOLDER = BUILD / "translation"
@@ -101,7 +102,7 @@ def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool
         if cut:
             made = offramp.apply(made, f"truncate{{stack=decoder,after={deepest}}}")
         if short:
-            measures, after = (MEASURE, "prediction-short"), (*exits, deepest)
+            measures, after = (MEASURE, PICK), (*exits, deepest)
             scores = offramp.InsertScores("decoder", measures, after, ids=tuple(frequent()))
             made = offramp.apply(made, [scores])
         generation = {"prompt": [BEGIN], "stop": [END]}

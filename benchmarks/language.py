@@ -20,6 +20,7 @@ from benchmarks._common import BUILD, report
 from examples import train_language_adapters as recipe
 from offramp import zoo
 from offramp.program import Program
+from offramp.runtime.manifest import PICK
 from offramp.runtime.policies import Verify
 from offramp.training.weights import load_weights
 
@@ -107,7 +108,7 @@ def main() -> None:
     if not recipe.WEIGHTS.is_file():
         raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
     program = by_depth()
-    measures, after = (SHORT, "prediction-short"), (*recipe.EXITS, BLOCKS)
+    measures, after = (SHORT, PICK), (*recipe.EXITS, BLOCKS)
     scores = offramp.InsertScores(measure=measures, after=after, ids=recipe.common(CANDIDATES))
     offramp.save(
         offramp.apply(program, [scores, offramp.InsertCache()]),

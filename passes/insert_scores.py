@@ -15,10 +15,11 @@ from offramp.passes.infra.short_head import ShortHead, find_head
 from offramp.program.graph import dependents, expression, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime.errors import SpecError
+from offramp.runtime.manifest import PICK, SHORT
 
 OF_LOGITS = ("top1", "margin", "entropy", "prediction")
 OF_STATE = ("cosine", "learned")
-OF_SHORT = ("top1-short", "margin-short", "prediction-short")
+OF_SHORT = SHORT
 MEASURES = OF_LOGITS + OF_STATE + OF_SHORT
 
 
@@ -170,7 +171,7 @@ class InsertScores(Pass):
         if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
             raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
         axes = len(shape(node)) - (self._tokens(program) is not None)
-        if {"prediction", "prediction-short"} & set(self.measures) and (axes > 2 or program.axes.batch is None):
+        if {"prediction", PICK} & set(self.measures) and (axes > 2 or program.axes.batch is None):
             raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
         return name
 
@@ -214,7 +215,7 @@ class InsertScores(Pass):
             if head is not None and measure in OF_SHORT:
                 few = head.logits(builder, hidden, logits)
                 found = builder.of_logits(few, measure.removesuffix("-short"), builder.padding(stack.name))
-                return head.classes(builder, found) if measure == "prediction-short" else found
+                return head.classes(builder, found) if measure == PICK else found
             return builder.of_logits(logits, measure, builder.padding(stack.name))
         valid = builder.padding(stack.name)
         if measure == "cosine":

@@ -135,7 +135,8 @@ class Chain:
         Args:
             inputs: Arrays by name, as in ``self.inputs``. Token ids may be rows of different lengths; without
                 them the bundle's own prompt is used.
-            policy: Who decides which rows leave where, for each token: see `run`. The prompt runs to full depth.
+            policy: Who decides which rows leave where, for each token: see `run`. A prompt of more than one token
+                runs to full depth.
             propagate: "defer" computes the deeper blocks of tokens that left early when a later token goes deep
                 (exact); "hidden" computes them from the hidden state at the exit (CALM).
             max_pending: Compute deeper blocks as soon as so many tokens of a row wait for them.

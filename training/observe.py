@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime import Chain, Depth, InputError, Never, Policy, State
 from offramp.runtime.generate import Token
-from offramp.runtime.manifest import Exit, Stack
+from offramp.runtime.manifest import PICK, Exit, Stack
 from offramp.runtime.policy import Rows
 from offramp.runtime.result import Timing
 from offramp.runtime.sampling import Chooser
@@ -27,7 +27,7 @@ from offramp.training.examples import Example, Examples, together
 from offramp.training.quality import Quality, answers_of, graded, same_class
 
 Numbers = NDArray[np.float64]
-NO_GATE = ("prediction", "prediction-short")  # scores that say what, not how surely
+NO_GATE = ("prediction", PICK)  # scores that say what, not how surely
 _TIMED = 48  # examples whose segments are timed
 _PERIOD = 8  # tokens until one goes deep and takes the others along, where that is timed
 
