@@ -704,7 +704,7 @@ def test_encoders_need_none(encoder: tiny.Captured) -> None:
 
 def test_a_program_without_stacks(decoder: tiny.Captured) -> None:
     with pytest.raises(StructureError, match="no stack"):
-        apply(apply(decoder.program, "truncate{after=2}"), "insert-cache")
+        apply(replace(decoder.program, stacks={}), "insert-cache")
 
 
 def test_a_block_as_adapter_would_need_a_cache_of_its_own(decoder: tiny.Captured) -> None:
