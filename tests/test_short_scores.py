@@ -305,9 +305,14 @@ def test_a_row_that_stays_does_not_run_the_head(tmp_path: Path) -> None:
         np.testing.assert_allclose(result.outputs["logits"], logits.numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", ["insert-cache,insert-exits,{}", "insert-exits,{},insert-cache"])
-@pytest.mark.parametrize("picks", [True, False])
-@pytest.mark.parametrize("prompt", [[3, 1, 4], [3]])
+@pytest.mark.parametrize(
+    ("order", "picks", "prompt"),
+    [
+        ("insert-cache,insert-exits,{}", True, [3, 1, 4]),
+        ("insert-cache,insert-exits,{}", False, [3]),
+        ("insert-exits,{},insert-cache", True, [3]),
+    ],
+)
 def test_generation(tmp_path: Path, order: str, picks: bool, prompt: list[int]) -> None:
     """Each token leaves at the first exit whose short score, in torch on the whole text, is high enough.
 

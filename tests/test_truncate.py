@@ -71,8 +71,14 @@ ADAPTED = "insert-exits{after=1|3},insert-adapter{kind=norm-linear}"
 OWN = "insert-exits{after=1},insert-exits{after=3,head=own}"
 
 
-@pytest.mark.parametrize("passes", ["insert-exits{after=1|3}", ADAPTED, OWN])
-@pytest.mark.parametrize("steps", ["insert-cache,truncate{after=3}", "truncate{after=3},insert-cache"])
+@pytest.mark.parametrize(
+    ("passes", "steps"),
+    [
+        ("insert-exits{after=1|3}", "insert-cache,truncate{after=3}"),
+        (ADAPTED, "truncate{after=3},insert-cache"),
+        (OWN, "insert-cache,truncate{after=3}"),
+    ],
+)
 def test_a_shorter_stack_generates(tmp_path: Path, passes: str, steps: str) -> None:
     """As the whole one does that leaves there at the latest; its early exit is as it was."""
     captured = tiny.captured(tiny.Talker, {"input_ids": tiny.ids()}, seed=4)
