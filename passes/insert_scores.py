@@ -104,7 +104,7 @@ class InsertScores(Pass):
                 ) from error
         if set(self.measures) & set(OF_SHORT):
             for item in (*program.exits_of(stack), *([self._full(program)] if self._at_end(program) else ())):
-                if self._short_at(program, item):
+                if set(self._wanted(program, item)) & set(OF_SHORT):
                     find_head(program.graph, results(program.graph)[item.outputs[self._logits(program)]])
             self._candidates(program)
         elif self.candidates is not None or self.ids is not None:
@@ -113,8 +113,12 @@ class InsertScores(Pass):
     def _at_end(self, program: Program) -> bool:
         """Whether full depth gets short scores."""
         blocks = program.stacks[stack_named(program, self.stack)].blocks
-        given = self.after if isinstance(self.after, tuple) else (self.after,)
-        return blocks in given and bool(set(self.measures) & set(OF_SHORT))
+        return blocks in self._given and bool(set(self.measures) & set(OF_SHORT))
+
+    @property
+    def _given(self) -> tuple[Any, ...]:
+        """``after`` as a tuple."""
+        return tuple(self.after) if isinstance(self.after, (tuple, list)) else (self.after,)
 
     def _early(self, program: Program) -> set[int]:
         """The exits before full depth that get scores."""
@@ -122,9 +126,10 @@ class InsertScores(Pass):
         blocks = program.stacks[name].blocks
         if self.after == "all":
             return {item.after for item in program.exits_of(name) if item.after < blocks}
-        given = self.after if isinstance(self.after, tuple) else (self.after,)
-        counts = tuple(count for count in given if count != blocks) if self._at_end(program) else given
-        return set(blocks_named(program, name, counts)) if counts or not self._at_end(program) else set()
+        if not self._at_end(program):
+            return set(blocks_named(program, name, self.after))
+        counts = tuple(count for count in self._given if count != blocks)
+        return set(blocks_named(program, name, counts)) if counts else set()
 
     def _full(self, program: Program) -> Exit:
         """Full depth as an exit, as it stands or new."""
@@ -144,9 +149,6 @@ class InsertScores(Pass):
         if item.after < program.stacks[name].blocks:
             return self.measures if item.after in self._early(program) else ()
         return tuple(m for m in self.measures if m in OF_LOGITS or (m in OF_SHORT and self._at_end(program)))
-
-    def _short_at(self, program: Program, item: Exit) -> bool:
-        return bool(set(self._wanted(program, item)) & set(OF_SHORT))
 
     def _candidates(self, program: Program) -> tuple[int, ...]:
         ids = self.ids
