@@ -42,7 +42,7 @@ def free() -> list[Way]:
         Way(
             f"FREE: {target} are to agree after {exits[0]} of {deepest}",
             bundle(exits, deepest),
-            same(offramp.Adaptive(exits[0], 0.6, MEASURE, target=target, share=0.25, pick=0.0)),
+            same(offramp.Adaptive(exits[0], 0.6, MEASURE, target=target, pick=0.0)),
         )
         for (exits, deepest), target in itertools.product(SETS, TARGETS)
         if len(exits) == 1

@@ -29,6 +29,7 @@ from offramp.export.layout import cancel_layout
 from offramp.export.merge import merged
 from offramp.export.norm import fuse_norms
 from offramp.export.partition import Piece
+from offramp.export.tidy import tidy
 from offramp.program.canonical import sizes_from_inputs
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
 from offramp.program.quiet import quiet
@@ -210,6 +211,7 @@ def translate(function: Function, name: str) -> onnx.ModelProto:
             )
             assert program is not None
             onnxscript.optimizer.optimize(program.model)
+            tidy(program.model)
     except Exception as error:
         raise _refusal(function, name, error) from error
     model: onnx.ModelProto = program.model_proto

@@ -50,8 +50,9 @@ class Adaptive(Policy):
 
     Attributes:
         threshold: The threshold to start with; `now` is what it has become.
-        share: In this share of the steps that go deep tokens are compared, which takes the head's time for them.
-        pick: In other steps, where full depth picks tokens of a short list, one that scores at least this will do.
+        share: In this share of the steps that go deep tokens are compared, which takes the head's time for them, unless
+            full depth picks all of them.
+        pick: Where full depth picks tokens of a short list, one that scores at least this will do.
     """
 
     after: int

@@ -38,8 +38,9 @@ class Left(NamedTuple):
     """A row that has left the last stack with the model's outputs for its last token, or only with its next one.
 
     ``pick`` is that token, where `Decoder.feed` was to take what the exit picks; ``outputs`` are empty then.
-    ``asked`` has what the exits of that stack said of the token, by ``after``. ``whole`` are full depth's outputs for
-    all tokens that got there in this step, [tokens, ...]; None where there were none, or nobody wanted them.
+    ``asked`` has what the exits of that stack said of the token, by ``after``. Where all tokens that got to full depth
+    in this step were wanted, ``deep`` are the next tokens that it picks for them if all will do, else ``whole`` are
+    its outputs, [tokens, ...].
     """
 
     slot: int
@@ -49,6 +50,15 @@ class Left(NamedTuple):
     asked: Mapping[int, Asked]
     pick: int | None = None
     whole: Mapping[str, Array] | None = None
+    deep: Sequence[int] | None = None
+
+
+class _Answer(NamedTuple):
+    """What an exit and the policy say of rows: who leaves, the exit's values, and the tokens that it picks."""
+
+    leave: NDArray[np.bool_]
+    made: Values | None = None
+    tokens: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -101,8 +111,8 @@ class Decoder:
         """Run new tokens: ``values`` hold ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
 
         ``askers`` (by stack) decide where rows leave; None runs all to full depth. ``whole`` is asked where rows get
-        there, whether outputs are wanted for all of their tokens; ``picks`` of a slot and the token that an exit has
-        picked, whether that will do without outputs (None: never).
+        there, whether all of their tokens are wanted, not the last ones alone; ``picks`` of a slot and the token that
+        an exit has picked, whether that will do without outputs (None: never).
         """
         left: list[Left] = []
         entered = slots
@@ -123,13 +133,14 @@ class Decoder:
                 door = leg.door
                 if door is None:
                     continue
+                asker = self._asker(door, leg, askers, picks=picks is not None)
+                answer = self._ask(door, slots, values, counts, asker, rows)
+                leave, deep = answer.leave, None
                 wholly = whole is not None and door.full and door.ends and whole()
-                asker = self._asker(door, leg, askers, picks=picks is not None and not wholly)
-                leave, made = self._ask(door, slots, values, counts, asker)
-                if made is not None and askers is not None:
-                    wanted = askers[leg.stack or ""].wanted[door.after] or ()
-                    self._note(door, made, wanted, [rows[slot] for slot in slots.tolist()])
-                picked = self._picked(door, made, slots, leave, picks)
+                if wholly and asker is not None:
+                    deep = self._all_picked(door, slots, values, counts, asker)
+                    wholly = deep is None
+                picked = {} if wholly or picks is None else self._picked(slots, answer, picks)
                 if door.full:
                     leave = np.ones(slots.size, np.bool_)
                 (go,) = leave.nonzero()
@@ -139,7 +150,7 @@ class Decoder:
                 ending = (
                     self._through(door, slots, values, counts)
                     if wholly
-                    else self._door(door, slots, values, counts, answered, made)
+                    else self._door(door, slots, values, counts, answered, answer.made)
                 )
                 for row in go.tolist():
                     slot = int(slots[row])
@@ -148,10 +159,12 @@ class Decoder:
                         self._wait(at, slot, values, row, int(counts[row]))
                     if row in picked:
                         gone = rows[slot]
-                        left.append(Left(slot, {}, gone.exits, gone.scores, gone.asked, picked[row]))
+                        seen = None if deep is None else deep[row]
+                        left.append(Left(slot, {}, gone.exits, gone.scores, gone.asked, picked[row], None, seen))
                     elif door.ends:
                         count = int(counts[row]) if wholly else None
-                        left.append(self._left(slot, rows[slot], door, ending, answered.index(row), count))
+                        made = self._left(slot, rows[slot], door, ending, answered.index(row), count)
+                        left.append(made if deep is None else made._replace(deep=deep[row]))
                 if not door.ends:
                     after = self._behind(at, leg.stack)
                     counted = np.array([new[int(slot)] for slot in slots[go]])
@@ -296,31 +309,53 @@ class Decoder:
         return None if door.full and not (picks and door.pick is not None) else asker
 
     def _ask(
-        self, door: Door, slots: Index, values: Values, counts: Index, asker: Asker | None
-    ) -> tuple[NDArray[np.bool_], Values | None]:
-        """What the policy says of each row, and what the exit made for that."""
+        self,
+        door: Door,
+        slots: Index,
+        values: Values,
+        counts: Index,
+        asker: Asker | None,
+        rows: Mapping[int, _Row],
+    ) -> _Answer:
+        """Let the policy decide; what the exit said is kept in ``rows``."""
         if asker is None:
-            return np.zeros(slots.size, np.bool_), None
+            return _Answer(np.zeros(slots.size, np.bool_))
         wanted = asker.wanted[door.after] or ()
         made = self._last_tokens(values, counts)
         if not door.free.issuperset(wanted):
             made = made | self._through(door, slots, made)
         found = {measure: made[door.scores[measure]].reshape(slots.size, -1)[:, -1] for measure in wanted}
-        return asker.ask(door.after, self.rows[slots], found), made
+        leave = asker.ask(door.after, self.rows[slots], found)
+        scores = {measure: array.tolist() for measure, array in found.items()}
+        tokens = () if door.pick is None else made[door.pick].reshape(slots.size, -1)[:, -1].tolist()
+        ready = door.ends and all(value in made for value in door.results.values())
+        for place, slot in enumerate(slots.tolist()):
+            said = {measure: float(score[place]) for measure, score in scores.items()}
+            row = rows[slot]
+            row.scores = said or row.scores
+            if door.ends:
+                outputs = {name: made[value][place] for name, value in door.results.items()} if ready else None
+                row.asked[door.after] = Asked(said, tokens[place] if tokens else None, outputs)
+        return _Answer(leave, made, tokens)
 
-    def _picked(
-        self,
-        door: Door,
-        made: Values | None,
-        slots: Index,
-        sure: NDArray[np.bool_],
-        picks: Callable[[int, int], bool] | None,
-    ) -> dict[int, int]:
-        """The tokens that the exit has picked and that will do, of the rows that are ``sure``."""
-        if door.pick is None or made is None or picks is None:
+    def _picked(self, slots: Index, answer: _Answer, picks: Callable[[int, int], bool]) -> dict[int, int]:
+        """The tokens that the exit has picked and that will do, of the rows that leave."""
+        if not answer.tokens:
             return {}
-        tokens, places = made[door.pick].reshape(slots.size, -1)[:, -1].tolist(), slots.tolist()
-        return {row: tokens[row] for row in sure.nonzero()[0].tolist() if picks(places[row], tokens[row])}
+        places = slots.tolist()
+        going = answer.leave.nonzero()[0].tolist()
+        return {row: answer.tokens[row] for row in going if picks(places[row], answer.tokens[row])}
+
+    def _all_picked(
+        self, door: Door, slots: Index, values: Values, counts: Index, asker: Asker
+    ) -> list[list[int]] | None:
+        """The tokens that full depth picks for all tokens of each row, if the policy says of all that they will do."""
+        assert door.pick is not None
+        inside = np.arange(greatest(counts)) < counts[:, None]
+        found = {measure: values[door.scores[measure]][inside] for measure in asker.wanted[door.after] or ()}
+        if not asker.judge(door.after, np.repeat(self.rows[slots], counts), found).all():
+            return None
+        return [row[:count] for row, count in zip(values[door.pick].tolist(), counts.tolist(), strict=True)]
 
     def _door(
         self, door: Door, slots: Index, values: Values, counts: Index, rows: list[int], made: Values | None
@@ -331,17 +366,6 @@ class Decoder:
         if made is not None and all(value in made for value in door.results.values()):
             return {name: made[name][rows] for name in door.results.values()}
         return self._through(door, slots[rows], self._last_tokens(values, counts, np.array(rows)))
-
-    def _note(self, door: Door, made: Values, wanted: Sequence[str], rows: Sequence[_Row]) -> None:
-        """Keep what an exit that was asked said of rows."""
-        ready = door.ends and all(value in made for value in door.results.values())
-        for place, row in enumerate(rows):
-            said = {name: float(made[door.scores[name]][place].reshape(-1)[-1]) for name in wanted}
-            row.scores = said or row.scores
-            if door.ends:
-                outputs = {name: made[value][place] for name, value in door.results.items()} if ready else None
-                pick = None if door.pick is None else int(made[door.pick][place].reshape(-1)[-1])
-                row.asked[door.after] = Asked(said, pick, outputs)
 
     def _left(self, slot: int, row: _Row, door: Door, made: Values, place: int, count: int | None) -> Left:
         """A row that leaves; the exit has ``made`` its values for so many tokens, or (None) for the last one."""

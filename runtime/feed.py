@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.decoder import Decoder, Left
 from offramp.runtime.errors import InputError
-from offramp.runtime.launcher import greatest
+from offramp.runtime.launcher import greatest, padded
 from offramp.runtime.legs import Leg, check_layout, legs_of
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policy import Agreement, Asker, Policy
@@ -218,25 +218,23 @@ class Run:
         lengths = decoder.seen[0, :count]
         longest, widest = greatest(lengths), greatest(counts)
         self.reserve(greatest(lengths + counts), longest + widest)
-        chunk = np.zeros((count, widest), self._dtype())
-        for row, ids in zip(chunk, tokens, strict=True):
-            row[: ids.size] = ids
+        chunk = padded(tokens).astype(self._dtype(), copy=False)
         if askers is not None:
             rows = decoder.rows[:count]
-            steps = self._steps
-            steps[rows] = lengths + counts - self._given[rows]
+            self._steps[rows] = lengths + counts - self._given[rows]
             for asker in askers.values():
-                asker.restart(steps)
+                asker.restart(self._steps)
             if whole is None and self._watch is not None:
                 whole = self._watch.wants
         name, slots = self.plan.cache.tokens[0], np.arange(count)
         unasked: list[Left] = []
+        new = counts
         if askers is not None and self._mixed:  # apart, so that each row gets what it gets alone
             deep, slots, self._mixed = slots[counts > 1], slots[counts == 1], False
             unasked = decoder.feed(deep, {name: chunk[deep]}, counts[deep], None)
-            chunk = chunk[slots, :1]
-        asked = decoder.feed(slots, {name: chunk}, counts[slots], askers, whole, picks)
-        left = sorted(unasked + asked, key=lambda item: item.slot)
+            chunk, new = chunk[slots, :1], counts[slots]
+        asked = decoder.feed(slots, {name: chunk}, new, askers, whole, picks)
+        left = asked if count == 1 else sorted(unasked + asked, key=lambda item: item.slot)
         if askers is not None:
             if self._watch is not None:
                 self._watch.see(left, counts.tolist())

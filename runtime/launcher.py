@@ -110,7 +110,9 @@ def greatest(array: Index) -> int:
 
 
 def padded(rows: Sequence[Array]) -> Array:
-    """Rows of different numbers of tokens as one array, zeros behind the shorter ones."""
+    """Rows of different numbers of tokens as one array, zeros behind the shorter ones; no copy of a single one."""
+    if len(rows) == 1:
+        return rows[0][None]
     widest = max(len(row) for row in rows)
     whole = np.zeros((len(rows), widest, *rows[0].shape[1:]), rows[0].dtype)
     for row, array in zip(whole, rows, strict=True):

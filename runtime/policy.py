@@ -170,6 +170,13 @@ class Asker:
     def ask(self, after: int, rows: NDArray[np.int64], found: Scores) -> Rows:
         """Which of ``rows`` leave; ``found`` has the wanted scores of these rows."""
         scores = {measure: self._score(after, measure, rows.size, array) for measure, array in found.items()}
+        leave = self.judge(after, rows, scores)
+        self._history[after] = scores
+        self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
+        return leave
+
+    def judge(self, after: int, rows: NDArray[np.int64], scores: Scores) -> Rows:
+        """What the policy says of ``rows`` with these scores, of which nothing is kept; a row may come repeatedly."""
         steps = None if self.steps is None else self.steps[rows]
         state = State(self._stack.name, after, self._stack.blocks, scores, rows, dict(self._history), steps)
         leave = self._policy.leave(state)
@@ -179,8 +186,6 @@ class Asker:
                 f"the policy has to return bool [{rows.size}] after {after} blocks of {state.stack!r}, "
                 f"one per row that is still there; it returned {shown}"
             )
-        self._history[after] = scores
-        self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
         return leave
 
     def spent(self, depths: Sequence[int] | NDArray[np.int64], milliseconds: float) -> None:

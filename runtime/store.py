@@ -1,7 +1,7 @@
 """Memory of one generation: caches and what it reads again and again, bound to segments once.
 
-A segment that is run on some rows has a binding of its own, with arrays for what changes at each run, which others
-replace when the chunk's size changes; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a
+A segment that is run on some rows has a binding for each small size of a chunk, and one for all larger ones, with
+arrays for what changes at each run; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a
 device the caches stay there, and what changes is copied from and to the host. A generation that ends leaves all this to
 the next one of its size.
 """
@@ -24,6 +24,8 @@ from offramp.runtime.memory import quiet
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
+
+_SMALL = 16  # tokens: chunks of up to so many keep their bindings, since arrays of many sizes would fill memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +77,13 @@ def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, 
 class _Bound:
     """A binding of a segment to some slots, and its arrays for chunks of the last size.
 
-    ONNX Runtime keeps no hold of numpy's memory: ``slices`` and ``sized`` do. ``kept`` says which are bound now.
-    ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
+    ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store's slices. ``kept`` says which of those
+    are bound now. ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
     """
 
     binding: Any
     counts: Array
     kept: int = -1
-    slices: dict[str, ort.OrtValue] = field(default_factory=dict)
     chunk: int = 0
     sized: list[ort.OrtValue] = field(default_factory=list)
     given: list[tuple[str, Array]] = field(default_factory=list)
@@ -103,7 +104,8 @@ class Store:
         self.capacity = capacity
         self._arrays: dict[str, Array] = {}
         self._on_device: dict[str, ort.OrtValue] = {}
-        self._bound: dict[tuple[str, int, int], _Bound] = {}
+        self._slices: dict[tuple[str, int, int], ort.OrtValue] = {}
+        self._bound: dict[tuple[str, int, int, int], _Bound] = {}
         self._kept = 0  # how often values were replaced
         self._options = quiet()
         sizes = self._sizes(slots, 1)
@@ -119,6 +121,7 @@ class Store:
         """Values that chunks read and do not change; they replace those of the same names."""
         self._arrays |= {name: np.array(value) for name, value in values.items()}
         self._settle(values)
+        self._slices = {key: part for key, part in self._slices.items() if key[0] not in values}
         self._kept += 1
 
     def _settle(self, names: Any) -> None:
@@ -137,7 +140,7 @@ class Store:
             larger[place] = self._array(name)
             self._arrays[name] = larger
         self._settle(self.cache.buffers)
-        self._bound.clear()
+        self._forget()
 
     def _array(self, name: str) -> Array:
         found: Array = self._on_device[name].numpy() if name in self._on_device else self._arrays[name]
@@ -182,7 +185,12 @@ class Store:
         if name in self._on_device:
             self._arrays[name] = array
             self._settle([name])
-            self._bound.clear()
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of all bindings: what they are bound to has been replaced."""
+        self._bound.clear()
+        self._slices.clear()
 
     def _by_slot(self, name: str, array: Array, slots: Index) -> tuple[Array, tuple[Any, ...]]:
         """A view of an array with an axis of slots, and an index of some of them."""
@@ -196,15 +204,14 @@ class Store:
         What it returns may be overwritten by the next run.
         """
         chunk = max([values[name].shape[axis] for name, axis in launch.sized], default=1)
-        key = (launch.segment.name, low, high)
+        key = (launch.segment.name, low, high, min(chunk, _SMALL + 1))
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(launch, low, high)
         if bound.kept != self._kept:
             bound.kept = self._kept
             for file_name, name in launch.kept:
-                bound.slices[name] = self._slice(name, low, high)
-                bound.binding.bind_ortvalue_input(file_name, bound.slices[name])
+                bound.binding.bind_ortvalue_input(file_name, self._slice(name, low, high))
         if bound.chunk != chunk:
             self._size(bound, launch, high - low, chunk)
         for name, array in bound.given:
@@ -226,10 +233,9 @@ class Store:
         if launch.lengths is not None:
             bound.binding.bind_ortvalue_input(launch.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
         for key, name in launch.buffers:
-            bound.slices[name] = self._slice(name, low, high)
-            bound.binding.bind_ortvalue_input(key, bound.slices[name])
+            bound.binding.bind_ortvalue_input(key, self._slice(name, low, high))
         for key, name in launch.appended:
-            bound.binding.bind_ortvalue_output(key, bound.slices.setdefault(name, self._slice(name, low, high)))
+            bound.binding.bind_ortvalue_output(key, self._slice(name, low, high))
         return bound
 
     def _size(self, bound: _Bound, launch: Launch, rows: int, chunk: int) -> None:
@@ -260,8 +266,14 @@ class Store:
         return all(names(size) <= known for size in value.shape)
 
     def _slice(self, name: str, low: int, high: int) -> ort.OrtValue:
+        """A value's part that belongs to these slots, made once."""
         if name in self._on_device:
             return self._on_device[name]
+        if (name, low, high) not in self._slices:
+            self._slices[name, low, high] = self._part(name, low, high)
+        return self._slices[name, low, high]
+
+    def _part(self, name: str, low: int, high: int) -> ort.OrtValue:
         value, array = self.manifest.values[name], self._arrays[name]
         if value.batch_axis is not None:
             at = slice(low * value.batch_factor, high * value.batch_factor)

@@ -57,6 +57,9 @@ class _Drafting(Policy):
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return self.policy.measures(stack, exit_)
 
+    def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return None  # what checks drafts is the whole head
+
     def leave(self, state: State) -> Rows:
         leaving: Rows = self.policy.leave(state) & ~self.full[state.rows]
         return leaving

@@ -28,6 +28,7 @@ class Watch:
         self._policy, self._decoder, self._stack, self._output = policy, decoder, stack, output
         legs = [at for at, leg in enumerate(decoder.legs) if leg.stack == stack]
         self._first, self._last = legs[0], legs[-1]
+        self._full = decoder.manifest.stacks[stack].blocks
         self._waiting: list[list[list[_Said]]] = [[] for _ in range(decoder.store.slots)]
 
     def wants(self) -> bool:
@@ -41,9 +42,11 @@ class Watch:
             waiting = self._waiting[item.slot]
             waiting += [[] for _ in range(count - 1)]
             waiting.append(self._said(item))
+            deep = item.deep
             if item.whole is not None:
-                deep = self._best(item.whole[self._output])
-                for said, token in zip(waiting[-deep.size :], deep.tolist(), strict=True):
+                deep = self._best(item.whole[self._output]).tolist()
+            if deep:
+                for said, token in zip(waiting[-len(deep) :], deep, strict=True):
                     for one in said:
                         known.setdefault(one.after, []).append((one, one.token == token))
             seen = self._decoder.seen[:, item.slot]
@@ -59,7 +62,8 @@ class Watch:
     def _said(self, item: Left) -> list[_Said]:
         """What exits said of a row's new token; nothing of those that neither picked one nor made their outputs."""
         exit_, found = item.exits[self._stack], []
-        for after, asked in item.asked.items():
+        early = {after: asked for after, asked in item.asked.items() if after != self._full}
+        for after, asked in early.items():
             outputs = item.outputs if after == exit_ else asked.outputs
             if asked.pick is not None:
                 found.append(_Said(after, dict(asked.scores), asked.pick))

@@ -23,6 +23,8 @@ from offramp.passes.insert_scores import OF_SHORT
 from offramp.program import Program, capture
 from offramp.program.graph import results
 from offramp.runtime.errors import SpecError
+from offramp.runtime.manifest import Exit
+from offramp.runtime.policy import Agreement, Cost, Policy, Rows, State
 
 IDS = (7, 2, 9, 0, 4)
 TEXT = f"insert-scores{{measure={'|'.join(OF_SHORT)},ids={'|'.join(map(str, IDS))}}}"
@@ -374,6 +376,61 @@ def test_full_depth_picks_tokens_too(tmp_path: Path, passes: str) -> None:
         chain.generate({"input_ids": [prompt]}, policy, beams=2, max_new_tokens=8).tokens[0].tolist()
         == exact.tokens[0].tolist()
     )
+
+
+class Compared(Policy):
+    """Lets two of three tokens leave after two blocks, takes full depth's picks from a score on, is told of both."""
+
+    def __init__(self, pick: float) -> None:
+        self.pick = pick
+        self.agreed: list[bool] = []
+
+    @property
+    def observes(self) -> frozenset[type[Agreement | Cost]]:
+        return frozenset({Agreement})
+
+    def observe(self, seen: Agreement | Cost) -> None:
+        assert isinstance(seen, Agreement)
+        self.agreed += seen.agreed.tolist()
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return ("top1-short",)
+
+    def leave(self, state: State) -> Rows:
+        if state.after == state.blocks:
+            return np.greater_equal(state.scores["top1-short"], self.pick)
+        assert state.steps is not None
+        return state.steps % 3 != 0
+
+
+@pytest.mark.parametrize("pick", [0.0, 0.35, 2.0])
+def test_exits_are_compared_with_what_full_depth_picks(tmp_path: Path, pick: float) -> None:
+    """If its picks will do for all tokens that are caught up, no head runs; else they are compared with the head's."""
+    captured = tiny.captured(tiny.Talker, {"input_ids": tiny.ids()}, seed=4)
+    scored = apply(captured.program, "insert-exits{after=2}," + TEXT.replace("{", f"{{after=2|{tiny.BLOCKS},"))
+    save(apply(scored, "insert-cache"), tmp_path / "talker.offramp", target="portable")
+    policy, prompt = Compared(pick), [3, 1]
+    steps = list(offramp.load(tmp_path / "talker.offramp").stream({"input_ids": [prompt]}, policy, max_new_tokens=25))
+    early, full = scored.exits
+    text = torch.tensor([[*prompt, *(step.token for step in steps)]])
+    made = tiny.outputs(scored.module, {"input_ids": text})
+    few, deep, sure = (
+        made[name][0].numpy()
+        for name in (
+            early.scores["prediction-short"],
+            full.scores["prediction-short"],
+            full.scores["top1-short"],
+        )
+    )
+    whole, agreed, heads = made["output"][0].argmax(-1).numpy(), [], []
+    for at in range(len(prompt) + 2, len(prompt) + len(steps) - 1, 3):  # a token that goes deep; two wait
+        caught = slice(at - 2, at + 1)
+        heads.append(bool((sure[caught] < pick).any()))
+        agreed += (few[caught] == (whole if heads[-1] else deep)[caught]).tolist()
+    assert policy.agreed == agreed
+    assert [any("tail" in ran.segment for ran in step.trace) for step in steps if step.caught_up] == heads
+    assert len(set(heads)) == (2 if pick == 0.35 else 1)
+    assert 3 < sum(agreed) < len(agreed)
 
 
 def test_without_exits_only_full_depth_can_be_scored(decoder: tiny.Captured) -> None:
