@@ -38,7 +38,7 @@ MODEL = "whisper_base"
 FULL = "full depth"
 AT = 0.9
 BLOCKS = 6
-SHORT, CANDIDATES = "top1-short", {"end": 12000, "short": 4096}
+SHORT, CANDIDATES = "top1-short", {"end": 10000, "short": 4096}
 Row = dict[str, Any]
 
 
@@ -183,7 +183,7 @@ def listed(exits: Sequence[int]) -> str:
 def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain) -> dict[str, Way]:
     """Every way but perfect gates and the single session."""
     found = {FULL: Way(plain, offramp.Never()), "full depth, exits unused": Way(short, offramp.Never())}
-    for at in (0.8, AT, 0.95):
+    for at in (0.8, 0.85, AT):
         found[f"short list >= {at} after {BLOCKS}"] = Way(
             end, offramp.Confidence(measure=SHORT, thresholds={BLOCKS: at})
         )

@@ -46,7 +46,8 @@ class Adaptive(Policy):
 
     It never falls to where the tokens above, as counted, agree less than ``target``.
 
-    Where everything leaves nothing goes deep, and nothing would be learned: so every ``audit``-th token of a row does.
+    Where everything leaves nothing goes deep, and nothing would be learned: so once ``audit`` tokens less one have left
+    with none between that went deep, the next one does.
 
     Attributes:
         threshold: The threshold to start with; `now` is what it has become.
@@ -70,6 +71,7 @@ class Adaptive(Policy):
     _position: float = field(init=False, compare=False)
     _count: int = field(default=0, init=False, compare=False)
     _turn: float = field(default=0.0, init=False, compare=False)
+    _early: int = field(default=0, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_learner(self, self.measure, self.threshold)
@@ -104,7 +106,12 @@ class Adaptive(Policy):
         if state.after == state.blocks and self.pick is not None:
             return np.greater_equal(state.scores[self.measure], self.pick)
         leaving = np.greater(state.scores[self.measure], self.now)
-        return leaving if state.steps is None else leaving & (state.steps % self.audit != 0)
+        if state.steps is not None:
+            with self._lock:
+                for row, leaves in enumerate(leaving.tolist()):
+                    leaving[row] = leaves and self._early + 1 < self.audit
+                    self._early = self._early + 1 if leaving[row] else 0
+        return leaving
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
         only(stacks, self.measure, self, self.after)
@@ -152,6 +159,7 @@ class Adaptive(Policy):
                 "position": self._position,
                 "count": self._count,
                 "turn": self._turn,
+                "early": self._early,
                 "scores": self._scores[:kept].tolist(),
                 "agreed": self._agreed[:kept].tolist(),
             }
@@ -161,7 +169,7 @@ class Adaptive(Policy):
         made = replace(self)
         try:
             made._position, made._count = float(state["position"]), int(state["count"])
-            made._turn = float(state["turn"])
+            made._turn, made._early = float(state["turn"]), int(state["early"])
             kept = min(made._count, self.memory)
             made._scores[:kept], made._agreed[:kept] = state["scores"], state["agreed"]
         except (KeyError, TypeError, ValueError) as error:

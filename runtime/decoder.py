@@ -90,11 +90,9 @@ class Decoder:
     pending: list[list[list[Values]]] = field(init=False)
     taken: dict[int, int] = field(default_factory=dict)
     launcher: Launcher = field(init=False)
-    following: list[frozenset[str]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.launcher = Launcher(self.store)
-        self.following = [_following(self.legs, at) for at in range(len(self.legs))]
         self.seen = np.zeros((len(self.legs), self.store.slots), np.int64)
         self.rows = np.arange(self.store.slots)
         self.pending = [[[] for _ in range(self.store.slots)] for _ in self.legs]
@@ -296,8 +294,7 @@ class Decoder:
             self.seen[at, slots[0]] += counts[0]
         else:
             self.seen[at, slots] += counts
-        following = self.following[at]
-        return {name: array for name, array in found.items() if name in following}
+        return {name: array for name, array in found.items() if name in leg.leaves}
 
     # leaving
 
@@ -420,12 +417,3 @@ class Decoder:
         self.rows[:count] = self.rows[list(sources)]
         for leg in self.pending:
             leg[:count] = [list(leg[source]) for source in sources]
-
-
-def _following(legs: Sequence[Leg], at: int) -> frozenset[str]:
-    """The values that are read behind a leg: by the next one, and by its exit."""
-    found = legs[at + 1].reads if at + 1 < len(legs) else frozenset()
-    door = legs[at].door
-    if door is not None:
-        found |= door.reads | {door.scores[measure] for measure in door.free} | frozenset(door.results.values())
-    return found

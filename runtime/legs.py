@@ -35,13 +35,14 @@ class Leg:
     """Segments that run without a place to leave between.
 
     ``reads`` are the values of the chunk that this leg or a later one needs from before, ``hidden`` the one that
-    this leg of a stack makes of them.
+    this leg of a stack makes of them, ``leaves`` those that are read behind it: by the next leg, and by its exit.
     """
 
     stack: str | None
     calls: tuple[Launch, ...]
     reads: frozenset[str]
     hidden: str | None
+    leaves: frozenset[str]
     door: Door | None = None
 
 
@@ -69,13 +70,15 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
     legs: list[Leg] = []
     later: frozenset[str] = frozenset()
     for stack_name, calls, hidden, door in reversed(parts):
+        leaves = later
         if door is not None:
             if door.full and not door.ends:
                 later = frozenset(door.results.values()) | (later - set(door.results))
             later |= door.reads | {door.scores[measure] for measure in door.free}
+            leaves |= later | frozenset(door.results.values())
         for call in reversed(calls):
             later = (later - {name for _, name in call.made}) | {name for _, name in call.chunk}
-        legs.append(Leg(stack_name, calls, later, hidden, door))
+        legs.append(Leg(stack_name, calls, later, hidden, leaves, door))
     return tuple(reversed(legs))
 
 

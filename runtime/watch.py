@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from offramp.runtime.policy import Agreement, Policy
 
 class _Said(NamedTuple):
     after: int
-    scores: dict[str, float]
+    scores: Mapping[str, float]
     token: int
 
 
@@ -40,7 +40,8 @@ class Watch:
         known: dict[int, list[tuple[_Said, bool]]] = {}
         for item, count in zip(left, counts, strict=True):
             waiting = self._waiting[item.slot]
-            waiting += [[] for _ in range(count - 1)]
+            if count > 1:
+                waiting += [[] for _ in range(count - 1)]
             waiting.append(self._said(item))
             deep = item.deep
             if item.whole is not None:
@@ -62,13 +63,14 @@ class Watch:
     def _said(self, item: Left) -> list[_Said]:
         """What exits said of a row's new token; nothing of those that neither picked one nor made their outputs."""
         exit_, found = item.exits[self._stack], []
-        early = {after: asked for after, asked in item.asked.items() if after != self._full}
-        for after, asked in early.items():
+        for after, asked in item.asked.items():
             outputs = item.outputs if after == exit_ else asked.outputs
+            if after == self._full:
+                continue
             if asked.pick is not None:
-                found.append(_Said(after, dict(asked.scores), asked.pick))
+                found.append(_Said(after, asked.scores, asked.pick))
             elif outputs is not None:
-                found.append(_Said(after, dict(asked.scores), int(self._best(outputs[self._output])[-1])))
+                found.append(_Said(after, asked.scores, int(self._best(outputs[self._output])[-1])))
         return found
 
     def _best(self, logits: NDArray[Any]) -> NDArray[np.int64]:

@@ -262,11 +262,15 @@ def test_options() -> None:
 
 
 def test_every_now_and_then_a_token_goes_deep() -> None:
+    """The next one, once three have left in a row, of whatever rows and runs; where nothing is generated, none."""
     policy = Adaptive(2, 0.5, audit=4)
-    steps = np.arange(1, 9)
     scores = {"margin": np.array([0.9, 0.9, 0.9, 0.9, 0.5, 0.9, np.nan, 0.9], np.float32)}
-    state = State("decoder", 2, 4, scores, np.arange(8), {}, steps)
-    assert policy.leave(state).tolist() == [True, True, True, False, False, True, False, False]
+    state = State("decoder", 2, 4, scores, np.arange(8), {}, np.zeros(8, np.int64))
+    assert policy.leave(state).tolist() == [True, True, True, False, False, True, False, True]
+    again = policy.restored(json.loads(json.dumps(policy.state())))
+    for one in (policy, again):
+        assert one.leave(state).tolist() == [True, True, False, True, False, True, False, True]
+    assert policy.leave(State("decoder", 2, 4, scores, np.arange(8), {})).tolist() == (scores["margin"] > 0.5).tolist()
 
 
 # Generations
