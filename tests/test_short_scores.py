@@ -403,14 +403,22 @@ class Compared(Policy):
         return state.steps % 3 != 0
 
 
-@pytest.mark.parametrize("pick", [0.0, 0.35, 2.0])
-def test_exits_are_compared_with_what_full_depth_picks(tmp_path: Path, pick: float) -> None:
-    """If its picks will do for all tokens that are caught up, no head runs; else they are compared with the head's."""
+@pytest.fixture(scope="module")
+def picking(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, offramp.Chain]:
+    """A talker that picks tokens after two blocks and at full depth."""
     captured = tiny.captured(tiny.Talker, {"input_ids": tiny.ids()}, seed=4)
     scored = apply(captured.program, "insert-exits{after=2}," + TEXT.replace("{", f"{{after=2|{tiny.BLOCKS},"))
-    save(apply(scored, "insert-cache"), tmp_path / "talker.offramp", target="portable")
+    path = tmp_path_factory.mktemp("picking") / "talker.offramp"
+    save(apply(scored, "insert-cache"), path, target="portable")
+    return scored, offramp.load(path)
+
+
+@pytest.mark.parametrize("pick", [0.0, 0.35, 2.0])
+def test_exits_are_compared_with_what_full_depth_picks(picking: tuple[Program, offramp.Chain], pick: float) -> None:
+    """If its picks will do for all tokens that are caught up, no head runs; else they are compared with the head's."""
+    scored, chain = picking
     policy, prompt = Compared(pick), [3, 1]
-    steps = list(offramp.load(tmp_path / "talker.offramp").stream({"input_ids": [prompt]}, policy, max_new_tokens=25))
+    steps = list(chain.stream({"input_ids": [prompt]}, policy, max_new_tokens=25))
     early, full = scored.exits
     text = torch.tensor([[*prompt, *(step.token for step in steps)]])
     made = tiny.outputs(scored.module, {"input_ids": text})
