@@ -94,9 +94,27 @@ def open_sessions(
     options = session_options(threads)
     sessions = {}
     for file in files:
-        sessions[file] = _open(root / file, options, wanted, names[0])
+        try:
+            sessions[file] = _open(root / file, options, wanted, names[0])
+        except _OtherPoolError:
+            if threads is not None:
+                raise
+            options = _of_other_pool()
+            sessions[file] = _open(root / file, options, wanted, names[0])
         _trim()
     return sessions
+
+
+class _OtherPoolError(ExecutionError):
+    """The process has a pool that was made outside offramp, and sessions have to use it."""
+
+
+def _of_other_pool() -> ort.SessionOptions:
+    """Options for the pool that somebody else has made."""
+    global _pool
+    with _lock:
+        _pool = 0
+    return session_options()
 
 
 def _trim() -> None:
@@ -110,7 +128,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: list[Any], first: 
         session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
     except Exception as error:
         if "use_per_session_threads must be false" in str(error):
-            raise ExecutionError(
+            raise _OtherPoolError(
                 "threads=1: this process has a global thread pool, made outside offramp",
                 hint="threads=None to use that pool",
             ) from error

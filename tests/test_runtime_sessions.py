@@ -73,6 +73,13 @@ ort.set_global_thread_pool_sizes(2, 1)
 refused(lambda: offramp.load(root, threads=1), "made outside offramp")
 offramp.load(root).run(ids)
 """,
+    "somebody else's pool and one core": """
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+ort.set_global_thread_pool_sizes(2, 1)
+offramp.load(root).run(ids)
+refused(lambda: offramp.load(root, threads=1), "made outside offramp")
+offramp.load(root).run(ids)
+""",
     "one thread leaves the process alone": """
 before = tasks()
 offramp.load(root, threads=1).run(ids)
