@@ -119,7 +119,7 @@ class Store:
 
     def keep(self, values: Mapping[str, Array]) -> None:
         """Values that chunks read and do not change; they replace those of the same names."""
-        self._arrays |= {name: np.array(value) for name, value in values.items()}
+        self._arrays |= {name: np.array(value, order="C") for name, value in values.items()}
         self._settle(values)
         self._slices = {key: part for key, part in self._slices.items() if key[0] not in values}
         self._kept += 1
@@ -159,6 +159,9 @@ class Store:
         for name in (*self._arrays, *self._on_device):
             if self.manifest.values[name].batch_axis is not None:
                 self._put(name, into, self._taken(name, out))
+        copied = {name for name in self._arrays if self.manifest.values[name].batch_axis}  # parts of these are copies
+        self._slices = {key: part for key, part in self._slices.items() if key[0] not in copied}
+        self._kept += bool(copied)
 
     def saved(self, names: Sequence[str], slots: Index) -> Callable[[], None]:
         """What brings back the contents that caches have in these slots now."""
