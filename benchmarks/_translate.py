@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,12 @@ class Way:
     def milliseconds(self) -> float:
         """Of the decoder, a sentence."""
         return sum(self.decoder) / len(self.decoder)
+
+
+def on_one_core() -> None:
+    """Keep to one core, where exporting leaves no pool of threads behind, which later sessions would have to share."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 def same(policy: offramp.Policy) -> Callable[[int], offramp.Policy]:

@@ -14,7 +14,19 @@ from pathlib import Path
 
 import offramp
 from benchmarks._common import report
-from benchmarks._translate import MEASURE, Way, bleu, bundle, listed, measure, perfect, row, same, without_exits
+from benchmarks._translate import (
+    MEASURE,
+    Way,
+    bleu,
+    bundle,
+    listed,
+    measure,
+    on_one_core,
+    perfect,
+    row,
+    same,
+    without_exits,
+)
 from examples.translation.model import DECODER_BLOCKS
 
 SETS = (((1,), 8), ((2,), 8), ((1, 3), 8), ((2,), 4), ((2,), 5))  # exits, and the deepest
@@ -67,6 +79,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, help="sentences of each test set (all)")
     parser.add_argument("--plain", type=Path, help="weights of the same model, trained without exits")
     args = parser.parse_args()
+    on_one_core()
     one = Way("full depth, one session", bundle(short=False))
     few = same(offramp.Confidence(measure=MEASURE, thresholds={DECODER_BLOCKS: 0.0}))
     ways = [one, Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
