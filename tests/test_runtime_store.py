@@ -8,6 +8,7 @@ import onnxruntime
 import pytest
 
 from offramp.runtime.manifest import Cache, Manifest, Segment, Value
+from offramp.runtime.sessions import session_options
 from offramp.runtime.store import Store, launch
 
 ROWS, WIDTH = 4, 2
@@ -45,7 +46,7 @@ def store_of(axis: int) -> tuple[Store, Manifest]:
 def test_segments_read_what_is_in_their_slots(axis: int) -> None:
     """Chunks of any size, before and after rows have moved or were replaced; the first axis is no copy, others are."""
     store, manifest = store_of(axis)
-    session = onnxruntime.InferenceSession(onnx.parser.parse_model(TWICE).SerializeToString())
+    session = onnxruntime.InferenceSession(onnx.parser.parse_model(TWICE).SerializeToString(), session_options())
     call = launch(manifest, manifest.segments["twice"], session, frozenset({"x"}))
     random = np.random.default_rng(0)
     kept = random.random((3, WIDTH, ROWS), np.float32)

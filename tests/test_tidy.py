@@ -11,6 +11,7 @@ import pytest
 from onnxscript import ir
 
 from offramp.export.tidy import tidy
+from offramp.runtime.sessions import session_options
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
 SIZES = """
@@ -27,7 +28,7 @@ def tidied(text: str, **inputs: Any) -> list[str]:
     after = ir.serde.serialize_model(inside)
     onnx.checker.check_model(after, full_check=True)
     wanted, found = (
-        onnxruntime.InferenceSession(one.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, inputs)
+        onnxruntime.InferenceSession(one.SerializeToString(), session_options()).run(None, inputs)
         for one in (model, after)
     )
     for array, other in zip(wanted, found, strict=True):
