@@ -157,12 +157,13 @@ class Decoder:
                         self._wait(at, slot, values, row, int(counts[row]))
                     if row in picked:
                         gone = rows[slot]
-                        seen = None if deep is None else deep[row]
-                        left.append(Left(slot, {}, gone.exits, gone.scores, gone.asked, picked[row], None, seen))
+                        made = Left(slot, {}, gone.exits, gone.scores, gone.asked, picked[row])
                     elif door.ends:
                         count = int(counts[row]) if wholly else None
                         made = self._left(slot, rows[slot], door, ending, answered.index(row), count)
-                        left.append(made if deep is None else made._replace(deep=deep[row]))
+                    else:
+                        continue
+                    left.append(made if deep is None else made._replace(deep=deep[row]))
                 if not door.ends:
                     after = self._behind(at, leg.stack)
                     counted = np.array([new[int(slot)] for slot in slots[go]])

@@ -64,9 +64,9 @@ class Watch:
         """What exits said of a row's new token; nothing of those that neither picked one nor made their outputs."""
         exit_, found = item.exits[self._stack], []
         for after, asked in item.asked.items():
-            outputs = item.outputs if after == exit_ else asked.outputs
             if after == self._full:
                 continue
+            outputs = item.outputs if after == exit_ else asked.outputs
             if asked.pick is not None:
                 found.append(_Said(after, asked.scores, asked.pick))
             elif outputs is not None:

@@ -372,7 +372,6 @@ class Rebuilder:
         if key in self._rows:
             return self._rows[key]
         chosen, missing = table, rank - len(shape(table))
-        sizes: list[Any]
         places = 1
         for _ in range(missing):
             chosen = self.call(aten.unsqueeze.default, chosen, 0)
@@ -383,14 +382,13 @@ class Rebuilder:
         elif expression(shape(chosen)[place]) != 1:
             raise self.refusal(f"a value of positions has {shape(chosen)[place]} places where rows are counted")
         if (axis, place, places, each) == (1, 0, 1, 1):
-            sizes = [self._dimension(chosen, i) for i in range(1, rank)]
-            flat = self.call(aten.reshape.default, chosen, sizes)
+            flat = self.call(aten.reshape.default, chosen, [self._dimension(chosen, i) for i in range(1, rank)])
             self._rows[key] = self.call(aten.index.Tensor, flat, [self.positions()])
             return self._rows[key]
         flat = self.call(aten.reshape.default, self.positions(), [-1])
         taken = self.call(aten.index_select.default, chosen, axis, flat)
         batch, chunk = self._sizer(self.batch) if self.batch is not None else 1, self._sizer(self.chunk)
-        sizes = [self._dimension(taken, i) for i in range(rank)]
+        sizes: list[Any] = [self._dimension(taken, i) for i in range(rank)]
         split = self.call(aten.reshape.default, taken, [*sizes[:axis], batch, chunk, *sizes[axis + 1 :]])
         order = [i for i in range(rank + 1) if i != axis]
         order.insert(place, axis)
