@@ -147,6 +147,32 @@ def test_errors_are_told_without_a_traceback_unless_asked_for(
         assert told.startswith("Traceback")
 
 
+def test_python_m_offramp() -> None:
+    shown = subprocess.run([sys.executable, "-m", "offramp", "--version"], capture_output=True, text=True, check=True)
+    assert shown.stdout == f"offramp {offramp.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("check",), ("export", "-o", "x.offramp")])
+def test_a_misspelt_pass_is_found_before_the_model_is_loaded(
+    command: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow.py").write_text("def factory():\n    raise SystemExit('loaded')")
+    name, *options = command
+    assert cli.main([name, "slow.py:factory", *options, "-p", "insert-exit{after=1}"]) == 1
+    captured = capsys.readouterr()
+    assert "rewrite: unknown pass 'insert-exit'; there are canonicalize, " in captured.err + captured.out
+
+
+def test_a_missing_file_is_found_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slow.py").write_text("def factory():\n    raise SystemExit('loaded')")
+    said = refused(capsys, "export", "slow.py:factory", "-o", "x.offramp", "--file", "gone.json")
+    assert "--file gone.json: there is no such file" in said
+
+
 def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: object) -> int:
         raise KeyboardInterrupt
@@ -259,6 +285,50 @@ def test_text_becomes_ids_padded_to_the_longest_and_cut_to_what_the_bundle_takes
     np.testing.assert_array_equal(found["input_ids"], np.array([[5, 6, 0], [7, 1, 9]]))
     assert found["input_ids"].dtype == np.int64
     assert _inputs.encode(chain, root, ["w5 " * 20])["input_ids"].shape == (1, bundles.LONGEST)
+
+
+def pairing_bundle(root: Path, name: str = "input_ids") -> Path:
+    """A classifier of pairs: its tokenizer puts w9 between the two texts, and the input is called ``name``."""
+    tokenizers = pytest.importorskip("tokenizers")
+    reading_bundle(root)
+    tokenizer = tokenizers.Tokenizer.from_file(str(root / "tokenizer.json"))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A", pair="$A w9 $B:1", special_tokens=[("w9", 9)]
+    )
+    tokenizer.save(str(root / "tokenizer.json"))
+    text = (root / MANIFEST_FILE).read_text().replace('"input_ids"', json.dumps(name))
+    manifest: dict[str, Any] = json.loads(text)
+    manifest["files"]["tokenizer.json"] = vars(bundles.listed_file(root / "tokenizer.json"))
+    (root / MANIFEST_FILE).write_text(json.dumps(manifest))
+    return root
+
+
+def test_pairs_of_texts_are_one_row_each(tmp_path: Path) -> None:
+    root = pairing_bundle(tmp_path / "pairs.offramp")
+    found = _inputs.given(offramp.load(root), root, (), ["w5 w6", "w7"], pairs=["w8", "w5 w6"])
+    np.testing.assert_array_equal(found["input_ids"], np.array([[5, 6, 9, 8], [7, 9, 5, 6]]))
+
+
+def test_run_on_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = pairing_bundle(tmp_path / "pairs.offramp")
+    assert "w5 | w6" in run(capsys, "run", root, "-t", "w5", "--pair", "w6")
+    said = refused(capsys, "run", root, "-t", "w5", "-t", "w6", "--pair", "w6")
+    assert "2 of --text and 1 of --pair: a row needs one of each" in said
+    assert "0 of --text and 1 of --pair" in refused(capsys, "run", root, "--pair", "w6")
+
+
+def test_text_goes_to_the_one_input_of_token_ids_whatever_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = pairing_bundle(tmp_path / "named.offramp", "idx")
+    assert "w5 | w6" in run(capsys, "run", root, "-t", "w5", "--pair", "w6")
+
+
+def test_no_text_for_an_input_that_only_looks_like_token_ids(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = pairing_bundle(tmp_path / "typed.offramp", "segment_ids")
+    assert "not one input of token ids" in refused(capsys, "run", root, "-t", "w5")
 
 
 def test_run_on_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

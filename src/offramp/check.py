@@ -20,6 +20,7 @@ from offramp.export import save
 from offramp.export.validate import TOLERANCE, Arrays, eager, stepwise, worst
 from offramp.passes import InsertCache, InsertExits, Pass, Truncate, apply
 from offramp.passes.infra.chunks import cached_stacks, check_chunks
+from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
 from offramp.program.capture import ExampleInputs, named_outputs
 from offramp.program.sizes import other_sizes
@@ -136,6 +137,7 @@ class Check:
 
     def _steps(self, path: Path) -> None:
         report = self.report
+        passes = None if self._pipeline is None else as_passes(self._pipeline)  # before anything that takes long
         module, inputs = models.resolve(self._model)() if isinstance(self._model, str) else (self._model, self._inputs)
         report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())
         with self._timed("capture"):
@@ -146,7 +148,7 @@ class Check:
         with self._timed("rewrite"):
             everywhere: list[Pass] = [InsertCache()] if any(stack.role == "decoder" for stack in stacks) else []
             everywhere += [InsertExits(stack.name, after="all", head="shared") for stack in stacks]
-            program = apply(program, everywhere if self._pipeline is None else self._pipeline)
+            program = apply(program, everywhere if passes is None else passes)
         cached = cached_stacks(program)
         report.stacks = [replace(stack, cached=stack.name in cached) for stack in report.stacks]
         report.exits = len(_forced(program))

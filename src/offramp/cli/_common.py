@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from offramp.passes import Pass
     from offramp.program import Program
 
 PIPELINE = 'for example "insert-exits{after=2|4}"'
@@ -38,6 +39,18 @@ def captured(name: str) -> Program:
 
     capture = offramp.capture  # before the model: without torch this says what to install
     return capture(*models.resolve(name)())
+
+
+def passes(pipeline: str | None) -> list[Pass]:
+    """The passes of a pipeline text, for before the model is loaded. Raises SpecError."""
+    import offramp
+
+    if not pipeline:
+        return []
+    _ = offramp.apply  # without torch this says what to install
+    from offramp.passes.infra.spec import parse
+
+    return parse(pipeline)
 
 
 def positive(text: str) -> int:

@@ -4,8 +4,8 @@
 .npz     arrays named as the bundle's inputs, and perhaps ``labels``
 .tsv     a text a line, perhaps a tab and its label; a first line "sentence" or "text" is a header
 .txt     a text a line
-.jsonl   an object a line: ``text``, or the bundle's inputs by name (a row each, lists of token ids for example), and
-         perhaps ``label``
+.jsonl   an object a line: ``text`` and perhaps its ``pair``, or the bundle's inputs by name (a row each, lists of token
+         ids for example), and perhaps ``label``
 =======  ======================================================================================================
 """
 
@@ -101,19 +101,20 @@ def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 def _example(chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """One example as a batch of one row."""
-    given = {name: [value] for name, value in row.items() if name not in ("text", "label")}
+    given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label")}
     if "text" in row:
-        given |= _read(chain, bundle, str(row["text"]), tokenizer)
+        pairs = [str(row["pair"])] if "pair" in row else []
+        given |= _read(chain, bundle, str(row["text"]), tokenizer, pairs)
     if "label" in row:
         given["labels"] = [_label(chain, row["label"], tokenizer)]
     return given
 
 
-def _read(chain: Chain, bundle: Path, text: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """A text as the prompt of a model that takes one text, else as what it reads."""
-    if chain.generates == "input_ids":
-        return {"input_ids": [_generate.prompt(chain, bundle, text, tokenizer=tokenizer)]}
-    return _inputs.encode(chain, bundle, [text], tokenizer)
+def _read(chain: Chain, bundle: Path, text: str, tokenizer: Tokenizer | None, pairs: list[str]) -> dict[str, Any]:
+    """A text as the prompt of a model that takes one text, else as what it reads, perhaps with a second one."""
+    if chain.generates is not None and chain.generates == _inputs.text_input(chain) and not pairs:
+        return {chain.generates: [_generate.prompt(chain, bundle, text, tokenizer=tokenizer)]}
+    return _inputs.encode(chain, bundle, [text], tokenizer, pairs)
 
 
 def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:

@@ -79,8 +79,10 @@ def prompted(chain: Chain, args: argparse.Namespace) -> _inputs.Inputs:
     """The inputs that a user gave; text is the prompt of a model that takes one text, else what it reads."""
     assert chain.manifest.cache is not None
     (tokens, *_) = chain.manifest.cache.tokens
-    if not args.text or tokens != "input_ids":
-        return _inputs.given(chain, args.bundle, args.input, args.text, args.audio)
+    if not args.text or tokens != _inputs.text_input(chain):
+        return _inputs.given(chain, args.bundle, args.input, args.text, args.audio, args.pair)
+    if args.pair:
+        raise InputError("--pair: a prompt is one text", hint="one --text with all of it, or --once for one pass")
     prompts = {tokens: [prompt(chain, args.bundle, text, raw=args.raw) for text in args.text]}
     return prompts | _inputs.given(chain, args.bundle, args.input, (), args.audio)
 

@@ -16,16 +16,22 @@ if TYPE_CHECKING:
 
 Inputs = dict[str, Any]
 TOKENIZER = "tokenizer.json"
-_PARTS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+_PARTS = {"attention_mask": "attention_mask", "token_type_ids": "type_ids"}
+_NO_TEXT = ("mask", "type", "segment", "position", "bbox", "label")  # in names of whole numbers beside token ids
 
 
 def given(
-    chain: Chain, bundle: Path, files: Sequence[str], texts: Sequence[str] = (), sound: Path | None = None
+    chain: Chain,
+    bundle: Path,
+    files: Sequence[str],
+    texts: Sequence[str] = (),
+    sound: Path | None = None,
+    pairs: Sequence[str] = (),
 ) -> Inputs:
-    """What ``--input name=file.npy``, ``--text`` and ``--audio`` say, the first on top of the others."""
+    """What ``--input name=file.npy``, ``--text``, ``--pair`` and ``--audio`` say, the first on top of the others."""
     import numpy as np
 
-    inputs = encode(chain, bundle, texts) if texts else {}
+    inputs = encode(chain, bundle, texts, pairs=pairs) if texts or pairs else {}
     if sound is not None:
         inputs |= hear(chain, bundle, sound)
     for item in files:
@@ -39,31 +45,64 @@ def given(
     return inputs
 
 
-def encode(chain: Chain, bundle: Path, texts: Sequence[str], tokenizer: Tokenizer | None = None) -> Inputs:
+def text_input(chain: Chain) -> str | None:
+    """The input that holds the token ids of a text, None where there is none, or several that could be.
+
+    It is called ``input_ids``, or is the only one of whole numbers [batch, tokens] that is, by its name, no mask, type
+    or position. The tokens that a model writes are a text of its inputs only where it reads nothing else.
+    """
+    if "input_ids" in chain.inputs:
+        return "input_ids"
+    beside = {name for name in chain.inputs if any(word in name for word in _NO_TEXT)}
+    cache = chain.manifest.cache
+    written = set(cache.tokens) if cache is not None else set()
+    read = [name for name in chain.inputs if name not in beside | written] or sorted(written - beside)
+    found = [
+        name for name in read if chain.inputs[name].dtype in ("int64", "int32") and len(chain.inputs[name].shape) == 2
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def encode(
+    chain: Chain,
+    bundle: Path,
+    texts: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+    pairs: Sequence[str] = (),
+) -> Inputs:
     """Token ids, and where the bundle takes them masks and types, [texts, tokens], by its own tokenizer.
 
-    ``tokenizer`` is that one where it is at hand already.
+    ``tokenizer`` is that one where it is at hand already. With ``pairs`` each row holds a text and its pair.
+
+    Raises:
+        InputError: the bundle takes no text, or there are not as many pairs as texts.
     """
     import numpy as np
 
-    if TOKENIZER not in chain.manifest.files or "input_ids" not in chain.inputs:
+    ids = text_input(chain)
+    if TOKENIZER not in chain.manifest.files or ids is None:
         raise InputError(
-            f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or takes no input_ids",
+            f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or not one input of token ids",
             hint="--audio FILE.wav"
             if "audio" in chain.manifest.generation
             else "--input name=file.npy; or offramp export --file tokenizer.json",
         )
+    if pairs and len(pairs) != len(texts):
+        raise InputError(
+            f"{len(texts)} of --text and {len(pairs)} of --pair: a row needs one of each",
+            hint="--text A --pair B --text C --pair D",
+        )
     tokenizer = tokenizer or tokenizer_of(chain, bundle)
-    length, longest = _lengths(chain)
+    length, longest = _lengths(chain, ids)
     known: Mapping[str, Any] = tokenizer.padding or {"pad_id": 0, "pad_token": "[PAD]"}
     kept = {key: known[key] for key in ("pad_id", "pad_token", "pad_type_id", "direction") if key in known}
     tokenizer.enable_padding(**kept, length=length)
     if longest is not None:
         tokenizer.enable_truncation(longest)
-    rows = tokenizer.encode_batch(list(texts))
+    rows = tokenizer.encode_batch(list(zip(texts, pairs, strict=True)) if pairs else list(texts))
     return {
         name: np.array([getattr(row, part) for row in rows], chain.inputs[name].dtype)
-        for name, part in _PARTS.items()
+        for name, part in {ids: "ids", **_PARTS}.items()
         if name in chain.inputs
     }
 
@@ -79,7 +118,7 @@ def tokenizer_of(chain: Chain, bundle: Path) -> Tokenizer:
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
-        raise InputError("text needs the package tokenizers", hint="pip install tokenizers") from error
+        raise InputError("text needs the package tokenizers", hint="pip install 'offramp[text]'") from error
     return Tokenizer.from_file(str(bundle / TOKENIZER))
 
 
@@ -104,9 +143,9 @@ def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
         raise InputError(f"{bundle} has settings for audio that make no sense: {settings}") from error
 
 
-def _lengths(chain: Chain) -> tuple[int | None, int | None]:
-    """How many tokens a row of ``input_ids`` has to have, and has at most; None for any number."""
-    size = chain.inputs["input_ids"].shape[-1]
+def _lengths(chain: Chain, ids: str) -> tuple[int | None, int | None]:
+    """How many tokens a row of the input ``ids`` has to have, and has at most; None for any number."""
+    size = chain.inputs[ids].shape[-1]
     if isinstance(size, int):
         return size, size
     return None, chain.manifest.axes.get(size, (1, None))[1]
@@ -138,7 +177,7 @@ def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """BUNDLE, --input, --text, --audio, --threads and --provider."""
+    """BUNDLE, --input, --text, --pair, --audio, --threads and --provider."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a directory that offramp export wrote")
     parser.add_argument(
         "-i", "--input", metavar="NAME=FILE.npy", action="append", default=[], help="an input; may be repeated"
@@ -150,6 +189,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help=f"a row of text, for a bundle with {TOKENIZER} (needs the package tokenizers); may be repeated",
+    )
+    parser.add_argument(
+        "--pair",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="the second text of a row, for a model of two texts; once for each --text",
     )
     parser.add_argument(
         "--audio",

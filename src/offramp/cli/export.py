@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.cli import _common
+from offramp.runtime.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +42,12 @@ def run(args: argparse.Namespace) -> int:
     from offramp.cli import _policy
 
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
+    if missing := [str(file) for file in args.file or [] if not file.is_file()]:
+        raise InputError(f"--file {', '.join(missing)}: there is no such file")
+    passes = _common.passes(args.pipeline)
     program = _common.captured(args.model)
-    if args.pipeline:
-        program = offramp.apply(program, args.pipeline)
+    if passes:
+        program = offramp.apply(program, passes)
     with _common.progress("exporting") as shown:
         figures = offramp.save(
             program,

@@ -24,9 +24,10 @@ def run(args: argparse.Namespace) -> int:
     if Path(args.model).is_dir():
         print(offramp.load(args.model))
         return 0
+    passes = _common.passes(args.pipeline)
     program = _common.captured(args.model)
-    if args.pipeline:
-        program = offramp.apply(program, args.pipeline)
+    if passes:
+        program = offramp.apply(program, passes)
     print(program)
     program.require_stacks()
     return 0

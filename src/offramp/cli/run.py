@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> int:
     chain = offramp.load(args.bundle, args.provider, args.threads)
     if _generate.wanted(chain, args):
         return _generate.run(chain, args, policy)
-    result = chain.run(_inputs.given(chain, args.bundle, args.input, args.text, args.audio), policy)
-    print(_outputs(result), _exits(chain, result, args.text), _trace(result), sep="\n\n")
+    result = chain.run(_inputs.given(chain, args.bundle, args.input, args.text, args.audio, args.pair), policy)
+    texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
+    print(_outputs(result), _exits(chain, result, texts), _trace(result), sep="\n\n")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         for name, array in result.outputs.items():
