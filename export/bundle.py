@@ -24,7 +24,7 @@ from offramp.export.validate import validate
 from offramp.export.write import Writer
 from offramp.program.program import Program
 from offramp.runtime.errors import ExportError
-from offramp.runtime.manifest import MANIFEST_FILE, from_json, to_json
+from offramp.runtime.manifest import MANIFEST_FILE, Generation, Preprocessing, from_json, section, to_json
 
 
 def save(
@@ -35,6 +35,7 @@ def save(
     segments: int | None = None,
     target: Target = "ort",
     generation: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     files: Sequence[str | os.PathLike[str]] = (),
     policy: Mapping[str, Any] | None = None,
     name: str | None = None,
@@ -49,8 +50,9 @@ def save(
         segments: pieces per stack; None makes every block a segment of its own. Exits always end a segment.
         target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
             length that is filled) or "portable" (ONNX's own, opset 24).
-        generation: how the model generates: ``prompt``, ``stop``, ``suppress``, ``suppress_first`` (token ids),
-            ``max_length``, ``template`` (text with ``{text}``), ``audio``.
+        generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,
+            ``template``.
+        preprocessing: how text, sound and images become inputs: fields of `Preprocessing`.
         files: further files to put into the bundle, a tokenizer for example.
         policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
         name: what the bundle calls the model; the path's name if None.
@@ -62,6 +64,7 @@ def save(
     Raises:
         ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
             scale; nothing is left at ``path`` then that was not there before.
+        BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
     """
     if precision != "fp32":
         raise ExportError(f"precision={precision!r} is not supported", hint='precision="fp32"')
@@ -70,6 +73,8 @@ def save(
     place = Path(path).resolve()
     if place.exists() and not (place / MANIFEST_FILE).is_file() and (not place.is_dir() or any(place.iterdir())):
         raise ExportError(f"{place} exists and is no bundle", hint="another path; offramp replaces bundles only")
+    generates = section(Generation, {} if generation is None else generation)
+    prepares = section(Preprocessing, {} if preprocessing is None else preprocessing)
     program = program.without_dropout()
     lowered = prepared(program)
     plan = partition(lowered, segments)
@@ -81,7 +86,7 @@ def save(
         manifest = describer.manifest(name or place.stem, _provenance(program), policy)
         for file in files:
             _add(file, directory)
-        manifest = replace(manifest, files=writer.close(), generation=dict(generation or {}))
+        manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
         figures = validate(program, manifest, directory, describer.origin, lowered)
         manifest = replace(manifest, validation=figures)
         text = to_json(manifest)

@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-_WORDS = {int: "a whole number", str: "a text", float: "a number", type(None): "null"}
+_WORDS = {bool: "true or false", int: "a whole number", str: "a text", float: "a number", type(None): "null"}
 
 
 def decode(kind: Any, data: object, where: str, problems: list[str]) -> Any:
@@ -82,5 +82,5 @@ def _name(kind: Any) -> str:
 
 
 def _show(data: object) -> str:
-    text = json.dumps(data, ensure_ascii=False)
+    text = json.dumps(data, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."

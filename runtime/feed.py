@@ -89,7 +89,7 @@ class Plan:
         name = self.tokens_input()
         given = inputs.get(name)
         if given is None:
-            start = list(self.manifest.generation.get("prompt", ()))
+            start = list(self.manifest.generation.prompt)
             if not start:
                 raise InputError(f"{name!r} is missing, and the bundle has no prompt of its own")
             given = [start] * max((len(value) for value in inputs.values()), default=1)
@@ -120,11 +120,11 @@ class Plan:
         known = {field.name for field in fields(Sampling)}
         if unknown := sorted(set(options) - known):
             raise InputError(f"unknown options {unknown}; there are {sorted(known)}")
-        own = {key: tuple(self.manifest.generation.get(key, ())) for key in ("stop", "suppress", "suppress_first")}
+        own = {key: getattr(self.manifest.generation, key) for key in ("stop", "suppress", "suppress_first")}
         given: dict[str, Any] = {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}}
         chosen = Sampling(**given)
         Chooser(chosen, self.vocabulary)  # which checks the token ids
-        limits = [self.cache.limit, self.manifest.generation.get("max_length")]
+        limits = [self.cache.limit, self.manifest.generation.max_length]
         limit = min((number for number in limits if number is not None), default=None)
         room = None if limit is None else limit - longest + (limit == self.cache.limit)
         wanted = chosen.max_new_tokens

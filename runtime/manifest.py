@@ -15,15 +15,19 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from offramp.runtime.decode import decode
 from offramp.runtime.errors import BundleError
 
 FORMAT = "offramp"
-VERSION = 3
+VERSION = 4
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
+
+Section = TypeVar("Section", "Generation", "Preprocessing")
 
 PICK = "prediction-short"
 SHORT = ("top1-short", "margin-short", PICK)  # scores that need no head of the whole vocabulary
@@ -164,6 +168,74 @@ class File:
 
 
 @dataclass(frozen=True)
+class Generation:
+    """How the model generates where a user does not say otherwise; a field's default means "not set".
+
+    Attributes:
+        prompt: Token ids that each row starts with where the user gives none.
+        stop: Token ids that end a row.
+        stop_strings: Texts that end a row, once its new tokens spell one.
+        suppress: Token ids that are never chosen.
+        suppress_first: Token ids that are not chosen as a row's first new one.
+        forced_first: A row's first new token.
+        forced_last: One of these is chosen where the greatest length leaves one place.
+        bad_words: Sequences of token ids that are never completed.
+        min_length: Tokens of a row, prompt included, before ``stop`` may be chosen.
+        min_new_tokens: The same for new tokens.
+        max_length: Tokens of a row at most, prompt included; ``max_new_tokens`` comes before it.
+        max_new_tokens: New tokens of a row at most.
+        repetition_penalty: Divides positive logits of tokens that the row has already, multiplies negative ones.
+        no_repeat_ngram_size: No sequence of so many tokens comes twice in a row.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Draw from so many likeliest tokens.
+        top_p: Draw from the likeliest tokens of that probability in all.
+        min_p: Draw from tokens at least so likely as this times the likeliest.
+        beams: Texts of each row that beam search keeps; 1 is no beam search.
+        length_penalty: A text's score is its log-probability over its length to this power.
+        early_stopping: When beam search ends: True, as soon as so many texts have ended; False, when no better one
+            is likely; "never", when no better one is possible.
+        pad: The id that fills rows up.
+        template: What a user's text is put into: a text with ``{text}``.
+    """
+
+    prompt: tuple[int, ...] = ()
+    stop: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    suppress: tuple[int, ...] = ()
+    suppress_first: tuple[int, ...] = ()
+    forced_first: int | None = None
+    forced_last: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_length: int | None = None
+    min_new_tokens: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    pad: int | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How text, sound and images become inputs; None where nobody has said.
+
+    ``audio`` are the arguments of `offramp.runtime.audio.log_mel`.
+    """
+
+    text: Mapping[str, Any] | None = None
+    audio: Mapping[str, Any] | None = None
+    image: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything the runtime needs to know of a bundle.
 
@@ -187,7 +259,8 @@ class Manifest:
     cache: Cache | None = None
     policy: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
-    generation: Mapping[str, Any] = field(default_factory=dict)
+    generation: Generation = field(default_factory=Generation)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
     precision: str = "fp32"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
@@ -229,12 +302,35 @@ def from_json(text: str) -> Manifest:
     return manifest
 
 
+def section(kind: type[Section], data: Mapping[str, Any]) -> Section:
+    """A part of the manifest out of a user's mapping, in which tuples, arrays and numpy's numbers may stand for JSON's.
+
+    Raises:
+        BundleError: unknown keys, wrong types, or values that make no sense; all problems in one message.
+    """
+    from offramp.runtime.validate import generation_problems
+
+    name = kind.__name__.lower()
+    if not isinstance(data, Mapping):
+        raise BundleError(f"{name}: expected a mapping, found {data!r}")
+    problems: list[str] = []
+    made = decode(kind, _plain(data), name, problems)
+    if not problems and isinstance(made, Generation):
+        problems = list(generation_problems(made))
+    if problems:
+        hint = f"{name} has the keys {', '.join(f.name for f in fields(kind))}"
+        raise BundleError(f"{name} is wrong:\n  " + "\n  ".join(problems), hint=hint)
+    return cast("Section", made)
+
+
 def _plain(value: object) -> object:
-    """Dataclasses and mappings as dicts, tuples as lists: what the json module writes."""
+    """Dataclasses and mappings as dicts, sequences and arrays as lists, numpy's numbers as Python's: what JSON has."""
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
     return value

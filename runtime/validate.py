@@ -6,10 +6,13 @@ Each check yields its problems as text; none of them stops another.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from itertools import pairwise
 
 from offramp.runtime.axes import evaluate, names
-from offramp.runtime.manifest import DTYPES, Cache, Exit, Manifest, Segment, Stack, Value
+from offramp.runtime.errors import InputError
+from offramp.runtime.manifest import DTYPES, Cache, Exit, Generation, Manifest, Segment, Stack, Value
+from offramp.runtime.options import OPTIONS, read
 
 
 def problems_of(manifest: Manifest) -> list[str]:
@@ -19,8 +22,20 @@ def problems_of(manifest: Manifest) -> list[str]:
         *(text for name, value in manifest.values.items() for text in _value(manifest, name, value)),
         *_references(manifest),
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
+        *generation_problems(manifest.generation),
     ]
     return problems or list(_Flow(manifest).problems())
+
+
+def generation_problems(generation: Generation) -> Iterator[str]:
+    """What is wrong with values whose types are right."""
+    for item in fields(generation):
+        value = getattr(generation, item.name)
+        try:
+            if value != item.default and item.name in OPTIONS:
+                read(item.name, value)
+        except InputError as error:
+            yield f"generation.{error}"
 
 
 def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:

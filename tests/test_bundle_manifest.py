@@ -11,6 +11,7 @@ from typing import Any
 
 import bundles
 import jsonschema
+import numpy as np
 import pytest
 
 from offramp.runtime import manifest as m
@@ -46,7 +47,7 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
     for one in (data, two):
         jsonschema.validate(one, SCHEMA)
     described = {"value": m.Value, "segment": m.Segment, "exit": m.Exit, "part": m.Part, "stack": m.Stack}
-    described |= {"stage": m.Stage, "file": m.File}
+    described |= {"stage": m.Stage, "file": m.File, "generation": m.Generation, "preprocessing": m.Preprocessing}
     for schema, kind in [
         (SCHEMA, m.Manifest),
         *((SCHEMA["$defs"][name], kind) for name, kind in described.items()),
@@ -94,6 +95,11 @@ MISTYPED = [
         'stacks.encoder.exits[1].after: expected a whole number, found "2"',
     ),
     ("stacks/encoder/parts/0/segments", ..., "stacks.encoder.parts[0].segments: missing"),
+    ("generation/colour", 1, "generation.colour: unknown field"),
+    ("generation/stop", 2, "generation.stop: expected a list, found 2"),
+    ("generation/bad_words", [[1, "a"]], 'generation.bad_words[0][1]: expected a whole number, found "a"'),
+    ("generation/early_stopping", 3, "generation.early_stopping: expected true or false, found 3"),
+    ("preprocessing/audio", [], "preprocessing.audio: expected an object, found []"),
     ("files/tail.onnx/bytes", None, "files.tail.onnx.bytes: expected a whole number, found null"),
 ]
 
@@ -119,8 +125,33 @@ def test_all_problems_come_together(data: dict[str, Any]) -> None:
     assert "inputs" in str(caught.value)
 
 
+NONSENSE = [
+    ({"stop": [-1]}, r"generation.stop is \(-1,\), expected a tuple of token ids"),
+    ({"top_p": 1.5, "beams": 0}, r"(?s)generation.top_p is 1.5.*generation.beams is 0, expected .* at least 1"),
+    ({"early_stopping": "sometimes"}, 'expected True, False or "never"'),
+    ({"eos_token_id": 2}, r"(?s)generation.eos_token_id: unknown field.*generation has the keys prompt, stop, "),
+    ({"stop": "ab"}, 'generation.stop: expected a list, found "ab"'),
+    ({"max_length": {2}}, r"generation.max_length: expected a whole number, found "),
+    ([2], r"generation: expected a mapping, found \[2\]"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), NONSENSE)
+def test_generation_of_a_user(given: Any, said: str) -> None:
+    with pytest.raises(BundleError, match=said):
+        m.section(m.Generation, given)
+
+
+def test_generation_takes_tuples_arrays_and_numbers_of_numpy() -> None:
+    given = {"stop": np.array([1, 2]), "bad_words": ((3,), [4, 5]), "max_length": np.int64(9), "early_stopping": False}
+    found = m.section(m.Generation, given)
+    assert found == m.Generation(stop=(1, 2), bad_words=((3,), (4, 5)), max_length=9, early_stopping=False)
+    assert m.section(m.Preprocessing, {"audio": {"rate": np.int32(8)}}).audio == {"rate": 8}
+
+
 EXIT1 = "stacks/encoder/exits/0"
 CONTRADICTIONS = [
+    ("generation/min_p", 2, "generation.min_p is 2, expected from 0 to 1"),
     ("axes/tokens", [5, 4], "axes.tokens: a range from 5 to 4 holds nothing"),
     ("batch", "rows", "batch: there is no axis 'rows'"),
     ("values/ids", {"dtype": "int64", "shape": [1, "tokens"]}, "batch: no input has rows"),
@@ -196,7 +227,7 @@ def test_other_texts_are_refused(data: dict[str, Any]) -> None:
     for text in ("[]", '{"format": "other"}', "null"):
         with pytest.raises(BundleError, match="is not one of offramp"):
             m.from_json(text)
-    with pytest.raises(BundleError, match=r"format version 4.*(\n.*)*pip install --upgrade offramp"):
-        m.from_json(json.dumps(data | {"version": 4, "news": 1}))
-    with pytest.raises(BundleError, match=r"format version 2.*(\n.*)*export the model again"):
-        m.from_json(json.dumps(data | {"version": 2}))
+    with pytest.raises(BundleError, match=r"format version 5.*(\n.*)*pip install --upgrade offramp"):
+        m.from_json(json.dumps(data | {"version": 5, "news": 1}))
+    with pytest.raises(BundleError, match=r"format version 3.*(\n.*)*export the model again"):
+        m.from_json(json.dumps(data | {"version": 3}))

@@ -80,15 +80,22 @@ def listener(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Listener, inputs, dynamic={"features": {0: "batch"}, "input_ids": {0: "batch", 1: "tokens"}}
     )
     program = offramp.apply(captured.program, PIPELINE.replace("STACK", captured.stack))
-    generation = {"prompt": [7], "stop": [END], "audio": AUDIO}
-    offramp.save(program, root / "l.offramp", files=[byte_tokenizer(root)], generation=generation)
+    offramp.save(
+        program,
+        root / "l.offramp",
+        files=[byte_tokenizer(root)],
+        generation={"prompt": [7], "stop": [END]},
+        preprocessing={"audio": AUDIO},
+    )
     return root / "l.offramp"
 
 
 def copied(bundle: Path, to: Path, **generation: Any) -> Path:
-    """The bundle with other ``generation``, and with ``files=False`` without a tokenizer."""
+    """The bundle with other ``generation`` or ``audio``, and with ``files=False`` without a tokenizer."""
     shutil.copytree(bundle, to)
     manifest = json.loads((to / MANIFEST_FILE).read_text())
+    if "audio" in generation:
+        manifest["preprocessing"]["audio"] = generation.pop("audio")
     if not generation.pop("files", True):
         (to / "tokenizer.json").unlink()
         del manifest["files"]["tokenizer.json"]
@@ -380,11 +387,10 @@ def test_break_even(saved: dict[tuple[int, int], float], said: str, writer: Path
 def test_export_takes_along_how_a_model_of_the_zoo_writes_and_hears() -> None:
     from offramp import zoo
 
-    found = export.generation("zoo:whisper_tiny_en")
-    assert found["audio"] == zoo.audio("whisper_tiny_en")
-    assert {key: value for key, value in found.items() if key != "audio"} == zoo.generation("whisper_tiny_en")
-    assert export.generation("zoo:minilm") == {}
-    assert export.generation("models.py:whisper_tiny_en") == {}
+    assert export.preprocessing("zoo:whisper_tiny_en") == {"audio": zoo.audio("whisper_tiny_en")}
+    assert export.generation("zoo:whisper_tiny_en") == zoo.generation("whisper_tiny_en")
+    for model in ("zoo:minilm", "models.py:whisper_tiny_en"):
+        assert export.generation(model) == export.preprocessing(model) == {}
 
 
 def test_export_prefers_files_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ from offramp.runtime.decoder import Decoder
 from offramp.runtime.errors import ExecutionError, InputError, PolicyError
 from offramp.runtime.feed import Run
 from offramp.runtime.generate import Token, stream
+from offramp.runtime.manifest import Generation
 from offramp.runtime.policy import State
 
 few = settings(max_examples=12)
@@ -779,7 +780,7 @@ def test_prompts_of_any_kind(bundles: Get) -> None:
 
 def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get) -> None:
     made = bundles("two_stacks")
-    own = {"prompt": [2, 0], "stop": [1], "suppress": [], "suppress_first": [2], "max_length": 9}
+    own = Generation(prompt=(2, 0), stop=(1,), suppress_first=(2,), max_length=9)
     chain = Chain(replace(made.chain.manifest, generation=own), made.root)
     around = {key: value for key, value in made.inputs([[1]] * 3).items() if key != "input_ids"}
     found = chain.generate(around).tokens

@@ -128,5 +128,5 @@ def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:
             raise InputError(f"label {label!r} is no class id") from error
     if isinstance(label, str) and tokenizer is not None:
         ids = tokenizer.encode(label, add_special_tokens=False).ids
-        return np.array([*ids, *list(chain.manifest.generation.get("stop", ()))[:1]], np.int64)
+        return np.array([*ids, *chain.manifest.generation.stop[:1]], np.int64)
     return np.asarray(label, np.int64)

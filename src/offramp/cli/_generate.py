@@ -95,8 +95,8 @@ def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False, tokenizer
     tokenizer = tokenizer or _inputs.tokenizer_of(chain, bundle)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    template = None if raw else chain.manifest.generation.get("template")
+    template = None if raw else chain.manifest.generation.template
     if template is None:
         return list(tokenizer.encode(text).ids)
     # not str.format: a bundle's text may be anybody's. A template has its own marks.
-    return list(tokenizer.encode(str(template).replace("{text}", text), add_special_tokens=False).ids)
+    return list(tokenizer.encode(template.replace("{text}", text), add_special_tokens=False).ids)

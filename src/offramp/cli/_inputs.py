@@ -84,7 +84,7 @@ def encode(
         raise InputError(
             f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or not one input of token ids",
             hint="--audio FILE.wav"
-            if "audio" in chain.manifest.generation
+            if chain.manifest.preprocessing.audio
             else "--input name=file.npy; or offramp export --file tokenizer.json",
         )
     if pairs and len(pairs) != len(texts):
@@ -123,14 +123,14 @@ def tokenizer_of(chain: Chain, bundle: Path) -> Tokenizer:
 
 
 def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
-    """The features of a wav file, as the bundle's ``generation["audio"]`` has them.
+    """The features of a wav file, as the bundle's ``preprocessing.audio`` has them.
 
     Raises:
         InputError: the bundle hears nothing, the file cannot be read, or lasts longer than the model's window.
     """
     from offramp.runtime.audio import log_mel, read_wav, resample
 
-    settings = chain.manifest.generation.get("audio")
+    settings = chain.manifest.preprocessing.audio
     names = [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == 3]
     if not settings or len(names) != 1:
         raise InputError(

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             segments=args.segments,
             target=args.target,
             generation=generation(args.model),
+            preprocessing=preprocessing(args.model),
             files=_files(args.model, args.file or []),
             policy=policy,
             name=args.name,
@@ -67,14 +68,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def generation(model: str) -> dict[str, Any]:
-    """How a model of the zoo generates text, and under "audio" how it hears; empty for all others."""
+    """How a model of the zoo generates text; empty for all others."""
     from offramp import zoo
 
     scheme, _, name = model.partition(":")
-    if scheme != "zoo":
-        return {}
-    audio = zoo.audio(name)
-    return {**zoo.generation(name), **({"audio": audio} if audio else {})}
+    return {**zoo.generation(name)} if scheme == "zoo" else {}
+
+
+def preprocessing(model: str) -> dict[str, Any]:
+    """How a model of the zoo hears; empty for all others."""
+    from offramp import zoo
+
+    scheme, _, name = model.partition(":")
+    audio = zoo.audio(name) if scheme == "zoo" else {}
+    return {"audio": audio} if audio else {}
 
 
 def _files(model: str, further: list[Path]) -> list[Path]:

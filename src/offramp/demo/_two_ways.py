@@ -30,7 +30,7 @@ def build(
     """Export a model of the zoo with its tokenizer and what it needs to generate."""
     import offramp
     from offramp import zoo
-    from offramp.cli.export import generation
+    from offramp.cli.export import generation, preprocessing
 
     program = offramp.apply(offramp.capture(*zoo.load(model)), ",".join(pipeline))
     offramp.save(
@@ -38,6 +38,7 @@ def build(
         path,
         segments=segments,
         generation=generation(f"zoo:{model}"),
+        preprocessing=preprocessing(f"zoo:{model}"),
         files=zoo.tokenizer_files(model),
         policy=policy.to_dict(),
         name=model,
