@@ -96,9 +96,10 @@ class Describer:
         cache, axes = self.program.cache, self.program.axes
         if cache is None:
             return None
-        node = self.program.nodes[cache.tokens[0]]
+        inputs = placeholders(self.program.graph)
+        node = inputs[cache.tokens[0]]
         chunk = next(axes.names[e] for e in map(expression, shape(node)) if e in axes.tokens)
-        (capacity,) = (axes.names[expression(size)] for size in shape(self.program.nodes[cache.places]))
+        (capacity,) = (axes.names[expression(size)] for size in shape(inputs[cache.places]))
         rowwise = any("GroupQueryAttention" in self.writer.operators(s.file) for s in self.segments.values())
         return m.Cache(
             cache.tokens,

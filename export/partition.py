@@ -18,6 +18,7 @@ from offramp.program.graph import (
     expression,
     is_symint,
     is_tensor,
+    placeholders,
     read_by,
     results,
     shape,
@@ -151,11 +152,11 @@ class _Partition:
         cache = self.program.cache
         if cache is None:
             return set(), set()
-        nodes = self.program.nodes
-        chunked = {nodes[name] for name in (*cache.tokens, cache.lengths, *cache.buffers)}
+        inputs = placeholders(self.graph)
+        chunked = {inputs[name] for name in (*cache.tokens, cache.lengths, *cache.buffers)}
         chunked |= dependents(chunked, self.graph)
-        (capacity,) = (expression(size) for size in shape(nodes[cache.places]))
-        chunk = next(e for e in map(expression, shape(nodes[cache.tokens[0]])) if e in self.program.axes.tokens)
+        (capacity,) = (expression(size) for size in shape(inputs[cache.places]))
+        chunk = next(e for e in map(expression, shape(inputs[cache.tokens[0]])) if e in self.program.axes.tokens)
         chunked |= self._counting(chunk, chunked)
         return chunked, self._counting(capacity, chunked)
 
@@ -204,6 +205,12 @@ class _Partition:
         stop = set(stop) - set(outputs)
         return {n for n in ancestors(outputs, stop=stop) - stop if n.op == "call_function"}
 
+    def _entering(self, stack: Stack) -> list[fx.Node]:
+        """What is to be made before a stack: its input, unless another stack's output is that, and caches."""
+        nodes = self.program.nodes
+        made = nodes[stack.input] not in {nodes[other.output] for other in self.stacks}
+        return [*([nodes[stack.input]] if made else []), *self.buffers.get((stack.name, -1), [])]
+
     def _groups(self, stack: Stack) -> list[tuple[int, int]]:
         """Runs of blocks, (first, last) exclusive, that make one piece each."""
         exits = {item.after for item in self.program.exits_of(stack.name)}
@@ -220,7 +227,7 @@ class _Partition:
         wanted: dict[tuple[str, str, int], tuple[list[fx.Node], set[fx.Node]]] = {}
         nodes = self.program.nodes
         for stack in self.stacks:
-            wanted["entry", stack.name, 0] = ([nodes[stack.input], *self.buffers.get((stack.name, -1), [])], self.cuts)
+            wanted["entry", stack.name, 0] = (self._entering(stack), self.cuts)
             exits = {item.after: item for item in self.program.exits_of(stack.name)}
             for first, last in self._groups(stack):
                 inner = {nodes[name] for name in stack.cuts[first + 1 : last]}
@@ -310,10 +317,10 @@ class _Partition:
         for index in range(last - 1, -1, -1):
             stack = self.stacks[index]
             here = sorted((node for node in crossing if self.level[node] == index), key=self.order.__getitem__)
-            buffers = self.buffers.get((stack.name, -1), [])
-            outputs = _unique([self.program.nodes[stack.input], *buffers, *here])
+            entering = self._entering(stack)
+            outputs = _unique([*entering, *here])
             known = {node for node in shared if (self.level[node] or 0) < index}
-            others = self.cuts - {self.program.nodes[stack.input]}
+            others = self.cuts - set(entering)
             outputs = [node for node in outputs if node.op == "call_function" and node not in others]
             made: list[Piece | None] = []
             for name, group in (

@@ -65,7 +65,11 @@ class Truncate(Pass):
         )
         editor.drop_dead(keep={item.state for item in exits})
         shorter = replace(stack, cuts=(*stack.cuts[: self.after], state.name))
-        changes: dict[str, Any] = {"stacks": {**program.stacks, name: shorter}, "exits": exits}
+        others = {  # what the stack gives may be what the next one takes
+            key: replace(other, cuts=(state.name, *other.cuts[1:])) if other.input == stack.output else other
+            for key, other in program.stacks.items()
+        }
+        changes: dict[str, Any] = {"stacks": {**others, name: shorter}, "exits": exits}
         if program.cache is not None:
             for key in unkept:
                 editor.graph.erase_node(editor[key])

@@ -61,6 +61,14 @@ class _Answer(NamedTuple):
     tokens: Sequence[int] = ()
 
 
+class _Group(NamedTuple):
+    """Rows that go through legs together: values ``[slots, chunk, ...]``, of which each row has ``counts`` tokens."""
+
+    slots: Index
+    values: Values
+    counts: Index
+
+
 @dataclass(slots=True)
 class _Row:
     """A row on its way through the legs: where it left, and what exits said of its last token."""
@@ -116,10 +124,11 @@ class Decoder:
         entered = slots
         self.taken = {}
         rows = {slot: _Row() for slot in slots.tolist()}
-        waiting: list[tuple[int, Index, Values, Index]] = [(0, slots, values, counts)]
+        at, arriving = 0, [_Group(slots, values, counts)]
         new = dict(zip(slots.tolist(), counts.tolist(), strict=True))
-        while waiting:
-            at, slots, values, counts = waiting.pop(0)
+        while arriving:  # a stack after the other, in which all rows are asked together, wherever they left the last
+            slots, values, counts = self._joined(at, arriving)
+            behind, arriving = at, []
             while at < len(self.legs) and slots.size:
                 leg = self.legs[at]
                 forwarded = counts
@@ -165,10 +174,10 @@ class Decoder:
                         continue
                     left.append(made if deep is None else made._replace(deep=deep[row]))
                 if not door.ends:
-                    after = self._behind(at, leg.stack)
+                    behind = self._behind(at, leg.stack)
                     counted = np.array([new[int(slot)] for slot in slots[go]])
                     onward = self._onward(door, slots[go], values, counts, go, counted)
-                    waiting.append((after, slots[go], onward, counted))
+                    arriving.append(_Group(slots[go], onward, counted))
                 if go.size == slots.size:
                     break
                 (stay,) = np.nonzero(~leave)
@@ -176,7 +185,20 @@ class Decoder:
                     askers[leg.stack or ""].keep(stay)
                 slots, counts = slots[stay], counts[stay]
                 values = self._some(values, stay, counts)
+            at = behind
         return left if self.max_pending is None else self._bounded(left, entered, whole)
+
+    def _joined(self, at: int, groups: Sequence[_Group]) -> _Group:
+        """Rows that come to a leg in groups as one, in the order of their slots."""
+        if len(groups) == 1:
+            return groups[0]
+        slots, counts = (np.concatenate(parts) for parts in zip(*((g.slots, g.counts) for g in groups), strict=True))
+        order = np.argsort(slots)
+        values = {}
+        for name in self.legs[at].reads:
+            arrays = [row[:count] for g in groups for row, count in zip(g.values[name], g.counts, strict=True)]
+            values[name] = padded([arrays[place] for place in order])
+        return _Group(slots[order], values, counts[order])
 
     def _behind(self, at: int, stack: str | None) -> int:
         while at < len(self.legs) and self.legs[at].stack == stack:
@@ -351,7 +373,8 @@ class Decoder:
         assert door.pick is not None
         inside = np.arange(greatest(counts)) < counts[:, None]
         found = {measure: values[door.scores[measure]][inside] for measure in asker.wanted[door.after] or ()}
-        if not asker.judge(door.after, np.repeat(self.rows[slots], counts), found).all():
+        repeated = np.repeat(self.rows[slots], counts)
+        if not asker.judge(door.after, repeated, found, history=repeated.size == slots.size).all():
             return None
         return [row[:count] for row, count in zip(values[door.pick].tolist(), counts.tolist(), strict=True)]
 

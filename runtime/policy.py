@@ -32,7 +32,8 @@ class State:
         scores: For each measure that was asked for, float32 [rows] (int64 for "prediction" and "prediction-short").
         rows: Where these rows are in the batch of the run, int64 [rows]; increasing, but in generations where others
             have ended.
-        history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order.
+        history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order; none where
+            full depth is asked of tokens that had waited.
         steps: How many tokens each of these rows has generated so far, int64 [rows]; None where nothing is generated.
     """
 
@@ -175,10 +176,14 @@ class Asker:
         self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
         return leave
 
-    def judge(self, after: int, rows: NDArray[np.int64], scores: Scores) -> Rows:
-        """What the policy says of ``rows`` with these scores, of which nothing is kept; a row may come repeatedly."""
+    def judge(self, after: int, rows: NDArray[np.int64], scores: Scores, *, history: bool = True) -> Rows:
+        """What the policy says of ``rows`` with these scores, of which nothing is kept.
+
+        A row may come repeatedly: without ``history`` then, which is of the last token of each.
+        """
         steps = None if self.steps is None else self.steps[rows]
-        state = State(self._stack.name, after, self._stack.blocks, scores, rows, dict(self._history), steps)
+        known = dict(self._history) if history else {}
+        state = State(self._stack.name, after, self._stack.blocks, scores, rows, known, steps)
         leave = self._policy.leave(state)
         if not isinstance(leave, np.ndarray) or leave.dtype != np.bool_ or leave.shape != rows.shape:
             shown = f"{leave.dtype} {list(leave.shape)}" if isinstance(leave, np.ndarray) else repr(leave)

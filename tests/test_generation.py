@@ -33,6 +33,7 @@ from offramp.runtime.errors import ExecutionError, InputError, PolicyError
 from offramp.runtime.feed import Run
 from offramp.runtime.generate import Token, stream
 from offramp.runtime.manifest import Generation
+from offramp.runtime.policy import Function as Plain
 from offramp.runtime.policy import State
 
 few = settings(max_examples=12)
@@ -44,15 +45,24 @@ EXITS = {
     "talker": "insert-exits,insert-scores{measure=top1|prediction}",
     "two_stacks": "insert-exits{stack=encoder},insert-exits{stack=decoder},insert-scores{stack=decoder}",
     "halves": "insert-exits{stack=decoder},insert-exits{stack=more},insert-scores{stack=more}",
+    "joined": "insert-exits{stack=decoder},insert-exits{stack=more},insert-scores{stack=decoder,measure=cosine},"
+    "insert-scores{stack=more,measure=top1|entropy|prediction}",
 }
 MAKE: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, int]] = {
     "talker": (tiny.Talker, {"input_ids": tiny.ids()}, 4),
     "halves": (tiny.Halves, {"input_ids": tiny.ids()}, 4),
+    "joined": (tiny.Joined, {"input_ids": tiny.ids()}, 4),
 }
-BLOCKS = {"talker": {"decoder": 4}, "two_stacks": {"decoder": 3}, "halves": {"decoder": 3, "more": 2}}
+BLOCKS = {
+    "talker": {"decoder": 4},
+    "two_stacks": {"decoder": 3},
+    "halves": {"decoder": 3, "more": 2},
+    "joined": {"decoder": 3, "more": 3},
+}
 #: Model and target; on a "device" (the CPU) all rows run together.
 WHERE = [
-    (name, target) for name in EXITS for target in ("ort", "portable", "device") if (name, target) != ("halves", "ort")
+    *((name, target) for name in ("talker", "two_stacks") for target in ("ort", "portable", "device")),
+    *(("halves", "portable"), ("halves", "device"), ("joined", "ort")),
 ]
 
 
@@ -147,7 +157,7 @@ class Oracle:
         self.embed, self.around = model.embed, around
         self.stacks = {"decoder": list(model.blocks)}
         self.links = [lambda x: model.head(model.leave(x))]
-        if made.name == "halves":
+        if made.name in ("halves", "joined"):
             self.stacks["more"] = list(model.more)
             self.links.insert(0, model.bridge)
         self.ids: list[int] = []
@@ -510,6 +520,83 @@ def test_what_a_policy_sees(bundles: Get) -> None:
     assert policy.seen[3].history == {}
 
 
+@dataclass(frozen=True)
+class Watched(offramp.Policy):
+    """Another policy, and what it sees of each row: its steps, the exit, and the scores by exit and measure."""
+
+    policy: offramp.Policy
+    seen: list[list[Any]]
+
+    @property
+    def observes(self) -> Any:
+        return self.policy.observes
+
+    def observe(self, seen: Any) -> None:
+        self.policy.observe(seen)
+
+    def measures(self, stack: str, exit_: Any) -> tuple[str, ...] | None:
+        return self.policy.measures(stack, exit_)
+
+    def leave(self, state: State) -> Any:
+        every = {**state.history, state.after: state.scores}
+        assert state.steps is not None
+        assert list(every) == sorted(every)
+        assert all(score.shape == state.rows.shape for scores in every.values() for score in scores.values())
+        for place, row in enumerate(state.rows.tolist()):
+            said = {(at, name): float(score[place]) for at, past in every.items() for name, score in past.items()}
+            self.seen[row].append((int(state.steps[place]), state.after, said))
+        return self.policy.leave(state)
+
+
+FROZEN = (
+    Plain(lambda state: state.scores["top1"] > 0.28 - 0.1 * len(state.history)),
+    Plain(lambda state: state.history[1]["top1"] < 0.2 if state.history else state.scores["top1"] > 0.3),
+    offramp.Patience(1),
+    offramp.Confidence(0.25),
+    offramp.Entropy(2.2),
+)
+
+
+def watched(
+    made: Bundle, policy: offramp.Policy, prompts: Mapping[int, list[int]], depths: Mapping[int, list[int]]
+) -> tuple[Any, list[list[Any]]]:
+    """What rows generate that leave the first stack at ``depths``, and what the policy of the second sees of each."""
+    watching = Watched(policy, [[] for _ in prompts])
+    schedule = Plain(Schedule({"decoder": list(depths.values())}))
+    both = offramp.Each({"decoder": schedule, "more": watching})
+    return made.chain.generate(made.inputs(list(prompts.values())), both, max_new_tokens=8), watching.seen
+
+
+@pytest.mark.parametrize("policy", FROZEN, ids=lambda policy: type(policy).__name__)
+def test_rows_that_left_a_stack_apart_are_asked_in_the_next_as_if_alone(bundles: Get, policy: offramp.Policy) -> None:
+    made = bundles("joined")
+    prompts = dict(enumerate([[1], [2, 3], [3, 5, 1], [4]]))
+    depths = dict(enumerate([[1, 3], [2, 1, 3], [3, 2], [1, 2, 2]]))
+    together, seen = watched(made, policy, prompts, depths)
+    exits = set()
+    for row, prompt in prompts.items():
+        alone, (own,) = watched(made, policy, {row: prompt}, {row: depths[row]})
+        assert together.tokens[row].tolist() == alone.tokens[0].tolist()
+        assert together.exits[row].tolist() == alone.exits[0].tolist()
+        assert [(step, after, list(said)) for step, after, said in seen[row]] == [
+            (step, after, list(said)) for step, after, said in own
+        ]
+        for (_, _, said), (_, _, expected) in zip(seen[row], own, strict=True):
+            assert said == pytest.approx(expected, rel=1e-3)
+        exits |= set(alone.exits[0].tolist())
+    assert len(exits) > 1
+
+
+@pytest.mark.parametrize("policy", [offramp.Budget(2.0), offramp.Adaptive(1, 0.3, "top1", least=2, every=1)], ids=repr)
+def test_policies_that_learn_see_rows_that_left_a_stack_apart_once_a_step(bundles: Get, policy: offramp.Policy) -> None:
+    prompts, depths = {0: [1], 1: [2, 3], 2: [4]}, {0: [1, 3], 1: [2, 1, 3], 2: [3, 2]}
+    found, seen = watched(bundles("joined"), policy, prompts, depths)
+    assert [len(row) for row in found.tokens] == [8, 8, 8]
+    for row, prompt in enumerate(prompts.values()):
+        asked = [step for step, after, _ in seen[row] if after == 1]
+        assert asked == list(range(len(prompt) > 1, 8))
+
+
 def test_scores_are_those_of_the_last_exit_that_was_asked(bundles: Get) -> None:
     made = bundles("talker")
     played = play(made.chain, made.inputs([[1, 0], [2, 0]]), Schedule({"decoder": [[4], [2]]}), max_new_tokens=2)
@@ -552,7 +639,7 @@ def test_hidden_states_for_deeper_ones_differ_once_a_token_goes_deep(bundles: Ge
     np.testing.assert_allclose(caches["hidden"][4]["key_cache_1"], caches["defer"][4]["key_cache_1"], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["talker", "two_stacks", "halves"])
+@pytest.mark.parametrize("name", ["talker", "two_stacks", "halves", "joined"])
 def test_hidden_is_defer_where_all_go_deep(bundles: Get, name: str) -> None:
     made = bundles(name)
     inputs = made.inputs([[1, 2], [2]])

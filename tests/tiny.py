@@ -179,6 +179,15 @@ class Halves(Talker):
         return self.head(self.leave(x))
 
 
+class Joined(Halves):
+    """Two causal stacks of 3 blocks back to back: what the first gives is what the second takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bridge = nn.Identity()  # type: ignore[assignment]
+        self.more.append(Block("parallel", causal=True))
+
+
 class TwoStacks(nn.Module):
     """An encoder of 4 blocks, and a causal decoder of 3 that attends to its output."""
 

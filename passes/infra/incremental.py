@@ -23,7 +23,17 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from offramp.passes.infra.causal import CHUNK, DATA, MEMORY, POSITIONAL
 from offramp.passes.infra.mixing import mixes_tokens
 from offramp.program import ops
-from offramp.program.graph import aten, attribute, expression, is_symint, is_tensor, shape, source, symbols
+from offramp.program.graph import (
+    aten,
+    attribute,
+    expression,
+    is_symint,
+    is_tensor,
+    placeholders,
+    shape,
+    source,
+    symbols,
+)
 from offramp.program.program import Program
 from offramp.runtime.errors import PassError
 
@@ -98,7 +108,8 @@ class Rebuilder:
         last = list(self.inputs.values())[-1] if self.inputs else self.graph._root
         with self.graph.inserting_after(last):
             node = self.graph.placeholder(name)
-        if str(node.target) != name or node.name != name:
+        given = placeholders(self.program.graph).get(name)
+        if str(node.target) != name or node.name != (given.name if given else name):  # `input` is called input_1
             raise PassError(f"the program already has something called {name}")
         with self.mode:
             node.meta["val"] = torch.empty(tuple(sizes), dtype=dtype)
