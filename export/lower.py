@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import onnxscript.optimizer
+import sympy
 import torch
 import torch.utils._pytree as pytree
 from onnxscript import opset23
@@ -160,14 +161,28 @@ def _unread(node: fx.Node, inside: set[fx.Node], inputs: list[fx.Node]) -> list[
 
 
 def _key(graph: fx.Graph) -> str:
+    """The computation as text: axes by the order in which they come, with what torch knows of their sizes."""
     index = {node: i for i, node in enumerate(graph.nodes)}
+    axes: dict[Any, sympy.Symbol] = {}
+    facts: list[str] = []
+
+    def size(found: Any) -> str:
+        known = expression(found)
+        if isinstance(known, int):
+            return str(known)
+        for symbol in sorted(known.free_symbols - axes.keys(), key=str):
+            env = found.node.shape_env
+            facts.append(f"{env.var_to_range[symbol]} {env.backed_var_to_val.get(symbol)}")
+            axes[symbol] = sympy.Symbol(f"axis{len(axes)}", integer=True, positive=True)
+        return str(known.xreplace(axes))
+
     lines = []
     for node in graph.nodes:
         value = node.meta.get("val")
-        kind = f"{[str(expression(s)) for s in value.shape]}{value.dtype}" if isinstance(value, torch.Tensor) else ""
+        kind = f"{[size(s) for s in value.shape]}{value.dtype}" if isinstance(value, torch.Tensor) else ""
         args = fx.node.map_arg((node.args, node.kwargs), lambda arg: f"%{index[arg]}")
         lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kind}")
-    return "\n".join(lines)
+    return "\n".join(lines + facts)
 
 
 def translate(function: Function, name: str) -> onnx.ModelProto:

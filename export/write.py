@@ -12,8 +12,9 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from offramp.export.lower import OPSET, Function, translate
+from offramp.export.lower import OPSET, Function
 from offramp.export.merge import merged
+from offramp.export.translations import translated
 from offramp.program.graph import attribute, storage_key
 from offramp.runtime.errors import ExportError
 from offramp.runtime.manifest import WEIGHTS_FILE, File
@@ -57,7 +58,7 @@ class Writer:
         identity = (function.key, tuple(places))
         if identity not in self._files:
             if function.key not in self._models:
-                self._models[function.key] = translate(function, name)
+                self._models[function.key] = translated(function, name)
                 self.translations += 1
             model = onnx.ModelProto()
             model.CopyFrom(self._models[function.key])

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,6 @@ from torch import Tensor
 
 import offramp
 from offramp.export import save, validate, write
-from offramp.export.lower import Function, translate
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program
 from offramp.program.graph import attribute, storage_key
@@ -38,22 +37,6 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 ALIGNMENT = 64
 MEASURES = ("top1", "margin", "entropy", "prediction", "cosine", "learned")
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "manifest.schema.json").read_text())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _translated_once() -> Iterator[None]:
-    """Tests of one program share its translations: they take most of the time, and depend on the key alone."""
-    known: dict[str, onnx.ModelProto] = {}
-
-    def cached(function: Function, name: str) -> onnx.ModelProto:
-        key = f"{function.key}\n{[str(node.meta['val'].stride()) for node in function.inputs]}"
-        if key not in known:
-            known[key] = translate(function, name)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "translate", cached)
-        yield
 
 
 class Saved:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tiny
 import torch
@@ -22,8 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import offramp
-from offramp.export import save, write
-from offramp.export.lower import Function, translate
+from offramp.export import save
 from offramp.passes import Truncate, apply
 from offramp.program import Program
 from offramp.runtime import bundle
@@ -99,13 +97,6 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Bundles by model and target, written when first asked for; both targets share the pieces without attention."""
     known: dict[tuple[str, str], Bundle] = {}
     models: dict[str, tuple[tiny.Captured, Program]] = {}
-    translated: dict[str, onnx.ModelProto] = {}
-
-    def once(function: Function, name: str) -> onnx.ModelProto:
-        key = f"{function.key}\n{[str(node.meta['val'].stride()) for node in function.inputs]}"
-        if key not in translated:
-            translated[key] = translate(function, name)
-        return translated[key]
 
     def model(name: str) -> tuple[tiny.Captured, Program]:
         if name not in models:
@@ -120,9 +111,7 @@ def bundles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             known[name, target] = Bundle(name, *model(name), get(name, "portable").root, device=True)
         elif (name, target) not in known:
             root = tmp_path_factory.mktemp("generation") / f"{name}-{target}"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(write, "translate", once)
-                save(model(name)[1], root, target="ort" if target == "ort" else "portable")
+            save(model(name)[1], root, target="ort" if target == "ort" else "portable")
             known[name, target] = Bundle(name, *model(name), root, device=False)
         return known[name, target]
 

@@ -80,7 +80,7 @@ class _Deep(tiny.Encoder):
 
 @pytest.mark.parametrize("blocks", [6, 12])
 def test_equal_blocks_are_translated_once(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "translate", lambda function, name: onnx.ModelProto())
+    monkeypatch.setattr(write, "translated", lambda function, name: onnx.ModelProto())
     program = tiny.captured(partial(_Deep, blocks), tiny.text()).program
     assert program.stacks["encoder"].blocks == blocks
     assert _translations(program, tmp_path) == 3  # before, block, tail

@@ -1,0 +1,103 @@
+"""Translations on disk: made once for all processes, by what they depend on, and never trusted blindly."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import onnx
+import pytest
+import tiny
+from torch import nn
+
+from offramp.export import partition, translations
+from offramp.export.lower import Function, close, translate
+from offramp.export.translations import translated
+from offramp.program import capture
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The names of what is translated for real, with an empty cache in ``tmp_path``."""
+    made: list[str] = []
+
+    def translate(function: Function, name: str) -> onnx.ModelProto:
+        made.append(name)
+        return onnx.ModelProto(producer_name=function.key)
+
+    monkeypatch.setattr(translations, "translate", translate)
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
+    return made
+
+
+def head(width: int = 8, rows: int = 2, tokens: int = 5) -> Function:
+    """The tail of a small encoder over inputs of this size."""
+    module = tiny.Encoder().eval()
+    module.head = nn.Linear(tiny.WIDTH, width)
+    inputs = {name: value[:rows, :tokens] for name, value in tiny.text().items()}
+    tail = partition(capture(module, inputs)).tail
+    assert tail is not None
+    return close(tail)
+
+
+def test_made_once_for_equal_functions_of_other_captures(calls: list[str], tmp_path: Path) -> None:
+    first = translated(head(), "first")
+    assert translated(head(), "second") == first
+    assert calls == ["first"]
+    assert [file.suffix for file in (tmp_path / "translations").iterdir()] == [".onnx"]
+
+
+@pytest.mark.parametrize("other", [partial(head, width=7), partial(head, tokens=4)])
+def test_other_sizes_are_other_functions(calls: list[str], other: partial[Function]) -> None:
+    translated(head(), "first")
+    translated(other(), "other")
+    assert calls == ["first", "other"]
+
+
+def test_another_version_of_what_lowers_translates_again(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    translated(head(), "first")
+    monkeypatch.setattr(translations, "_lowering", lambda: "changed")
+    translated(head(), "second")
+    assert calls == ["first", "second"]
+
+
+def test_a_broken_file_is_made_again(calls: list[str], tmp_path: Path) -> None:
+    whole = translated(head(), "first")
+    (file,) = (tmp_path / "translations").iterdir()
+    file.write_bytes(b"\xff" * 20)
+    assert translated(head(), "second") == whole
+    assert translated(head(), "third") == whole
+    assert calls == ["first", "second"]
+
+
+def test_nothing_is_kept_where_that_is_asked_for(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFRAMP_CACHE", "")
+    translated(head(), "first")
+    translated(head(), "second")
+    assert calls == ["first", "second"]
+
+
+def test_a_folder_that_cannot_be_made_keeps_nothing(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path / "file"))
+    assert translated(head(), "first").producer_name
+    assert calls == ["first"]
+
+
+def test_only_so_many_are_kept(calls: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(translations, "_KEPT", 2)
+    for width in (5, 6, 7):
+        translated(head(width), str(width))
+    assert len(list((tmp_path / "translations").iterdir())) == 2
+    translated(head(7), "again")
+    assert calls == ["5", "6", "7"]
+
+
+def test_from_disk_it_is_what_was_translated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFRAMP_CACHE", str(tmp_path))
+    function = head()
+    fresh, kept = translated(function, "tail"), translated(function, "tail")
+    assert kept == fresh == translate(function, "tail")
+    assert len(kept.graph.node) > 0
