@@ -41,7 +41,8 @@ class InsertCache(Pass):
     Values that depend on shapes only (position tables, rotary, biases, masks) are made for all positions up to the
     caches' capacity, and the chunk's rows are taken from them, each batch row at its own length. Masks that are
     plainly causal, or a window, are dropped. What depends on other inputs only (keys and values of cross-attention)
-    stays as it is: it is made once. A padding mask over the tokens becomes ones, since rows have lengths.
+    stays as it is: it is made once. Inputs that follow from the number of tokens go: padding masks (rows
+    have lengths), causal masks, positions, and what is the same everywhere in the example.
 
     Requires: a causal stack; no operator but attention mixes its tokens; the first axis of keys and values counts
     rows.
@@ -84,7 +85,7 @@ class _Insertion:
         self.program, self.text, self.facts = program, text, Causal(program)
         wanted = self.facts.example + 7
         self.capacity = wanted if self.facts.limit is None else min(wanted, self.facts.limit)
-        self.builder = Rebuilder(program, text, self.facts.tokens, self.facts.kinds, self.capacity)
+        self.builder = Rebuilder(program, text, self.facts, self.capacity)
         self.buffers: dict[str, str] = {}
         self.axes: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
@@ -121,15 +122,15 @@ class _Insertion:
             | {capacity: (1, facts.limit)},
         )
         cache = Cache(
-            tuple(str(node.target) for node in facts.own if node not in facts.masks),
+            tuple(str(node.target) for node in facts.own if node not in facts.implied),
             LENGTHS,
             PLACES,
             self.buffers,
             self.axes,
-            {str(node.target): node.meta["val"].dtype for node in facts.masks},
+            {str(node.target): item for node, item in facts.implied.items()},
             facts.limit,
         )
-        kept = {name: value for name, value in program.example_inputs.items() if name not in cache.ones}
+        kept = {name: value for name, value in program.example_inputs.items() if name not in cache.implied}
         made = replace(
             program,
             graph_module=fx.GraphModule(program.graph_module, self.builder.graph, "Program"),

@@ -179,8 +179,10 @@ def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: D
     if dynamic is not None:
         attempts = [{name: dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in inputs}]
     else:
+        # of four axes and more (images) only the first is free, and what has the size of another input's tokens (masks)
+        lengths = {size for value in inputs.values() if value.dim() < 4 for size in value.shape[1:] if size > 1}
         free = {
-            name: dict.fromkeys(range(1 if value.dim() > 3 else value.dim()), Dim.AUTO)
+            name: {i: Dim.AUTO for i, size in enumerate(value.shape) if value.dim() < 4 or not i or size in lengths}
             for name, value in inputs.items()
         }
         rows = {value.shape[0] for value in inputs.values() if value.dim()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,10 @@ from offramp.program.axes import Axes, find_axes
 from offramp.program.dropout import Trainable, keeps, strip
 from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
 from offramp.program.stacks import Stack, find_stacks, name_stacks, why_none
+from offramp.runtime.axes import evaluate as evaluate_size
 from offramp.runtime.errors import StructureError
+from offramp.runtime.implied import fill
+from offramp.runtime.manifest import Implied
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,9 @@ class Cache:
     ``tokens`` are the inputs that hold a chunk; ``lengths`` (int64 [batch]) says how many tokens each row has
     already, ``places`` (int64 [capacity]: 0, 1, ...) how many the caches have room for. ``buffers`` maps an input
     that holds the keys or values of those to the output that holds the chunk's too; ``axes`` says along which axis
-    of each the positions lie. ``ones`` are inputs of the model (and their dtypes) that the rewrite has set to ones
-    (padding masks): rows have lengths instead. ``limit`` is the greatest number of tokens, None for no limit.
+    of each the positions lie. ``implied`` are inputs of the model that follow from how many tokens there are
+    (padding masks: rows have lengths instead; positions): the rewritten graph makes them itself. ``limit`` is the
+    greatest number of tokens, None for no limit.
     """
 
     tokens: tuple[str, ...]
@@ -54,7 +58,7 @@ class Cache:
     places: str
     buffers: Mapping[str, str]
     axes: Mapping[str, int]
-    ones: Mapping[str, torch.dtype] = field(default_factory=dict)
+    implied: Mapping[str, Implied] = field(default_factory=dict)
     limit: int | None = None
 
 
@@ -128,7 +132,7 @@ class Program:
         given = dict(inputs)
         if self.cache is None:
             return given
-        for name in self.cache.ones:
+        for name in self.cache.implied:
             given.pop(name, None)
         nodes = placeholders(self.graph)
         chunk = nodes[self.cache.tokens[0]]
@@ -147,12 +151,21 @@ class Program:
             given[name] = torch.zeros(sizes, dtype=nodes[name].meta["val"].dtype)
         return given
 
-    def ones(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The inputs of the captured model that ``insert-cache`` set to ones, in the size of the tokens."""
+    def implied(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs of the captured model that ``insert-cache`` made part of the graph, in the sizes of ``inputs``."""
         if self.cache is None:
             return {}
-        tokens = inputs[self.cache.tokens[0]]
-        return {name: torch.ones_like(tokens, dtype=dtype) for name, dtype in self.cache.ones.items()}
+        nodes = placeholders(self.graph)
+        sizes = {
+            self.axes.names[expression(size)]: inputs[name].shape[axis]
+            for name in self.inputs
+            for axis, size in enumerate(shape(nodes[name]))
+            if expression(size) in self.axes.names
+        }
+        return {
+            name: as_tensor(item, [evaluate_size(size, sizes) for size in item.shape])
+            for name, item in self.cache.implied.items()
+        }
 
     def require_stacks(self) -> Mapping[str, Stack]:
         """The stacks.
@@ -197,6 +210,11 @@ class Program:
         return render(self)
 
     __repr__ = __str__
+
+
+def as_tensor(implied: Implied, sizes: Sequence[int]) -> torch.Tensor:
+    """What an implied input holds in these sizes."""
+    return torch.from_numpy(fill(implied, sizes)).to(getattr(torch, implied.dtype))
 
 
 def analyse(

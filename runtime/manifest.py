@@ -138,6 +138,22 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Implied:
+    """An input of the model that follows from how many tokens there are, so that nobody has to give it.
+
+    ``shape`` as in `Value`. Every place holds ``value`` (a padding mask: nothing is padding); along ``axis``, if that
+    is set, it rises by one from place to place (positions). Where ``hidden`` is set, the last two axes are queries and
+    keys: it stands where the key comes after the query (a causal mask).
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    value: float
+    axis: int | None = None
+    hidden: float | None = None
+
+
+@dataclass(frozen=True)
 class Cache:
     """Keys and values of earlier tokens, kept between chunks.
 

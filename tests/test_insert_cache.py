@@ -211,13 +211,13 @@ def cached(request: pytest.FixtureRequest) -> Get:
 
 
 def of_cache(captured: tiny.Captured, program: Program) -> tiny.Inputs:
-    """The example that the model was captured with, without what became ones."""
+    """The example that the model was captured with, without what follows from the number of tokens."""
     return {name: value for name, value in captured.inputs.items() if name in program.inputs}
 
 
 def ones(program: Program, inputs: tiny.Inputs) -> tiny.Inputs:
     assert program.cache is not None
-    return {**inputs, **program.ones(inputs)}
+    return {**inputs, **program.implied(inputs)}
 
 
 def axis_of(program: Program) -> int:
@@ -293,7 +293,7 @@ def test_the_record_of_the_caches(cached: Get) -> None:
     captured, program = cached("decoder")
     cache = program.cache
     assert cache is not None
-    assert (cache.tokens, cache.lengths, cache.places, dict(cache.ones)) == (("input_ids",), "lengths", "places", {})
+    assert (cache.tokens, cache.lengths, cache.places, dict(cache.implied)) == (("input_ids",), "lengths", "places", {})
     assert cache.limit == 64
     names = [f"{kind}_cache_{i}" for i in range(tiny.BLOCKS) for kind in ("key", "value")]
     assert dict(cache.buffers) == {name: f"{name}_new" for name in names}
@@ -326,7 +326,7 @@ def test_what_becomes_of_inputs(
     captured, program = cached(name)
     cache = program.cache
     assert cache is not None
-    assert (cache.tokens, list(cache.ones), cache.limit) == (tokens, ones, limit)
+    assert (cache.tokens, list(cache.implied), cache.limit) == (tokens, ones, limit)
     assert set(program.inputs) == set(captured.inputs) - set(ones)
 
 
@@ -353,7 +353,7 @@ def test_example_ids_of_zeros_and_ones_are_no_mask() -> None:
     captured = tiny.captured(partial(Decoder, window), {"input_ids": torch.zeros(2, 7, dtype=torch.int64)})
     program = apply(captured.program, "insert-cache")
     assert program.cache is not None
-    assert (program.cache.tokens, dict(program.cache.ones)) == (("input_ids",), {})
+    assert (program.cache.tokens, dict(program.cache.implied)) == (("input_ids",), {})
 
 
 # Numerics
@@ -599,14 +599,6 @@ class ByContent(Decoder):
         return self.run(self.embed(input_ids), mask)
 
 
-class GivenMask(Decoder):
-    def __init__(self) -> None:
-        super().__init__(masked)
-
-    def forward(self, input_ids: Tensor, mask: Tensor) -> Any:
-        return self.run(self.embed(input_ids), mask)
-
-
 class HalfOpen(tiny.Decoder):
     """The second block sees all tokens."""
 
@@ -641,7 +633,6 @@ class Named(Decoder):
         return self.run(self.embed(lengths), None)
 
 
-MASK = torch.ones(tiny.ROWS, 1, tiny.TOKENS, tiny.TOKENS, dtype=torch.bool).tril()
 HERE = r"the model \(Decoder\), .*test_insert_cache.py:\d+"
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "causal convolution": (
@@ -676,24 +667,9 @@ def test_refusals(name: str) -> None:
         apply(captured.program, "insert-cache")
 
 
-def test_a_mask_of_queries_and_keys_is_no_input() -> None:
-    axes = {"input_ids": {0: "batch", 1: "tokens"}, "mask": {0: "batch", 2: "tokens", 3: "tokens"}}
-    captured = tiny.captured(GivenMask, {**IDS, "mask": MASK}, dynamic=axes)
-    reason = r"input mask has shape \['batch', 1, 'tokens', 'tokens'\]; an input has one axis of tokens"
-    with pytest.raises(PassError, match=reason) as caught:
-        apply(captured.program, "insert-cache")
-    assert caught.value.hint == "make masks of queries and keys inside the forward"
-
-
 def test_sizes_that_are_fixed() -> None:
     captured = tiny.captured(Decoder, IDS, dynamic={})
     with pytest.raises(PassError, match=r"shape \[2, 7, 16\], none of whose axes is the tokens of an input"):
-        apply(captured.program, "insert-cache")
-
-
-def test_inputs_that_all_look_like_masks() -> None:
-    captured = tiny.captured(ByContent, {"input_ids": tiny.padding()})
-    with pytest.raises(PassError, match=r"the inputs \['input_ids'\] all look like masks"):
         apply(captured.program, "insert-cache")
 
 
@@ -728,8 +704,8 @@ def test_fresh_makes_room(cached: Get) -> None:
         assert not given[name].any()
     assert program.fresh(captured.inputs)["places"].shape == (tiny.TOKENS,)
     assert captured.program.fresh(captured.inputs) == captured.inputs
-    assert captured.program.ones(captured.inputs) == {}
-    assert program.ones({"input_ids": tiny.ids(3)})["attention_mask"].tolist() == [[1] * 3] * 2
+    assert captured.program.implied(captured.inputs) == {}
+    assert program.implied({"input_ids": tiny.ids(3)})["attention_mask"].tolist() == [[1] * 3] * 2
 
 
 def test_fresh_caches_of_rows_and_heads_on_one_axis(cached: Get) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from offramp.passes.infra.implied import Meaning, looked_up
 from offramp.passes.infra.masks import plain_window
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
-from offramp.program.program import Program, evaluate
+from offramp.program.program import Program, as_tensor, evaluate
 from offramp.program.sizes import resized
 from offramp.runtime.errors import PassError
 
@@ -24,7 +25,7 @@ class Causal:
     Attributes:
         tokens: the symbol of that axis.
         own: the inputs that have it.
-        masks: those of them that are padding masks, and become ones.
+        implied: those of them that follow from the number of tokens, and what they hold: masks, positions.
         kinds: of every tensor node. *Data* depends on the contents of the tokens, *memory* on those of other inputs
             only (an encoder's side), *positional* on shapes only, *constant* on nothing. *Chunk* is positional over
             an axis of batch and tokens together (``arange(batch * tokens)``): it counts places, not positions.
@@ -41,8 +42,10 @@ class Causal:
         self.tokens = self._token_symbol()
         inputs = program.graph.find_nodes(op="placeholder")
         self.own = [node for node in inputs if any(self.tokens in symbols(size) for size in shape(node))]
-        self.example = max(program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own)
-        self.masks = self._masks()
+        self.implied = Meaning(program, self.sites, self.own, self.tokens).implied
+        self.example = max(
+            program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own if n not in self.implied
+        )
         self.kinds = self._kinds()
         self.limit = self._limit()
         self._windows: dict[fx.Node, int | None] = {}
@@ -79,20 +82,11 @@ class Causal:
             )
         return found[0]
 
-    def _masks(self) -> list[fx.Node]:
-        """Inputs of zeros and ones over the tokens that go into attention masks."""
-        read = read_by([mask.node for site in self.sites for mask in site.masks])
-        values = {node: self.program.example_inputs[str(node.target)] for node in self.own if node in read}
-        found = [node for node, value in values.items() if bool(((value == 0) | (value == 1)).all())]
-        if len(found) == len(self.own):
-            raise PassError(f"insert-cache: the inputs {sorted(str(n.target) for n in found)} all look like masks")
-        return found
-
     def _kinds(self) -> dict[fx.Node, str]:
         kinds: dict[fx.Node, str] = {}
         for node in self.program.graph.nodes:
             if node.op == "placeholder":
-                kinds[node] = POSITIONAL if node in self.masks else DATA if node in self.own else MEMORY
+                kinds[node] = POSITIONAL if node in self.implied else DATA if node in self.own else MEMORY
             elif node.op == "get_attr":
                 kinds[node] = CONSTANT
             elif node.op == "call_function" and not is_symint(node):
@@ -116,7 +110,7 @@ class Causal:
         cuts = [self.program.nodes[name] for stack in self.program.stacks.values() for name in stack.cuts[1:]]
         behind = dependents(cuts, self.program.graph)  # where no position is looked up any more
         for node in self.program.graph.nodes:
-            table, axis, index = _looked_up(node)
+            table, axis, index = looked_up(node)
             if index is None or index in behind or self.kinds[table] != CONSTANT:
                 continue
             words: list[int | None] = [None] if self.kinds[index] == POSITIONAL else []
@@ -136,7 +130,7 @@ class Causal:
 
     def _words(self) -> list[int]:
         """Two different token ids of the example (or one, if there are no more)."""
-        ids = self.program.example_inputs[next(str(n.target) for n in self.own if n not in self.masks)]
+        ids = self.program.example_inputs[next(str(n.target) for n in self.own if n not in self.implied)]
         return [int(word) for word in ids.unique()[-2:]]
 
     def values(
@@ -148,7 +142,8 @@ class Causal:
             inputs = resized(self.program, {self.tokens: size, self.program.axes.batch: 2})
         if word is not None:
             inputs |= {str(n.target): torch.full_like(inputs[str(n.target)], word) for n in self.own}
-        inputs |= {str(node.target): torch.ones_like(inputs[str(node.target)]) for node in self.masks}
+        for node, item in self.implied.items():
+            inputs[str(node.target)] = as_tensor(item, inputs[str(node.target)].shape)
         return evaluate(self.program.graph_module, nodes, inputs)
 
     def attends_to_tokens(self, site: AttentionSite) -> bool:
@@ -193,15 +188,3 @@ def _sizes(node: fx.Node) -> list[Any]:
     values = node.meta["val"]
     tensors = values if isinstance(values, (tuple, list)) else (values,)
     return [size for value in tensors if isinstance(value, torch.Tensor) for size in value.shape]
-
-
-def _looked_up(node: fx.Node) -> tuple[Any, int, fx.Node | None]:
-    """Table, axis and index of a look-up in a table; no index for another node."""
-    args: Any = node.args
-    if node.target is aten.embedding.default:
-        return args[0], 0, args[1]
-    if node.target in (aten.index_select.default, aten.gather.default):
-        return args[0], int(args[1]), args[2]
-    if node.target is aten.index.Tensor and len(args[1]) == 1:
-        return args[0], 0, args[1][0]
-    return None, 0, None

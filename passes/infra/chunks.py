@@ -21,7 +21,7 @@ def check_chunks(before: Program, after: Program) -> float:
     assert after.cache is not None
     inputs = {name: value for name, value in after.example_inputs.items() if name in after.inputs}
     with torch.no_grad():
-        expected = before.module(**inputs, **after.ones(inputs))
+        expected = before.module(**inputs, **after.implied(inputs))
     hint = "something else than attention mixes the tokens, or positions depend on the number of tokens"
     try:
         found = in_chunks(after, inputs)

@@ -20,7 +20,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from offramp.passes.infra.causal import CHUNK, DATA, MEMORY, POSITIONAL
+from offramp.passes.infra.causal import CHUNK, DATA, MEMORY, POSITIONAL, Causal
 from offramp.passes.infra.mixing import mixes_tokens
 from offramp.program import ops
 from offramp.program.graph import (
@@ -50,8 +50,9 @@ class Rebuilder:
     ``hooks`` replace nodes: called with this and the node, they return its new value, or None for the usual one.
     """
 
-    def __init__(self, program: Program, text: str, tokens: Any, kinds: Mapping[fx.Node, str], capacity: int) -> None:
-        self.program, self.text, self.tokens, self.kinds = program, text, tokens, kinds
+    def __init__(self, program: Program, text: str, facts: Causal, capacity: int) -> None:
+        self.program, self.text = program, text
+        self.tokens, self.kinds, self.implied = facts.tokens, facts.kinds, facts.implied
         self.graph = fx.Graph()
         self.edits: Counter[str] = Counter()
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
@@ -62,7 +63,7 @@ class Rebuilder:
         self._rows: dict[Any, fx.Node] = {}
         self._symbols = self._new_symbols()
         self.batch = self._symbols.get(program.axes.batch)
-        self.chunk = self._symbols[tokens]
+        self.chunk = self._symbols[self.tokens]
         self.capacity = self._symbol("capacity", capacity)
         self.inputs: dict[str, fx.Node] = {}
 
@@ -207,12 +208,39 @@ class Rebuilder:
         return made
 
     def _positional(self, node: fx.Node, world: str) -> fx.Node:
-        size = self.capacity if world == "capacity" else self.chunk
-        if node.op == "placeholder":  # a mask of ones
-            sizes = [self._sizer(self.size_value(s, size)) for s in shape(node)]
-            return self.call(aten.ones.default, sizes, dtype=node.meta["val"].dtype)
+        if node.op == "placeholder":
+            return self._made(node, world)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, world))
         return self.copied(node, args, kwargs, name=f"{node.name}_{world}")
+
+    def _made(self, node: fx.Node, world: str) -> fx.Node:
+        """An input that follows from the number of tokens."""
+        item, dtype = self.implied[node], node.meta["val"].dtype
+        size = self.capacity if world == "capacity" else self.chunk
+        sizes = [self._sizer(self.size_value(s, size)) for s in shape(node)]
+        if item.axis is None:
+            whole = self.call(aten.full.default, sizes, _number(item.value, dtype), dtype=dtype)
+            if item.hidden is None:
+                return whole
+            places = self.call(aten.arange.default, sizes[-1])
+            past = self.call(aten.ge.Tensor, self.call(aten.unsqueeze.default, places, 1), places)
+            hidden = self.call(aten.full.default, [], _number(item.hidden, dtype), dtype=dtype)
+            return self.call(aten.where.self, past, whole, hidden)
+        if world == "capacity":
+            places = self.call(aten.arange.default, sizes[item.axis])
+        elif item.axis == 1 and len(sizes) == 2 and self._counts_rows(self.size_value(shape(node)[0], size)):
+            places = self.positions()
+        else:
+            raise self.refusal(
+                f"the positions {node.target} are read beside tokens of all rows at once",
+                hint="positions of every row, [batch, tokens]",
+            )
+        places = self.call(aten.add.Tensor, places, int(item.value))
+        places = self.call(aten._to_copy.default, places, dtype=dtype) if dtype != torch.int64 else places
+        if world == "chunk":
+            return places
+        wide = self.call(aten.reshape.default, places, [-1 if axis == item.axis else 1 for axis in range(len(sizes))])
+        return self.call(aten.expand.default, wide, sizes)
 
     def _plain(self, arg: fx.Node, world: str) -> fx.Node:
         return self.size(arg, world) if is_symint(arg) else self.value(arg, world)
@@ -431,3 +459,7 @@ class Rebuilder:
         """The cache with the chunk's values in it."""
         self.edits["replaced"] += 1
         return self.call(ops.APPEND, cache, new, self.inputs[LENGTHS], axis)
+
+
+def _number(value: float, dtype: torch.dtype) -> float | int | bool:
+    return value if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)

@@ -178,7 +178,7 @@ class Check:
 
     def _compare(self, module: nn.Module, program: Program, chain: Chain) -> None:
         inputs = {name: program.example_inputs[name] for name in program.inputs}
-        expected = named_outputs(module(**inputs, **program.ones(inputs)))
+        expected = named_outputs(module(**inputs, **program.implied(inputs)))
         self._figure("graph", "the captured graph", _arrays(eager(program, inputs)), expected)
         self._figure("chain", "the chain at full depth", _run(chain, inputs), expected)
         for stack, after in _forced(program):
@@ -188,7 +188,7 @@ class Check:
         for others in other_sizes(program):
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in others.items())
             try:
-                expected = named_outputs(module(**others, **program.ones(others)))
+                expected = named_outputs(module(**others, **program.implied(others)))
             except Exception:  # noqa: BLE001 - sizes that the model's own code does not take
                 expected = eager(program, others)
             self._figure("other_shapes", f"the chain on {sizes}", _run(chain, others), expected)
