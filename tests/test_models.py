@@ -199,14 +199,14 @@ def tiny(kind: str) -> transformers.PreTrainedModel:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("encoder", {"input_ids": (2, 9), "attention_mask": (2, 9)}),
+        ("encoder", {"input_ids": (2, 9), "attention_mask": (2, 9), "token_type_ids": (2, 9)}),
         ("decoder", {"input_ids": (2, 9), "attention_mask": (2, 9)}),
         ("encoder-decoder", {"input_ids": (2, 9), "attention_mask": (2, 9), "decoder_input_ids": (2, 7)}),
         ("image", {"pixel_values": (2, 3, 32, 32)}),
         ("waveform", {"input_values": (2, 4000)}),
         ("spectrogram", {"input_features": (2, 8, 40), "decoder_input_ids": (2, 7)}),
         ("patches", {"input_values": (2, 32, 16)}),
-        ("text and image", {"input_ids": (2, 9), "attention_mask": (2, 9), "pixel_values": (2, 3, 32, 32)}),
+        ("text and image", {"input_ids": (2, 9), "pixel_values": (2, 3, 32, 32), "attention_mask": (2, 9)}),
     ],
 )
 def test_pretrained_directory(tmp_path: Path, kind: str, expected: dict[str, tuple[int, ...]]) -> None:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from offramp._examples import configs, example_inputs
+from offramp._examples import configs, example_inputs, listed
 from offramp.models import PretrainedModelError
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ def load(source: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         for part in configs(config):
-            if hasattr(part, "use_cache"):
-                part.use_cache = False
+            part.return_dict = True
+            for name in ("use_cache", "output_hidden_states", "output_attentions"):
+                if getattr(part, name, False):
+                    setattr(part, name, False)
         names = config.architectures or []
         model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
         model = (model_class or transformers.AutoModel).from_pretrained(source, config=config, dtype=torch.float32)
@@ -34,4 +36,5 @@ def load(source: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
             f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}",
             hint="a directory with config.json and weights, or an id of the hub that this machine reaches",
         ) from error
-    return model.eval(), example_inputs(model)
+    model.eval()
+    return model, example_inputs(model, listed(source))
