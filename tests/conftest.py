@@ -10,6 +10,8 @@ import tiny
 import torch
 from hypothesis import settings
 
+pytest_plugins = ["skips", "pytester"]
+
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it gives
 
 settings.register_profile("offramp", derandomize=True, database=None, deadline=None, max_examples=20)
