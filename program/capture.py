@@ -15,6 +15,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from offramp.program.canonical import canonicalize
+from offramp.program.complex import made_real
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.graph import expression, shape
 from offramp.program.program import Program, analyse
@@ -69,6 +70,8 @@ def capture(
     if training:
         switch_off(graph_module.graph)
     canonicalize(graph_module)
+    if made_real(graph_module):
+        canonicalize(graph_module)
     if training:
         same_as_eval(graph_module, inputs, expected)
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
