@@ -24,7 +24,8 @@ from offramp.export.validate import validate
 from offramp.export.write import Writer
 from offramp.program.program import Program
 from offramp.runtime.errors import ExportError
-from offramp.runtime.manifest import MANIFEST_FILE, Generation, Preprocessing, from_json, section, to_json
+from offramp.runtime.manifest import MANIFEST_FILE, Generation, from_json, section, to_json
+from offramp.runtime.preprocessing import Preprocessing
 
 
 def save(
@@ -36,7 +37,8 @@ def save(
     target: Target = "ort",
     generation: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
-    files: Sequence[str | os.PathLike[str]] = (),
+    labels: Mapping[str, Sequence[str]] | None = None,
+    files: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str] | bytes] = (),
     policy: Mapping[str, Any] | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -53,7 +55,9 @@ def save(
         generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,
             ``template``.
         preprocessing: how text, sound and images become inputs: fields of `Preprocessing`.
-        files: further files to put into the bundle, a tokenizer for example.
+        labels: names of the places of an output's last axis, by output: the classes of logits.
+        files: further files to put into the bundle, a tokenizer for example: paths; or by name in the bundle a path or
+            the contents.
         policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
         name: what the bundle calls the model; the path's name if None.
         progress: called with a segment's name, how many are done, and how many there are.
@@ -84,9 +88,10 @@ def save(
     try:
         describer = Describer(lowered, plan, writer, target, progress)
         manifest = describer.manifest(name or place.stem, _provenance(program), policy)
-        for file in files:
-            _add(file, directory)
+        for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):
+            _add(item, content, directory)
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
+        manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
         figures = validate(program, manifest, directory, describer.origin, lowered)
         manifest = replace(manifest, validation=figures)
         text = to_json(manifest)
@@ -103,11 +108,14 @@ def save(
     return figures
 
 
-def _add(file: str | os.PathLike[str], directory: Path) -> None:
-    copied = directory / Path(file).name
-    if copied.exists() or copied.name == MANIFEST_FILE:
-        raise ExportError(f"{os.fspath(file)} would replace the bundle's {copied.name}", hint="another name")
-    shutil.copyfile(file, copied)
+def _add(name: str, content: str | os.PathLike[str] | bytes, directory: Path) -> None:
+    copied = directory / name
+    if copied.parent != directory or copied.exists() or copied.name == MANIFEST_FILE:
+        raise ExportError(f"{name} would replace the bundle's own, or lie outside it", hint="another name")
+    if isinstance(content, bytes):
+        copied.write_bytes(content)
+    else:
+        shutil.copyfile(content, copied)
 
 
 def _provenance(program: Program) -> dict[str, Any]:

@@ -18,11 +18,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.errors import InputError
+from offramp.runtime.preprocessing import Audio
 
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 _ENCODINGS = {(_PCM, 8), (_PCM, 16), (_PCM, 24), (_PCM, 32), (_FLOAT, 32)}
 # resampy's "kaiser_best": 64 zero crossings on each side, and a cut-off that leaves the window room to fall
 _CROSSINGS, _CUTOFF, _BETA = 64, 0.9475937167399596, 14.769656459379492
+
+
+def features(samples: NDArray[np.floating[Any]], settings: Audio) -> NDArray[np.float32]:
+    """Samples ``[samples]`` at the settings' rate as a model takes them, float32 ``[1, ...]``.
+
+    Raises:
+        InputError: the samples are not a row of finite floats, or last longer than the model's window.
+    """
+    if settings.kind == "waveform":
+        return waveform(samples, normalize=settings.normalize)
+    return log_mel(samples, settings.rate, settings.n_fft, settings.hop, settings.mels, settings.seconds)
+
+
+def waveform(samples: NDArray[np.floating[Any]], *, normalize: bool = False) -> NDArray[np.float32]:
+    """The samples themselves, float32 ``[1, samples]``; with ``normalize`` of mean 0 and variance 1.
+
+    As wav2vec 2.0 takes them (Baevski et al. 2020, section 4.2). Raises `InputError` as `features` does.
+    """
+    _check(samples)
+    row = samples.astype(np.float32)
+    if normalize:
+        row = (row - row.mean()) / np.sqrt(row.var() + 1e-7)
+    return row[None]
 
 
 def read_wav(path: str | Path) -> tuple[NDArray[np.float32], int]:

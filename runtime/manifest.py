@@ -21,6 +21,7 @@ import numpy as np
 
 from offramp.runtime.decode import decode
 from offramp.runtime.errors import BundleError
+from offramp.runtime.preprocessing import Preprocessing, preprocessing_problems
 
 FORMAT = "offramp"
 VERSION = 4
@@ -240,25 +241,13 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """How text, sound and images become inputs; None where nobody has said.
-
-    ``audio`` are the arguments of `offramp.runtime.audio.log_mel`.
-    """
-
-    text: Mapping[str, Any] | None = None
-    audio: Mapping[str, Any] | None = None
-    image: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
 class Manifest:
     """Everything the runtime needs to know of a bundle.
 
     ``inputs`` are names of values, and the names that a user gives; ``outputs`` maps the model's output names
     to the values of full depth. ``batch`` is the axis that rows lie on, None when the model has none: then a
     run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device. ``calibration`` says how
-    ``policy`` was chosen, for people.
+    ``policy`` was chosen, for people. ``labels`` names, by output, the places of its last axis: the classes of logits.
     """
 
     model: str
@@ -277,6 +266,7 @@ class Manifest:
     calibration: Mapping[str, Any] | None = None
     generation: Generation = field(default_factory=Generation)
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     precision: str = "fp32"
     provenance: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, Any] = field(default_factory=dict)
@@ -333,6 +323,8 @@ def section(kind: type[Section], data: Mapping[str, Any]) -> Section:
     made = decode(kind, _plain(data), name, problems)
     if not problems and isinstance(made, Generation):
         problems = list(generation_problems(made))
+    if not problems and isinstance(made, Preprocessing):
+        problems = list(preprocessing_problems(made))
     if problems:
         hint = f"{name} has the keys {', '.join(f.name for f in fields(kind))}"
         raise BundleError(f"{name} is wrong:\n  " + "\n  ".join(problems), hint=hint)

@@ -13,6 +13,7 @@ from offramp.runtime.axes import evaluate, names
 from offramp.runtime.errors import InputError
 from offramp.runtime.manifest import DTYPES, Cache, Exit, Generation, Manifest, Segment, Stack, Value
 from offramp.runtime.options import OPTIONS, read
+from offramp.runtime.preprocessing import preprocessing_problems
 
 
 def problems_of(manifest: Manifest) -> list[str]:
@@ -23,6 +24,8 @@ def problems_of(manifest: Manifest) -> list[str]:
         *_references(manifest),
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
         *generation_problems(manifest.generation),
+        *preprocessing_problems(manifest.preprocessing),
+        *(f"labels: there is no output {name!r}" for name in manifest.labels if name not in manifest.outputs),
     ]
     return problems or list(_Flow(manifest).problems())
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from offramp.runtime import manifest as m
+from offramp.runtime import preprocessing
 from offramp.runtime.errors import BundleError
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[1] / "docs/manifest.schema.json").read_text())
@@ -47,7 +48,13 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
     for one in (data, two):
         jsonschema.validate(one, SCHEMA)
     described = {"value": m.Value, "segment": m.Segment, "exit": m.Exit, "part": m.Part, "stack": m.Stack}
-    described |= {"stage": m.Stage, "file": m.File, "generation": m.Generation, "preprocessing": m.Preprocessing}
+    described |= {
+        "stage": m.Stage,
+        "file": m.File,
+        "generation": m.Generation,
+        "preprocessing": preprocessing.Preprocessing,
+    }
+    described |= {"text": preprocessing.Text, "audio": preprocessing.Audio, "image": preprocessing.Image}
     for schema, kind in [
         (SCHEMA, m.Manifest),
         *((SCHEMA["$defs"][name], kind) for name, kind in described.items()),
@@ -100,6 +107,9 @@ MISTYPED = [
     ("generation/bad_words", [[1, "a"]], 'generation.bad_words[0][1]: expected a whole number, found "a"'),
     ("generation/early_stopping", 3, "generation.early_stopping: expected true or false, found 3"),
     ("preprocessing/audio", [], "preprocessing.audio: expected an object, found []"),
+    ("preprocessing/text", {"pad": "x"}, 'preprocessing.text.pad: expected a whole number, found "x"'),
+    ("preprocessing/image", {"bgr": 1}, "preprocessing.image.bgr: expected true or false, found 1"),
+    ("labels", {"logits": "no"}, 'labels.logits: expected a list, found "no"'),
     ("files/tail.onnx/bytes", None, "files.tail.onnx.bytes: expected a whole number, found null"),
 ]
 
@@ -146,7 +156,7 @@ def test_generation_takes_tuples_arrays_and_numbers_of_numpy() -> None:
     given = {"stop": np.array([1, 2]), "bad_words": ((3,), [4, 5]), "max_length": np.int64(9), "early_stopping": False}
     found = m.section(m.Generation, given)
     assert found == m.Generation(stop=(1, 2), bad_words=((3,), (4, 5)), max_length=9, early_stopping=False)
-    assert m.section(m.Preprocessing, {"audio": {"rate": np.int32(8)}}).audio == {"rate": 8}
+    assert m.section(preprocessing.Preprocessing, {"audio": {"rate": np.int32(8)}}).audio == preprocessing.Audio(rate=8)
 
 
 EXIT1 = "stacks/encoder/exits/0"

@@ -17,7 +17,7 @@ import tiny
 
 import offramp
 from offramp import cli
-from offramp.cli import _common, _inputs, _policy, bench
+from offramp.cli import _common, _inputs, _policy, _text, bench
 from offramp.runtime import Confidence, Depth, Entropy, Never, OfframpError, Patience, Policy, PolicyError
 from offramp.runtime.manifest import MANIFEST_FILE
 
@@ -277,14 +277,13 @@ def reading_bundle(root: Path) -> Path:
     return root
 
 
-def test_text_becomes_ids_padded_to_the_longest_and_cut_to_what_the_bundle_takes(tmp_path: Path) -> None:
+def test_text_becomes_ids(tmp_path: Path) -> None:
     root = reading_bundle(tmp_path / "reading.offramp")
     chain = offramp.load(root)
-    found = _inputs.encode(chain, root, ["w5 w6", "w7 what w9"])
+    (found,) = _text.encode(chain, root, ["w5 w6 w8", "w7 what w9"])
     assert list(found) == ["input_ids"]
-    np.testing.assert_array_equal(found["input_ids"], np.array([[5, 6, 0], [7, 1, 9]]))
+    np.testing.assert_array_equal(found["input_ids"], np.array([[5, 6, 8], [7, 1, 9]]))
     assert found["input_ids"].dtype == np.int64
-    assert _inputs.encode(chain, root, ["w5 " * 20])["input_ids"].shape == (1, bundles.LONGEST)
 
 
 def pairing_bundle(root: Path, name: str = "input_ids") -> Path:
@@ -305,7 +304,7 @@ def pairing_bundle(root: Path, name: str = "input_ids") -> Path:
 
 def test_pairs_of_texts_are_one_row_each(tmp_path: Path) -> None:
     root = pairing_bundle(tmp_path / "pairs.offramp")
-    found = _inputs.given(offramp.load(root), root, (), ["w5 w6", "w7"], pairs=["w8", "w5 w6"])
+    (found,) = _inputs.given(offramp.load(root), root, (), ["w5 w6", "w7"], pairs=["w8", "w5 w6"])
     np.testing.assert_array_equal(found["input_ids"], np.array([[5, 6, 9, 8], [7, 9, 5, 6]]))
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import offramp
 from offramp import cli
-from offramp.cli import _depths, _generate, _inputs, _words, export
+from offramp.cli import _depths, _generate, _text, _words
 from offramp.runtime import Depth
 from offramp.runtime.manifest import MANIFEST_FILE
 
@@ -123,12 +123,12 @@ def written(bundle: Path, prompt: list[int], count: int, policy: Any = None, **o
     """The text and the depths that `Chain.generate` gives."""
     chain = offramp.load(bundle)
     found = chain.generate({"input_ids": [prompt]}, policy, max_new_tokens=count, **options)
-    tokenizer = _inputs.tokenizer_of(chain, bundle)
+    tokenizer = _text.tokenizer_of(chain, bundle)
     return tokenizer.decode(found.tokens[0].tolist()), found.exits[0].tolist()
 
 
 def ids(bundle: Path, text: str) -> list[int]:
-    found: list[int] = _inputs.tokenizer_of(offramp.load(bundle), bundle).encode(text).ids
+    found: list[int] = _text.tokenizer_of(offramp.load(bundle), bundle).encode(text).ids
     return found
 
 
@@ -298,7 +298,7 @@ def test_run_listens(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     chain = offramp.load(listener)
     features = log_mel(resample(*read_wav(path), 16000), **AUDIO)
     found = chain.generate({"features": features}, max_new_tokens=12)
-    assert out == _inputs.tokenizer_of(chain, listener).decode(found.tokens[0].tolist()) + "\n"
+    assert out == _text.tokenizer_of(chain, listener).decode(found.tokens[0].tolist()) + "\n"
     assert " of 3 blocks on average" in err
 
 
@@ -312,8 +312,8 @@ def test_run_refuses_sound(listener: Path, tmp_path: Path, capsys: pytest.Captur
     assert "the sound lasts 1.5 s, the model takes 1 s" in refused(capsys, "run", listener, "--audio", long)
     assert "gone.wav cannot be read" in refused(capsys, "run", listener, "--audio", tmp_path / "gone.wav")
     assert "'features' is missing" in refused(capsys, "run", listener)
-    odd = copied(listener, tmp_path / "odd.offramp", audio={"rate": 16000, "bands": 3})
-    assert "settings for audio that make no sense" in refused(capsys, "run", odd, "--audio", long)
+    deaf = copied(listener, tmp_path / "deaf.offramp", audio=None)
+    assert "it has no settings for sound" in refused(capsys, "run", deaf, "--audio", long)
 
 
 # bench --depths
@@ -384,22 +384,16 @@ def test_break_even(saved: dict[tuple[int, int], float], said: str, writer: Path
 # export
 
 
-def test_export_takes_along_how_a_model_of_the_zoo_writes_and_hears() -> None:
-    from offramp import zoo
+def test_what_a_model_of_the_zoo_brings_along() -> None:
+    from offramp import models, zoo
 
-    assert export.preprocessing("zoo:whisper_tiny_en") == {"audio": zoo.audio("whisper_tiny_en")}
-    assert export.generation("zoo:whisper_tiny_en") == zoo.generation("whisper_tiny_en")
-    for model in ("zoo:minilm", "models.py:whisper_tiny_en"):
-        assert export.generation(model) == export.preprocessing(model) == {}
-
-
-def test_export_prefers_files_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, other = tmp_path / "own" / "tokenizer.json", tmp_path / "tokenizer.json"
-    monkeypatch.setattr("offramp.zoo.tokenizer_files", lambda _: (own,))
-    assert export._files("zoo:minilm", []) == [own]
-    assert export._files("zoo:minilm", [tmp_path / "notes.txt"]) == [own, tmp_path / "notes.txt"]
-    assert export._files("zoo:minilm", [other]) == [other]
-    assert export._files("hf:nowhere", []) == []
+    found = models.settings("zoo:whisper_tiny_en")
+    assert found["preprocessing"] == {"audio": zoo.audio("whisper_tiny_en")}
+    assert found["generation"] == zoo.generation("whisper_tiny_en")
+    assert list(found["files"]) == ["tokenizer.json"]
+    minilm = models.settings("zoo:minilm")
+    assert (minilm["generation"], minilm["preprocessing"]) == ({}, {})
+    assert not any(models.settings("models.py:whisper_tiny_en").values())
 
 
 def test_export_for_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

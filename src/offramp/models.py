@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from offramp import zoo
 from offramp.runtime.errors import OfframpError
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
     Inputs: TypeAlias = dict[str, Tensor] | tuple[Tensor, ...]
     Factory: TypeAlias = Callable[[], tuple[nn.Module, Inputs]]
+
+_log = logging.getLogger(__name__)
 
 
 class ModelError(OfframpError, ValueError):
@@ -80,6 +83,46 @@ def resolve(name: str) -> Factory:
             raise FactoryMissingError(f"there is no file {place}", hint=f"a path seen from {Path.cwd()}")
         return lambda: _call(path.parent, lambda: _import_file(path), function, name)
     return lambda: _call(Path.cwd(), lambda: _import_module(place), function, name)
+
+
+def settings(
+    name: str,
+    module: nn.Module | None = None,
+    inputs: Inputs | None = None,
+    *,
+    ignore_generation: Collection[str] = (),
+    note: Callable[[str], None] = _log.warning,
+) -> dict[str, Any]:
+    """What a model brings along beside its weights: arguments of `offramp.save`, empty for a factory of your own.
+
+    ``generation`` (of an ``hf:`` directory its generation_config), ``preprocessing`` of text, sound and images,
+    ``labels`` of classes and ``files`` (the tokenizer)::
+
+        module, inputs = models.resolve(name)()
+        program = offramp.apply(offramp.capture(module, inputs), "insert-cache,insert-exits")
+        offramp.save(program, path, **models.settings(name, module, inputs))
+
+    Args:
+        name: The model's name, as `resolve` takes it.
+        module: The model, needed for ``hf:``.
+        inputs: Its example inputs, needed too.
+        ignore_generation: Settings of the generation_config that count as not set.
+        note: Told, a sentence each, what cannot be taken along.
+
+    Raises:
+        PretrainedModelError: the generation_config asks for what a bundle cannot do.
+    """
+    scheme, _, rest = name.partition(":")
+    if scheme == "zoo":
+        audio = zoo.audio(rest)
+        files = {file.name: file for file in zoo.tokenizer_files(rest)}
+        preprocessing = {"audio": dict(audio)} if audio else {}
+        return {"generation": dict(zoo.generation(rest)), "preprocessing": preprocessing, "labels": {}, "files": files}
+    if scheme != "hf" or module is None or not isinstance(inputs, Mapping):
+        return {"generation": {}, "preprocessing": {}, "labels": {}, "files": {}}
+    from offramp import _settings
+
+    return _settings.settings(rest, module, inputs, ignore_generation, note)
 
 
 def _zoo_names() -> str:

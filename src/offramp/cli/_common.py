@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from offramp.models import Inputs
     from offramp.passes import Pass
     from offramp.program import Program
 
@@ -32,13 +35,20 @@ def pipeline_argument(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--dump", metavar="DIR", help="let every pass write its graph before and after to DIR")
 
 
-def captured(name: str) -> Program:
-    """The program of the model of that name."""
+def loaded(name: str) -> tuple[nn.Module, Inputs]:
+    """The model of that name and its example inputs."""
     import offramp
     from offramp import models
 
-    capture = offramp.capture  # before the model: without torch this says what to install
-    return capture(*models.resolve(name)())
+    _ = offramp.capture  # before the model: without torch this says what to install
+    return models.resolve(name)()
+
+
+def captured(name: str) -> Program:
+    """The program of the model of that name."""
+    import offramp
+
+    return offramp.capture(*loaded(name))
 
 
 def passes(pipeline: str | None) -> list[Pass]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _common, _generate, _inputs
+from offramp.cli import _common, _generate, _text
 from offramp.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"
     )
+    parser.add_argument("--truncate", action="store_true", help="cut a text that is longer than the model takes")
     parser.add_argument("--threads", metavar="N", type=int, help="of ONNX Runtime; as many as cores if left out")
     parser.add_argument("--provider", metavar="NAME", action="append", help="of ONNX Runtime; may be repeated")
 
@@ -55,8 +56,10 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}
 
 
-def read(chain: Chain, bundle: Path, file: Path) -> list[dict[str, Any]]:
+def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> list[dict[str, Any]]:
     """The examples in a file, a batch each or all in one, with "labels" where it has some.
+
+    Text that is longer than the model takes is cut with ``truncate``.
 
     Raises:
         InputError: the file cannot be read, or does not fit the bundle.
@@ -70,8 +73,8 @@ def read(chain: Chain, bundle: Path, file: Path) -> list[dict[str, Any]]:
         rows = list(_json(lines) if file.suffix == ".jsonl" else _columns(lines, file.suffix))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"data {file} cannot be read: {error}") from error
-    tokenizer = _inputs.tokenizer_of(chain, bundle) if any("text" in row for row in rows) else None
-    return [_example(chain, bundle, row, tokenizer) for row in rows]
+    tokenizer = _text.tokenizer_of(chain, bundle) if any("text" in row for row in rows) else None
+    return [_example(chain, bundle, row, tokenizer, truncate) for row in rows]
 
 
 def _arrays(file: Path) -> dict[str, Any]:
@@ -99,22 +102,27 @@ def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _example(chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _example(
+    chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None, truncate: bool
+) -> dict[str, Any]:
     """One example as a batch of one row."""
     given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label")}
     if "text" in row:
         pairs = [str(row["pair"])] if "pair" in row else []
-        given |= _read(chain, bundle, str(row["text"]), tokenizer, pairs)
+        given |= _read(chain, bundle, str(row["text"]), tokenizer, pairs, truncate)
     if "label" in row:
         given["labels"] = [_label(chain, row["label"], tokenizer)]
     return given
 
 
-def _read(chain: Chain, bundle: Path, text: str, tokenizer: Tokenizer | None, pairs: list[str]) -> dict[str, Any]:
+def _read(
+    chain: Chain, bundle: Path, text: str, tokenizer: Tokenizer | None, pairs: list[str], truncate: bool
+) -> dict[str, Any]:
     """A text as the prompt of a model that takes one text, else as what it reads, perhaps with a second one."""
-    if chain.generates is not None and chain.generates == _inputs.text_input(chain) and not pairs:
+    if chain.generates is not None and chain.generates == _text.text_input(chain) and not pairs:
         return {chain.generates: [_generate.prompt(chain, bundle, text, tokenizer=tokenizer)]}
-    return _inputs.encode(chain, bundle, [text], tokenizer, pairs)
+    (row,) = _text.encode(chain, bundle, [text], tokenizer, pairs, truncate=truncate)
+    return row
 
 
 def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:

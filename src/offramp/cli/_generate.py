@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _common, _inputs, _words
+from offramp.cli import _common, _inputs, _text, _words
 from offramp.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from offramp.runtime import Chain, Policy
+    from offramp.runtime import Chain, Policy, Token
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
@@ -59,15 +60,22 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     """Generate and print."""
     if args.output:
         raise InputError("--output writes the outputs of one pass, not text", hint="--once")
-    inputs = prompted(chain, args)
+    batches = prompted(chain, args)
     stack = _words.token_stack(chain)
-    tokenizer = _inputs.tokenizer_of(chain, args.bundle) if _inputs.TOKENIZER in chain.manifest.files else None
+    tokenizer = _text.tokenizer_of(chain, args.bundle) if _text.TOKENIZER in chain.manifest.files else None
     options = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
     if args.show_exits:
         print(_words.legend(stack), end="")
+    sizes = [max((len(value) for value in inputs.values()), default=1) for inputs in batches]
+
+    def tokens() -> Iterator[Token]:
+        for at, inputs in enumerate(batches):
+            for token in chain.stream(inputs, policy, propagate=args.propagate or "defer", **options):
+                yield token._replace(row=token.row + sum(sizes[:at]))
+
     told = _words.tell(
-        lambda: chain.stream(inputs, policy, propagate=args.propagate or "defer", **options),
-        max((len(value) for value in inputs.values()), default=1),
+        tokens,
+        sum(sizes),
         _words.decoder_of(tokenizer),
         _words.painter(stack) if args.show_exits else _words.plain,
     )
@@ -75,16 +83,21 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     return 0
 
 
-def prompted(chain: Chain, args: argparse.Namespace) -> _inputs.Inputs:
-    """The inputs that a user gave; text is the prompt of a model that takes one text, else what it reads."""
+def prompted(chain: Chain, args: argparse.Namespace) -> list[_inputs.Inputs]:
+    """The batches that a user gave; text is the prompt of a model that takes one text, else what it reads."""
     assert chain.manifest.cache is not None
     (tokens, *_) = chain.manifest.cache.tokens
-    if not args.text or tokens != _inputs.text_input(chain):
-        return _inputs.given(chain, args.bundle, args.input, args.text, args.audio, args.pair)
+    if not args.text or tokens != _text.text_input(chain):
+        return _inputs.asked(chain, args)
     if args.pair:
         raise InputError("--pair: a prompt is one text", hint="one --text with all of it, or --once for one pass")
+    if args.truncate:
+        raise InputError(
+            "--truncate: a prompt is not cut, for the model would answer another one", hint="a shorter --text"
+        )
     prompts = {tokens: [prompt(chain, args.bundle, text, raw=args.raw) for text in args.text]}
-    return prompts | _inputs.given(chain, args.bundle, args.input, (), args.audio)
+    (others,) = _inputs.given(chain, args.bundle, args.input, (), args.audio, (), args.image)
+    return [prompts | others]
 
 
 def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False, tokenizer: Tokenizer | None = None) -> list[int]:
@@ -92,7 +105,7 @@ def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False, tokenizer
 
     ``tokenizer`` is the bundle's own where it is at hand already.
     """
-    tokenizer = tokenizer or _inputs.tokenizer_of(chain, bundle)
+    tokenizer = tokenizer or _text.tokenizer_of(chain, bundle)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     template = None if raw else chain.manifest.generation.template

@@ -1,23 +1,20 @@
-"""Inputs for a bundle from files, from text, from sound, or made up."""
+"""Inputs for a bundle from files, from text, sound and images, or made up."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.cli import _text
 from offramp.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from offramp.runtime.chain import Chain
 
 Inputs = dict[str, Any]
-TOKENIZER = "tokenizer.json"
-_PARTS = {"attention_mask": "attention_mask", "token_type_ids": "type_ids"}
-_NO_TEXT = ("mask", "type", "segment", "position", "bbox", "label")  # in names of whole numbers beside token ids
+MASK = "attention_mask"
 
 
 def given(
@@ -27,128 +24,121 @@ def given(
     texts: Sequence[str] = (),
     sound: Path | None = None,
     pairs: Sequence[str] = (),
-) -> Inputs:
-    """What ``--input name=file.npy``, ``--text``, ``--pair`` and ``--audio`` say, the first on top of the others."""
+    images: Sequence[Path] = (),
+    *,
+    truncate: bool = False,
+) -> list[Inputs]:
+    """What ``--text``, ``--pair``, ``--audio``, ``--image`` and ``--input name=file.npy`` say, the last on top.
+
+    One batch; or one for each row, where texts have different lengths and it is not known how the model takes padding.
+    """
     import numpy as np
 
-    inputs = encode(chain, bundle, texts, pairs=pairs) if texts or pairs else {}
+    batches: list[Inputs] = [{}]
+    if texts or pairs:
+        batches = _text.encode(chain, bundle, texts, pairs=pairs, truncate=truncate)
+    others: Inputs = {}
     if sound is not None:
-        inputs |= hear(chain, bundle, sound)
+        others |= hear(chain, bundle, sound)
+    if images:
+        others |= see(chain, bundle, images)
     for item in files:
         name, sign, file = item.partition("=")
         if not sign:
             raise InputError(f"cannot read the input {item!r}", hint="--input name=file.npy")
         try:
-            inputs[name] = np.load(file, allow_pickle=False)
+            others[name] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"input {name!r}: {file} cannot be read: {error}", hint="numpy.save writes one") from error
-    return inputs
+    if len(batches) == 1:
+        return [batches[0] | others]
+    return [batch | _row(chain, others, at) for at, batch in enumerate(batches)]
 
 
-def text_input(chain: Chain) -> str | None:
-    """The input that holds the token ids of a text, None where there is none, or several that could be.
-
-    It is called ``input_ids``, or is the only one of whole numbers [batch, tokens] that is, by its name, no mask, type
-    or position. The tokens that a model writes are a text of its inputs only where it reads nothing else.
-    """
-    if "input_ids" in chain.inputs:
-        return "input_ids"
-    beside = {name for name in chain.inputs if any(word in name for word in _NO_TEXT)}
-    cache = chain.manifest.cache
-    written = set(cache.tokens) if cache is not None else set()
-    read = [name for name in chain.inputs if name not in beside | written] or sorted(written - beside)
-    found = [
-        name for name in read if chain.inputs[name].dtype in ("int64", "int32") and len(chain.inputs[name].shape) == 2
-    ]
-    return found[0] if len(found) == 1 else None
+def asked(chain: Chain, args: argparse.Namespace) -> list[Inputs]:
+    """What the arguments of `add_arguments` say, as `given`."""
+    return given(chain, args.bundle, args.input, args.text, args.audio, args.pair, args.image, truncate=args.truncate)
 
 
-def encode(
-    chain: Chain,
-    bundle: Path,
-    texts: Sequence[str],
-    tokenizer: Tokenizer | None = None,
-    pairs: Sequence[str] = (),
-) -> Inputs:
-    """Token ids, and where the bundle takes them masks and types, [texts, tokens], by its own tokenizer.
-
-    ``tokenizer`` is that one where it is at hand already. With ``pairs`` each row holds a text and its pair.
-
-    Raises:
-        InputError: the bundle takes no text, or there are not as many pairs as texts.
-    """
-    import numpy as np
-
-    ids = text_input(chain)
-    if TOKENIZER not in chain.manifest.files or ids is None:
-        raise InputError(
-            f"{bundle} does not turn text into inputs: it has no {TOKENIZER}, or not one input of token ids",
-            hint="--audio FILE.wav"
-            if chain.manifest.preprocessing.audio
-            else "--input name=file.npy; or offramp export --file tokenizer.json",
-        )
-    if pairs and len(pairs) != len(texts):
-        raise InputError(
-            f"{len(texts)} of --text and {len(pairs)} of --pair: a row needs one of each",
-            hint="--text A --pair B --text C --pair D",
-        )
-    tokenizer = tokenizer or tokenizer_of(chain, bundle)
-    length, longest = _lengths(chain, ids)
-    known: Mapping[str, Any] = tokenizer.padding or {"pad_id": 0, "pad_token": "[PAD]"}
-    kept = {key: known[key] for key in ("pad_id", "pad_token", "pad_type_id", "direction") if key in known}
-    tokenizer.enable_padding(**kept, length=length)
-    if longest is not None:
-        tokenizer.enable_truncation(longest)
-    rows = tokenizer.encode_batch(list(zip(texts, pairs, strict=True)) if pairs else list(texts))
-    return {
-        name: np.array([getattr(row, part) for row in rows], chain.inputs[name].dtype)
-        for name, part in {ids: "ids", **_PARTS}.items()
-        if name in chain.inputs
-    }
+def one(batches: Sequence[Inputs]) -> Inputs:
+    """The only batch; InputError where rows have to run apart."""
+    if len(batches) == 1:
+        return batches[0]
+    raise InputError(
+        f"the {len(batches)} texts have different lengths, and it is not known how the model takes padding",
+        hint="one --text, or texts of as many tokens",
+    )
 
 
-def tokenizer_of(chain: Chain, bundle: Path) -> Tokenizer:
-    """The bundle's own tokenizer, that neither pads nor cuts.
-
-    Raises:
-        InputError: the bundle has none, or the package tokenizers is not installed.
-    """
-    if TOKENIZER not in chain.manifest.files:
-        raise InputError(f"{bundle} has no {TOKENIZER}", hint="offramp export --file tokenizer.json")
-    try:
-        from tokenizers import Tokenizer
-    except ModuleNotFoundError as error:
-        raise InputError("text needs the package tokenizers", hint="pip install 'offramp[text]'") from error
-    return Tokenizer.from_file(str(bundle / TOKENIZER))
+def _row(chain: Chain, inputs: Inputs, at: int) -> Inputs:
+    """The arrays of one row; those that have none are whole."""
+    found = {}
+    for name, array in inputs.items():
+        value = chain.inputs.get(name)
+        if value is None or value.batch_axis is None or array.ndim <= value.batch_axis:
+            found[name] = array
+            continue
+        places = range(at * value.batch_factor, (at + 1) * value.batch_factor)
+        if places.stop > array.shape[value.batch_axis]:
+            raise InputError(
+                f"input {name!r} has {array.shape[value.batch_axis] // value.batch_factor} rows",
+                hint="as many as texts",
+            )
+        found[name] = array.take(places, value.batch_axis)
+    return found
 
 
 def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
-    """The features of a wav file, as the bundle's ``preprocessing.audio`` has them.
+    """A wav file as the bundle's ``preprocessing.audio`` has it, and a mask of ones where the bundle takes one.
 
     Raises:
         InputError: the bundle hears nothing, the file cannot be read, or lasts longer than the model's window.
     """
-    from offramp.runtime.audio import log_mel, read_wav, resample
+    import numpy as np
+
+    from offramp.runtime.audio import features, read_wav, resample
 
     settings = chain.manifest.preprocessing.audio
-    names = [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == 3]
-    if not settings or len(names) != 1:
-        raise InputError(
-            f"{bundle} does not turn sound into inputs: it has no audio settings, or not one input of features",
-            hint="--input name=file.npy",
+    rank = 2 if settings is not None and settings.kind == "waveform" else 3
+    name = _input_of(chain, bundle, "audio", "sound", settings, rank)
+    assert settings is not None
+    inputs = {name: features(resample(*read_wav(sound), settings.rate), settings)}
+    if MASK in chain.inputs and _text.text_input(chain) is None:
+        inputs[MASK] = np.ones((1, inputs[name].shape[-1]), chain.inputs[MASK].dtype)
+    return inputs
+
+
+def see(chain: Chain, bundle: Path, images: Sequence[Path]) -> Inputs:
+    """Images as the bundle's ``preprocessing.image`` has them, a row each.
+
+    Raises:
+        InputError: the bundle sees nothing, a file cannot be read, or the images come out at several sizes.
+    """
+    import numpy as np
+
+    from offramp.runtime.image import pixels, read_image
+
+    settings = chain.manifest.preprocessing.image
+    name = _input_of(chain, bundle, "image", "images", settings, 4)
+    assert settings is not None
+    rows = [pixels(read_image(image), settings) for image in images]
+    if len({row.shape for row in rows}) > 1:
+        sizes = ", ".join(f"{image.name} {list(row.shape[2:])}" for image, row in zip(images, rows, strict=True))
+        raise InputError(f"the images come out at several sizes: {sizes}", hint="one --image at a time")
+    return {name: np.concatenate(rows)}
+
+
+def _input_of(chain: Chain, bundle: Path, kind: str, what: str, settings: object, rank: int) -> str:
+    """The one input of floats of this rank, which the settings are for."""
+    names = [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == rank]
+    if settings is not None and len(names) == 1:
+        return names[0]
+    reason = chain.manifest.preprocessing.refused.get(kind)
+    if reason is None:
+        reason = (
+            f"it has no settings for {what}" if settings is None else f"{names or 'none'} of its inputs could be it"
         )
-    try:
-        return {names[0]: log_mel(resample(*read_wav(sound), settings["rate"]), **settings)}
-    except (TypeError, KeyError) as error:
-        raise InputError(f"{bundle} has settings for audio that make no sense: {settings}") from error
-
-
-def _lengths(chain: Chain, ids: str) -> tuple[int | None, int | None]:
-    """How many tokens a row of the input ``ids`` has to have, and has at most; None for any number."""
-    size = chain.inputs[ids].shape[-1]
-    if isinstance(size, int):
-        return size, size
-    return None, chain.manifest.axes.get(size, (1, None))[1]
+    raise InputError(f"{bundle} does not turn {what} into inputs: {reason}", hint="--input name=file.npy")
 
 
 def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
@@ -177,7 +167,7 @@ def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """BUNDLE, --input, --text, --pair, --audio, --threads and --provider."""
+    """BUNDLE, --input, --text, --pair, --audio, --image, --truncate, --threads and --provider."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a directory that offramp export wrote")
     parser.add_argument(
         "-i", "--input", metavar="NAME=FILE.npy", action="append", default=[], help="an input; may be repeated"
@@ -188,7 +178,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         action="append",
         default=[],
-        help=f"a row of text, for a bundle with {TOKENIZER} (needs the package tokenizers); may be repeated",
+        help=f"a row of text, for a bundle with {_text.TOKENIZER} (needs the package tokenizers); may be repeated",
     )
     parser.add_argument(
         "--pair",
@@ -203,6 +193,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="sound, for a bundle with settings for audio, such as an export of zoo:whisper_tiny_en",
     )
+    parser.add_argument(
+        "--image",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="a row's image, for a bundle with settings for images (needs the package pillow); may be repeated",
+    )
+    parser.add_argument("--truncate", action="store_true", help="cut a text that is longer than the model takes")
     parser.add_argument("--threads", metavar="N", type=int, help="of ONNX Runtime; as many as cores if left out")
     parser.add_argument(
         "--provider",

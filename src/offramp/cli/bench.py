@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
         from offramp.cli import _depths
 
         return _depths.run(chain, args)
-    if args.input or args.text or args.pair or args.audio:
-        inputs = _inputs.given(chain, args.bundle, args.input, args.text, args.audio, args.pair)
+    if args.input or args.text or args.pair or args.audio or args.image:
+        inputs = _inputs.one(_inputs.asked(chain, args))
     else:
         inputs = _inputs.made_up(chain, args.batch, args.tokens)
     print(", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items()))

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     chain = offramp.load(args.bundle, args.provider, args.threads)
     calibration = offramp.calibrate(
         chain,
-        _data.read(chain, args.bundle, args.data),
+        _data.read(chain, args.bundle, args.data, truncate=args.truncate),
         keep=args.keep,
         confidence=args.confidence,
         stack=args.stack,

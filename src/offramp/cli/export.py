@@ -8,8 +8,8 @@ causal model generates token by token only with -p "insert-cache,...".
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Any
 
 from offramp.cli import _common
 from offramp.runtime.errors import InputError
@@ -34,18 +34,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file", metavar="FILE", type=Path, action="append", help="a further file for the bundle; may be repeated"
     )
+    parser.add_argument(
+        "--ignore-generation",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="take no notice of this setting of an hf: model's generation_config; may be repeated",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Capture, rewrite, save, and print what came out."""
     import offramp
+    from offramp import models
     from offramp.cli import _policy
 
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
     if missing := [str(file) for file in args.file or [] if not file.is_file()]:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
     passes = _common.passes(args.pipeline)
-    program = _common.captured(args.model)
+    module, inputs = _common.loaded(args.model)
+    own = models.settings(args.model, module, inputs, ignore_generation=args.ignore_generation, note=_note)
+    program = offramp.capture(module, inputs)
     if passes:
         program = offramp.apply(program, passes)
     with _common.progress("exporting") as shown:
@@ -54,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             segments=args.segments,
             target=args.target,
-            generation=generation(args.model),
-            preprocessing=preprocessing(args.model),
-            files=_files(args.model, args.file or []),
+            generation=own["generation"],
+            preprocessing=own["preprocessing"],
+            labels=own["labels"],
+            files=own["files"] | {file.name: file for file in args.file or []},
             policy=policy,
             name=args.name,
             progress=shown,
@@ -67,30 +78,5 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def generation(model: str) -> dict[str, Any]:
-    """How a model of the zoo generates text; empty for all others."""
-    from offramp import zoo
-
-    scheme, _, name = model.partition(":")
-    return {**zoo.generation(name)} if scheme == "zoo" else {}
-
-
-def preprocessing(model: str) -> dict[str, Any]:
-    """How a model of the zoo hears; empty for all others."""
-    from offramp import zoo
-
-    scheme, _, name = model.partition(":")
-    audio = zoo.audio(name) if scheme == "zoo" else {}
-    return {"audio": audio} if audio else {}
-
-
-def _files(model: str, further: list[Path]) -> list[Path]:
-    """The tokenizer that comes with a model, and further files; of one name the latter."""
-    from offramp import zoo
-    from offramp.cli._inputs import TOKENIZER
-
-    scheme, _, rest = model.partition(":")
-    own = list(zoo.tokenizer_files(rest)) if scheme == "zoo" else []
-    if scheme == "hf":
-        own = [file for file in (Path(rest) / TOKENIZER,) if file.is_file()]
-    return [*(file for file in own if file.name not in {other.name for other in further}), *further]
+def _note(text: str) -> None:
+    print(f"offramp: {text}", file=sys.stderr)

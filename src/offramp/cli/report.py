@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     chain = offramp.load(args.bundle, args.provider, args.threads)
     options = _data.options(args)
     if args.data:
-        data = _data.read(chain, args.bundle, args.data)
+        data = _data.read(chain, args.bundle, args.data, truncate=args.truncate)
     else:
         data = [_inputs.made_up(chain, 1, _MADE_UP_TOKENS) for _ in range(_MADE_UP_ROWS)]
         options = {"max_new_tokens": 32, **options} if chain.generates else options

@@ -1,4 +1,4 @@
-"""Run a bundle on files, text or sound; needs no torch.
+"""Run a bundle on files, text, sound or images; needs no torch.
 
 Prints the outputs, where each row left each stack, and the segments in the order in which they ran. A bundle
 with caches generates text instead, and prints it as it comes; of several rows each when it ends.
@@ -7,10 +7,11 @@ with caches generates text instead, and prints it as it comes; of several rows e
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _common, _generate, _inputs
+from offramp.cli import _common, _generate, _inputs, _results
 
 if TYPE_CHECKING:
     from offramp.runtime import Chain, Result
@@ -39,20 +40,22 @@ def run(args: argparse.Namespace) -> int:
     chain = offramp.load(args.bundle, args.provider, args.threads)
     if _generate.wanted(chain, args):
         return _generate.run(chain, args, policy)
-    result = chain.run(_inputs.given(chain, args.bundle, args.input, args.text, args.audio, args.pair), policy)
+    results = [chain.run(inputs, policy) for inputs in _inputs.asked(chain, args)]
+    outputs = _results.outputs(chain, results)
     texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
-    print(_outputs(result), _exits(chain, result, texts), _trace(result), sep="\n\n")
+    parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts)]
+    print(*parts, _exits(chain, results, texts), _trace(results), sep="\n\n")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
-        for name, array in result.outputs.items():
+        for name, array in outputs.items():
             np.save(args.output / f"{name}.npy", array)
     return 0
 
 
-def _outputs(result: Result) -> str:
+def _outputs(outputs: Mapping[str, Any]) -> str:
     return _common.table(
         ("output", "type", "shape", "least", "mean", "greatest"),
-        [(name, str(array.dtype), list(array.shape), *_range(array)) for name, array in result.outputs.items()],
+        [(name, str(array.dtype), list(array.shape), *_range(array)) for name, array in outputs.items()],
     )
 
 
@@ -60,22 +63,23 @@ def _range(array: Any) -> tuple[float, ...]:
     return (float(array.min()), float(array.mean()), float(array.max())) if array.size else (float("nan"),) * 3
 
 
-def _exits(chain: Chain, result: Result, texts: list[str]) -> str:
+def _exits(chain: Chain, results: Sequence[Result], texts: Sequence[str]) -> str:
     """One line for each row and stack: the block after which it left, and the last scores that were looked at."""
     rows = []
-    for name, taken in result.exits.items():
-        for row, after in enumerate(taken):
+    for name in results[0].exits:
+        taken = [(result, row, after) for result in results for row, after in enumerate(result.exits[name])]
+        for at, (result, row, after) in enumerate(taken):
             looked = [scores for depth, scores in result.scores[name].items() if depth <= after]
             scores = (
                 ", ".join(f"{measure} {values[row]:.4g}" for measure, values in looked[-1].items()) if looked else ""
             )
-            text = texts[row] if row < len(texts) else ""
-            rows.append((row, name, f"{after} of {chain.stacks[name].blocks}", scores, text))
+            text = texts[at] if at < len(texts) else ""
+            rows.append((at, name, f"{after} of {chain.stacks[name].blocks}", scores, text))
     heads = ("row", "stack", "left after", "scores", "text")
     return _common.table(heads if texts else heads[:-1], rows if texts else [row[:-1] for row in rows])
 
 
-def _trace(result: Result) -> str:
-    total = sum(timing.milliseconds for timing in result.trace)
-    rows: list[tuple[str, object, float]] = [(t.segment, t.rows, t.milliseconds) for t in result.trace]
-    return _common.table(("segment", "rows", "ms"), [*rows, ("all", "", total)])
+def _trace(results: Sequence[Result]) -> str:
+    trace = [timing for result in results for timing in result.trace]
+    rows: list[tuple[str, object, float]] = [(t.segment, t.rows, t.milliseconds) for t in trace]
+    return _common.table(("segment", "rows", "ms"), [*rows, ("all", "", sum(t.milliseconds for t in trace))])

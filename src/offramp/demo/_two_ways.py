@@ -10,7 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _inputs, _words
+from offramp.cli import _text, _words
 from offramp.runtime import Never
 
 if TYPE_CHECKING:
@@ -29,17 +29,14 @@ def build(
 ) -> None:
     """Export a model of the zoo with its tokenizer and what it needs to generate."""
     import offramp
-    from offramp import zoo
-    from offramp.cli.export import generation, preprocessing
+    from offramp import models, zoo
 
     program = offramp.apply(offramp.capture(*zoo.load(model)), ",".join(pipeline))
     offramp.save(
         program,
         path,
         segments=segments,
-        generation=generation(f"zoo:{model}"),
-        preprocessing=preprocessing(f"zoo:{model}"),
-        files=zoo.tokenizer_files(model),
+        **models.settings(f"zoo:{model}"),
         policy=policy.to_dict(),
         name=model,
         progress=progress,
@@ -49,7 +46,7 @@ def build(
 def show(chain: Chain, path: Path, inputs: Mapping[str, Any], policy: Confidence, **options: Any) -> None:
     """Print both texts as they come, coloured by depth; then what leaving early changed and what it saved."""
     stack = _words.token_stack(chain)
-    decode = _words.decoder_of(_inputs.tokenizer_of(chain, path))
+    decode = _words.decoder_of(_text.tokenizer_of(chain, path))
     asked = ", ".join(
         f"after block {after} where {policy.measure} >= {least}" for after, least in policy.thresholds.items()
     )

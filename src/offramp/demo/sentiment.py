@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from offramp.cli._inputs import encode
+from offramp.cli._text import encode
 from offramp.cli.bench import measure
 from offramp.runtime import Confidence, Never, load
 
@@ -106,7 +106,7 @@ def show(path: Path, words: Sequence[str]) -> None:
 
 def ask(chain: Chain, path: Path, sentence: str) -> tuple[Answer, Answer]:
     """The answers of one sentence, early and at full depth; the two ways take turns."""
-    inputs = encode(chain, path, [sentence])
+    (inputs,) = encode(chain, path, [sentence])
     ways = {"early": POLICY, "full": Never()}
     times, _ = measure(chain, inputs, ways, _REPEAT)
     early, full = (_read(chain, inputs, policy, statistics.median(times[way])) for way, policy in ways.items())
@@ -138,7 +138,7 @@ def _summary(results: Sequence[tuple[Answer, Answer]], blocks: int) -> str:
 
 
 def _by_hand(chain: Chain, path: Path, sentence: str) -> str:
-    inputs = {name: array.tolist() for name, array in encode(chain, path, [sentence]).items()}
+    inputs = {name: array.tolist() for name, array in encode(chain, path, [sentence])[0].items()}
     return f"""
 The bundle lies in {path}. Run it by hand, with or without torch:
 

@@ -1,0 +1,162 @@
+"""Text for a bundle: rows of token ids by its tokenizer, padded as its model takes padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offramp.runtime.errors import InputError
+from offramp.runtime.preprocessing import Text
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+    from offramp.runtime.chain import Chain
+
+Inputs = dict[str, Any]
+TOKENIZER = "tokenizer.json"
+_MASK, _TYPES = "attention_mask", "token_type_ids"
+_NO_TEXT = ("mask", "type", "segment", "position", "bbox", "label")  # in names of whole numbers beside token ids
+
+
+def text_input(chain: Chain) -> str | None:
+    """The input that holds the token ids of a text, None where there is none, or several that could be.
+
+    It is called ``input_ids``, or is the only one of whole numbers [batch, tokens] that is, by its name, no mask, type
+    or position. The tokens that a model writes are a text of its inputs only where it reads nothing else.
+    """
+    if "input_ids" in chain.inputs:
+        return "input_ids"
+    beside = {name for name in chain.inputs if any(word in name for word in _NO_TEXT)}
+    cache = chain.manifest.cache
+    written = set(cache.tokens) if cache is not None else set()
+    read = [name for name in chain.inputs if name not in beside | written] or sorted(written - beside)
+    found = [
+        name for name in read if chain.inputs[name].dtype in ("int64", "int32") and len(chain.inputs[name].shape) == 2
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def tokenizer_of(chain: Chain, bundle: Path) -> Tokenizer:
+    """The bundle's own tokenizer, that neither pads nor cuts.
+
+    Raises:
+        InputError: the bundle has none, or the package tokenizers is not installed.
+    """
+    if TOKENIZER not in chain.manifest.files:
+        raise InputError(f"{bundle} has no {TOKENIZER}", hint="offramp export --file tokenizer.json")
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise InputError("text needs the package tokenizers", hint="pip install 'offramp[text]'") from error
+    return Tokenizer.from_file(str(bundle / TOKENIZER))
+
+
+def encode(
+    chain: Chain,
+    bundle: Path,
+    texts: Sequence[str],
+    tokenizer: Tokenizer | None = None,
+    pairs: Sequence[str] = (),
+    *,
+    truncate: bool = False,
+) -> list[Inputs]:
+    """Token ids, and where the bundle takes them masks and types, [rows, tokens], by its own tokenizer.
+
+    All texts are one batch where they have as many tokens, or where it is known how the model takes padding; else each
+    is a batch of its own. ``tokenizer`` is the bundle's where it is at hand already. With ``pairs`` each row holds a
+    text and its pair; with ``truncate`` what is too long is cut.
+
+    Raises:
+        InputError: the bundle takes no text, there are not as many pairs as texts, or a text is too long.
+    """
+    ids = text_input(chain)
+    if TOKENIZER not in chain.manifest.files or ids is None:
+        raise InputError(
+            f"{bundle} does not turn text into inputs: {_why_not(chain)}",
+            hint="--audio FILE.wav"
+            if chain.manifest.preprocessing.audio
+            else "--input name=file.npy; or offramp export --file tokenizer.json",
+        )
+    if pairs and len(pairs) != len(texts):
+        raise InputError(
+            f"{len(texts)} of --text and {len(pairs)} of --pair: a row needs one of each",
+            hint="--text A --pair B --text C --pair D",
+        )
+    tokenizer = tokenizer or tokenizer_of(chain, bundle)
+    settings = chain.manifest.preprocessing.text or _by_tokenizer(chain, tokenizer)
+    size, longest = _lengths(chain, ids, settings)
+    asked: list[Any] = list(zip(texts, pairs, strict=True)) if pairs else list(texts)
+    rows = _encoded(tokenizer, asked, longest, settings.cut_side if truncate else None)
+    lengths = {len(row.ids) for row in rows}
+    if settings.pad is None and (lengths != {size} if size is not None else False):
+        raise InputError(
+            f"the texts have {sorted(lengths)} tokens, the model takes {size} exactly, and how it takes padding is "
+            "not known"
+        )
+    together = settings.pad is not None or len(lengths) == 1
+    return [_arrays(chain, ids, batch, settings, size) for batch in ([rows] if together else [[row] for row in rows])]
+
+
+def _why_not(chain: Chain) -> str:
+    if reason := chain.manifest.preprocessing.refused.get("text"):
+        return reason
+    return f"it has no {TOKENIZER}, or not one input of token ids"
+
+
+def _by_tokenizer(chain: Chain, tokenizer: Tokenizer) -> Text:
+    """What the tokenizer's own file says about padding, where the model takes a mask of it."""
+    own = tokenizer.padding
+    if not own or _MASK not in chain.inputs:
+        return Text()
+    return Text(
+        pad=int(own.get("pad_id", 0)), pad_side=own.get("direction", "right"), pad_type=int(own.get("pad_type_id", 0))
+    )
+
+
+def _lengths(chain: Chain, ids: str, settings: Text) -> tuple[int | None, int | None]:
+    """How many tokens a row of the input ``ids`` has to have, and has at most; None for any number."""
+    size = chain.inputs[ids].shape[-1]
+    if isinstance(size, int):
+        return size, size
+    limits = (chain.manifest.axes.get(size, (1, None))[1], settings.limit)
+    return None, min((limit for limit in limits if limit is not None), default=None)
+
+
+def _encoded(tokenizer: Tokenizer, rows: list[Any], longest: int | None, cut: str | None) -> list[Encoding]:
+    """The rows' tokens; those that are too long are cut on the side ``cut``, an error where that is None."""
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    found = tokenizer.encode_batch(rows)
+    for place, row in enumerate(found):
+        if longest is None or len(row.ids) <= longest:
+            continue
+        if cut is None:
+            raise InputError(
+                f"text {place} has {len(row.ids)} tokens, the model takes {longest}", hint="--truncate cuts it"
+            )
+        tokenizer.enable_truncation(longest, direction=cut)
+        found[place] = tokenizer.encode_batch([rows[place]])[0]
+        tokenizer.no_truncation()
+    return found
+
+
+def _arrays(chain: Chain, ids: str, rows: Sequence[Encoding], settings: Text, size: int | None) -> Inputs:
+    """Rows as one batch, filled up to the longest, or to ``size``."""
+    import numpy as np
+
+    longest = size or max(len(row.ids) for row in rows)
+    parts = {ids: ("ids", settings.pad or 0), _MASK: ("attention_mask", 0), _TYPES: ("type_ids", settings.pad_type)}
+    inputs: Inputs = {}
+    for name, (part, filler) in parts.items():
+        if name not in chain.inputs:
+            continue
+        filled = np.full((len(rows), longest), filler, chain.inputs[name].dtype)
+        for line, row in zip(filled, rows, strict=True):
+            values = getattr(row, part)
+            line[: len(values)] = values
+            if settings.pad_side == "left":
+                line[:] = np.roll(line, longest - len(values))
+        inputs[name] = filled
+    return inputs
