@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import wave
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import tokenizers
 import torch
@@ -157,3 +159,172 @@ def test_rows_run_apart_where_it_is_not_known_how_to_pad(
         (str(row), text) for row, text in enumerate(TEXTS)
     ]
     assert "it is not known how the model takes padding" in refused(capsys, "bench", bundle, "-t", "a", "-t", "a good")
+
+
+# Images and sound
+
+
+@pytest.fixture(scope="module")
+def viewer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = {0: "cat", 1: "dog", 2: "cow"}
+    label2id = {name: i for i, name in names.items()}
+    config = transformers.ViTConfig(**WIDTH, image_size=32, patch_size=8, id2label=names, label2id=label2id)
+    processor = transformers.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return saved(
+        tmp_path_factory.mktemp("viewer") / "viewer", seeded(transformers.ViTForImageClassification, config), processor
+    )
+
+
+def picture(path: Path, width: int, height: int) -> Path:
+    values = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    PIL.Image.fromarray(values).save(path)
+    return path
+
+
+def test_run_sees(viewer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = [picture(tmp_path / "a.png", 55, 40), picture(tmp_path / "b.png", 20, 70)]
+    processor = transformers.AutoImageProcessor.from_pretrained(viewer)
+    model = transformers.AutoModelForImageClassification.from_pretrained(viewer)
+    inputs = processor([PIL.Image.open(image) for image in images], return_tensors="pt")
+    expected = model(**inputs).logits.detach()
+    shown = run(
+        capsys, "run", bundle_of(viewer), "-o", tmp_path, *(part for image in images for part in ("--image", image))
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-5)
+    for row, chances in enumerate(expected.softmax(-1)):
+        assert f"{row}  {model.config.id2label[int(chances.argmax())]} {float(chances.max()):.1%}" in shown
+
+
+def test_run_says_why_it_sees_nothing(viewer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    blind = tmp_path / "blind.offramp"
+    shutil.copytree(bundle_of(viewer), blind)
+    manifest = json.loads((blind / "manifest.json").read_text())
+    manifest["preprocessing"] |= {"image": None, "refused": {"image": "FooImageProcessor does more than that"}}
+    (blind / "manifest.json").write_text(json.dumps(manifest))
+    image = picture(tmp_path / "a.png", 8, 8)
+    assert "images into inputs: FooImageProcessor does more than that" in refused(
+        capsys, "run", blind, "--image", image
+    )
+    assert "no settings for sound" in refused(capsys, "run", blind, "--audio", tmp_path / "a.wav")
+    assert "gone.png cannot be read" in refused(capsys, "run", bundle_of(viewer), "--image", tmp_path / "gone.png")
+
+
+def test_run_writes_down_what_it_hears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAO"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    reader = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"))
+    config = transformers.Wav2Vec2Config(
+        **WIDTH,
+        vocab_size=len(letters),
+        conv_dim=(16, 16),
+        conv_kernel=(10, 3),
+        conv_stride=(5, 2),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
+    model = seeded(transformers.Wav2Vec2ForCTC, config)
+    extractor = transformers.Wav2Vec2FeatureExtractor()
+    bundle = bundle_of(saved(tmp_path / "writer", model, reader, extractor))
+    samples = (3000 * np.random.default_rng(1).standard_normal(2000)).astype("<i2")
+    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(samples.tobytes())
+    made = extractor(samples.astype(np.float32) / 32768, sampling_rate=16000, return_tensors="pt")
+    expected = reader.decode(model(**made).logits.argmax(-1)[0])
+    assert len(set(expected)) > 3
+    assert f"  0  {expected}\n" in run(capsys, "run", bundle, "--audio", tmp_path / "a.wav")
+
+
+# What is taken along
+
+
+def small_writer(**generation: Any) -> Any:
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=32, bos_token_id=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.generation_config = transformers.GenerationConfig(**generation)
+    return model
+
+
+def settings_of(directory: Path, **options: Any) -> tuple[dict[str, Any], list[str]]:
+    notes: list[str] = []
+    name = f"hf:{directory}"
+    module, inputs = models.resolve(name)()
+    return models.settings(name, module, inputs, note=notes.append, **options), notes
+
+
+CHAT = "{% for m in messages %}<s>{{m.content|trim}}</s>{% endfor %}{% if add_generation_prompt %}hello{% endif %}"
+PARTS = "<s>{{messages[0].content[0].text}}</s>"
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "said"),
+    [
+        (CHAT, "<s>{text}</s>hello", []),
+        (PARTS, "<s>{text}</s>", []),
+        (None, None, []),
+        ("hello", None, ["the bundle has no chat template: it has a user's message 0 times"]),
+        ("{{messages[0].content}} {{messages[0].content}}", None, ["the bundle has no chat template: it has a"]),
+        ("{{raise_exception('not you')}}", None, ["the bundle has no chat template: it fails: not you"]),
+        ("{% endfor %}", None, ["the bundle has no chat template: it fails: "]),
+    ],
+)
+def test_chat_templates(chat: str | None, template: str | None, said: list[str], tmp_path: Path) -> None:
+    words = tokenizer()
+    words.chat_template = chat
+    found, notes = settings_of(saved(tmp_path, small_writer(eos_token_id=[0, 4]), words))
+    assert found["generation"].get("template") == template
+    assert found["generation"]["stop"] == [0, 4]
+    assert [note[: len(start)] for note, start in zip(notes, said, strict=True)] == said
+
+
+def test_a_prompt_in_a_chat_template_is_what_the_tokenizer_makes(tmp_path: Path) -> None:
+    words = tokenizer()
+    words.chat_template = CHAT
+    found, _ = settings_of(saved(tmp_path, small_writer(), words))
+    made = tokenizers.Tokenizer.from_str(found["files"]["tokenizer.json"].decode())
+    text = found["generation"]["template"].replace("{text}", "a good movie")
+    expected = words.apply_chat_template([{"role": "user", "content": "a good movie"}], add_generation_prompt=True)
+    assert made.encode(text, add_special_tokens=False).ids == expected["input_ids"]
+
+
+def test_a_tokenizer_without_a_file_of_its_own_is_converted(tmp_path: Path) -> None:
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "##ness", "!"])}
+    made = transformers.BertTokenizer(vocab=words)
+    directory = saved(tmp_path, small_writer(), made)
+    (directory / "tokenizer.json").unlink()
+    (directory / "vocab.txt").write_text("\n".join(words))
+    found, notes = settings_of(directory)
+    assert notes == []
+    encoded = tokenizers.Tokenizer.from_str(found["files"]["tokenizer.json"].decode()).encode("Goodness! good")
+    assert encoded.ids == made("Goodness! good")["input_ids"] == [2, 5, 6, 7, 5, 3]
+
+
+def test_a_tokenizer_that_has_no_such_form_is_said_and_left_out(tmp_path: Path) -> None:
+    found, notes = settings_of(saved(tmp_path, small_writer(), transformers.ByT5Tokenizer()))
+    assert "tokenizer.json" not in found["files"]
+    assert notes == ["the bundle takes no text: ByT5Tokenizer has no form that the package tokenizers reads"]
+    assert found["preprocessing"]["refused"] == {"text": notes[0].removeprefix("the bundle takes no text: ")}
+
+
+def test_a_directory_without_a_tokenizer_is_no_reason_for_a_note(tmp_path: Path) -> None:
+    found, notes = settings_of(saved(tmp_path, small_writer()))
+    assert (found["files"], found["preprocessing"], notes) == ({}, {}, [])
+
+
+def test_the_command_line_refuses_a_generation_config_before_it_captures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = saved(tmp_path / "beams", small_writer(num_beams=4, num_beam_groups=2, diversity_penalty=0.5))
+    said = refused(capsys, "export", f"hf:{directory}", "-o", tmp_path / "b.offramp")
+    assert "offramp: model: the generation_config of GPT2LMHeadModel asks for what a bundle cannot do" in said
+    assert "--ignore-generation diversity_penalty --ignore-generation num_beam_groups" in said
+    found, _ = settings_of(directory, ignore_generation=["num_beam_groups", "diversity_penalty"])
+    assert found["generation"]["beams"] == 4
+
+
+def test_ordinary_numbered_classes_have_no_names(tmp_path: Path) -> None:
+    config = transformers.BertConfig(**WIDTH, vocab_size=20)
+    found, _ = settings_of(saved(tmp_path, transformers.BertForSequenceClassification(config)))
+    assert found["labels"] == {}

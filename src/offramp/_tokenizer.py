@@ -90,7 +90,9 @@ def _ctc(tokenizer: Any) -> str:
     """Characters, whose decoder leaves repetitions and blanks out."""
     vocabulary = dict(tokenizer.get_vocab())
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, tokenizer.unk_token or ""))
-    made.decoder = tokenizers.decoders.CTC(tokenizer.pad_token, tokenizer.word_delimiter_token, cleanup=False)
+    between, space = tokenizer.word_delimiter_token, getattr(tokenizer, "replace_word_delimiter_char", " ")
+    collapsed = tokenizers.decoders.CTC(tokenizer.pad_token, between, cleanup=False)
+    made.decoder = tokenizers.decoders.Sequence([collapsed, tokenizers.decoders.Replace(between, space)])
     return str(made.to_str())
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,12 @@ def _likeliest(logits: Any, labels: Sequence[str]) -> str:
     return ", ".join(f"{labels[i]} {chances[i]:.1%}" for i in np.argsort(-chances, kind="stable")[:_BEST])
 
 
-def _ctc(chain: Chain, bundle: Path) -> Any:
+def _ctc(chain: Chain, bundle: Path) -> Callable[[list[int]], str] | None:
     """How a tokenizer of characters reads the likeliest ones, frame by frame; None where the bundle has no such one."""
     if _text.TOKENIZER not in chain.manifest.files or chain.manifest.preprocessing.audio is None:
         return None
-    try:
-        from tokenizers import decoders
-    except ModuleNotFoundError:
+    decoder = json.loads((bundle / _text.TOKENIZER).read_text(encoding="utf-8")).get("decoder") or {}
+    if "CTC" not in [item.get("type") for item in (decoder, *decoder.get("decoders", ()))]:
         return None
     tokenizer = _text.tokenizer_of(chain, bundle)
-    return tokenizer.decode if isinstance(tokenizer.decoder, decoders.CTC) else None
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=False).strip()
