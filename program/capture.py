@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import inspect
 import logging
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,25 +22,43 @@ from offramp.program.canonical import canonicalize
 from offramp.program.complex import made_real
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.graph import expression, shape
+from offramp.program.plain import as_captured, plain, signature, takes_anything
 from offramp.program.program import Program, analyse
 from offramp.program.quiet import quiet
-from offramp.runtime.errors import CaptureError
+from offramp.runtime.errors import CaptureError, ForwardError
 
 log = logging.getLogger(__name__)
 
 ExampleInputs = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
 Dynamic = Mapping[str, Mapping[int, str]]
+_CONSTANTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    torch.dtype,
+    torch.device,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+)
 
 
 def capture(
-    module: torch.nn.Module, example_inputs: ExampleInputs, dynamic: Dynamic | None = None, *, training: bool = False
+    module: Any, example_inputs: ExampleInputs, dynamic: Dynamic | None = None, *, training: bool = False
 ) -> Program:
     """Capture the forward of ``module`` as a program, and find its axes and stacks.
 
     Args:
-        module: any ``nn.Module`` (a ``torch.fx.GraphModule`` too) whose forward takes and returns tensors.
-            It is captured in eval mode and without a cache; its mode is restored, its weights are shared.
-        example_inputs: tensors by the names of the forward's parameters, or in their order. Use a batch of at
+        module: any ``nn.Module`` (a ``torch.fx.GraphModule`` too) whose forward takes and returns tensors, or what
+            `offramp.program.plain.plain` makes one of: a compiled or data-parallel module, an ``ExportedProgram``, a
+            pipeline. It is captured in eval mode and, where a ``config`` says otherwise, without a cache, hidden states
+            and tuples; its mode and its configuration are restored. Its weights are shared, except those of a model in
+            half or double precision or on another device: it is captured as a float32 copy on the CPU.
+        example_inputs: tensors by the names of the forward's parameters, or in their order (floating point becomes
+            float32, None is left out). Use a batch of at
             least two rows and sizes that differ from each other; a batch of one row is doubled for capture.
         dynamic: names of the axes that may vary, ``{"input_ids": {0: "batch", 1: "tokens"}}``; every other
             axis is then fixed. None lets every axis vary that the model lets vary (of inputs with four or
@@ -46,27 +68,22 @@ def capture(
 
     Raises:
         CaptureError: the forward cannot be captured (control flow that depends on data, say), returns
-            something that is not a tensor, or changes its buffers; or, for ``training``, it differs from the eval
-            forward by more than dropout.
+            something that is no tensor, number or text, or changes its buffers; or, for ``training``, it differs
+            from the eval forward by more than dropout.
+        ForwardError: the forward fails on the example inputs, whoever calls it.
     """
+    module = plain(module)
     inputs = _named(module, example_inputs)
     if dynamic is not None:
         dynamic = _counted(dynamic, inputs)
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with _plain_attention():
-            if dynamic is None:
-                inputs = _doubled(module, inputs)
-            module.train(training)
-            exported = _export(module, inputs, dynamic)  # before any call: models cache tables of the first length
-            module.eval()
-            with torch.no_grad():
-                expected = named_outputs(module(**inputs))
-        graph_module = _flatten(exported, inputs, list(expected))
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
+    with as_captured(module), _returning_tensors(module, inputs):
+        if dynamic is None:
+            inputs = _doubled(module, inputs)
+        module.train(training)
+        exported = _export(module, inputs, dynamic)  # before any call: models cache tables of the first length
+        module.eval()
+        expected = _eager(module, inputs)
+    graph_module = _flatten(exported, inputs, list(expected))
     if training:
         switch_off(graph_module.graph)
     canonicalize(graph_module)
@@ -91,30 +108,40 @@ def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """What torch.nn does with attention to save time hides what it computes: capture the plain way.
+def _returning_tensors(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """As long as it lasts, the forward returns its tensors by name, as `named_outputs` has them.
 
-    Its fused encoder layer is one opaque operator, and `nn.Transformer` looks into a mask for whether it is the
-    causal one, which a graph cannot: the mask is then used as it is.
+    If it takes anything it names ``inputs``. torch.export knows mappings and tuples, but neither dataclasses nor
+    texts. It is the instance's forward that changes, so that the paths of submodules, which give names to stacks,
+    stay what they are.
     """
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    detect = torch.nn.modules.transformer._detect_is_causal_mask
-    torch.backends.mha.set_fastpath_enabled(False)
-    torch.nn.modules.transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    forward, own = module.forward, "forward" in vars(module)
+
+    @functools.wraps(forward)
+    def named(*args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
+        return named_outputs(forward(*args, **inputs))
+
+    if takes_anything(module):
+        names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
+        named.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    module.forward = named
     try:
         yield
     finally:
-        torch.nn.modules.transformer._detect_is_causal_mask = detect
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
 
 
 def _named(module: torch.nn.Module, example: ExampleInputs) -> dict[str, torch.Tensor]:
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    parameters = list(signature(module).parameters.values())
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     if isinstance(example, torch.Tensor):
         example = (example,)
     if isinstance(example, Mapping):
         given: dict[str, Any] = dict(example)
+        names = list(given) if takes_anything(module) else names
     else:
         if len(example) > len(names):
             raise CaptureError(f"{len(example)} example inputs for a forward with parameters {names}")
@@ -125,13 +152,20 @@ def _named(module: torch.nn.Module, example: ExampleInputs) -> dict[str, torch.T
             f"the forward has no parameter {unknown}; its parameters are {names}",
             hint="a wrapper whose forward names them, if the forward takes more as keyword arguments",
         )
+    given = {name: value for name, value in given.items() if value is not None}
     wrong = {name: type(value).__name__ for name, value in given.items() if not isinstance(value, torch.Tensor)}
     if wrong or not given:
+        arrays = any(hasattr(given[name], "__array__") or isinstance(given[name], list) for name in wrong)
         raise CaptureError(
             f"example inputs must be tensors, found {wrong or 'none'}",
-            hint="wrap the model in a module whose forward takes tensors only and sets the rest itself",
+            hint='torch.as_tensor makes one of an array or a list; a tokenizer with return_tensors="pt"'
+            if arrays
+            else "wrap the model in a module whose forward takes tensors only and sets the rest itself",
         )
-    return {name: value.detach() for name, value in given.items()}
+    return {
+        name: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
+        for name, value in given.items()
+    }
 
 
 def _doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -149,14 +183,16 @@ def _doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[s
 
 
 def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a forward's result by name: keys of mappings, ``output0``, ... of tuples.
+    """The tensors of a forward's result by name: keys of mappings, fields of dataclasses, ``output0``, ... of tuples.
+
+    None is left out, and so are numbers and texts, which do not depend on the contents of tensors.
 
     Raises:
-        CaptureError: something in it is neither a tensor nor None.
+        CaptureError: something in it is of another kind.
     """
     if isinstance(value, torch.Tensor):
         return {name or "output": value}
-    if value is None:
+    if value is None or isinstance(value, _CONSTANTS):
         return {}
     found: dict[str, torch.Tensor] = {}
     if isinstance(value, Mapping):
@@ -165,10 +201,15 @@ def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
         items = list(zip(value._fields, value, strict=True))
     elif isinstance(value, (tuple, list)):
         items = [(f"output{i}" if not name else str(i), item) for i, item in enumerate(value)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [(item.name, getattr(value, item.name)) for item in dataclasses.fields(value)]
     else:
+        cache = hasattr(value, "get_seq_length")
         raise CaptureError(
             f"the forward returns outputs that are not tensors: {name or 'output'} is a {type(value).__name__}",
-            hint="wrap the model in a module that returns tensors only",
+            hint="use_cache=False: offramp makes caches of its own (insert-cache)"
+            if cache
+            else "wrap the model in a module that returns tensors only",
         )
     for key, item in items:
         inner = named_outputs(item, f"{name}.{key}" if name else key)
@@ -208,6 +249,10 @@ def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: D
             log.info("torch.export failed with %s: %s", dims, error)
             first = first or error
     assert first is not None
+    was_training = module.training
+    module.eval()
+    _eager(module, inputs)  # what the model itself refuses is not a matter of capture
+    module.train(was_training)
     text = str(first).strip() or type(first).__name__
     place = next((line.strip() for line in text.splitlines() if "File " in line), "")
     raise CaptureError(
@@ -215,6 +260,25 @@ def _export(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: D
         hint="Python control flow must not depend on the contents of tensors, and the forward must run "
         "without a cache (use_cache=False); see the cause above this error",
     ) from first
+
+
+def _eager(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model itself computes; its own error becomes a `ForwardError`."""
+    try:
+        with torch.no_grad():
+            return named_outputs(module(**inputs))
+    except CaptureError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        others = (str(Path(torch.__file__).parent), __file__)
+        frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith(others)]
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        raise ForwardError(
+            f"{type(module).__name__} does not run on the example inputs ({shapes}): "
+            f"{type(error).__name__}: {error}{place}",
+            hint="example inputs that the model takes when it is called as module(**inputs)",
+        ) from error
 
 
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:

@@ -4,6 +4,7 @@
 
     OfframpError
     ├── CaptureError        torch.export could not capture the model, or what it captured differs
+    │   └── ForwardError    the model itself does not run on the example inputs
     ├── StructureError      the captured graph has no stack that an exit could leave
     ├── SpecError           a pipeline text, or a pass's options, name something that is not there
     ├── PassError           a pass could not apply, or broke its contract
@@ -38,6 +39,12 @@ class CaptureError(OfframpError):
     """torch.export could not capture the model, or the captured graph differs from eager."""
 
     stage = "capture"
+
+
+class ForwardError(CaptureError):
+    """The model does not run on the example inputs, whoever calls it; the cause is the model's own error."""
+
+    stage = "model"
 
 
 class StructureError(OfframpError):

@@ -23,6 +23,7 @@ from offramp.passes.infra.chunks import cached_stacks, check_chunks
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
 from offramp.program.capture import ExampleInputs, named_outputs
+from offramp.program.plain import as_captured, plain
 from offramp.program.sizes import other_sizes
 from offramp.runtime import Chain, Depth, Never, OfframpError, Policy, load
 
@@ -139,6 +140,7 @@ class Check:
         report = self.report
         passes = None if self._pipeline is None else as_passes(self._pipeline)  # before anything that takes long
         module, inputs = models.resolve(self._model)() if isinstance(self._model, str) else (self._model, self._inputs)
+        module = plain(module)
         report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())
         with self._timed("capture"):
             program = capture(module, inputs if inputs is not None else {})
@@ -158,7 +160,7 @@ class Check:
         with self._timed("run"):
             chain = load(path)
             report.segments = len(chain.manifest.segments)
-            with _as_captured(module):
+            with as_captured(module), torch.no_grad():
                 self._compare(module, program, chain)
                 if program.cache is not None:
                     self._figure_of("cache", "the program in chunks", check_chunks(captured, program))
@@ -205,20 +207,6 @@ class Check:
 def _forced(program: Program) -> list[tuple[str, int]]:
     """The exits before full depth: stack and number of blocks."""
     return [(item.stack, item.after) for item in program.exits if item.after < program.stacks[item.stack].blocks]
-
-
-@contextmanager
-def _as_captured(module: nn.Module) -> Iterator[None]:
-    """As capture ran the module: in eval mode, without gradients and torch.nn's fused encoder layer."""
-    training, fused = module.training, torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(training)
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _run(chain: Chain, inputs: Mapping[str, Tensor], policy: Policy | None = None) -> Arrays:

@@ -8,7 +8,7 @@
 ========================== ==================================================================================
 
 A factory takes no argument and returns ``(module, example_inputs)``: a ``torch.nn.Module``, and a dict (by
-parameter name) or a tuple of tensors.
+parameter name) or a tuple of tensors. What else stands for a module, `offramp.program.plain.plain` knows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from offramp import zoo
-from offramp.runtime.errors import OfframpError
+from offramp.runtime.errors import CaptureError, OfframpError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -198,17 +198,22 @@ def _functions(module: ModuleType) -> str:
 def _checked(result: object, name: str) -> tuple[nn.Module, Inputs]:
     from torch import Tensor, nn
 
+    from offramp.program.plain import plain
+
     hint = "return (module, example_inputs), a torch.nn.Module and a dict or tuple of tensors"
     if not isinstance(result, tuple) or len(result) != 2:
         raise FactoryResultError(f"{name!r} returned {_kind(result)}, expected a pair", hint=hint)
     module, inputs = result
     if not isinstance(module, nn.Module):
-        raise FactoryResultError(f"{name!r} returned {_kind(module)} as the module", hint=hint)
+        try:
+            module = plain(module)
+        except CaptureError as error:
+            raise FactoryResultError(f"{name!r} returned {_kind(module)} as the module", hint=hint) from error
     if isinstance(inputs, Tensor) or not isinstance(inputs, (Mapping, tuple, list)) or not inputs:
         raise FactoryResultError(f"{name!r} returned {_kind(inputs)} as example inputs", hint=hint)
     named = list(inputs.items()) if isinstance(inputs, Mapping) else list(enumerate(inputs))
     for key, value in named:
-        if not isinstance(value, Tensor):
+        if value is not None and not isinstance(value, Tensor):
             raise FactoryResultError(f"{name!r} returned {_kind(value)} as example input {key!r}", hint=hint)
     return module, dict(named) if isinstance(inputs, Mapping) else tuple(inputs)
 

@@ -1,0 +1,330 @@
+"""What people call their model: unwrapped, accepted as it is, or refused with what to try."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.check import check
+from offramp.program import Program, capture
+from offramp.program.plain import as_captured, plain
+from offramp.runtime.errors import CaptureError, ForwardError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # what torch.compile itself imports, too
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft
+]
+
+DYNAMIC = torch.export.Dim.AUTO
+IDS = torch.arange(10).reshape(2, 5)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        query, key, value = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, -1)
+        mixed: Tensor = nn.functional.scaled_dot_product_attention(query, key, value)
+        return x + self.out(mixed.squeeze(1))
+
+
+class Model(nn.Module):
+    """Two blocks and a head; what a config says decides what else is returned."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True, text_config=SimpleNamespace(use_cache=True))
+        self.words = nn.Embedding(10, 8)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
+        x = self.dropout(self.words(ids))
+        for block in self.blocks:
+            x = block(x)
+        logits = self.head(x)
+        cached = self.config.use_cache or self.config.text_config.use_cache
+        return {"logits": logits, **({"cache": Cache()} if cached else {})}
+
+
+class Cache:
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class Anything(nn.Module):
+    """A wrapper as people write them, and the name of what it wraps is its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.network(*args, **kwargs)
+
+
+def made(**options: float) -> Model:
+    torch.manual_seed(0)
+    return Model(**options).eval()
+
+
+def exported(model: nn.Module, **inputs: Tensor) -> torch.export.ExportedProgram:
+    args = () if inputs else (IDS,)
+    shapes = {"ids": {0: DYNAMIC, 1: DYNAMIC}}
+    with as_captured(model):
+        return torch.export.export(model, args, inputs or None, dynamic_shapes=shapes)
+
+
+def compiled_inside(model: Model) -> Model:
+    model.blocks[0] = torch.compile(model.blocks[0])  # type: ignore[assignment]
+    model.blocks[1].compile()
+    model.compile()
+    return model
+
+
+ACCEPTED: dict[str, Callable[[], Any]] = {
+    "compiled": lambda: torch.compile(made()),
+    "compiled in place and inside": lambda: compiled_inside(made()),
+    "data parallel": lambda: nn.DataParallel(made()),
+    "compiled and data parallel": lambda: torch.compile(nn.DataParallel(made())),
+    "exported": lambda: exported(made()),
+    "exported by name": lambda: exported(made(), ids=IDS),
+    "exported, its module": lambda: exported(made()).module(),
+    "pipeline": lambda: SimpleNamespace(model=made(), tokenizer=None),
+    "passes on what it is given": lambda: Anything(made()),
+    "bfloat16": lambda: made().bfloat16(),
+    "double": lambda: made().double(),
+    "training": lambda: made(dropout=0.5).train(),
+}
+
+
+def right(program: Program, model: nn.Module) -> None:
+    """Two blocks were found, and they compute what the model does."""
+    assert [stack.blocks for stack in program.stacks.values()] == [2]
+    with as_captured(model), torch.no_grad():
+        torch.testing.assert_close(program.module(ids=IDS)["logits"], model(ids=IDS)["logits"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ACCEPTED)
+def test_what_stands_for_a_module_is_captured(case: str) -> None:
+    model = ACCEPTED[case]()
+    expected = made().bfloat16().float() if case == "bfloat16" else made()
+    right(capture(model, {"ids": IDS}), expected)
+    right(capture(model, (IDS,)), expected)
+
+
+def test_an_exported_module_of_fixed_sizes() -> None:
+    model = made()
+    with as_captured(model):
+        fixed = torch.export.export(model, (IDS,))
+    right(capture(fixed, {"ids": IDS}), model)
+
+
+def test_weights_are_shared_unless_they_have_to_become_float32() -> None:
+    model = made()
+    assert plain(torch.compile(model)) is model
+    assert capture(model, {"ids": IDS}).module.get_parameter("head.weight") is model.head.weight
+    half = made().half()
+    copied = plain(half)
+    assert copied is not half
+    assert {weight.dtype for weight in copied.parameters()} == {torch.float32}
+    assert {weight.dtype for weight in half.parameters()} == {torch.float16}
+
+
+def test_a_check_compares_with_the_float32_copy() -> None:
+    report = check(made().bfloat16(), {"ids": IDS})
+    assert report.ok, report.reason
+
+
+def test_modes_settings_and_forward_are_as_they_were() -> None:
+    model = made().train()
+    model.blocks[0].eval()
+    capture(model, {"ids": IDS})
+    assert [part.training for part in (model, *model.blocks)] == [True, False, True]
+    assert model.config.use_cache
+    assert model.config.text_config.use_cache
+    assert "forward" not in vars(model)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    use_cache: bool = True
+
+
+def test_a_frozen_configuration_is_left_alone() -> None:
+    model = made()
+    model.config = Frozen()  # type: ignore[assignment]
+    with as_captured(model):
+        assert model.config.use_cache
+
+
+@dataclass
+class Answer:
+    logits: Tensor
+    loss: Tensor | None = None
+    length: int = 5
+
+
+class Returns(Model):
+    """The model, with something else around its logits."""
+
+    def __init__(self, around: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.around = around
+
+    def forward(self, ids: Tensor, bias: Tensor | None = None) -> Any:
+        return self.around(super().forward(ids, bias)["logits"])
+
+
+def returning(around: Callable[[Tensor], Any]) -> Model:
+    torch.manual_seed(0)
+    return Returns(around).eval()
+
+
+@pytest.mark.parametrize(
+    ("around", "names"),
+    [
+        (lambda logits: {"logits": logits, "length": logits.shape[1], "task": "tags", "loss": None}, ["logits"]),
+        (lambda logits: Answer(logits), ["logits"]),
+        (lambda logits: (logits, 0.5, {"twice": logits * 2}), ["output0", "output2.twice"]),
+    ],
+)
+def test_numbers_and_texts_beside_tensors_are_left_out(around: Callable[[Tensor], Any], names: list[str]) -> None:
+    program = capture(returning(around), {"ids": IDS})
+    assert list(program.example_outputs) == names
+    torch.testing.assert_close(program.module(ids=IDS), dict(program.example_outputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("around", "reason"),
+    [
+        (lambda logits: (logits, Cache()), r"(?s)output1 is a Cache.*use_cache=False"),
+        (lambda logits: {"logits": {1, 2}}, r"(?s)logits is a set.*tensors only"),
+    ],
+)
+def test_other_outputs_are_refused(around: Callable[[Tensor], Any], reason: str) -> None:
+    with pytest.raises(CaptureError, match=reason):
+        capture(returning(around), {"ids": IDS})
+
+
+def quantized() -> nn.Module:
+    model = made()
+    model.head = torch.ao.nn.quantized.dynamic.Linear(8, 3)  # type: ignore[assignment]
+    return model
+
+
+def scripted_inside() -> nn.Module:
+    model = made()
+    model.head = torch.jit.trace(model.head, torch.ones(1, 8))
+    return model
+
+
+class Sharded(torch.Tensor):
+    """A tensor that holds its data elsewhere, as those of distributed and quantized weights do."""
+
+    @staticmethod
+    def __new__(cls, data: Tensor) -> Sharded:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape)
+
+    def __init__(self, data: Tensor) -> None:
+        self.data_elsewhere = data
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_elsewhere"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], *_: Any) -> Sharded:
+        return cls(inner["data_elsewhere"])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return Sharded(args[0].data_elsewhere)
+
+
+def sharded() -> nn.Module:
+    model = made()
+    model.words.register_buffer("table", Sharded(torch.ones(2)))
+    return model
+
+
+def lazy() -> nn.Module:
+    model = made()
+    model.head = nn.LazyLinear(3)
+    return model
+
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "scripted inside": (scripted_inside, r"(?s)traced or scripted module \(at head\).*given to torch.jit"),
+    "quantized": (quantized, r"(?s)is quantized: Linear \(at head\).*before it was quantized"),
+    "meta": (lambda: made().to("meta"), r"(?s)words.weight of Model has no data.*device_map=None"),
+    "sharded": (sharded, r"(?s)words.table of Model is a Sharded.*sharded"),
+    "lazy": (lazy, r"(?s)weight head.weight of Model has no shape.*call the model once"),
+    "dropout in an export": (lambda: exported_in_training(), r"(?s)dropout switched on.*module.eval"),
+    "class": (lambda: Model, r"(?s)Model is a class.*an instance"),
+    "weights": (lambda: made().state_dict(), r"(?s)OrderedDict of .* items is no model.*load_state_dict"),
+    "name": (lambda: "zoo:minilm", r"(?s)a str is no model.*resolve"),
+    "function": (lambda: torch.relu, r"(?s)is no model.*torch.nn.Module around it"),
+}
+
+
+def exported_in_training() -> torch.export.ExportedProgram:
+    model = made(dropout=0.5)
+    model.config.use_cache = model.config.text_config.use_cache = False
+    return torch.export.export(model.train(), (IDS,))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_hides_its_computation_is_refused(case: str) -> None:
+    make, reason = REFUSED[case]
+    with pytest.raises(CaptureError, match=reason):
+        capture(make(), {"ids": IDS})
+
+
+def test_a_model_that_does_not_run_is_not_a_matter_of_capture() -> None:
+    with pytest.raises(
+        ForwardError, match=r"Model does not run on .*ids \[2, 5\].*index out of range.*test_plain"
+    ) as bad:
+        capture(made(), {"ids": IDS + 10})
+    assert bad.value.stage == "model"
+    report = check(Anything(made()), {"id": IDS})
+    assert (report.ok, report.stage) == (False, "model")
+    assert "unexpected keyword argument 'id'" in str(report.reason)
+
+
+def test_inputs_that_are_no_tensors() -> None:
+    with pytest.raises(CaptureError, match=r"(?s)found \{'ids': 'list'\}.*return_tensors"):
+        capture(made(), {"ids": IDS.tolist()})  # type: ignore[dict-item]
+    with pytest.raises(CaptureError, match=r"(?s)found \{'bias': 'bool'\}.*sets the rest itself"):
+        capture(made(), {"ids": IDS, "bias": True})  # type: ignore[dict-item]
+    assert capture(made(), {"ids": IDS, "bias": None}).inputs == ("ids",)  # type: ignore[dict-item]
+
+
+def test_peft_with_adapters_in_it_and_merged() -> None:
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, num_key_value_heads=2, **sizes))
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**options)).eval()
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert not torch.allclose(expected, base.eval()(**inputs).logits, atol=1e-3)
+    for case in (model, model.merge_and_unload()):
+        program = capture(case, inputs)
+        assert [stack.blocks for stack in program.stacks.values()] == [2]
+        torch.testing.assert_close(program.module(**inputs)["logits"], expected, rtol=0, atol=1e-5)
