@@ -173,6 +173,31 @@ def test_a_missing_file_is_found_before_the_model_is_loaded(
     assert "--file gone.json: there is no such file" in said
 
 
+NOISY = """
+import sys
+import transformers
+
+def factory():
+    print("bar" if transformers.utils.logging.is_progress_bar_enabled() else "no bar", file=sys.stderr)
+    raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_progress_bars_of_transformers_are_shown_only_with_v(tmp_path: Path, verbose: bool) -> None:
+    (tmp_path / "noisy.py").write_text(NOISY)
+    command = [sys.executable, "-m", "offramp", "inspect", "noisy.py:factory", *(["-v"] if verbose else [])]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert shown.stderr.splitlines()[-1] == ("bar" if verbose else "no bar")
+
+
+def test_progress_bars_of_transformers_are_as_before_afterwards(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    cli.main(["inspect", str(tmp_path / "gone.py:factory")])
+    assert transformers.utils.logging.is_progress_bar_enabled()
+
+
 def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: object) -> int:
         raise KeyboardInterrupt

@@ -11,6 +11,9 @@ import transformers
 from torch import nn
 
 from offramp import models, zoo
+from offramp.program import capture
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
 
 FACTORIES = """
 from dataclasses import dataclass
@@ -76,6 +79,35 @@ def test_inputs_by_position_become_a_tuple(file: Path) -> None:
     module, inputs = models.resolve(f"{file}:by_position")()
     assert isinstance(inputs, tuple)
     assert module(*inputs).shape == (2, 2)
+
+
+STANDS_FOR_A_MODULE = """
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+
+def exported():
+    module = nn.Linear(3, 2)
+    return torch.export.export(module, (torch.ones(2, 3),)), {"input": torch.ones(2, 3)}
+
+
+def pipeline():
+    return SimpleNamespace(model=nn.Linear(3, 2)), {"input": torch.ones(2, 3)}
+
+
+def half():
+    return nn.Linear(3, 2).bfloat16(), {"input": torch.ones(2, 3, dtype=torch.bfloat16)}
+"""
+
+
+@pytest.mark.parametrize("factory", ["exported", "pipeline", "half"])
+def test_a_factory_may_return_what_stands_for_a_module(tmp_path: Path, factory: str) -> None:
+    (tmp_path / "others.py").write_text(STANDS_FOR_A_MODULE)
+    module, inputs = models.resolve(f"{tmp_path / 'others.py'}:{factory}")()
+    assert isinstance(inputs, dict)
+    assert capture(module, inputs).example_outputs["output"].dtype == torch.float32
 
 
 def test_module_of_the_working_directory(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,3 +273,59 @@ def test_pretrained_of_an_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"}))
     with pytest.raises(models.PretrainedModelError, match="could not be loaded"):
         models.resolve(f"hf:{tmp_path}")()
+
+
+# Adapters
+
+
+def adapted(root: Path, **options: object) -> tuple[Path, transformers.PreTrainedModel]:
+    """A directory with nothing but an adapter of the decoder beside it, and the two as peft runs them."""
+    peft = pytest.importorskip("peft")
+    tiny("decoder").save_pretrained(root / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(root / "base")
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "init_lora_weights": False}
+    model = peft.get_peft_model(base, peft.LoraConfig(**{**settings, **options}))
+    model.save_pretrained(root / "adapter")
+    return root / "adapter", model.eval()
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path: Path) -> None:
+    folder, expected = adapted(tmp_path)
+    module, inputs = models.resolve(f"hf:{folder}")()
+    assert isinstance(inputs, dict)
+    assert not any("lora" in name for name, _ in module.named_parameters())
+    with torch.inference_mode():
+        torch.testing.assert_close(module(**inputs).logits, expected(**inputs).logits, rtol=0, atol=1e-5)
+    assert (
+        models.settings(f"hf:{folder}", module, inputs)["generation"]
+        == models.settings(f"hf:{tmp_path / 'base'}", module, inputs)["generation"]
+    )
+
+
+def test_an_adapter_without_its_base_names_it(tmp_path: Path) -> None:
+    folder, _ = adapted(tmp_path)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(
+        models.PretrainedModelError, match=r"(?s)is an adapter \(LORA\) of '.*base', not a model.*merge_and_unload"
+    ):
+        models.resolve(f"hf:{folder}")()
+
+
+def test_an_adapter_that_does_not_fit_its_base(tmp_path: Path) -> None:
+    folder, _ = adapted(tmp_path)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    with pytest.raises(models.PretrainedModelError, match=r"(?s)does not fit it: .*size mismatch.*made for"):
+        models.resolve(f"hf:{folder}")()
+
+
+def test_an_adapter_that_only_adds_tokens(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tiny("decoder").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(models.PretrainedModelError, match=r"(?s)cannot be merged.*file\.py:factory"):
+        models.resolve(f"hf:{tmp_path / 'adapter'}")()

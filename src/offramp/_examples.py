@@ -34,25 +34,6 @@ class Listed:
     sound_mask: bool = False
 
 
-def listed(source: str) -> Listed:
-    """What the tokenizer and the feature extractor of a directory or hub id make."""
-    tokenizer = _processor(transformers.AutoTokenizer, source, "tokenizer_config.json")
-    names = None if tokenizer is None else frozenset(tokenizer.model_input_names)
-    extractor = _processor(transformers.AutoFeatureExtractor, source, "preprocessor_config.json")
-    return Listed(names, bool(getattr(extractor, "return_attention_mask", False)))
-
-
-def _processor(kind: Any, source: str, file: str) -> Any:
-    """The tokenizer or feature extractor that was saved beside the model, None where there is none that loads."""
-    try:
-        found = transformers.utils.cached_file(
-            source, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-        )
-        return None if found is None else kind.from_pretrained(source, trust_remote_code=False)
-    except Exception:  # noqa: BLE001 - packages that it lacks, kinds that are unknown: the configuration has to do
-        return None
-
-
 def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inputs:
     """Seeded random inputs by parameter name, on which the model was seen to run.
 

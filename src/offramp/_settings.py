@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SOUND = ("input_features", "input_values")
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _LABELLED = "logits"
 
 
@@ -65,14 +64,14 @@ def settings(
     def audio() -> None:
         from offramp._feature_extractor import audio_settings
 
-        extractor = _tokenizer.loaded(transformers.AutoFeatureExtractor, source, _PROCESSORS)
+        extractor = _tokenizer.loaded(transformers.AutoFeatureExtractor, source, _tokenizer.PROCESSORS)
         if extractor is not None:
             preprocessing["audio"] = asdict(audio_settings(extractor))
 
     def image() -> None:
         from offramp._image_processor import image_settings
 
-        processor = _tokenizer.loaded(transformers.AutoImageProcessor, source, _PROCESSORS, backend="pil")
+        processor = _tokenizer.loaded(transformers.AutoImageProcessor, source, _tokenizer.PROCESSORS, backend="pil")
         if processor is not None:
             preprocessing["image"] = asdict(image_settings(processor))
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOKENS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
 _PADDING = 3
 _TOLERANCE = 2e-5  # of an output's greatest value: rounding, and less than what tokens that are read do

@@ -120,9 +120,9 @@ def settings(
         return {"generation": dict(zoo.generation(rest)), "preprocessing": preprocessing, "labels": {}, "files": files}
     if scheme != "hf" or module is None or not isinstance(inputs, Mapping):
         return {"generation": {}, "preprocessing": {}, "labels": {}, "files": {}}
-    from offramp import _settings
+    from offramp import _pretrained, _settings
 
-    return _settings.settings(rest, module, inputs, ignore_generation, note)
+    return _settings.settings(_pretrained.processors(rest), module, inputs, ignore_generation, note)
 
 
 def _zoo_names() -> str:

@@ -22,6 +22,7 @@ from offramp.runtime.errors import OfframpError
 
 COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench", "demo")
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
+_BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # read where transformers is imported
 _WIDTH = 100  # of help pages, so that they do not depend on the terminal
 
 
@@ -90,13 +91,32 @@ def _noise(verbose: bool) -> Iterator[None]:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
         yield
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_bars():
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
             logging.disable(logging.NOTSET)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers, whether it is imported already or will be."""
+    known = os.environ.get(_BARS)
+    os.environ[_BARS] = "1"
+    library = sys.modules.get("transformers.utils.logging")
+    shown = library is not None and library.is_progress_bar_enabled()
+    if library is not None:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if library is not None and shown:
+            library.enable_progress_bar()
+        os.environ.pop(_BARS)
+        if known is not None:
+            os.environ[_BARS] = known
 
 
 def _failed(text: str, verbose: bool) -> int:
