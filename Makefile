@@ -11,6 +11,7 @@ STAMP := .venv/.offramp-installed
 
 demo: $(STAMP)
 	$(BIN)/offramp demo sentiment $(ARGS)
+	$(BIN)/offramp demo translation
 	$(BIN)/offramp demo speech
 
 test: $(STAMP)

@@ -1,16 +1,19 @@
-"""What benchmarks share: alternating timing, a table, a JSON file with versions and sizes."""
+"""What benchmarks share: alternating timing, progress on stderr, a table, a JSON file with versions and sizes."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
@@ -28,6 +31,56 @@ from offramp.runtime.manifest import Exit
 from offramp.runtime.policy import Rows
 
 BUILD = Path("build/benchmarks")
+Row = dict[str, Any]
+T = TypeVar("T")
+_EVERY = 10.0  # seconds between lines of progress
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def steps(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items one by one; says how many are done, and how long the others may take, every ten seconds."""
+    started = told = time.perf_counter()
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if done and now - told >= _EVERY:
+            left = (now - started) / done * (len(items) - done)
+            say(f"{what}: {done} of {len(items)}, about {left:.0f} s left")
+            told = now
+        yield item
+    say(f"{what}: {len(items)} in {time.perf_counter() - started:.0f} s")
+
+
+def shown(row: Row) -> Row:
+    """The row, printed as soon as it is there."""
+    say(", ".join(f"{column} {_text(value)}" if column else _text(value) for column, value in row.items()))
+    return row
+
+
+def rounds(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--rounds``."""
+    parser.add_argument("--rounds", metavar="N", type=int, default=1, help="measure so often, and show the spread (1)")
+
+
+def spread(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of several runs as one: of numbers that differ the median, the least and the greatest."""
+    together = zip(*runs, strict=True)
+    return [{column: _together([row[column] for row in rows]) for column in rows[0]} for rows in together]
+
+
+def _together(values: Sequence[Any]) -> Any:
+    if all(value == values[0] for value in values):
+        return values[0]
+    if not all(isinstance(value, int | float) for value in values):
+        return " / ".join(map(str, dict.fromkeys(values)))
+    return f"{_text(statistics.median(values))} ({_text(min(values))} to {_text(max(values))})"
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def alternate(
@@ -70,7 +123,7 @@ def report(name: str, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     for column in rows[0]:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*[f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values()])
+        table.add_row(*map(_text, row.values()))
     Console(width=160).print(table)
     BUILD.mkdir(parents=True, exist_ok=True)
     about = {

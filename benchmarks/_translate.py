@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import sacrebleu
@@ -16,17 +14,18 @@ import torch
 from tokenizers import Tokenizer
 
 import offramp
-from benchmarks._common import BUILD, Known
-from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST
-from examples.translation.train import TOKENIZER, WEIGHTS, captured, lines, program
+from benchmarks._common import BUILD, Known, Row, say, steps
+from examples.translation.train import captured, lines
 from offramp.runtime.manifest import PICK
 from offramp.training.weights import load_weights
+from offramp.zoo import translator
+from offramp.zoo.translator import BEGIN, DECODER_BLOCKS, END, GENERATION, LONGEST, TOKENS
 
 FOLDER = BUILD / "translation"
 MEASURE = "top1-short"
-CANDIDATES = 3000  # of 6,000 tokens; the others are German, or hardly used
 THREADS = 1  # more make a model of this size slower
 TURN = 8  # sentences
+GATED = ("[", "a perfect gate")  # how the names of exit policies begin
 
 
 @dataclass
@@ -44,7 +43,7 @@ class Way:
 
     def translate(self, sentence: int, source: list[int]) -> None:
         """Translate a sentence, and note what it took."""
-        inputs = {"source": [source], "source_mask": [[1] * len(source)]}
+        inputs = {"input_ids": [source], "attention_mask": [[1] * len(source)]}
         room = min(2 * len(source) + 10, LONGEST - 1)
         steps = list(self.chain.stream(inputs, self.policy(sentence), propagate=self.propagate, max_new_tokens=room))
         self.tokens.append([step.token for step in steps])
@@ -76,24 +75,7 @@ def same(policy: offramp.Policy) -> Callable[[int], offramp.Policy]:
 @functools.cache
 def words() -> Tokenizer:
     """The tokenizer."""
-    return Tokenizer.from_file(str(TOKENIZER))
-
-
-@functools.cache
-def frequent() -> list[int]:
-    """The most frequent tokens of English in the training set."""
-    counts = Counter(token for text in words().encode_batch(lines("train.en")) for token in text.ids)
-    return [END, *(token for token, _ in counts.most_common(CANDIDATES - 1))]
-
-
-@functools.cache
-def trained(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> offramp.Program:
-    """The translator with (some of) its trained exits."""
-    if not WEIGHTS.is_file():
-        raise SystemExit(f"no {WEIGHTS}: python -m examples.translation.train")
-    made = program(exits)
-    load_weights(made, WEIGHTS, part=True)
-    return made.without_dropout()
+    return Tokenizer.from_file(str(TOKENS))
 
 
 @functools.cache
@@ -104,16 +86,12 @@ def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool
     """
     path = FOLDER / f"{'short' if short else 'whole'}-{'-'.join(map(str, exits))}-of-{deepest}.offramp"
     if not (path / "manifest.json").is_file():
-        cut = deepest < DECODER_BLOCKS
-        made = offramp.apply(trained((*exits, deepest) if cut else tuple(exits)), "insert-cache")
-        if cut:
-            made = offramp.apply(made, f"truncate{{stack=decoder,after={deepest}}}")
+        say(f"exporting {path}")
+        made = offramp.apply(translator.trained(exits, deepest), "insert-cache")
         if short:
-            measures, after = (MEASURE, PICK), (*exits, deepest)
-            scores = offramp.InsertScores("decoder", measures, after, ids=tuple(frequent()))
+            scores = offramp.InsertScores("decoder", (MEASURE, PICK), (*exits, deepest), ids=translator.english())
             made = offramp.apply(made, [scores])
-        generation = {"prompt": [BEGIN], "stop": [END]}
-        offramp.save(made, path, segments=1, generation=generation, files=[TOKENIZER])
+        offramp.save(made, path, segments=1, generation=GENERATION, files=[TOKENS])
     return offramp.load(path, threads=THREADS)
 
 
@@ -122,14 +100,13 @@ def without_exits(weights: Path) -> offramp.Chain:
     made = captured.__wrapped__()  # with weights of its own
     load_weights(made, weights)
     path = FOLDER / "plain.offramp"
-    generation = {"prompt": [BEGIN], "stop": [END]}
-    offramp.save(offramp.apply(made.without_dropout(), "insert-cache"), path, segments=1, generation=generation)
+    offramp.save(offramp.apply(made.without_dropout(), "insert-cache"), path, segments=1, generation=GENERATION)
     return offramp.load(path, threads=THREADS)
 
 
 def sources(split: str, count: int | None = None) -> list[list[int]]:
     """Sentences to translate, as token ids."""
-    return [[*found.ids[: LONGEST - 1], END] for found in words().encode_batch(lines(f"{split}.de")[:count])]
+    return [[*found.ids[:-1][: LONGEST - 1], END] for found in words().encode_batch(lines(f"{split}.de")[:count])]
 
 
 def bleu(way: Way, split: str) -> float:
@@ -141,7 +118,7 @@ def bleu(way: Way, split: str) -> float:
 def measure(ways: Iterable[Way], split: str, count: int | None = None) -> list[Way]:
     """Let all translate the same sentences in turns, a few at a time; none is always the first after another."""
     found, texts = [way.anew() for way in ways], sources(split, count)
-    for start in range(0, len(texts), TURN):
+    for start in steps(range(0, len(texts), TURN), f"{split}, {len(found)} ways, turns of {TURN} sentences"):
         for k in range(len(found)):
             way = found[(start // TURN + k) % len(found)]
             way.anew().translate(start, texts[start])  # what ran before has left the processor's caches to others
@@ -153,12 +130,13 @@ def measure(ways: Iterable[Way], split: str, count: int | None = None) -> list[W
 @torch.no_grad()
 def perfect(full: Way, split: str, exits: Sequence[int], count: int | None = None) -> Way:
     """A perfect gate for each sentence that ``full`` has translated: it leaves where the pick is full depth's."""
-    module, policies, few = trained().module, [], torch.tensor(frequent())
+    module, policies = translator.trained(range(1, DECODER_BLOCKS)).module, []
+    few = torch.tensor(translator.english())
     for source, text in zip(sources(split, count), full.tokens, strict=True):
         made = module(
-            source=torch.tensor([source]),
-            source_mask=torch.ones(1, len(source), dtype=torch.int64),
-            target=torch.tensor([[BEGIN, *text[:-1]]]),
+            input_ids=torch.tensor([source]),
+            attention_mask=torch.ones(1, len(source), dtype=torch.int64),
+            decoder_input_ids=torch.tensor([[BEGIN, *text[:-1]]]),
         )
         depths = np.full(len(text), DECODER_BLOCKS)
         for after in sorted(exits, reverse=True):
@@ -173,7 +151,7 @@ def listed(exits: Sequence[int]) -> str:
     return ", ".join(map(str, exits))
 
 
-def row(way: Way, full: Way, split: str) -> dict[str, Any]:
+def row(way: Way, full: Way, split: str) -> Row:
     """What is shown of a way: quality and time beside each other."""
     return {
         "set": split.removesuffix("_flickr"),
@@ -182,9 +160,26 @@ def row(way: Way, full: Way, split: str) -> dict[str, Any]:
         "of full": f"{100 * bleu(way, split) / bleu(full, split):.1f}%",
         "blocks": float(np.mean([depth for row in way.depths for depth in row])),
         "decoder ms": way.milliseconds,
-        "saved": f"{100 * (1 - way.milliseconds / full.milliseconds):.0f}%",
-        "tokens/s": f"{_pace(way) / _pace(full):.2f}x",
+        "saved %": round(100 * (1 - way.milliseconds / full.milliseconds), 1),
+        "tokens/s of full": round(_pace(way) / _pace(full), 2),
     }
+
+
+def beside(rows: Sequence[Row]) -> list[Row]:
+    """The rows, below each of an exit policy that of the static truncation which is as deep on average."""
+    short = {row["decoding"]: row for row in rows}
+    found = []
+    for row in rows:
+        found.append(row)
+        truncated = short.get(cut(round(row["blocks"])))
+        if row["decoding"].startswith(GATED) and truncated:
+            found.append({**truncated, "decoding": f"  beside it: {truncated['decoding']}"})
+    return found
+
+
+def cut(blocks: int) -> str:
+    """What a truncated model is called."""
+    return f"truncated to {blocks}, one session"
 
 
 def _pace(way: Way) -> float:

@@ -7,16 +7,17 @@ the same turn.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 import offramp
-from benchmarks._common import BUILD, report
+from benchmarks._common import BUILD, Row, report, rounds, say, shown, spread, steps
 from examples import train_language_adapters as recipe
 from offramp import zoo
 from offramp.program import Program
@@ -42,6 +43,7 @@ class Run(NamedTuple):
 
 def by_depth() -> Program:
     """Print the table of depths; returns the trained program."""
+    say("agreement and perplexity by depth")
     program = recipe.program()
     batches = recipe.batches("test", TOKENS)
     before = recipe.by_depth(program, batches)
@@ -85,7 +87,7 @@ def decoded(chain: offramp.Chain, prompt: list[int], policy: offramp.Policy) -> 
     return Run([s.token for s in steps], [s.exit for s in steps], (time.perf_counter() - started) * 1e3)
 
 
-def row(name: str, runs: Sequence[Run], full: Sequence[Run]) -> dict[str, Any]:
+def row(name: str, runs: Sequence[Run], full: Sequence[Run]) -> Row:
     """What one policy did."""
     pairs = list(zip(runs, full, strict=True))
     return {
@@ -105,11 +107,15 @@ def _common(run: Run, whole: Run) -> int:
 
 def main() -> None:
     """Print two tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    rounds(parser)
+    args = parser.parse_args()
     if not recipe.WEIGHTS.is_file():
         raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
     program = by_depth()
     measures, after = (SHORT, PICK), (*recipe.EXITS, BLOCKS)
     scores = offramp.InsertScores(measure=measures, after=after, ids=recipe.common(CANDIDATES))
+    say(f"exporting {BUNDLE}")
     offramp.save(
         offramp.apply(program, [scores, offramp.InsertCache()]),
         BUNDLE,
@@ -121,11 +127,14 @@ def main() -> None:
     asked = prompts(Tokenizer.from_file(str(Path(BUNDLE) / "tokenizer.json")))
     every = ways()
     decoded(chain, asked[0], every["full depth"])  # warms up
-    runs: dict[str, list[Run]] = {name: [] for name in every}
-    for prompt in asked:
-        for name, policy in every.items():
-            runs[name].append(decoded(chain, prompt, policy))
-    rows = [row(name, found, runs["full depth"]) for name, found in runs.items()]
+    measured = []
+    for number in range(args.rounds):
+        runs: dict[str, list[Run]] = {name: [] for name in every}
+        for prompt in steps(asked, f"round {number + 1} of {args.rounds}"):
+            for name, policy in every.items():
+                runs[name].append(decoded(chain, prompt, policy))
+        measured.append([shown(row(name, found, runs["full depth"])) for name, found in runs.items()])
+    rows = spread(measured)
     report("language", f"SmolLM2-135M, {PROMPTS} prompts of {WORDS} words, {NEW} new tokens, greedy, fp32", rows)
 
 

@@ -5,8 +5,10 @@ The calibrated policies are chosen on dev (phrases and sentences), and never saw
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 
 import offramp
-from benchmarks._common import BUILD, alternate, data, report
+from benchmarks._common import BUILD, Row, alternate, data, report, rounds, say, shown, spread
 from offramp import zoo
 from offramp.zoo import minilm
 
@@ -66,7 +68,11 @@ def batches(size: int) -> tuple[list[dict[str, np.ndarray[Any, Any]]], np.ndarra
 
 
 def main() -> None:
-    """Print one table for each batch size: accuracy and time in one row."""
+    """Print one table: accuracy and time in one row."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    rounds(parser)
+    args = parser.parse_args()
+    say("exporting")
     chain = offramp.load(bundle())
     last = chain.stacks["encoder"].blocks
     policies: dict[str, offramp.Policy] = {"full depth": offramp.Never()}
@@ -76,8 +82,15 @@ def main() -> None:
             name = f"top1 >= {threshold:.2f} after {', '.join(map(str, kept))}"
             policies[name] = offramp.Confidence(thresholds=dict.fromkeys(kept, threshold))
     policies |= {f"calibrated keep={keep}": calibrated(chain, keep) for keep in KEEP}
+    rows = spread([measured(chain, policies) for _ in range(args.rounds)])
+    report("sentiment", f"SST-2 test, 872 sentences, MiniLM of {last} blocks; holds: accuracy >= full depth", rows)
+
+
+def measured(chain: offramp.Chain, policies: Mapping[str, offramp.Policy]) -> list[Row]:
+    """A row for each policy and batch size."""
     rows = []
     for size in BATCHES:
+        say(f"batches of {size}: {len(policies)} policies in turns")
         inputs, labels = batches(size)
 
         def sweep(policy: offramp.Policy, inputs: list[Any] = inputs) -> list[offramp.Result]:
@@ -92,17 +105,19 @@ def main() -> None:
             accuracy = float((answers == labels).mean())
             full = full or accuracy
             rows.append(
-                {
-                    "batch": size,
-                    "policy": name,
-                    "accuracy": round(accuracy, 4),
-                    "holds": "yes" if accuracy >= full else "no",
-                    "mean blocks": round(float(depth.mean()), 2),
-                    "ms a sentence": times[name] / len(labels),
-                    "speed-up": round(times["full depth"] / times[name], 2),
-                }
+                shown(
+                    {
+                        "batch": size,
+                        "policy": name,
+                        "accuracy": round(accuracy, 4),
+                        "holds": "yes" if accuracy >= full else "no",
+                        "mean blocks": round(float(depth.mean()), 2),
+                        "ms a sentence": times[name] / len(labels),
+                        "speed-up": round(times["full depth"] / times[name], 2),
+                    }
+                )
             )
-    report("sentiment", f"SST-2 test, 872 sentences, MiniLM of {last} blocks; holds: accuracy >= full depth", rows)
+    return rows
 
 
 if __name__ == "__main__":

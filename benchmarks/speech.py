@@ -25,7 +25,7 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
 import offramp
 from benchmarks import _chains
-from benchmarks._common import BUILD, Known, data, report
+from benchmarks._common import BUILD, Known, Row, data, report, rounds, say, shown, spread, steps
 from examples import train_speech_adapters as recipe
 from offramp import zoo
 from offramp.runtime.audio import log_mel, read_wav, resample
@@ -39,7 +39,6 @@ FULL = "full depth"
 AT = 0.9
 BLOCKS = 6
 SHORT, CANDIDATES = "top1-short", {"end": 10000, "short": 4096}
-Row = dict[str, Any]
 
 
 class Clip(NamedTuple):
@@ -120,30 +119,47 @@ def clips() -> list[Clip]:
 
 
 def bundles() -> dict[str, Path]:
-    """The encoder; the decoder "plain", with a single session, with a short list at full depth, and with exits too."""
+    """The encoder; the decoder "plain", with a single session, with a short list at full depth, with exits, and cut."""
     if not recipe.WEIGHTS.is_file():
         raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
-    paths = {name: BUILD / f"speech-{name}.offramp" for name in ("encoder", "plain", "end", "short")}
+    names = ("encoder", "plain", "end", "short", *map(cut, recipe.EXITS))
+    paths = {name: BUILD / f"speech-{name.replace(' ', '-')}.offramp" for name in names}
     how: dict[str, Any] = {"generation": zoo.generation(MODEL), "files": zoo.tokenizer_files(MODEL), "segments": 1}
     if not (paths["encoder"] / "manifest.json").exists():
+        say("exporting the encoder")
         module, example = zoo.load(MODEL)
         listener = recipe.Listener(module.whisper)
         features = {"input_features": example["input_features"]}
         offramp.save(offramp.capture(listener, features), paths["encoder"], segments=1)
     if not (paths["plain"] / "single" / _chains.SINGLE).exists():
+        say("exporting the decoder, plain")
         program = recipe.program("insert-cache")
         offramp.save(program, paths["plain"], **how)
         _chains.write_single(program, paths["plain"])
     for name, exits in (("end", ()), ("short", recipe.EXITS)):
         trained = recipe.WEIGHTS.stat().st_mtime
         if not (paths[name] / "manifest.json").exists() or paths[name].stat().st_mtime < trained:
-            program = recipe.program(recipe.PIPELINE if exits else "")
+            say(f"exporting the decoder, {name}")
+            program = recipe.program(recipe.pipeline(*exits) if exits else "")
             if exits:
                 load_weights(program, recipe.WEIGHTS)
             few = recipe.common(CANDIDATES[name])
             scores = offramp.InsertScores(measure=(SHORT, PICK), after=(*exits, BLOCKS), ids=few)
             offramp.save(offramp.apply(program, [scores, offramp.InsertCache()]), paths[name], **how)
+    for after in recipe.EXITS:
+        path = paths[cut(after)]
+        if not (path / "manifest.json").exists() or path.stat().st_mtime < recipe.WEIGHTS.stat().st_mtime:
+            say(f"exporting the decoder, {cut(after)}")
+            program = recipe.program(recipe.pipeline(after))
+            load_weights(program, recipe.WEIGHTS, part=True)
+            passes = [offramp.Truncate("decoder", after), offramp.InsertCache()]
+            offramp.save(offramp.apply(program, passes), path, **how)
     return paths
+
+
+def cut(after: int) -> str:
+    """What the decoder without its deeper blocks is called."""
+    return f"truncated to {after}"
 
 
 def listened(encoder: offramp.Chain, clip: Clip) -> Heard:
@@ -180,8 +196,8 @@ def listed(exits: Sequence[int]) -> str:
     return " and ".join(map(str, exits))
 
 
-def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain) -> dict[str, Way]:
-    """Every way but perfect gates and the single session."""
+def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain, *truncated: offramp.Chain) -> dict[str, Way]:
+    """Every way but perfect gates and the single session; ``truncated`` are what each exit would be without gates."""
     found = {FULL: Way(plain, offramp.Never()), "full depth, exits unused": Way(short, offramp.Never())}
     for at in (0.8, 0.85, AT):
         found[f"short list >= {at} after {BLOCKS}"] = Way(
@@ -190,7 +206,8 @@ def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain) -> dict
     for some in sets():
         cheap = offramp.Confidence(measure=SHORT, thresholds=dict.fromkeys(some, AT))
         found[f"short list >= {AT} after {listed(some)}"] = Way(short, cheap)
-    for after in recipe.EXITS:
+    for after, chain in zip(recipe.EXITS, truncated, strict=True):
+        found[cut(after)] = Way(chain, offramp.Never())
         found[f"verify after {after}"] = Way(short, Verify(after, threshold=0.5, measure=SHORT))
         found[f"always after {after}"] = Way(short, offramp.Depth({"decoder": after}))
     return found
@@ -220,16 +237,39 @@ def main() -> None:
     """Print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clips", type=int, help="how many recordings (32)")
-    recordings = clips()[: parser.parse_args().clips]
+    rounds(parser)
+    args = parser.parse_args()
+    recordings = clips()[: args.clips]
     paths = bundles()
-    encoder, plain, end, short = (offramp.load(path) for path in paths.values())
+    encoder, *decoders = (offramp.load(path) for path in paths.values())
+    short = decoders[2]
     words = Tokenizer.from_file(str(paths["plain"] / "tokenizer.json"))
-    every = ways(plain, end, short)
+    every = ways(*decoders)
     for way in every.values():
         decoded(listened(encoder, recordings[0]), way)  # warms up
+    measured = []
+    for number in range(args.rounds):
+        runs = measure(recordings, encoder, every, short, paths["plain"], f"round {number + 1} of {args.rounds}")
+        rows = []
+        for name, found in runs.items():
+            texts = [words.decode(run.tokens) for run in found]
+            rows.append(shown(row(name, recordings, texts, found, runs[FULL])))
+        measured.append(rows)
+    report("speech", f"Whisper base, greedy, fp32, {len(recordings)} LJSpeech recordings", spread(measured))
+
+
+def measure(
+    recordings: Sequence[Clip],
+    encoder: offramp.Chain,
+    every: dict[str, Way],
+    short: offramp.Chain,
+    plain: Path,
+    what: str,
+) -> dict[str, list[Run]]:
+    """Every way on every recording, in turns, and one session with the file beside the bundle ``plain``."""
     runs: dict[str, list[Run]] = {}
-    with _chains.chain(paths["plain"], single=True) as worker:
-        for clip in recordings:
+    with _chains.chain(plain, single=True) as worker:
+        for clip in steps(recordings, what):
             heard = listened(encoder, clip)
             for name, way in (every | perfect(short, heard)).items():
                 runs.setdefault(name, []).append(decoded(heard, way))
@@ -240,11 +280,7 @@ def main() -> None:
             later = alone.mean_ms * (len(full.tokens) - 1)
             one = Run(full.tokens, full.exits, later + alone.mean_ms, heard.ms + alone.prefill_ms + later)
             runs.setdefault("full depth, one session", []).append(one)
-    rows = []
-    for name, found in runs.items():
-        texts = [words.decode(run.tokens) for run in found]
-        rows.append(row(name, recordings, texts, found, runs[FULL]))
-    report("speech", f"Whisper base, greedy, fp32, {len(recordings)} LJSpeech recordings", rows)
+    return runs
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Thresholds are chosen on the validation set, and measured on the two test sets; all ways take turns, sentence by
 sentence. "decoder" is the wall time of the steps: the encoder, and what runs once for a sentence, are not part of it.
-``saved`` and ``tokens/s`` compare with full depth in one ONNX Runtime session, the quickest way without exits.
+``saved`` and ``tokens/s`` compare with full depth in one ONNX Runtime session, the quickest way without exits; below
+each exit policy is the static truncation that is as deep on average. Progress, and each row once it is measured, go to
+stderr; the table to stdout.
 """
 
 from __future__ import annotations
@@ -13,12 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import offramp
-from benchmarks._common import report
+from benchmarks._common import report, rounds, say, shown, spread
 from benchmarks._translate import (
     MEASURE,
     Way,
+    beside,
     bleu,
     bundle,
+    cut,
     listed,
     measure,
     on_one_core,
@@ -27,7 +31,7 @@ from benchmarks._translate import (
     same,
     without_exits,
 )
-from examples.translation.model import DECODER_BLOCKS
+from offramp.zoo.translator import DECODER_BLOCKS
 
 SETS = (((1,), 8), ((2,), 8), ((1, 3), 8), ((2,), 4), ((2,), 5))  # exits, and the deepest
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -69,6 +73,7 @@ def choose(ways: Callable[[], list[Way]], full: Way, count: int | None) -> dict[
         good = [i for i, way in enumerate(found) if bleu(way, "val") >= keep * bleu(base, "val")]
         if good:
             chosen[keep] = ways()[min(good, key=lambda i: found[i].milliseconds)]
+            say(f"chosen for {keep:.0%} of full depth's BLEU: {chosen[keep].name}")
     return chosen
 
 
@@ -78,12 +83,13 @@ def main() -> None:
     parser.add_argument("--val", type=int, help="sentences of the validation set (all)")
     parser.add_argument("--sentences", type=int, help="sentences of each test set (all)")
     parser.add_argument("--plain", type=Path, help="weights of the same model, trained without exits")
+    rounds(parser)
     args = parser.parse_args()
     on_one_core()
     one = Way("full depth, one session", bundle(short=False))
     few = same(offramp.Confidence(measure=MEASURE, thresholds={DECODER_BLOCKS: 0.0}))
     ways = [one, Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
-    ways += [Way(f"truncated to {k}, one session", bundle((), k, short=False)) for k in range(1, DECODER_BLOCKS)]
+    ways += [Way(cut(k), bundle((), k, short=False)) for k in range(1, DECODER_BLOCKS)]
     if args.plain:
         ways.append(Way("trained without exits, one session", without_exits(args.plain)))
     gated = [(f"[{keep:.0%}] ", way) for found in (deed, free) for keep, way in choose(found, one, args.val).items()]
@@ -95,8 +101,11 @@ def main() -> None:
     for split in TESTS:
         full = measure([one], split, args.sentences)[0]
         gates = [perfect(full, split, exits, args.sentences) for exits, deepest in SETS if deepest == DECODER_BLOCKS]
-        found = measure([*ways, *gates], split, args.sentences)
-        rows += [row(way, found[0], split) for way in found]
+        runs = []
+        for _ in range(args.rounds):
+            found = measure([*ways, *gates], split, args.sentences)
+            runs.append(beside([shown(row(way, found[0], split)) for way in found]))
+        rows += spread(runs)
     report("translation", "Multi30k de-en: quality and decoder time", rows)
 
 

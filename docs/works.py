@@ -1,4 +1,4 @@
-"""Write README's table of what works: ``python docs/works.py`` (about eight minutes on two cores).
+"""Write the table of docs/architectures.md: ``python docs/works.py`` (about eight minutes on two cores).
 
 ``python docs/works.py --all`` prints a table of every architecture of tests/architectures.py and tests/decoders.py
 (three quarters of an hour), and ``python docs/works.py NAME ...`` one of those named.
@@ -14,7 +14,9 @@ from typing import Any
 from offramp import check, zoo
 
 ROOT = Path(__file__).parent.parent
-SMALL = ("albert", "annalog", "minilm", "vit")  # of the zoo: an exit after every block of the others takes minutes
+# Of the zoo: an exit after every block of the others takes minutes.
+SMALL = ("albert", "annalog", "minilm", "translator", "vit")
+PAGE = ROOT / "docs" / "architectures.md"
 START, END = "<!-- works -->", "<!-- /works -->"
 
 
@@ -61,9 +63,8 @@ def main() -> None:
         lines.append(row(name, report))
         print(lines[-1], flush=True)
     if not named:
-        readme = (ROOT / "README.md").read_text()
-        table = "\n".join(lines)
-        (ROOT / "README.md").write_text(f"{readme.split(START)[0]}{START}\n{table}\n{END}{readme.split(END)[1]}")
+        page, table = PAGE.read_text(), "\n".join(lines)
+        PAGE.write_text(f"{page.split(START)[0]}{START}\n{table}\n{END}{page.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -42,7 +42,6 @@ WEIGHTS = Path(__file__).with_name("speech_adapters.safetensors")
 MODEL = "whisper_base"
 COMMAND = "python -m examples.train_speech_adapters"
 EXITS = (4, 5)
-PIPELINE = f"insert-exits{{after={'|'.join(map(str, EXITS))}}},insert-adapter{{kind=norm-linear}}"
 WORDS = 36  # a clip, at least; read slowly they take less than 30 s
 LONGEST = 160  # tokens; what goes on longer has gone astray
 UNSEEN = 4  # batches that are kept back, to tell how well it went
@@ -228,12 +227,18 @@ def heard(whisper: Any, clips: Sequence[Path], rows: int = 8) -> Iterator[Batch]
         }
 
 
-def program(pipeline: str = PIPELINE) -> Program:
+def pipeline(*exits: int) -> str:
+    """The passes that insert some exits and their adapters."""
+    return f"insert-exits{{after={'|'.join(map(str, exits))}}},insert-adapter{{kind=norm-linear}}"
+
+
+def program(passes: str | None = None) -> Program:
     """Whisper's decoder with its exits and adapters, as they start."""
     module, example = zoo.load(MODEL)
     memory = torch.randn(2, 1500, 512, generator=torch.Generator().manual_seed(0))
     inputs = {"memory": memory, "decoder_input_ids": example["decoder_input_ids"]}
-    return offramp.apply(offramp.capture(Writer(module.whisper), inputs), pipeline)
+    passes = pipeline(*EXITS) if passes is None else passes
+    return offramp.apply(offramp.capture(Writer(module.whisper), inputs), passes)
 
 
 def agreement(program: Program, batches: Sequence[Batch]) -> dict[int, float]:

@@ -23,6 +23,7 @@ from offramp.export.prepare import prepared
 from offramp.export.validate import validate
 from offramp.export.write import Writer
 from offramp.program.program import Program
+from offramp.runtime import card
 from offramp.runtime.errors import ExportError
 from offramp.runtime.manifest import MANIFEST_FILE, Generation, from_json, section, to_json
 from offramp.runtime.preprocessing import Preprocessing
@@ -41,6 +42,8 @@ def save(
     files: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str] | bytes] = (),
     policy: Mapping[str, Any] | None = None,
     name: str | None = None,
+    source: str | None = None,
+    licence: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a program as a bundle of ONNX segments, and validate it.
@@ -60,6 +63,9 @@ def save(
             the contents.
         policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
         name: what the bundle calls the model; the path's name if None.
+        source: where the model came from, for people who read the bundle's card (its ``README.md``, unless ``files``
+            has one).
+        licence: under which terms its weights may be used, for the same people.
         progress: called with a segment's name, how many are done, and how many there are.
 
     Returns:
@@ -87,7 +93,7 @@ def save(
     writer = Writer(directory, lowered.graph_module)
     try:
         describer = Describer(lowered, plan, writer, target, progress)
-        manifest = describer.manifest(name or place.stem, _provenance(program), policy)
+        manifest = describer.manifest(name or place.stem, _provenance(program, source, licence), policy)
         for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):
             _add(item, content, directory)
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
@@ -97,6 +103,7 @@ def save(
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)
+        card.write(manifest, directory, place.name)
         directory.chmod(0o755)
         if place.exists():
             shutil.rmtree(place)
@@ -118,8 +125,10 @@ def _add(name: str, content: str | os.PathLike[str] | bytes, directory: Path) ->
         shutil.copyfile(content, copied)
 
 
-def _provenance(program: Program) -> dict[str, Any]:
+def _provenance(program: Program, source: str | None, licence: str | None) -> dict[str, Any]:
+    known = {"source": source, "licence": licence}
     return {
+        **{key: value for key, value in known.items() if value},
         "pipeline": list(program.history),
         "opset": OPSET,
         "versions": {

@@ -1,4 +1,4 @@
-"""What benchmarks count with: small functions whose mistakes a table would not show."""
+"""What benchmarks count and print with: small functions whose mistakes a table would not show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks are no part of the package
+common = pytest.importorskip("benchmarks._common")
+translate = pytest.importorskip("benchmarks._translate")
 speech = pytest.importorskip("benchmarks.speech")
 recipe = pytest.importorskip("examples.train_speech_adapters")
 
@@ -29,3 +31,30 @@ def test_words_are_compared_as_they_are_said() -> None:
 def test_wikitext_is_printed_as_people_print() -> None:
     found = recipe.printed('It was , he said , " a 0 @.@ 5 cm ( long @-@ term ) one " , wasn \'t it ?')
     assert found == 'It was, he said, "a 0.5 cm (long-term) one", wasn\'t it?'
+
+
+def test_runs_together_show_their_spread() -> None:
+    runs = [[{"way": "a", "saved %": 47.1, "same": "yes"}], [{"way": "a", "saved %": 46.0, "same": "no"}]]
+    assert common.spread([*runs, *runs[:1]]) == [{"way": "a", "saved %": "47.1 (46 to 47.1)", "same": "yes / no"}]
+    assert common.spread(runs[:1]) == runs[0]
+
+
+def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(common.steps([1, 2], "pairs")) == [1, 2]
+    common.shown({"way": "a", "ms": 1.23456})
+    out, err = capsys.readouterr()
+    assert not out
+    assert "pairs: 2 in 0 s" in err
+    assert "way a, ms 1.23\n" in err
+
+
+def test_a_static_truncation_stands_beside_each_exit_policy() -> None:
+    rows = [
+        {"decoding": "full depth, one session", "blocks": 8.0, "BLEU": 39},
+        {"decoding": translate.cut(2), "blocks": 2.0, "BLEU": 38},
+        {"decoding": "[99%] DEED", "blocks": 2.4, "BLEU": 39},
+    ]
+    assert [row["decoding"] for row in translate.beside(rows)] == [
+        *(row["decoding"] for row in rows),
+        f"  beside it: {translate.cut(2)}",
+    ]

@@ -19,6 +19,7 @@ from test_packaging import run_without_torch
 
 import offramp
 from offramp.runtime import Chain, Confidence, Each, Entropy, InputError, Never
+from offramp.runtime.card import CARD_FILE
 from offramp.runtime.manifest import MANIFEST_FILE
 from offramp.training import calibration
 from offramp.training.costs import Costs
@@ -71,8 +72,8 @@ def test_a_bundle_gets_a_policy_that_keeps_its_promise(root: Path) -> None:
     assert (early.exits["encoder"] < 4).mean() > 0.1
     assert (early.outputs["logits"].argmax(1) == full.outputs["logits"].argmax(1)).mean() >= 0.9
     changed = {name for name, digest in files(root).items() if before.get(name) != digest}
-    assert changed == {MANIFEST_FILE}
-    assert set(files(root)) == set(before)
+    assert changed == {MANIFEST_FILE, CARD_FILE}
+    assert set(files(root)) == {*before, CARD_FILE}
 
 
 def test_the_record(root: Path) -> None:

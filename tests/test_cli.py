@@ -103,6 +103,7 @@ def test_help_pages_are_current() -> None:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run python docs/generate.py"
+    assert generate.API.read_text(encoding="utf-8") == generate.api(), "run python docs/generate.py"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from offramp.program import Program
 from offramp.program.graph import attribute, storage_key
 from offramp.program.sizes import other_sizes
 from offramp.runtime import bundle
+from offramp.runtime.card import CARD_FILE
 from offramp.runtime.chain import Chain
 from offramp.runtime.errors import ExportError, OfframpError, SpecError
 from offramp.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE
@@ -166,7 +167,7 @@ def test_the_manifest_keeps_to_its_schema(saved: Get, name: str) -> None:
 @pytest.mark.parametrize("name", ["own", "two_stacks"])
 def test_every_file_is_listed_with_its_hash(saved: Get, name: str) -> None:
     root, files = saved(name).root, saved(name).raw["files"]
-    assert {path.name for path in root.iterdir()} == {*files, MANIFEST_FILE}
+    assert {path.name for path in root.iterdir()} == {*files, MANIFEST_FILE, CARD_FILE}
     for file, known in files.items():
         content = (root / file).read_bytes()
         assert known == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -78,7 +78,7 @@ def source_files() -> dict[str, Path]:
     package = ROOT / "src" / "offramp"
     for path in package.rglob("*"):
         inside = path.relative_to(package)
-        if inside.parts[0] not in ROOMS and path.suffix in {".py", ".typed", ".safetensors"}:
+        if inside.parts[0] not in ROOMS and path.suffix in {".py", ".typed", ".safetensors", ".json", ".txt"}:
             found[f"offramp/{inside.as_posix()}"] = path
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime import Chain, InputError, Never, Policy, bundle, load
+from offramp.runtime import Chain, InputError, Never, Policy, bundle, card, load
 from offramp.runtime.cores import physical_cores
 from offramp.runtime.manifest import MANIFEST_FILE, Stack, to_json
 from offramp.training.examples import FIT_SHARE, Examples, read
@@ -43,14 +43,16 @@ class Calibration:
     record: Mapping[str, Any]
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Make it the default of the bundle at ``path``: its manifest is replaced at once, nothing else changes."""
+        """Make it the default of the bundle at ``path``: its manifest is replaced at once, and its card after it."""
         manifest, root = bundle.read(path, verify=False)
-        text = to_json(replace(manifest, policy=self.policy.to_dict(), calibration=self.record))
+        manifest = replace(manifest, policy=self.policy.to_dict(), calibration=self.record)
+        text = to_json(manifest)
         with NamedTemporaryFile("w", dir=root, prefix=".manifest", delete=False, encoding="utf-8") as file:
             file.write(text)
         written = File(file.name)
         written.chmod((root / MANIFEST_FILE).stat().st_mode)
         written.replace(root / MANIFEST_FILE)
+        card.write(manifest, root)
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def calibrate(
     chosen = stack_of(chain, stack)
     if chain.generates is None and options:
         raise InputError(f"options {sorted(options)} are of generations; this bundle does not generate")
-    if options.get("temperature") or options.get("beams", 1) != 1:
-        raise InputError("a calibration compares greedy texts", hint="leave temperature and beams out")
+    if options.get("temperature"):
+        raise InputError("a calibration compares greedy texts", hint="leave temperature out")
     run = _tokens if chain.generates is not None else _rows
     asked = _Asked(chain, chosen, keep, confidence, quality, measure, options)
     found = run(asked, *examples.split(seed))

@@ -1,1 +1,1 @@
-"""A translator with off-ramps: the model, the recipe that trained it, and what came out."""
+"""The recipe that trained ``zoo:translator`` and its exits."""

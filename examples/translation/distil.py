@@ -20,11 +20,11 @@ import torch
 from tokenizers import Tokenizer
 
 import offramp
-from examples.translation.model import BEGIN, END, LONGEST
 from examples.translation.train import Batches, program, show
 from offramp.training.loop import fit
 from offramp.training.objectives import DeepSupervision, SelfDistillation, Together
 from offramp.training.weights import load_weights, save_weights
+from offramp.zoo.translator import BEGIN, END, LONGEST
 
 PHASES = (  # epochs, learning rate, weights of the depths
     (12, 1e-3, {1: 0.4, 2: 0.3, 3: 0.2, 4: 0.1, 5: 0.1, 6: 0.1, 7: 0.1, 8: 1.0}),
@@ -42,7 +42,7 @@ def translated(batches: Batches, weights: Path, out: Path) -> list[list[int]]:
     chain = offramp.load(bundle, threads=1)
     with out.open("a") as file:
         for source, _ in batches.pairs[len(found) :]:
-            inputs = {"source": [source], "source_mask": [[1] * len(source)], "target": [[BEGIN]]}
+            inputs = {"input_ids": [source], "attention_mask": [[1] * len(source)], "decoder_input_ids": [[BEGIN]]}
             room = min(2 * len(source) + 10, LONGEST - 1)
             made = chain.generate(inputs, offramp.Never(), beams=4, stop=[END], max_new_tokens=room)
             found.append([int(token) for token in made.tokens[0] if token != END])

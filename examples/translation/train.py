@@ -17,20 +17,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 import offramp
 from examples._data import data
-from examples.translation.model import BEGIN, DECODER_BLOCKS, END, LONGEST, PAD, Translator
 from offramp.program import Program
 from offramp.training.loop import Point, fit
 from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
 from offramp.training.weights import save_weights
+from offramp.zoo.translator import (
+    BEGIN,
+    DECODER_BLOCKS,
+    END,
+    LONGEST,
+    PAD,
+    VOCABULARY,
+    Translator,
+    example,
+    with_exits,
+)
 
-VOCABULARY = 6000
 TOKENS_A_BATCH = 3000
-WEIGHTS, TOKENIZER = (Path(__file__).with_name(name) for name in ("exits.safetensors", "tokenizer.json"))
 
 
 def lines(name: str) -> list[str]:
@@ -40,15 +48,16 @@ def lines(name: str) -> list[str]:
 
 
 def tokenizer() -> Tokenizer:
-    """Byte pairs of both languages."""
+    """Byte pairs of both languages, in lowercase, with `END` after every text."""
     made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.normalizer = normalizers.NFC()
+    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY, special_tokens=["<pad>", "<s>", "</s>", "<unk>"], show_progress=False
     )
     made.train_from_iterator(lines("train.de") + lines("train.en"), trainer)
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", END)])
     return made
 
 
@@ -56,7 +65,10 @@ class Batches:
     """Pairs of similar length together, about as many tokens in each batch, shuffled anew each epoch."""
 
     def __init__(self, split: str, words: Tokenizer) -> None:
-        pairs = zip(words.encode_batch(lines(f"{split}.de")), words.encode_batch(lines(f"{split}.en")), strict=True)
+        source, target = (
+            words.encode_batch(lines(f"{split}.{language}"), add_special_tokens=False) for language in ("de", "en")
+        )
+        pairs = zip(source, target, strict=True)
         self.pairs = [([*s.ids[: LONGEST - 1], END], t.ids[: LONGEST - 2]) for s, t in pairs]
         self.set_epoch(0)
 
@@ -82,27 +94,24 @@ class Batches:
             source = nn.utils.rnn.pad_sequence([torch.tensor(s) for s, _ in pairs], True, PAD)
             target = nn.utils.rnn.pad_sequence([torch.tensor([BEGIN, *t]) for _, t in pairs], True, PAD)
             labels = nn.utils.rnn.pad_sequence([torch.tensor([*t, END]) for _, t in pairs], True, IGNORED)
-            yield {"source": source, "source_mask": (source != PAD).long(), "target": target, "labels": labels}
+            yield {
+                "input_ids": source,
+                "attention_mask": (source != PAD).long(),
+                "decoder_input_ids": target,
+                "labels": labels,
+            }
 
 
 @functools.cache
 def captured() -> Program:
     """The translator, captured; weights as they start."""
     torch.manual_seed(0)
-    example = {
-        "source": torch.full((2, 9), 5),
-        "source_mask": torch.ones(2, 9, dtype=torch.int64),
-        "target": torch.full((2, 7), 5),
-    }
-    return offramp.capture(Translator(VOCABULARY), example, training=True)
+    return offramp.capture(Translator(), example(), training=True)
 
 
 def program(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> Program:
     """The translator with exits in its decoder; the weights of all that this returns are the same."""
-    if not exits:
-        return captured()
-    after = "|".join(map(str, exits))
-    return offramp.apply(captured(), f"insert-exits{{stack=decoder,after={after}}},insert-adapter{{stack=decoder}}")
+    return with_exits(captured(), exits) if exits else captured()
 
 
 def show(point: Point) -> None:

@@ -1,4 +1,4 @@
-"""offramp gives any PyTorch transformer early exits and runs them under ONNX Runtime.
+"""offramp gives PyTorch transformers early exits and runs them under ONNX Runtime.
 
 The names below are loaded when first used, so that ``import offramp`` needs numpy and ONNX Runtime only::
 

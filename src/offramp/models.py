@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -123,6 +124,28 @@ def settings(
     from offramp import _pretrained, _settings
 
     return _settings.settings(_pretrained.processors(rest), module, inputs, ignore_generation, note)
+
+
+def origin(name: str) -> dict[str, Any]:
+    """Where a model came from and its ``licence``, None where that is not known: arguments of `offramp.save`.
+
+    ``source`` is the name without the folders of this machine. The licence is what the zoo says, or the card
+    (``README.md``) in an ``hf:`` directory.
+    """
+    scheme, colon, rest = name.partition(":")
+    if scheme == "zoo":
+        return {"source": name, "licence": zoo.licence(rest)}
+    if scheme == "hf" and Path(rest).is_dir():
+        return {"source": f"hf:{Path(rest).resolve().name}", "licence": _licence(Path(rest) / "README.md")}
+    return {"source": name if scheme == "hf" else f"{Path(scheme).name}{colon}{rest}", "licence": None}
+
+
+def _licence(about: Path) -> str | None:
+    """``license`` in the head of a model card."""
+    text = about.read_text(encoding="utf-8", errors="replace") if about.is_file() else ""
+    head = text.removeprefix("---\n").partition("\n---")[0] if text.startswith("---\n") else ""
+    found = re.search(r"^license:\s*(\S.*?)\s*$", head, re.MULTILINE)
+    return found[1] if found else None
 
 
 def _zoo_names() -> str:

@@ -1,10 +1,10 @@
-"""Watch sentences, speech or text leave a real model early, and what that saves and changes.
+"""Watch sentences, translations and speech take less than a whole model, and what that saves and changes.
 
   sentiment [SENTENCE ...]   MiniLM with a sentiment head after each of its 6 blocks (the default)
-  speech [FILE.wav]          Whisper tiny.en writes down a recording, with exits after 2 and 3 of 4 blocks
-  text [PROMPT]              SmolLM2-135M answers, with exits after 10, 15, 20 and 25 of 30 blocks
+  translation [TEXT ...]     German captions become English, with a trained exit after 2 of 8 decoder blocks
+  speech [FILE.wav]          Whisper base writes down a recording, most tokens picked from a short list
 
-The first time, a demo exports its bundle (20 seconds to 2 minutes); then it runs it, at full depth too.
+The first time, a demo exports its bundles (10 seconds to 2 minutes); then it runs them in turns with full depth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         metavar="DEMO",
         nargs="*",
-        help="sentiment, speech or text, and then what it is to run on; without one of these words, sentences",
+        help="sentiment, translation or speech, and then what it is to run on; without one of these words, sentences",
     )
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="where the bundle lies, or is to lie; in build/ if left out"
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         name, *words = words
     module = importlib.import_module(f"offramp.demo.{name}")
     output = args.output or module.BUNDLE
-    if not demo.is_current(output, module.PIPELINE):
+    if not all(demo.is_current(path, pipeline) for path, pipeline in module.bundles(output).items()):
         print(f"exporting {output}, once", file=sys.stderr)
         with _common.progress("exporting") as shown:
             module.build(output, shown)

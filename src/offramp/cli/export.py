@@ -70,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
             files=own["files"] | {file.name: file for file in args.file or []},
             policy=policy,
             name=args.name,
+            **models.origin(args.model),
             progress=shown,
         )
     print(offramp.load(args.output))

@@ -1,7 +1,7 @@
-"""What ``offramp demo`` shows: a module each, with ``BUNDLE``, ``PIPELINE``, ``build(path, progress)`` and ``show``.
+"""What ``offramp demo`` shows: a module each, with ``BUNDLE``, ``bundles``, ``build(path, progress)`` and ``show``.
 
 ``show(path, words)`` runs the bundle on what the user gave; ``BUNDLE`` is where it lies unless the user says
-otherwise, ``PIPELINE`` the passes that make it.
+otherwise, and ``bundles(path)`` maps all that belong to a demo to the passes that make them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from offramp import __version__
 
-NAMES = ("sentiment", "speech", "text")
+NAMES = ("sentiment", "translation", "speech")
 
 
 def is_current(path: Path, pipeline: Sequence[str]) -> bool:

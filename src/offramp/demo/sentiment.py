@@ -47,10 +47,15 @@ class Answer(NamedTuple):
     milliseconds: float
 
 
+def bundles(path: Path) -> dict[Path, tuple[str, ...]]:
+    """The bundle of the demo, and the passes that make it."""
+    return {path: PIPELINE}
+
+
 def build(path: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
     """Capture MiniLM, insert exits with their trained heads and scores, and save it with its tokenizer."""
     import offramp
-    from offramp import zoo
+    from offramp import models, zoo
     from offramp.zoo.minilm import exit_heads
 
     program = offramp.apply(offramp.capture(*zoo.load("minilm")), ",".join(PIPELINE))
@@ -68,6 +73,7 @@ def build(path: Path, progress: Callable[[str, int, int], None] | None = None) -
         files=zoo.tokenizer_files("minilm"),
         policy=POLICY.to_dict(),
         name="minilm-sentiment",
+        **models.origin("zoo:minilm"),
         progress=progress,
     )
 

@@ -7,11 +7,13 @@
     zoo.tokenizer_files("minilm")       files that turn text into the model's token ids
     zoo.generation("whisper_base")      prompt, stop tokens, and what else generating text needs
     zoo.audio("whisper_base")           how sound becomes the model's features
+    zoo.licence("whisper_base")         under which terms its weights may be used
     python -m offramp.zoo               the pip requirements of all weights
 
 A model is one file of this folder. It declares ``WEIGHTS`` (a `Package`, or `Packages`) and ``build() -> (module,
 example_inputs)``; and where the model has them ``TOKENIZER`` (names of files in the packages) or ``tokenizer_file()``
-(the path of one made from them), ``GENERATION`` (a `Generation`) and ``AUDIO`` (an `Audio`). Its file name is its name.
+(the path of one made from them), ``GENERATION`` (a `Generation`), ``AUDIO`` (an `Audio`) and
+``LICENCE``. Its file name is its name.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ __all__ = [
     "ZooError",
     "audio",
     "generation",
+    "licence",
     "load",
     "names",
     "requirements",
@@ -88,6 +91,12 @@ def generation(name: str) -> Generation:
 def audio(name: str) -> Audio:
     """How sound becomes the model's features; empty for a model that hears none. Raises `UnknownModelError`."""
     return copy.deepcopy(getattr(_entry(name), "AUDIO", Audio()))
+
+
+def licence(name: str) -> str | None:
+    """Under which terms the model's weights may be used, None where that is not known. Raises `UnknownModelError`."""
+    found: str | None = getattr(_entry(name), "LICENCE", None)
+    return found
 
 
 def requirements() -> tuple[str, ...]:

