@@ -19,6 +19,7 @@ class Text:
             apart.
         pad_side: Where it goes, "right" or "left".
         pad_type: The token type of padding.
+        needs_mask: Whether padding changes nothing only where a mask says what it is.
         limit: Tokens that the model takes at most, special ones included; None for any number.
         cut_side: Where a text that is too long is cut.
     """
@@ -26,6 +27,7 @@ class Text:
     pad: int | None = None
     pad_side: str = "right"
     pad_type: int = 0
+    needs_mask: bool = True
     limit: int | None = None
     cut_side: str = "right"
 

@@ -7,7 +7,9 @@ import re
 import shutil
 import wave
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -112,13 +114,25 @@ def test_rows_that_are_padded_give_what_they_give_alone(judge: Path) -> None:
     bundle = bundle_of(judge)
     settings = offramp.load(bundle).manifest.preprocessing.text
     assert settings is not None
-    assert (settings.pad, settings.pad_side, settings.limit) == (3, "right", 12)
+    assert (settings.pad, settings.pad_side, settings.limit, settings.needs_mask) == (3, "right", 12, False)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(judge)
     encoded = transformers.AutoTokenizer.from_pretrained(judge)(list(TEXTS), padding=True, return_tensors="pt")
     expected = model(**encoded).logits.detach().numpy()
     together, alone = logits(bundle, TEXTS), [logits(bundle, [text])[0] for text in TEXTS]
     np.testing.assert_allclose(together, expected, atol=1e-5)
     np.testing.assert_allclose(alone, expected, atol=1e-5)
+
+
+def test_padding_that_needs_a_mask_is_left_out_where_the_bundle_takes_none(judge: Path) -> None:
+    chain = offramp.load(bundle_of(judge))
+    bare = {name: value for name, value in chain.inputs.items() if name != "attention_mask"}
+    settings = chain.manifest.preprocessing
+    assert settings.text is not None
+    strict = replace(settings, text=replace(settings.text, needs_mask=True))
+    for text, batches in ((settings, 1), (strict, len(TEXTS))):
+        manifest = replace(chain.manifest, preprocessing=text)
+        double: Any = SimpleNamespace(manifest=manifest, inputs=bare)
+        assert len(_text.encode(double, bundle_of(judge), TEXTS)) == batches
 
 
 def test_text_that_is_too_long_is_an_error_or_cut(judge: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,9 +130,12 @@ def text_settings(tokenizer: Any, model: PreTrainedModel, inputs: Mapping[str, T
     sides = (side, *({"right", "left"} - {side}))
     ways = ((pad, way) for way in sides for pad in _pads(tokenizer, model))
     fitting = next(((pad, way) for pad, way in ways if _is_neutral(model, inputs, pad, way, types)), None)
+    pad, side = fitting or (None, "right")
+    bare = {name: value for name, value in inputs.items() if name != MASK}
     return Text(
-        pad=fitting[0] if fitting else None,
-        pad_side=fitting[1] if fitting else "right",
+        pad=pad,
+        pad_side=side,
+        needs_mask=pad is None or not _is_neutral(model, bare, pad, side, types),
         pad_type=types,
         limit=_limit(tokenizer, model),
         cut_side=getattr(tokenizer, "truncation_side", "right"),

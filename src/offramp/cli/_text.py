@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,8 @@ def encode(
     asked: list[Any] = list(zip(texts, pairs, strict=True)) if pairs else list(texts)
     rows = _encoded(tokenizer, asked, longest, settings.cut_side if truncate else None)
     lengths = {len(row.ids) for row in rows}
+    if settings.needs_mask and _MASK not in chain.inputs:
+        settings = replace(settings, pad=None)
     if settings.pad is None and (lengths != {size} if size is not None else False):
         raise InputError(
             f"the texts have {sorted(lengths)} tokens, the model takes {size} exactly, and how it takes padding is "
