@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.runtime.errors import ExecutionError
 from offramp.runtime.feed import Prompts, Run
 from offramp.runtime.generate import Generated
 from offramp.runtime.sampling import Chooser, log_probabilities
@@ -15,117 +16,106 @@ from offramp.runtime.sampling import Chooser, log_probabilities
 
 @dataclass(frozen=True, slots=True)
 class _Text:
-    """Tokens of one beam with their exits, and the sum of their log-probabilities."""
+    """Tokens of one beam with their exits; ``total`` is the sum of their log-probabilities, at the end the score."""
 
     tokens: tuple[int, ...] = ()
     exits: tuple[int, ...] = ()
-    total: float = 0.0
-
-    def score(self, length_penalty: float) -> float:
-        return float(self.total / max(1, len(self.tokens)) ** length_penalty)
+    total: np.float32 = np.float32(0)  # noqa: RUF009 (immutable)
 
 
 @dataclass
 class _Row:
-    """A row of the batch: its beams, in the order of their slots, and the texts that have ended."""
+    """A row of the batch: its beams, in the order of their slots, and the best texts that have ended, with scores."""
 
     number: int
-    beams: list[_Text]
+    prompt: list[int]
+    beams: list[_Text] = field(default_factory=lambda: [_Text()])
     ended: list[_Text] = field(default_factory=list)
 
 
-def search(run: Run, prompts: Prompts, beams: int, length_penalty: float) -> Generated:
-    """The best text of each row by the sum of log-probabilities over ``length ** length_penalty``.
+def search(run: Run, prompts: Prompts) -> Generated:
+    """The best text that has ended of each row, by the sum of log-probabilities over ``length ** length_penalty``.
 
-    ``run`` has ``beams`` slots for each row, and its first slots hold the rows. A row ends when as many texts as it
-    has beams have ended, and none of its beams can still beat the worst of them.
+    ``run`` has slots for all beams of each row, and its first slots hold the rows. What is kept, what counts as ended
+    and when a row is done is as in transformers' beam search, in float32.
     """
-    sampling, plan = run.sampling, run.plan
-    chooser = Chooser(sampling, plan.vocabulary)
-    limit = sampling.max_new_tokens
-    assert limit is not None
-    rows = [_Row(number, [_Text()]) for number in range(len(prompts))]
-    done: list[_Row] = [] if limit else list(rows)
+    chooser = Chooser(run.sampling, run.plan.vocabulary)
+    rows = [_Row(number, prompt.tolist()) for number, prompt in enumerate(prompts)]
+    going = rows if run.sampling.max_new_tokens else []
     run.rows = list(range(len(prompts)))
     tokens: Sequence[NDArray[np.int64]] = prompts
     askers = run.first
-    while len(done) < len(prompts):
+    while going:
         left = run.feed(tokens, askers)
         sources: list[int] = []
-        slot, going = 0, []
-        for row in rows:
+        slot, after = 0, []
+        for row in going:
             here = left[slot : slot + len(row.beams)]
-            logits = np.stack([item.outputs[plan.output].reshape(-1) for item in here])
-            taken = [item.exits[plan.stacks[-1]] for item in here]
-            parents = _advance(row, prompts[row.number], logits, taken, chooser, beams, limit, length_penalty)
-            if parents:
-                sources += [slot + parent for parent in parents]
-                going.append(row)
-            else:
-                done.append(row)
+            logits = np.stack([item.outputs[run.plan.output].reshape(-1) for item in here])
+            parents = _advance(row, logits, [item.exits[run.plan.stacks[-1]] for item in here], run, chooser)
+            sources += [slot + parent for parent in parents]
+            after += [row] if parents else []
             slot += len(here)
         run.rearrange(sources)
-        rows, run.rows = going, sources
-        tokens = [np.array([beam.tokens[-1]]) for row in rows for beam in row.beams]
+        going, run.rows = after, sources
+        tokens = [np.array([beam.tokens[-1]]) for row in going for beam in row.beams]
         askers = run.askers
-    best = [max(row.ended or row.beams, key=lambda text: text.score(length_penalty)) for row in _ordered(done)]
+    best = [row.ended[0] if row.ended else _Text() for row in rows]
     return Generated(
         tuple(np.array(text.tokens, np.int64) for text in best),
         tuple(np.array(text.exits, np.int64) for text in best),
-        tuple(text.score(length_penalty) for text in best),
+        tuple(float(text.total) for text in best),
     )
 
 
-def _advance(
-    row: _Row,
-    prompt: NDArray[np.int64],
-    logits: NDArray[np.float32],
-    exits: Sequence[int],
-    chooser: Chooser,
-    beams: int,
-    limit: int,
-    length_penalty: float,
-) -> list[int]:
-    """Extend a row's beams by a token; returns which beam each new one comes from, none where the row has ended."""
-    stop = chooser.sampling.stop
-    emitted = len(row.beams[0].tokens)
-    texts = [np.concatenate([prompt, np.array(beam.tokens, np.int64)]) for beam in row.beams]
-    totals = log_probabilities(chooser.allowed(logits, texts, emitted))
-    totals += np.array([beam.total for beam in row.beams], np.float32)[:, None]
-    count = min(2 * beams, totals.size)
-    order = np.argpartition(-totals, count - 1, axis=None)[:count]
-    order = order[np.argsort(-totals.reshape(-1)[order], kind="stable")]
-    parents: list[int] = []
+def _advance(row: _Row, logits: NDArray[np.float32], exits: Sequence[int], run: Run, chooser: Chooser) -> list[int]:
+    """Extend a row's beams by a token; returns which beam each new one comes from, none where the row is done.
+
+    ``logits`` are [beams, vocabulary], ``exits`` where each was made.
+    """
+    beams, limit = run.sampling.beams, run.sampling.max_new_tokens
+    length = len(row.beams[0].tokens) + 1
+    power = np.float32(length**run.sampling.length_penalty)
     following: list[_Text] = []
-    for place in order:
-        parent, token = divmod(int(place), totals.shape[1])
-        total = float(totals[parent, token])
-        if not np.isfinite(total):
-            continue
+    parents: list[int] = []
+    for rank, (parent, token, total) in enumerate(_best(row, logits, chooser)):
         beam = row.beams[parent]
         text = _Text((*beam.tokens, token), (*beam.exits, exits[parent]), total)
-        if token in stop:
-            row.ended = _best([*row.ended, text], beams, length_penalty)
+        if length == limit or run.ends([*row.prompt, *text.tokens]):
+            if rank < beams:  # what is worse is there only so that there are as many beams as before
+                row.ended.append(_Text(text.tokens, text.exits, total / power))
         elif len(following) < beams:
             following.append(text)
             parents.append(parent)
-    if emitted + 1 == limit:
-        row.ended = _best([*row.ended, *following], beams, length_penalty)
-        return []
-    if not following:
-        return []
-    full = len(row.ended) == beams
-    if full and max(text.score(length_penalty) for text in following) <= min(
-        t.score(length_penalty) for t in row.ended
-    ):
+    row.ended = sorted(row.ended, key=lambda text: -text.total)[:beams]
+    if not following and not row.ended:
+        raise ExecutionError(f"all tokens are banned in every beam of row {row.number}, as number {length}")
+    if not following or _done(row, following[0].total, length, run):
         return []
     row.beams = following
     return parents
 
 
-def _best(texts: Sequence[_Text], count: int, length_penalty: float) -> list[_Text]:
-    return sorted(texts, key=lambda text: -text.score(length_penalty))[:count]
+def _best(row: _Row, logits: NDArray[np.float32], chooser: Chooser) -> list[tuple[int, int, np.float32]]:
+    """The likeliest beams with one more token, in order: which beam, which token, and the new total."""
+    sampling = chooser.sampling
+    texts = [np.array([*row.prompt, *beam.tokens], np.int64) for beam in row.beams]
+    totals = chooser.allowed(log_probabilities(logits), texts, len(row.beams[0].tokens))
+    totals = totals + np.array([beam.total for beam in row.beams], np.float32)[:, None]
+    count = min(max(2, 1 + len(sampling.stop)) * sampling.beams, totals.size)
+    order = np.argpartition(-totals, count - 1, axis=None)[:count]
+    order = order[np.argsort(-totals.reshape(-1)[order], kind="stable")]
+    places = [divmod(int(place), totals.shape[1]) for place in order]
+    return [(beam, token, totals[beam, token]) for beam, token in places if np.isfinite(totals[beam, token])]
 
 
-def _ordered(rows: Sequence[_Row]) -> list[_Row]:
-    return sorted(rows, key=lambda row: row.number)
+def _done(row: _Row, best: np.float32, length: int, run: Run) -> bool:
+    """Whether the search is over for a row whose best beam has the total ``best``, by ``early_stopping``."""
+    sampling = run.sampling
+    if len(row.ended) < sampling.beams:
+        return False
+    if sampling.early_stopping is True:
+        return True
+    if sampling.early_stopping == "never" and sampling.length_penalty > 0:
+        length = sampling.max_new_tokens or length
+    return bool(best / np.float32(length**sampling.length_penalty) <= row.ended[-1].total)

@@ -19,10 +19,12 @@ from offramp.runtime.generate import Generated, Token, stream
 from offramp.runtime.inputs import Inputs
 from offramp.runtime.manifest import Manifest, Stack, Value
 from offramp.runtime.memory import DEVICES, Device, Env, Host, Index, Memory
+from offramp.runtime.options import Sampling
 from offramp.runtime.plan import Call, Step, prepare, ready_takers
 from offramp.runtime.policy import Asker, Function, Policy, State, listing
 from offramp.runtime.result import Result, Timing
 from offramp.runtime.sessions import Providers, open_sessions
+from offramp.runtime.stopping import TOKENIZER_FILE, Ends
 from offramp.runtime.verify import in_last, refuse, verified
 from offramp.runtime.walk import depths, execute, join, walk
 
@@ -70,6 +72,7 @@ class Chain:
         _device: tuple[str, int] | None = None,
     ) -> None:
         self.manifest = manifest
+        self._root = Path(root)
         self.inputs: Mapping[str, Value] = {name: manifest.values[name] for name in manifest.inputs}
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
         self.policy = policies.from_dict(manifest.policy) if manifest.policy else policies.Never()
@@ -128,6 +131,7 @@ class Chain:
         *,
         propagate: str = "defer",
         max_pending: int | None = None,
+        tokenizer: Any = None,
         **options: Any,
     ) -> Iterator[Token]:
         """Generate token by token; nothing is shared with other runs, so it may be left at any point.
@@ -140,7 +144,10 @@ class Chain:
             propagate: "defer" computes the deeper blocks of tokens that left early when a later token goes deep
                 (exact); "hidden" computes them from the hidden state at the exit (CALM).
             max_pending: Compute deeper blocks as soon as so many tokens of a row wait for them.
-            options: Fields of `Sampling`: ``temperature``, ``top_k``, ``max_new_tokens``, ``stop``, ...
+            tokenizer: What tells where ``stop_strings`` end a row, as tokenizers and transformers have it; None for
+                the bundle's own.
+            options: Fields of `Sampling`: ``temperature``, ``top_k``, ``max_new_tokens``, ``stop``, ... Those that are
+                left out are the bundle's own (``manifest.generation``), else `Sampling`'s; None is the latter.
 
         Yields:
             A `Token` for each row and step, rows in order. With `Verify` those that full depth has checked: of some
@@ -150,7 +157,14 @@ class Chain:
             InputError: the bundle has no cache, or inputs and options do not fit it.
             PolicyError, ExecutionError: as for `run`.
         """
-        return _tokens(*self._generation(inputs, policy, propagate, max_pending, options))
+        run, prompts = self._generation(inputs, policy, propagate, max_pending, options, tokenizer)
+        if run.sampling.beams > 1:
+            whose = "" if "beams" in options else "the bundle's own "
+            raise InputError(
+                f"{whose}beams={run.sampling.beams}: beam search knows a row's tokens at its end, not one by one",
+                hint="beams=1; or generate",
+            )
+        return _tokens(run, prompts)
 
     def generate(
         self,
@@ -159,18 +173,17 @@ class Chain:
         *,
         propagate: str = "defer",
         max_pending: int | None = None,
-        beams: int = 1,
-        length_penalty: float = 1.0,
+        tokenizer: Any = None,
         **options: Any,
     ) -> Generated:
         """All tokens of all rows, and the depth of each; arguments and errors as for `stream`.
 
-        With ``beams`` the best text that beam search finds by log-probability over ``length ** length_penalty``; each
-        beam has its own depth.
+        With ``beams`` the text that beam search finds: by its log-probability over ``length ** length_penalty``, the
+        best of those that ended. Each beam has its own depth.
         """
-        run, prompts = self._generation(inputs, policy, propagate, max_pending, options, beams)
-        if beams > 1:
-            found = search(run, prompts, beams, length_penalty)
+        run, prompts = self._generation(inputs, policy, propagate, max_pending, options, tokenizer)
+        if run.sampling.beams > 1:
+            found = search(run, prompts)
             run.end()
             return found
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -193,7 +206,7 @@ class Chain:
     def generation(self, inputs: Mapping[str, Any], policy: Any = None) -> Run:
         """A generation to be fed by hand: inputs checked, what runs once for them done, no token run yet."""
         refuse(self._asked(policy), "a generation by hand")
-        return self._generation(inputs, policy, "defer", None, {})[0]
+        return self._generation(inputs, policy, "defer", None, None)[0]
 
     def _generation(
         self,
@@ -201,22 +214,24 @@ class Chain:
         policy: Any,
         propagate: str,
         max_pending: int | None,
-        options: Mapping[str, Any],
-        beams: int = 1,
+        options: Mapping[str, Any] | None,
+        tokenizer: Any = None,
     ) -> tuple[Run, Prompts]:
+        """A run and its prompts; without ``options`` nobody chooses tokens."""
         plan = self._plan
         if plan is None:
             raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")
         policy = self._asked(policy)
-        if beams < 1 or (beams > 1 and options.get("temperature")):
-            raise InputError(f"beams={beams}: at least 1, and more than 1 draw no tokens (temperature=0)")
         policy, drafts = in_last(policy, plan.stacks[-1])
-        if drafts and beams > 1:
-            refuse(policy, "beam search keeps several texts of a row")
+        prompts = plan.prompts(inputs)
+        sampling = Sampling() if options is None else plan.sampling(max(row.size for row in prompts), options)
+        if drafts and sampling.beams > 1:
+            refuse(policy, "beam search keeps several texts of a row (beams=1 keeps one)")
         if drafts and (propagate != "defer" or max_pending is not None):
             raise InputError("drafts are checked by full depth, and bounded by their number", hint="Verify(drafts=...)")
-        prompts = plan.prompts(inputs)
-        sampling = plan.sampling(max(row.size for row in prompts), options)
+        if sampling.stop_strings and tokenizer is None:
+            tokenizer = self._tokenizer()
+        ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
         first = np.zeros((len(prompts), max(row.size for row in prompts)), self.inputs[plan.cache.tokens[0]].dtype)
         arrays, batch = self._inputs.check({**inputs, plan.cache.tokens[0]: first})
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
@@ -234,7 +249,18 @@ class Chain:
             return {name: self._memory.get(sized[name]) for name in plan.read if name in sized}
 
         kept = {name: self._memory.get(env[name]) for name in plan.read if name in env}
-        return Run(plan, prompts, kept, tables, policy, sampling, self._device, propagate, max_pending, beams), prompts
+        run = Run(plan, prompts, kept, tables, policy, sampling, ends, self._device, propagate, max_pending)
+        return run, prompts
+
+    def _tokenizer(self) -> Any:
+        """The bundle's own tokenizer, None where it has none."""
+        if TOKENIZER_FILE not in self.manifest.files:
+            return None
+        try:
+            from tokenizers import Tokenizer
+        except ModuleNotFoundError as error:
+            raise InputError("stop_strings need the package tokenizers", hint="pip install tokenizers") from error
+        return Tokenizer.from_file(str(self._root / TOKENIZER_FILE))
 
     def _asked(self, policy: Policy | Callable[[State], Any] | None) -> Policy:
         if policy is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
 from time import perf_counter
 from typing import Any, TypeAlias
 
@@ -12,12 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.decoder import Decoder, Left
+from offramp.runtime.defaults import merged
 from offramp.runtime.errors import InputError
 from offramp.runtime.launcher import greatest, padded
 from offramp.runtime.legs import Leg, check_layout, legs_of
 from offramp.runtime.manifest import Manifest
+from offramp.runtime.options import OPTIONS, Sampling
 from offramp.runtime.policy import Agreement, Asker, Policy
-from offramp.runtime.sampling import Chooser, Sampling
+from offramp.runtime.stopping import Ends
 from offramp.runtime.store import Store
 from offramp.runtime.watch import Watch
 
@@ -25,7 +26,6 @@ Array = NDArray[Any]
 Prompts: TypeAlias = list[NDArray[np.int64]]
 
 _FIRST_CAPACITY = 64
-_NEW_TOKENS = 256  # where neither the model nor the user sets a limit
 
 
 class Plan:
@@ -87,19 +87,23 @@ class Plan:
     def prompts(self, inputs: Mapping[str, Any]) -> Prompts:
         """The prompts of the batch, int64 [n] each; the bundle's own where none is given."""
         name = self.tokens_input()
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"inputs map names to arrays, this is a {type(inputs).__name__}", hint=f"{{{name!r}: [[1, 2, 3]]}}"
+            )
         given = inputs.get(name)
         if given is None:
             start = list(self.manifest.generation.prompt)
             if not start:
                 raise InputError(f"{name!r} is missing, and the bundle has no prompt of its own")
-            given = [start] * max((len(value) for value in inputs.values()), default=1)
+            given = [start] * max((len(value) for value in inputs.values() if hasattr(value, "__len__")), default=1)
         try:
             if isinstance(given, np.ndarray) and given.dtype.kind not in "iu":
                 raise TypeError(f"dtype {given.dtype}")
             rows = [np.asarray(row) for row in given]
             if any(row.ndim != 1 or (row.size and row.dtype.kind not in "iu") for row in rows):
                 raise TypeError("not rows of whole numbers")
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InputError(
                 f"{name!r} has to be rows of token ids, of any lengths: {error}", hint="[[1, 2, 3], [4, 5]]"
             ) from error
@@ -116,26 +120,8 @@ class Plan:
         return prompts
 
     def sampling(self, longest: int, options: Mapping[str, Any]) -> Sampling:
-        """The bundle's way of choosing tokens, with the user's options on top."""
-        known = {field.name for field in fields(Sampling)}
-        if unknown := sorted(set(options) - known):
-            raise InputError(f"unknown options {unknown}; there are {sorted(known)}")
-        own = {key: getattr(self.manifest.generation, key) for key in ("stop", "suppress", "suppress_first")}
-        given: dict[str, Any] = {**own, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}}
-        chosen = Sampling(**given)
-        Chooser(chosen, self.vocabulary)  # which checks the token ids
-        limits = [self.cache.limit, self.manifest.generation.max_length]
-        limit = min((number for number in limits if number is not None), default=None)
-        room = None if limit is None else limit - longest + (limit == self.cache.limit)
-        wanted = chosen.max_new_tokens
-        if wanted is None:
-            wanted = _NEW_TOKENS if room is None else max(0, room)
-        elif self.cache.limit is not None and longest + wanted - 1 > self.cache.limit:
-            raise InputError(
-                f"max_new_tokens={wanted} after a prompt of {longest}: the model takes {self.cache.limit} tokens",
-                hint=f"max_new_tokens={max(0, self.cache.limit - longest + 1)}",
-            )
-        return replace(chosen, max_new_tokens=wanted)
+        """How tokens are chosen after prompts of at most ``longest``: see `merged`."""
+        return merged(self.manifest.generation, options, longest, self.vocabulary, self.cache.limit)
 
 
 class Run:
@@ -153,19 +139,19 @@ class Run:
         tables: Callable[[int], Mapping[str, Array]],
         policy: Policy,
         sampling: Sampling,
+        ends: Ends,
         device: tuple[str, int] | None,
         propagate: str,
         max_pending: int | None,
-        beams: int = 1,
     ) -> None:
-        if propagate not in ("defer", "hidden"):
+        if not isinstance(propagate, str) or propagate not in ("defer", "hidden"):
             raise InputError(f"propagate={propagate!r}: there are defer and hidden")
-        if max_pending is not None and max_pending < 1:
-            raise InputError(f"max_pending={max_pending}: at least 1")
+        if max_pending is not None and OPTIONS["max_pending"].plain(max_pending) is None:
+            raise InputError(f"max_pending={max_pending!r}: {OPTIONS['max_pending'].expected}")
         if propagate == "hidden" and Agreement in policy.observes:
             raise InputError(f"propagate='hidden': {policy!r} learns from what full depth says of earlier tokens")
-        self.plan, self.policy, self.sampling, self._tables = plan, policy, sampling, tables
-        slots = len(prompts) * beams
+        self.plan, self.policy, self.sampling, self.ends, self._tables = plan, policy, sampling, ends, tables
+        slots = len(prompts) * sampling.beams
         stacks = plan.manifest.stacks
         longest = max(row.size for row in prompts)
         self._limit = plan.cache.limit

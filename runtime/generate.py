@@ -91,7 +91,7 @@ def stream(run: Run, prompts: Prompts) -> Iterator[Token]:
         for slot, (item, token) in enumerate(zip(left, chosen, strict=True)):
             row = run.rows[slot]
             texts[row].append(token)
-            finished = token in sampling.stop or len(texts[row]) - lengths[row] >= limit
+            finished = run.ends(texts[row]) or len(texts[row]) - lengths[row] >= limit
             if finished:
                 ended.append(slot)
             exit_ = item.exits[plan.stacks[-1]]

@@ -4,74 +4,25 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.runtime.errors import ExecutionError, InputError
+from offramp.runtime.options import LogitProcessor, Sampling, token_lists
+from offramp.runtime.processors import completing, penalised, repeating
 
-LogitProcessor: TypeAlias = Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.float32]]
-"""``(tokens, logits) -> logits``: prompt and emitted tokens so far, int64 [n]; logits float32 [vocabulary], its own
-copy. Minus infinity bans a token."""
+__all__ = ["Chooser", "LogitProcessor", "Sampling", "log_probabilities"]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How tokens are chosen, in this order: ``processors``, bans, ``temperature``, ``top_k``, ``top_p``.
+class _Ban(NamedTuple):
+    """Token ids that a row cannot emit which has emitted ``start`` tokens or more, but less than ``end``."""
 
-    Attributes:
-        temperature: Divides the logits; 0 is greedy: the highest logit, the first of equals.
-        top_k: Draw from the k highest logits only (and whatever equals the k-th); greedy takes no notice.
-        top_p: Draw from the smallest set of tokens whose probabilities reach it (nucleus sampling, arXiv
-            1904.09751, 3.1); greedy takes no notice.
-        seed: The same seed draws the same tokens for the same row of a batch; None draws others each time.
-        stop: The token ids that end a row.
-        suppress: Token ids that are never chosen.
-        suppress_first: Token ids that are not chosen as a row's first.
-        min_new_tokens: How many tokens a row has before ``stop`` may be chosen.
-        max_new_tokens: How many tokens a row has at most; None leaves it to the room in the cache.
-        processors: Functions that change the logits first, one after the other.
-
-    Raises:
-        InputError: values that make no sense. All problems are in one message.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-    stop: tuple[int, ...] = ()
-    suppress: tuple[int, ...] = ()
-    suppress_first: tuple[int, ...] = ()
-    min_new_tokens: int = 0
-    max_new_tokens: int | None = None
-    processors: tuple[LogitProcessor, ...] = ()
-
-    def __post_init__(self) -> None:
-        problems = list(self._problems())
-        if problems:
-            raise InputError("\n  ".join(problems))
-
-    def _problems(self) -> Iterator[str]:
-        if not 0 <= self.temperature < math.inf:
-            yield f"temperature is {self.temperature}, expected 0 (greedy) or a positive number"
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            yield f"top_p is {self.top_p}, expected more than 0 and at most 1"
-        for name, least in (("top_k", 1), ("seed", 0), ("min_new_tokens", 0), ("max_new_tokens", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                yield f"{name} is {value}, expected at least {least}"
-        for name in ("stop", "suppress", "suppress_first"):
-            ids = getattr(self, name)
-            if not isinstance(ids, tuple) or any(id_ < 0 for id_ in ids):
-                yield f"{name} is {ids!r}, expected a tuple of token ids, which are at least 0"
-        if not isinstance(self.processors, tuple):
-            yield f"processors is {self.processors!r}, expected a tuple of functions"
-        if self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens >= 0:
-            yield f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}"
+    ids: NDArray[np.int64]
+    start: float = 0
+    end: float = math.inf
 
 
 class Chooser:
@@ -89,17 +40,21 @@ class Chooser:
         self.sampling, self._vocabulary = sampling, vocabulary
         self._seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         self._generators: dict[int, np.random.Generator] = {}
-        self.batched = sampling.temperature == 0 and not sampling.processors  # whether `choose_all` serves
-        lists = {"stop": sampling.stop, "suppress": sampling.suppress, "suppress_first": sampling.suppress_first}
-        outside = {name: max(ids) for name, ids in lists.items() if max(ids, default=0) >= vocabulary}
+        outside = {name: max(ids) for name, ids in token_lists(sampling).items() if max(ids, default=0) >= vocabulary}
         if outside:
             problems = [f"{name} has {id_}; token ids end at {vocabulary - 1}" for name, id_ in outside.items()]
             raise InputError("\n  ".join(problems))
-        bans = (sampling.suppress, sampling.suppress_first, sampling.stop if sampling.min_new_tokens else ())
-        if len({id_ for ids in bans for id_ in ids}) == vocabulary:
+        self._words = [word for word in sampling.bad_words if len(word) > 1]
+        single = {word[0] for word in sampling.bad_words if len(word) == 1} - set(sampling.stop)
+        first = int(sampling.forced_first is not None)
+        self._early = _bans((single, 0, math.inf), (sampling.stop, 0, sampling.min_new_tokens))
+        self._late = _bans((sampling.suppress, 0, math.inf), (sampling.suppress_first, first, first + 1))
+        banned = [ban.ids for ban in (*self._early, *self._late) if ban.start == 0]
+        if not self._forced(0) and banned and np.unique(np.concatenate(banned)).size == vocabulary:
             raise InputError(f"all {vocabulary} tokens are banned as a row's first")
-        below = (math.inf, 1, sampling.min_new_tokens)
-        self._bans = [(np.unique(np.array(ids)), count) for ids, count in zip(bans, below, strict=True) if ids]
+        self._reads = bool(sampling.processors or self._words or sampling.no_repeat_ngram_size)  # the text so far
+        self._reads |= sampling.repetition_penalty != 1
+        self.batched = sampling.temperature == 0 and not self._reads  # whether `choose_all` serves
 
     def choose(self, row: int, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> int:
         """The next token of a row; what other rows there are does not matter.
@@ -116,9 +71,7 @@ class Chooser:
         """
         _shaped(logits, self._vocabulary)
         _check(logits.max(keepdims=True))
-        for processor in self.sampling.processors:
-            logits = self._processed(processor, tokens, logits)
-        logits = self._allowed(logits[None], np.array([emitted]))[0]
+        logits = self._allowed(self._processed(tokens, logits)[None], np.array([emitted]))[0]
         best = int(logits.argmax())
         _check(logits[best : best + 1])
         return best if self.sampling.temperature == 0 else self._drawn(row, *self._weights(logits))
@@ -126,7 +79,7 @@ class Chooser:
     def choose_all(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.int64]:
         """As `choose` for a whole batch, where the choice is ``batched``: [batch, vocabulary], [batch] -> [batch]."""
         if not self.batched:
-            raise InputError("choose_all is greedy and knows no processors", hint="choose, row by row")
+            raise InputError("choose_all is greedy and does not look at texts", hint="choose, row by row")
         _shaped(logits, emitted.size, self._vocabulary)
         logits = self._allowed(logits, emitted)
         chosen: NDArray[np.int64] = logits.argmax(-1)
@@ -135,7 +88,11 @@ class Chooser:
 
     def takes(self, token: int, emitted: int) -> bool:
         """Whether a row that has emitted so many tokens may go on with this one, by the bans."""
-        return not any(emitted < below and token in ids for ids, below in self._bans)
+        forced = self._forced(emitted)
+        if forced and token != min(forced):
+            return False
+        bans = self._late if forced else (*self._early, *self._late)
+        return not any(ban.start <= emitted < ban.end and token in ban.ids for ban in bans)
 
     def chances(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> NDArray[np.float64]:
         """The probabilities, float64 [vocabulary], that `choose` would draw from; arguments and errors as there."""
@@ -166,14 +123,25 @@ class Chooser:
         """Logits [texts, vocabulary] after processors and bans, for texts that have all emitted as many tokens."""
         _shaped(logits, len(texts), self._vocabulary)
         _check(logits.max(-1))
-        rows = []
-        for tokens, row in zip(texts, logits, strict=True):
-            for processor in self.sampling.processors:
-                row = self._processed(processor, tokens, row)
-            rows.append(row)
+        rows = [self._processed(tokens, row) for tokens, row in zip(texts, logits, strict=True)]
         return self._allowed(np.stack(rows), np.full(len(rows), emitted))
 
-    def _processed(
+    def _processed(self, tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits [vocabulary] after all that looks at the text."""
+        if not self._reads:
+            return logits
+        sampling = self.sampling
+        if sampling.repetition_penalty != 1:
+            logits = penalised(tokens, logits, sampling.repetition_penalty)
+        for processor in sampling.processors:
+            logits = self._called(processor, tokens, logits)
+        banned = repeating(tokens, sampling.no_repeat_ngram_size) + completing(tokens, self._words)
+        if banned := [token for token in banned if token < self._vocabulary]:
+            logits = logits.copy()
+            logits[banned] = -np.inf
+        return logits
+
+    def _called(
         self, processor: LogitProcessor, tokens: NDArray[np.int64], logits: NDArray[np.float32]
     ) -> NDArray[np.float32]:
         found: Any = processor(tokens, logits.copy())
@@ -185,17 +153,26 @@ class Chooser:
             raise InputError(f"the processor {name} returned NaN or infinity, or banned every token")
         return found.astype(np.float32, copy=False)
 
+    def _forced(self, emitted: int) -> tuple[int, ...]:
+        """The tokens of which a row has to emit one now; none where it is free."""
+        sampling = self.sampling
+        if sampling.forced_last and sampling.max_new_tokens is not None and emitted == sampling.max_new_tokens - 1:
+            return sampling.forced_last
+        return (sampling.forced_first,) if sampling.forced_first is not None and emitted == 0 else ()
+
     def _allowed(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Logits [batch, vocabulary] with minus infinity for what a row may not emit now."""
-        now = [(ids, rows) for ids, below in self._bans if (rows := emitted < below).any()]
-        logits = logits.copy() if now else logits
-        for ids, rows in now:
-            logits[np.ix_(rows, ids)] = -np.inf
-        return logits
+        """Logits [batch, vocabulary] with minus infinity for what a row may not emit now, 0 for what it has to."""
+        found = _without(logits, self._early, emitted)
+        for row, count in enumerate(emitted.tolist()):
+            if forced := self._forced(count):
+                found = found.copy() if found is logits else found
+                found[row] = -np.inf
+                found[row, list(forced)] = 0
+        return _without(found, self._late, emitted)
 
     def _weights(self, logits: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The tokens that may be drawn, and in which proportion."""
-        top_k, top_p = self.sampling.top_k, self.sampling.top_p
+        top_k, top_p, min_p = self.sampling.top_k, self.sampling.top_p, self.sampling.min_p
         ids = np.flatnonzero(logits > -np.inf)
         if top_k is not None and top_k < ids.size:
             ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
@@ -208,6 +185,9 @@ class Chooser:
             order = likely[np.argsort(-weights[likely], kind="stable")]
             order = order[: int(np.searchsorted(np.cumsum(weights[order]), top_p * total)) + 1]
             ids, weights = ids[order], weights[order]
+        if min_p:
+            likely = np.flatnonzero(weights >= min_p * weights.max())
+            ids, weights = ids[likely], weights[likely]
         return ids, weights
 
     def _generator(self, row: int) -> np.random.Generator:
@@ -219,6 +199,19 @@ class Chooser:
     def _drawn(self, row: int, ids: NDArray[np.int64], weights: NDArray[np.float64]) -> int:
         reached = np.cumsum(weights)
         return int(ids[np.searchsorted(reached, self._generator(row).random() * reached[-1], side="right")])
+
+
+def _bans(*told: tuple[Collection[int], float, float]) -> list[_Ban]:
+    return [_Ban(np.unique(np.array([*ids])), start, end) for ids, start, end in told if ids and start < end]
+
+
+def _without(logits: NDArray[np.float32], bans: Sequence[_Ban], emitted: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Logits [batch, vocabulary] with minus infinity for what is banned; the same array where nothing is."""
+    now = [(ban.ids, rows) for ban in bans if (rows := (ban.start <= emitted) & (emitted < ban.end)).any()]
+    logits = logits.copy() if now else logits
+    for ids, rows in now:
+        logits[np.ix_(rows, ids)] = -np.inf
+    return logits
 
 
 def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -82,6 +82,11 @@ class _Text:
     milliseconds: float = 0.0
     trace: list[Timing] = field(default_factory=list)
 
+    @property
+    def all(self) -> list[int]:
+        """Its tokens and drafts."""
+        return [*self.tokens, *(draft.token for draft in self.drafts)]
+
     def draft(self, left: Left, output: str, chooser: Chooser) -> _Draft:
         """One more draft: what an exit picked, or from its logits, the output of that name."""
         if left.pick is not None:
@@ -177,8 +182,8 @@ def verified(run: Run, prompts: Prompts, policy: Verify) -> Iterator[Token]:
             if item.exits[name] == stack.blocks:
                 deep[slot] = (item.whole or item.outputs)[plan.output].reshape(-1, plan.vocabulary)
                 continue
-            token = text.draft(item, plan.output, chooser).token
-            if token in sampling.stop or len(text.tokens) + len(text.drafts) - text.given == limit:
+            text.draft(item, plan.output, chooser)
+            if run.ends(text.all) or len(text.tokens) + len(text.drafts) - text.given == limit:
                 closing.append(slot)
         for slot, outputs in decoder.flush(np.array(closing, np.int64), first, _always).items():
             deep[slot] = outputs[plan.output].reshape(-1, plan.vocabulary)
@@ -192,7 +197,7 @@ def verified(run: Run, prompts: Prompts, policy: Verify) -> Iterator[Token]:
         for slot, (kept, own) in judged.items():
             decoder.rollback(slot, len(here[slot].tokens) + kept)
             told = here[slot].told(kept, own, left[slot], {name: policy.after}, {name: stack.blocks})
-            finished = told[-1].token in sampling.stop or len(here[slot].tokens) - here[slot].given >= limit
+            finished = run.ends(here[slot].tokens) or len(here[slot].tokens) - here[slot].given >= limit
             records += [*told[:-1], told[-1]._replace(caught_up=caught_up, finished=finished)]
         ended = [slot for slot, row in enumerate(run.rows) if any(r.finished for r in records if r.row == row)]
         yield from sorted(records, key=lambda record: record.row)

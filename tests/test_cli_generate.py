@@ -184,6 +184,44 @@ def test_run_draws_with_a_seed(writer: Path, capsys: pytest.CaptureFixture[str])
     assert first == written(writer, ids(writer, "a"), 30, **options)[0] + "\n"
 
 
+def test_run_stops_at_texts_and_keeps_from_repeating(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("-t", "é", "--raw", "--max-new-tokens", "20")
+    plain, _ = written(writer, ids(writer, "é"), 20)
+    cut, text = 5, plain[3:5]
+    assert text not in plain[: cut - 1]
+    assert generate(capsys, writer, *argv, "--stop", text, "--stop", "zzz")[0] == plain[:cut] + "\n"
+    options: dict[str, Any] = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    flags = ("--repetition-penalty", "1.5", "--no-repeat-ngram-size", "2")
+    wanted = written(writer, ids(writer, "é"), 20, **options)[0]
+    assert generate(capsys, writer, *argv, *flags)[0] == wanted + "\n" != plain + "\n"
+
+
+def test_run_searches_with_beams(writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = [written(writer, ids(writer, text), 6, beams=3)[0] for text in ("a", "b")]
+    argv = ("--raw", "--max-new-tokens", "6")
+    out, err = generate(capsys, writer, "-t", "a", *argv, "--beams", "3", "--show-exits")
+    assert re.sub(r"\|\d", "", out) == wanted[0] + "\n"
+    assert "tokens/s" not in err
+    own = copied(writer, tmp_path / "own.offramp", beams=3)
+    out, _ = generate(capsys, own, "-t", "a", "-t", "b", *argv)
+    assert out == f"row 0: {wanted[0]}\nrow 1: {wanted[1]}\n"
+    out, _ = generate(capsys, own, "-t", "a", *argv, "--beams", "1")
+    assert out == written(writer, ids(writer, "a"), 6)[0] + "\n"
+
+
+def test_the_bundles_own_tokenizer_tells_where_a_text_stops(writer: Path, tmp_path: Path) -> None:
+    chain = offramp.load(copied(writer, tmp_path / "own.offramp", stop_strings=["aaa"]))
+    tokenizer = _text.tokenizer_of(chain, writer)
+    found = chain.generate({"input_ids": [ids(writer, "é")]}, max_new_tokens=30).tokens[0].tolist()
+    text = tokenizer.decode(found)
+    assert text.find("aaa") == len(text) - 3
+    again = chain.generate({"input_ids": [ids(writer, "é")]}, max_new_tokens=30, tokenizer=tokenizer).tokens[0]
+    assert again.tolist() == found
+    bare = offramp.load(copied(writer, tmp_path / "bare.offramp", stop_strings=["aaa"], files=False))
+    with pytest.raises(offramp.OfframpError, match="they need a tokenizer"):
+        bare.generate({"input_ids": [[5]]})
+
+
 @pytest.mark.parametrize("propagate", ["defer", "hidden"])
 def test_run_shows_depths_plainly_where_stdout_is_no_terminal(
     propagate: str, writer: Path, capsys: pytest.CaptureFixture[str]

@@ -48,7 +48,7 @@ ROWS = st.lists(st.floats(-8, 8, width=32), min_size=SIZE, max_size=SIZE).map(la
         ({"seed": -1}, "seed is -1"),
         ({"stop": (-1,)}, r"stop is \(-1,\)"),
         ({"stop": 2}, "stop is 2, expected a tuple"),
-        ({"suppress": [2]}, r"suppress is \[2\], expected a tuple"),
+        ({"suppress": {2}}, r"suppress is \{2\}, expected a tuple"),
         ({"suppress_first": (3, -3)}, "suppress_first is"),
         ({"min_new_tokens": -1}, "min_new_tokens is -1"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1, expected at least 0"),

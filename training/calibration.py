@@ -106,8 +106,8 @@ def calibrate(
     chosen = stack_of(chain, stack)
     if chain.generates is None and options:
         raise InputError(f"options {sorted(options)} are of generations; this bundle does not generate")
-    if options.get("temperature"):
-        raise InputError("a calibration compares greedy texts", hint="leave temperature out")
+    if options.get("temperature") or options.get("beams", 1) != 1:
+        raise InputError("a calibration compares greedy texts", hint="leave temperature and beams out")
     run = _tokens if chain.generates is not None else _rows
     asked = _Asked(chain, chosen, keep, confidence, quality, measure, options)
     found = run(asked, *examples.split(seed))

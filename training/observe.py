@@ -28,6 +28,7 @@ from offramp.training.quality import Quality, answers_of, graded, same_class
 
 Numbers = NDArray[np.float64]
 NO_GATE = ("prediction", PICK)  # scores that say what, not how surely
+_GREEDY = {"temperature": 0, "beams": 1}
 _TIMED = 48  # examples whose segments are timed
 _PERIOD = 8  # tokens until one goes deep and takes the others along, where that is timed
 
@@ -170,7 +171,7 @@ def generate(
     chain: Chain, example: Example, policy: Policy, options: Mapping[str, Any]
 ) -> tuple[NDArray[np.int64], list[Token]]:
     """The tokens that one row makes, and the steps that made them."""
-    steps = list(chain.stream(example, policy, **options))
+    steps = list(chain.stream(example, policy, **{**options, **_GREEDY}))
     return np.array([step.token for step in steps], np.int64), steps
 
 
@@ -217,7 +218,7 @@ def _told(
     run = chain.generation(example, policy)
     plan = run.plan
     prompts = plan.prompts(example)
-    chooser = Chooser(plan.sampling(prompts[0].size, options), plan.vocabulary)
+    chooser = Chooser(plan.sampling(prompts[0].size, {**options, **_GREEDY}), plan.vocabulary)
     if run.first is None:
         run.feed(prompts, None)
     fed = [*prompts, *(np.array([token]) for token in text[:-1])]

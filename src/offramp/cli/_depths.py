@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from offramp.runtime.policy import Rows
 
 PERIODS = (2, 4, 8)
+_ALONE: dict[str, Any] = {
+    "stop": (),
+    "stop_strings": (),
+    "temperature": 0,
+    "beams": 1,
+}  # all have as many steps
 _LEAST = 1.0  # percent; less than that is noise
 _WARM_UP = 3  # tokens: the prompt, and those that find caches cold
 
@@ -90,7 +96,7 @@ def times(chain: Chain, inputs: Mapping[str, Any], stack: Stack, tokens: int) ->
     ways |= {(depth, period): EveryNth(stack.name, depth, period) for depth in early for period in PERIODS}
     count = tokens + _WARM_UP
     streams: dict[tuple[int, int], Iterator[Token]] = {
-        way: chain.stream(inputs, policy, max_new_tokens=count, stop=()) for way, policy in ways.items()
+        way: chain.stream(inputs, policy, max_new_tokens=count, **_ALONE) for way, policy in ways.items()
     }
     steps: dict[tuple[int, int], list[Token]] = {way: [] for way in ways}
     for _ in range(count):

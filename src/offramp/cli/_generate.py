@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli import _common, _inputs, _text, _words
@@ -15,7 +15,18 @@ if TYPE_CHECKING:
 
     from offramp.runtime import Chain, Policy, Token
 
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+_SAMPLING = {  # flags by the option that they set
+    "max_new_tokens": "max_new_tokens",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "seed": "seed",
+    "repetition_penalty": "repetition_penalty",
+    "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "stop_strings": "stop",
+    "beams": "beams",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,14 +34,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("generation", "of a bundle that was exported with insert-cache")
     group.add_argument("--once", action="store_true", help="run one pass over the inputs instead")
     group.add_argument(
-        "--max-new-tokens", metavar="N", type=_common.positive, help="up to the model's room if left out"
+        "--max-new-tokens",
+        metavar="N",
+        type=_common.positive,
+        help="the bundle's own, else up to the model's room",
     )
-    group.add_argument("--temperature", metavar="T", type=float, help="of drawing tokens; 0 is greedy (default 0)")
+    group.add_argument(
+        "--temperature", metavar="T", type=float, help="of drawing tokens; 0 is greedy (the bundle's own, else 0)"
+    )
     group.add_argument("--top-k", metavar="K", type=int, help="draw from the K likeliest tokens only")
     group.add_argument(
         "--top-p", metavar="P", type=float, help="draw from the likeliest tokens of probability P in all"
     )
+    group.add_argument(
+        "--min-p", metavar="P", type=float, help="draw from tokens at least P times as likely as the best"
+    )
     group.add_argument("--seed", metavar="N", type=int, help="the same seed draws the same tokens")
+    group.add_argument(
+        "--repetition-penalty", metavar="X", type=float, help="tokens that were there are less likely; 1 is off"
+    )
+    group.add_argument(
+        "--no-repeat-ngram-size", metavar="N", type=int, help="no N tokens come twice in the same order; 0 is off"
+    )
+    group.add_argument(
+        "--stop", metavar="TEXT", action="append", help="end a row once its tokens spell this; may be repeated"
+    )
+    group.add_argument("--beams", metavar="N", type=_common.positive, help="search with N beams; 1 is none")
     group.add_argument("--raw", action="store_true", help="take --text as it is, without the bundle's template")
     group.add_argument(
         "--propagate",
@@ -47,7 +76,7 @@ def wanted(chain: Chain, args: argparse.Namespace) -> bool:
     """Whether to generate; InputError where options say so and the bundle, or ``--once``, says no."""
     if chain.manifest.cache is not None and not args.once:
         return True
-    given = [name for name in (*_SAMPLING, "propagate") if getattr(args, name) is not None]
+    given = [name for name in (*_SAMPLING.values(), "propagate") if getattr(args, name) is not None]
     given += [name for name in ("raw", "show_exits") if getattr(args, name)]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
@@ -63,14 +92,17 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     batches = prompted(chain, args)
     stack = _words.token_stack(chain)
     tokenizer = _text.tokenizer_of(chain, args.bundle) if _text.TOKENIZER in chain.manifest.files else None
-    options = {name: getattr(args, name) for name in _SAMPLING if getattr(args, name) is not None}
+    options = {name: value for name, flag in _SAMPLING.items() if (value := getattr(args, flag)) is not None}
+    options |= {"propagate": args.propagate or "defer", "tokenizer": tokenizer}
+    searches = (args.beams or chain.manifest.generation.beams or 1) > 1
     if args.show_exits:
         print(_words.legend(stack), end="")
     sizes = [max((len(value) for value in inputs.values()), default=1) for inputs in batches]
 
     def tokens() -> Iterator[Token]:
         for at, inputs in enumerate(batches):
-            for token in chain.stream(inputs, policy, propagate=args.propagate or "defer", **options):
+            made = _searched(chain, inputs, policy, options) if searches else chain.stream(inputs, policy, **options)
+            for token in made:
                 yield token._replace(row=token.row + sum(sizes[:at]))
 
     told = _words.tell(
@@ -79,8 +111,22 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
         _words.decoder_of(tokenizer),
         _words.painter(stack) if args.show_exits else _words.plain,
     )
+    if searches:  # all tokens of a row come at its end
+        told = told._replace(first=told.seconds)
     print(told.summary(stack), file=sys.stderr)
     return 0
+
+
+def _searched(
+    chain: Chain, inputs: _inputs.Inputs, policy: Policy | None, options: Mapping[str, Any]
+) -> Iterator[Token]:
+    """What beam search finds, as a stream has it."""
+    from offramp.runtime import Token
+
+    found = chain.generate(inputs, policy, **options)
+    for row, (tokens, exits) in enumerate(zip(found.tokens, found.exits, strict=True)):
+        for at, (token, after) in enumerate(zip(tokens.tolist(), exits.tolist(), strict=True), 1):
+            yield Token(row, token, after, {}, {}, 0.0, 0, at == tokens.size, ())
 
 
 def prompted(chain: Chain, args: argparse.Namespace) -> list[_inputs.Inputs]:

@@ -98,7 +98,11 @@ class Told(NamedTuple):
         if not depths:
             return "no tokens"
         later = len(depths) - len(self.exits)
-        rate = f", then {later / (self.seconds - self.first):.1f} tokens/s" if later > 0 else ""
+        rate = (
+            f", then {later / (self.seconds - self.first):.1f} tokens/s"
+            if later > 0 and self.seconds > self.first
+            else ""
+        )
         mean = sum(depths) / len(depths)
         return (
             f"{len(depths)} token{'s' * (len(depths) != 1)}, the first after {self.first:.2f} s{rate}; "
