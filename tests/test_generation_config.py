@@ -228,3 +228,15 @@ def test_a_model_that_does_not_generate_has_no_settings() -> None:
         num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=20
     )
     assert _generation_config.generation(transformers.BertModel(config)) == {}
+
+
+class OwnRules(transformers.GPT2LMHeadModel):
+    def generate(self, *args: Any, **options: Any) -> Any:
+        return super().generate(*args, bos_token_id=7, **options)
+
+
+def test_a_class_with_a_generate_of_its_own_is_known() -> None:
+    assert _generation_config.is_all(GPT)
+    assert not _generation_config.is_all(OwnRules(GPT.config))
+    WHISPER.generation_config = transformers.GenerationConfig(no_timestamps_token_id=30)
+    assert _generation_config.is_all(WHISPER)

@@ -80,6 +80,17 @@ def generation(model: PreTrainedModel, ignore: Collection[str] = ()) -> dict[str
     return {name: value for name, value in get.settings().items() if value not in (None, [], ())}
 
 
+def is_all(model: PreTrainedModel) -> bool:
+    """Whether the generation_config is all that decides: some classes have a ``generate`` with rules of its own.
+
+    Prompts in a table are such rules that `generation` knows.
+    """
+    from transformers import GenerationMixin
+
+    own = type(model).generate is not GenerationMixin.generate
+    return not own or _Reader(model.generation_config, model.config, ()).has_table()
+
+
 class _Reader:
     """A generation_config's values, those ignored as if they were not set."""
 
@@ -155,7 +166,7 @@ class _Reader:
         """``max_length``; where a prompt comes from a table, that is not counted, and positions are the limit."""
         length: int | None = self("max_length")
         positions: int | None = getattr(self._model_config, "max_target_positions", None)
-        if not self._has_table() or positions is None:
+        if not self.has_table() or positions is None:
             return length
         prompt = min(positions // 2 - 1, len(self._prompt()))
         return min((_NEW_TOKENS if length is None else length) + prompt, positions)
@@ -182,9 +193,9 @@ class _Reader:
         if not self._model_config.is_encoder_decoder:
             return _ids(self("bos_token_id"))[:1]
         start = _ids(self("decoder_start_token_id", self("bos_token_id")))[:1]
-        return start + self._table() if self._has_table() else start
+        return start + self._table() if self.has_table() else start
 
-    def _has_table(self) -> bool:
+    def has_table(self) -> bool:
         """Whether the prompt is made from tables of languages and tasks, or position by position."""
         names = ("lang_to_id", "task_to_id", "no_timestamps_token_id")
         return bool(self._forced()) or any(getattr(self._config, name, None) is not None for name in names)
