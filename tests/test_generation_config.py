@@ -230,7 +230,7 @@ def test_a_model_that_does_not_generate_has_no_settings() -> None:
     assert _generation_config.generation(transformers.BertModel(config)) == {}
 
 
-class OwnRules(transformers.GPT2LMHeadModel):
+class OwnRules(transformers.GPT2LMHeadModel):  # type: ignore[misc]
     def generate(self, *args: Any, **options: Any) -> Any:
         return super().generate(*args, bos_token_id=7, **options)
 

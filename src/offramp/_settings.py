@@ -36,8 +36,8 @@ def settings(
     generation = _generation_config.generation(model, ignore_generation)
     if generation and not _generation_config.is_all(model):
         note(
-            f"{type(model).__name__} has a generate of its own; the bundle generates by the generation_config alone, so "
-            "its prompt and its ends may be others"
+            f"{type(model).__name__} has a generate of its own; the bundle generates by the generation_config alone, "
+            "so its prompt and its ends may be others"
         )
     preprocessing: dict[str, Any] = {}
     refused: dict[str, str] = {}
