@@ -14,7 +14,7 @@ from offramp.export.halves import part
 from offramp.export.layout import same_shape
 from offramp.export.rotary import ROTARY
 from offramp.program import ops
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import ancestors, aten, expression, shape
 
 Target = Literal["ort", "portable"]
 TARGETS = ("ort", "portable")
@@ -28,11 +28,16 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
     whose time follows the capacity. Both write the caches in place where input and output share memory.
     """
     builder = Builder(graph)
+    attentions = graph.find_nodes(op="call_function", target=ops.ATTENTION)
+    by_contents = {node for node in attentions if any(arg.target is ops.APPEND for arg in ancestors(_bias(node)))}
     for node in list(graph.nodes):
         if node.target is ops.ATTENTION:
             with graph.inserting_before(node):
                 fits = target == "ort" and _fits(*node.args[1:3])
+                seen = _seen(builder, *node.args) if node in by_contents else None
                 made = _grouped(builder, *node.args) if fits else _standard(builder, *node.args)
+                if seen is not None:
+                    made[0] = builder.call(aten.where.ScalarOther, seen, made[0], 0.0)
             for user in list(node.users):
                 user.replace_all_uses_with(made[user.args[1]])
                 graph.erase_node(user)
@@ -48,6 +53,30 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
                 node.replace_all_uses_with(_rotated(builder, *node.args))
     graph.eliminate_dead_code()
     _merge_equal(graph)
+
+
+def _bias(attention: fx.Node) -> list[fx.Node]:
+    return [arg for arg in attention.args[6:7] if isinstance(arg, fx.Node)]
+
+
+def _seen(b: Builder, query: fx.Node, *args: Any) -> fx.Node:
+    """Which queries see any key, bool [rows, 1 or heads, chunk, 1]; others get 0."""
+    key_cache, lengths, bias = args[2], args[4], args[5]
+    rows, _, chunk, _ = b.sizes(query)
+    visible = bias
+    if bias.meta["val"].dtype != torch.bool:
+        visible = b.call(aten.ge.Scalar, bias, float(torch.finfo(torch.float32).min))
+    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2))
+    both = b.call(aten.logical_and.default, visible, b.call(aten.le.Tensor, there, here))
+    count = b.call(aten.amax.default, b.call(aten._to_copy.default, both, dtype=torch.float32), [-1], True)
+    return b.call(aten.gt.Scalar, count, 0.5)
+
+
+def _places(b: Builder, lengths: fx.Node, rows: Any, chunk: Any, capacity: Any) -> tuple[fx.Node, fx.Node]:
+    """Places of keys, [capacity], and of queries, [rows, 1, chunk, 1]."""
+    steps = b.call(aten.arange.default, chunk)
+    here = b.call(aten.add.Tensor, b.call(aten.unsqueeze.default, lengths, 1), steps)
+    return b.call(aten.arange.default, capacity), b.call(aten.reshape.default, here, [rows, 1, chunk, 1])
 
 
 def _grouped(
@@ -178,11 +207,7 @@ def _standard(
     keys = _scattered(b, key_cache, key, lengths, 2)
     values = _scattered(b, value_cache, value, lengths, 2)
     rows, heads, chunk, _ = b.sizes(query)
-    capacity = b.size(key_cache, 2)
-    steps = b.call(aten.arange.default, chunk)
-    here = b.call(aten.add.Tensor, b.call(aten.unsqueeze.default, lengths, 1), steps)
-    here = b.call(aten.reshape.default, here, [rows, 1, chunk, 1])
-    there = b.call(aten.arange.default, capacity)
+    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2))
     visible = b.call(aten.le.Tensor, there, here)
     if window:
         near = b.call(aten.gt.Tensor, there, b.call(aten.sub.Tensor, here, window))

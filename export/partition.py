@@ -187,7 +187,7 @@ class _Partition:
         causal = [stack for stack in self.stacks if self.program.nodes[stack.input] in self.chunked]
         for output in self.program.cache.buffers.values():
             node = self.returned[output]
-            place = (causal[0].name, -1)
+            place = self._reader(node, causal)
             for i, stack in enumerate(causal):
                 for depth in range(stack.blocks):
                     if node in after[stack.name, depth]:
@@ -198,6 +198,15 @@ class _Partition:
                     place = (causal[i + 1].name, -1)
             found.setdefault(place, []).append(node)
         return found
+
+    def _reader(self, node: fx.Node, causal: Sequence[Stack]) -> tuple[str, int]:
+        """Where contents are made that depend on no block: in the one block that reads them (a mask's), or before."""
+        cuts = {self.program.nodes[name] for stack in causal for name in stack.cuts}
+        for stack in causal:
+            for depth, name in enumerate(stack.cuts[1:]):
+                if node in ancestors([self.program.nodes[name]], stop=cuts - {self.program.nodes[name]}):
+                    return stack.name, depth
+        return causal[0].name, -1
 
     def _slice(self, outputs: Iterable[fx.Node], stop: Iterable[fx.Node]) -> set[fx.Node]:
         """What computes ``outputs`` without going past ``stop``: calls only."""

@@ -13,13 +13,14 @@ from torch import fx
 from offramp.passes.infra.base import Pass, PassResult
 from offramp.passes.infra.causal import DATA, Causal
 from offramp.passes.infra.chunks import check_chunks
+from offramp.passes.infra.contents import ContentMasks, product_of
 from offramp.passes.infra.incremental import LENGTHS, PLACES, Rebuilder
 from offramp.program import ops
 from offramp.program.attention import AttentionSite
 from offramp.program.axes import Axes
-from offramp.program.graph import aten, expression, is_tensor, results, shape, source, symbols
+from offramp.program.graph import aten, expression, results, shape, symbols
 from offramp.program.program import Cache, Program
-from offramp.runtime.errors import PassError, SpecError
+from offramp.runtime.errors import SpecError
 
 _LAYOUT = (
     aten.transpose.int,
@@ -40,9 +41,10 @@ class InsertCache(Pass):
     Attention is the only operator that mixes tokens in a causal model, so all else works on a chunk as it is.
     Values that depend on shapes only (position tables, rotary, biases, masks) are made for all positions up to the
     caches' capacity, and the chunk's rows are taken from them, each batch row at its own length. Masks that are
-    plainly causal, or a window, are dropped. What depends on other inputs only (keys and values of cross-attention)
-    stays as it is: it is made once. Inputs that follow from the number of tokens go: padding masks (rows
-    have lengths), causal masks, positions, and what is the same everywhere in the example.
+    plainly causal, or a window, are dropped; what masks say of keys by their contents is kept as keys are. What depends
+    on other inputs only (keys and values of cross-attention) stays as it is: it is made once. Inputs that follow from
+    the number of tokens go: padding masks (rows have lengths), causal masks, positions, and what is the same everywhere
+    in the example.
 
     Requires: a causal stack; no operator but attention mixes its tokens; the first axis of keys and values counts
     rows.
@@ -86,6 +88,7 @@ class _Insertion:
         wanted = self.facts.example + 7
         self.capacity = wanted if self.facts.limit is None else min(wanted, self.facts.limit)
         self.builder = Rebuilder(program, text, self.facts, self.capacity)
+        self.masks = ContentMasks(self.facts, self.builder, self._keyed)
         self.buffers: dict[str, str] = {}
         self.axes: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
@@ -95,11 +98,14 @@ class _Insertion:
         facts, graph = self.facts, self.program.graph
         hooks: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
         after: dict[fx.Node, list[Callable[[fx.Node], None]]] = {}
-        for site in filter(facts.attends_to_tokens, facts.sites):
+        sites = list(filter(facts.attends_to_tokens, facts.sites))
+        self.builder.skipped = self.masks.only(sites)
+        for site in sites:
             if site.form == "sdpa":
                 hooks[site.output] = partial(self._attention, site)
             else:
                 self._decomposed(site, after)
+                hooks |= self.masks.readers(site)
         for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
             if facts.kinds[node] == DATA and expression(shape(node)[node.args[1]]) == facts.tokens:
                 hooks[node] = self._cumulative
@@ -161,7 +167,9 @@ class _Insertion:
             raise builder.refusal(f"attention over {len(shape(query))} axes; expected rows, heads, tokens, features")
         bias = None
         if window is None:
-            bias = builder.aligned(builder.value(site.masks[0].node), [*shape(query)[:-1], builder.capacity])
+            contents, mask = self.facts.contents(site), site.masks[0].node
+            wanted = [*shape(query)[:-1], builder.capacity]
+            bias = self.masks.bias(mask, contents[mask]) if contents else builder.aligned(builder.value(mask), wanted)
         keys, values = self._cache("key", key, 2), self._cache("value", value, 2)
         lengths = builder.inputs[LENGTHS]
         called = builder.call(
@@ -171,6 +179,12 @@ class _Insertion:
         for at, (_, output) in enumerate((keys, values), 1):
             self.returned[output] = builder.call(operator.getitem, called, at)
         return builder.call(operator.getitem, called, 0, name=node.name)
+
+    def _keyed(self, value: fx.Node, axis: int) -> fx.Node:
+        """What a mask says of keys, those of earlier tokens too."""
+        cache, output = self._cache("mask", value, axis)
+        self.returned[output] = whole = self.builder.appended(value, axis, cache)
+        return whole
 
     def _ungrouped(self, node: fx.Node) -> fx.Node:
         """Keys or values before they are repeated for every query head of a group."""
@@ -183,7 +197,7 @@ class _Insertion:
 
     def _decomposed(self, site: AttentionSite, after: dict[fx.Node, list[Callable[[fx.Node], None]]]) -> None:
         """Keys and values are appended; all between them stays as it is, with the capacity as the axis of keys."""
-        for operand, reader, kind in ((site.key, self._product(site), "key"), (site.value, site.output, "value")):
+        for operand, reader, kind in ((site.key, product_of(site), "key"), (site.value, site.output, "value")):
             start, path = self._append_point(operand)
             after.setdefault(start, []).append(partial(self._append, [*path, reader][0], kind))
 
@@ -206,19 +220,6 @@ class _Insertion:
         whole = self.returned[output] = builder.appended(new, axis, cache)
         total = builder.call(aten.cumsum.default, whole, axis)
         return builder.call(aten.gather.default, total, axis, builder.positions(), name=node.name)
-
-    def _product(self, site: AttentionSite) -> fx.Node:
-        """The contraction of queries and keys."""
-        todo, seen = [site.weights], set()
-        while todo:
-            node = todo.pop(0)
-            if node in seen:
-                continue
-            seen.add(node)
-            if site.key in node.all_input_nodes and site.query in node.all_input_nodes:
-                return node
-            todo += [arg for arg in node.all_input_nodes if is_tensor(arg)]
-        raise PassError(f"insert-cache: no product of queries and keys at {source(site.weights)}")
 
     def _append_point(self, operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
         """Where keys or values are appended: up the views of the operand, to rows, heads, tokens, features."""

@@ -272,8 +272,11 @@ def _leads(start: fx.Node, end: fx.Node) -> bool:
     return False
 
 
-def is_causal(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor]) -> bool:
-    """Whether no query of the site sees a later key; ``values`` holds the masks' values on some input."""
+def is_causal(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor], whole: bool = True) -> bool:
+    """Whether no query of the site sees a later key; ``values`` holds the masks' values on some input.
+
+    ``whole`` if some later token has to see itself, which tells a causal mask from one of padding.
+    """
     if site.causal_flag:
         return True
     seen: torch.Tensor | None = None
@@ -283,7 +286,8 @@ def is_causal(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor]) -> bo
             visible = mask.visible(value).reshape(-1, *value.shape[-2:]).any(0)
             seen = visible if seen is None else seen & visible
     # a later token that sees itself tells causal from padded down to the first token
-    return seen is not None and not bool(seen.triu(1).any()) and bool(seen.diagonal()[1:].any())
+    causal = seen is not None and not bool(seen.triu(1).any())
+    return causal and (not whole or (seen is not None and bool(seen.diagonal()[1:].any())))
 
 
 def padding_mask(site: AttentionSite, batch: Any) -> Mask | None:

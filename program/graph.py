@@ -12,19 +12,23 @@ from torch import fx
 aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
 
+#: One number everywhere, in the shape of a tensor or in the dtype of one; None where an argument says which.
+FILLED: Mapping[Any, int | None] = {
+    aten.zeros_like.default: 0,
+    aten.ones_like.default: 1,
+    aten.full_like.default: None,
+    aten.new_zeros.default: 0,
+    aten.new_ones.default: 1,
+    aten.new_full.default: None,
+}
 #: Results depend on the shape of their tensor argument, never on what is in it.
 SHAPE_ONLY: frozenset[Any] = frozenset(
     {
+        *FILLED,
         aten.sym_size.int,
         aten.sym_numel.default,
         aten.sym_stride.int,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
         aten.empty_like.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
         aten.new_empty.default,
     }
 )

@@ -71,7 +71,9 @@ def attention(
     unseen = there > here
     if window:
         unseen = unseen | (there <= here - window)
-    weights = torch.softmax(scores.masked_fill(unseen, -torch.inf), -1)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    # a query whose every key is hidden gets 0, as from torch's fused attention
+    weights = torch.softmax(scores, -1) if bias is None else torch.ops.aten._safe_softmax(scores, -1)
     return torch.matmul(weights, values), key_cache, value_cache
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -247,12 +247,18 @@ def _is_causal(module: fx.GraphModule, site: AttentionSite, example: Mapping[str
     return is_causal(site, evaluate(module, [mask.node for mask in site.masks], example))
 
 
-def evaluate(module: fx.GraphModule, wanted: Any, inputs: Mapping[str, torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
-    """The values of the ``wanted`` nodes on ``inputs``, computing only what they need."""
-    wanted = list(wanted)
-    needed = ancestors(wanted)
+def evaluate(
+    module: fx.GraphModule,
+    wanted: Iterable[fx.Node],
+    inputs: Mapping[str, torch.Tensor],
+    known: Mapping[fx.Node, torch.Tensor] | None = None,
+) -> dict[fx.Node, torch.Tensor]:
+    """The values of the ``wanted`` nodes on ``inputs``, computing only what they need beside ``known`` values."""
+    wanted, known = list(wanted), known or {}
+    needed = ancestors(wanted, stop=known)
     order = [node for node in module.graph.nodes if node in needed]
     values: dict[fx.Node, Any] = {node: inputs[str(node.target)] for node in order if node.op == "placeholder"}
+    values |= known
     keep: Callable[[fx.Node], bool] = set(wanted).__contains__
     with torch.no_grad():
         run(module, order, values, keep)

@@ -146,6 +146,19 @@ class Typed(Decoder):
         return self.run(self.embed(input_ids) + self.kinds(kind_ids) + self.style(style)[:, None], None)
 
 
+class ByContent(Decoder):
+    """Tokens do not see padding, which only their ids tell."""
+
+    def __init__(self) -> None:
+        super().__init__(masked)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        tokens = input_ids.shape[1]
+        itself = torch.eye(tokens, dtype=torch.bool)
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() & ((input_ids != 1)[:, None, None] | itself)
+        return self.run(self.embed(input_ids), mask)
+
+
 class TimeFirst(tiny.TimeFirst):
     """A triangle; rows and heads lie on one axis, and the output is of every token."""
 
@@ -178,6 +191,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs]] = {
     "masked_by_bool": (Masked, {**tiny.text(), "attention_mask": tiny.padding().bool()}),
     "counted": (Counted, IDS),
     "typed": (Typed, {**IDS, "kind_ids": tiny.padding(), "style": STYLE}),
+    "by_contents": (ByContent, IDS),
     "time_first": (TimeFirst, {"x": tiny.signal()}),
 }
 SHARED = ("decoder", "two_stacks")
@@ -586,19 +600,6 @@ def three_axes(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     return y.unflatten(0, (-1, tiny.HEADS))
 
 
-class ByContent(Decoder):
-    """Tokens do not see padding, which only their ids tell."""
-
-    def __init__(self) -> None:
-        super().__init__(masked)
-
-    def forward(self, input_ids: Tensor) -> Any:
-        tokens = input_ids.shape[1]
-        itself = torch.eye(tokens, dtype=torch.bool)
-        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril() & ((input_ids != 1)[:, None, None] | itself)
-        return self.run(self.embed(input_ids), mask)
-
-
 class HalfOpen(tiny.Decoder):
     """The second block sees all tokens."""
 
@@ -652,7 +653,6 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "one token more": (partial(Decoder, tail=padded), IDS, r"output 'output' has shape .*, not \[2, 8, 11\]"),
     "attention of three axes": (partial(Decoder, three_axes), IDS, r"attention over 3 axes.*blocks.0.attention"),
     "block that sees all": (HalfOpen, IDS, r"attention over the tokens is not causal \(blocks.1.attention "),
-    "mask by contents": (ByContent, IDS, r"attention mask depends on the contents .*ByContent\), .*cache.py:\d+"),
     "prefix": (Prefixed, IDS, r"hidden state .* shape \['batch', 'tokens \+ 3', 16\], none .*Prefixed\)"),
     "two decoders": (TwoDecoders, {**IDS, "other_ids": tiny.ids(9)}, "causal stacks .* read different axes of tokens"),
     "a taken name": (Named, {"lengths": tiny.ids()}, "the program already has something called lengths"),

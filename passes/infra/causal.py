@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import fx
 
 from offramp.passes.infra.implied import Meaning, looked_up
 from offramp.passes.infra.masks import plain_window
+from offramp.passes.infra.roles import Roles, leaves, roles_of
 from offramp.program.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
 from offramp.program.program import Program, as_tensor, evaluate
@@ -134,9 +135,16 @@ class Causal:
         return [int(word) for word in ids.unique()[-2:]]
 
     def values(
-        self, nodes: Sequence[fx.Node], size: int | None = None, word: int | None = None
+        self,
+        nodes: Iterable[fx.Node],
+        size: int | None = None,
+        word: int | None = None,
+        known: Mapping[fx.Node, torch.Tensor] | None = None,
     ) -> dict[fx.Node, torch.Tensor]:
-        """The values of positional nodes, for ``size`` tokens (all of one ``word``, perhaps) or the example's."""
+        """The values of nodes, for ``size`` tokens (all of one ``word``, perhaps) or the example's.
+
+        ``known`` are those of some nodes that they are made of.
+        """
         inputs = dict(self.program.example_inputs)
         if size is not None:
             inputs = resized(self.program, {self.tokens: size, self.program.axes.batch: 2})
@@ -144,36 +152,73 @@ class Causal:
             inputs |= {str(n.target): torch.full_like(inputs[str(n.target)], word) for n in self.own}
         for node, item in self.implied.items():
             inputs[str(node.target)] = as_tensor(item, inputs[str(node.target)].shape)
-        return evaluate(self.program.graph_module, nodes, inputs)
+        return evaluate(self.program.graph_module, nodes, inputs, known)
 
     def attends_to_tokens(self, site: AttentionSite) -> bool:
         """Whether a site's queries and keys are tokens (self-attention).
 
         Raises:
-            PassError: they are, and it is not causal, or its mask depends on contents.
+            PassError: they are, and it is not causal, or its mask depends on the contents of other inputs.
         """
         if self.kinds[site.output] != DATA or self.kinds[site.key] != DATA:
             return False
         if self.tokens not in symbols(site.token_sizes[1]):
             return False
         for mask in site.masks:
-            if self.kinds[mask.node] in (DATA, MEMORY):
+            if self.kinds[mask.node] == MEMORY:
                 raise PassError(
-                    f"insert-cache: an attention mask depends on the contents of inputs ({source(mask.node)})",
-                    hint="leave padding out: rows of a batch have lengths of their own",
+                    f"insert-cache: an attention mask depends on the contents of other inputs ({source(mask.node)})",
+                    hint="masks of the tokens' own ids, or inputs over the tokens",
                 )
-        if not is_causal(site, self.values([mask.node for mask in site.masks])):
+        values = self.values([mask.node for mask in site.masks])
+        if not is_causal(site, values):
             raise PassError(
                 f"insert-cache: an attention over the tokens is not causal ({source(site.weights)})",
                 hint="a model whose tokens do not see later ones",
             )
+        for seed in range(3) if self.contents(site) else ():
+            if not is_causal(site, values | self._otherwise(site, seed), whole=False):
+                raise PassError(
+                    "insert-cache: in an attention over the tokens their contents decide which later tokens are seen "
+                    f"({source(site.weights)})",
+                    hint="a mask that hides later tokens whatever the contents are",
+                )
         return True
+
+    def contents(self, site: AttentionSite) -> dict[fx.Node, Roles]:
+        """The masks of a site that depend on the contents of tokens, and which of their axes count what."""
+        axes = len(shape(site.weights)), site.query_axis, site.key_axis
+        masks = [mask.node for mask in site.masks if self.kinds[mask.node] == DATA]
+        return {node: roles_of(node, *axes, self.tokens) for node in masks}
+
+    def leaves(self, site: AttentionSite) -> set[fx.Node]:
+        """The values of keys or queries alone that those masks are made of."""
+        found = (leaves(node, roles, self.is_data) for node, roles in self.contents(site).items())
+        return {node for inner in found for node, _ in inner}
+
+    def is_data(self, node: fx.Node) -> bool:
+        """Whether a value depends on the contents of tokens."""
+        return self.kinds[node] == DATA
+
+    def _otherwise(self, site: AttentionSite, seed: int) -> dict[fx.Node, torch.Tensor]:
+        """The values of a site's masks by contents, if the contents were others."""
+        generator = torch.Generator().manual_seed(seed)
+        known = {}
+        for node, value in self.values(self.leaves(site)).items():
+            hidden = [-1e9] if value.is_floating_point() else []
+            choice = torch.cat([value.unique(), torch.tensor([0, *hidden]).to(value.dtype)])
+            if value.dtype == torch.bool:
+                choice = torch.tensor([False, True])
+            known[node] = choice[torch.randint(len(choice), value.shape, generator=generator)]
+        return self.values(self.contents(site), known=known)
 
     def window(self, site: AttentionSite) -> int | None:
         """How many keys a token of a fused site sees: 0 for all before it; None where its mask says something else."""
         if not site.masks:
             return 0
         mask = site.masks[0]
+        if self.is_data(mask.node):
+            return None
         if mask.node not in self._windows:
             self._windows[mask.node] = plain_window(
                 mask.node,

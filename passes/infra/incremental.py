@@ -24,6 +24,7 @@ from offramp.passes.infra.causal import CHUNK, DATA, MEMORY, POSITIONAL, Causal
 from offramp.passes.infra.mixing import mixes_tokens
 from offramp.program import ops
 from offramp.program.graph import (
+    FILLED,
     aten,
     attribute,
     expression,
@@ -59,6 +60,8 @@ class Rebuilder:
         self.values: dict[tuple[fx.Node, str], fx.Node] = {}
         #: What a node reads instead of its argument: ``(node, argument)``.
         self.edges: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        #: Nodes of the given graph that only masks are made of which are made otherwise.
+        self.skipped: set[fx.Node] = set()
         self.origin: fx.Node | None = None
         self._rows: dict[Any, fx.Node] = {}
         self._symbols = self._new_symbols()
@@ -154,14 +157,16 @@ class Rebuilder:
         """
         for node in self.program.graph.find_nodes(op="placeholder"):
             if self.kinds[node] != POSITIONAL:
-                self.values[node, ""] = self._same(node)
+                self.values[node, ""] = self.same(node)
         self.placeholder(LENGTHS, [self.batch if self.batch is not None else 1], torch.int64)
         self.placeholder(PLACES, [self.capacity], torch.int64)
         for node in self.program.graph.nodes:
             if node.op in ("output", "placeholder") or is_symint(node) or self.kinds[node] in (POSITIONAL, CHUNK):
                 continue
+            if node in self.skipped:
+                continue
             self.origin = node
-            self.values[node, ""] = hooks[node](node) if node in hooks else self._same(node)
+            self.values[node, ""] = hooks[node](node) if node in hooks else self.same(node)
             for follow in after.get(node, ()):
                 follow(node)
 
@@ -176,7 +181,8 @@ class Rebuilder:
             self.origin = before
         return self.values[node, world]
 
-    def _same(self, node: fx.Node) -> fx.Node:
+    def same(self, node: fx.Node) -> fx.Node:
+        """The node on the chunk."""
         if node.op == "placeholder":
             sizes = [self.size_value(size, self.chunk) for size in shape(node)]
             return self.placeholder(str(node.target), sizes, node.meta["val"].dtype)
@@ -210,14 +216,23 @@ class Rebuilder:
     def _positional(self, node: fx.Node, world: str) -> fx.Node:
         if node.op == "placeholder":
             return self._made(node, world)
+        if node.target in FILLED and node.args[0] in self.skipped:
+            return self.filled(node, [self.capacity if world == "capacity" else self.chunk] * len(shape(node)))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, world))
         return self.copied(node, args, kwargs, name=f"{node.name}_{world}")
+
+    def filled(self, node: fx.Node, tokens: Sequence[Any]) -> fx.Node:
+        """A tensor of one number, with ``tokens[axis]`` tokens along each axis of tokens."""
+        value = FILLED[node.target]
+        number: Any = node.kwargs.get("fill_value", node.args[-1]) if value is None else value
+        sizes = [self.sizer(self.size_value(size, count)) for size, count in zip(shape(node), tokens, strict=True)]
+        return self.call(aten.full.default, sizes, number, dtype=node.meta["val"].dtype)
 
     def _made(self, node: fx.Node, world: str) -> fx.Node:
         """An input that follows from the number of tokens."""
         item, dtype = self.implied[node], node.meta["val"].dtype
         size = self.capacity if world == "capacity" else self.chunk
-        sizes = [self._sizer(self.size_value(s, size)) for s in shape(node)]
+        sizes = [self.sizer(self.size_value(s, size)) for s in shape(node)]
         if item.axis is None:
             whole = self.call(aten.full.default, sizes, _number(item.value, dtype), dtype=dtype)
             if item.hidden is None:
@@ -255,7 +270,7 @@ class Rebuilder:
             for other in self.inputs.values():
                 for axis, known in enumerate(shape(other)):
                     if expression(known) == expression(value):
-                        return self._sizer(value, other, axis)
+                        return self.sizer(value, other, axis)
         if isinstance(expression(value), int):
             return expression(value)
         if node.target is aten.sym_size.int:
@@ -263,7 +278,7 @@ class Rebuilder:
         args = fx.node.map_arg(node.args, lambda arg: self._plain(arg, world))
         return self.call(node.target, *args)
 
-    def _sizer(self, value: Any, holder: fx.Node | None = None, axis: int = 0) -> Any:
+    def sizer(self, value: Any, holder: fx.Node | None = None, axis: int = 0) -> Any:
         """The node that reads a size from an input."""
         found = expression(value)
         if isinstance(found, int):
@@ -393,7 +408,7 @@ class Rebuilder:
         if "positions" not in self._rows:
             lengths = self.inputs[LENGTHS]
             first = self.call(aten.unsqueeze.default, lengths, 1)
-            chunk, capacity = self._sizer(self.chunk), self._sizer(self.capacity)
+            chunk, capacity = self.sizer(self.chunk), self.sizer(self.capacity)
             steps = self.call(aten.arange.default, chunk)
             last = self.call(operator.sub, capacity, 1)
             added = self.call(aten.add.Tensor, first, steps)
@@ -426,7 +441,7 @@ class Rebuilder:
             return self._rows[key]
         flat = self.call(aten.reshape.default, self.positions(), [-1])
         taken = self.call(aten.index_select.default, chosen, axis, flat)
-        batch, chunk = self._sizer(self.batch) if self.batch is not None else 1, self._sizer(self.chunk)
+        batch, chunk = self.sizer(self.batch) if self.batch is not None else 1, self.sizer(self.chunk)
         sizes: list[Any] = [self._dimension(taken, i) for i in range(rank)]
         split = self.call(aten.reshape.default, taken, [*sizes[:axis], batch, chunk, *sizes[axis + 1 :]])
         order = [i for i in range(rank + 1) if i != axis]
@@ -449,7 +464,7 @@ class Rebuilder:
         if isinstance(expression(size), int):
             return expression(size)
         if expression(size) == expression(self.capacity):
-            return self._sizer(self.capacity)
+            return self.sizer(self.capacity)
         return self.call(aten.sym_size.int, node, axis)
 
     def _shown(self, sizes: Sequence[Any]) -> str:
