@@ -105,14 +105,31 @@ def save(
         (directory / MANIFEST_FILE).write_text(text)
         card.write(manifest, directory, place.name)
         directory.chmod(0o755)
-        if place.exists():
-            shutil.rmtree(place)
-        directory.rename(place)
+        _take_place(directory, place)
     except BaseException:
         writer.abandon()
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return figures
+
+
+def _take_place(directory: Path, place: Path) -> None:
+    """Give a new bundle its name. One of that name is moved aside, and removed once the new one is in its place."""
+    if not place.exists():
+        directory.rename(place)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-old-", dir=place.parent))
+    held = aside / place.name
+    try:
+        place.rename(held)
+        directory.rename(place)
+    except BaseException:
+        if held.exists() and not place.exists():
+            held.rename(place)
+        if not held.exists():
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _add(name: str, content: str | os.PathLike[str] | bytes, directory: Path) -> None:

@@ -66,7 +66,7 @@ def _names(node: ast.expr) -> set[str]:
             return _names(left) | _names(right)
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return _names(operand)
-        case ast.Call(func=ast.Name(id=name), args=[_, *_] as items, keywords=[]) if name in _FUNCTIONS:
+        case ast.Call(func=ast.Name(id=name), args=[_, _, *_] as items, keywords=[]) if name in _FUNCTIONS:
             return set().union(*(_names(item) for item in items))
     raise ValueError(f"{ast.unparse(node)!r} is not made of axes, whole numbers, + - * // %, max and min")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, get_type_hints
 
 import numpy as np
 
 from offramp.runtime.adaptive import Adaptive
 from offramp.runtime.budget import Budget
+from offramp.runtime.decode import decode
 from offramp.runtime.errors import PolicyError
 from offramp.runtime.manifest import Exit, Stack
 from offramp.runtime.policy import Agreement, Cost, Policy, Rows, State, listing, named, scored
@@ -170,10 +171,15 @@ def from_dict(data: Mapping[str, Any]) -> Policy:
     if kind is None:
         raise PolicyError(f"no policy {data.get('name')!r}; there are {', '.join(NAMED)}")
     try:
+        hints, problems = get_type_hints(kind), list[str]()
+        for key in options.keys() & {item.name for item in fields(kind) if item.init} - {"stacks"}:  # type: ignore[arg-type]
+            decode(hints[key], options[key], key, problems)
+        if problems:
+            raise TypeError("; ".join(sorted(problems)))
         if "thresholds" in options:
             options["thresholds"] = {int(after): float(at) for after, at in options["thresholds"].items()}
         if kind is Each:
             options["stacks"] = {stack: from_dict(item) for stack, item in options["stacks"].items()}
         return kind(**options)
-    except (TypeError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError, RecursionError) as error:
         raise PolicyError(f"policy {data['name']!r} cannot have the options {options}: {error}") from error

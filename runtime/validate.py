@@ -237,6 +237,8 @@ class _Flow:
                 yield f"{where}: {made!r} and {full!r} differ in dtype, rank or batch axis"
         yield from self._there(exit_.scores.values(), here, f"{where}, scores")
         for measure, name in exit_.scores.items():
+            if name not in self._manifest.values:
+                continue  # which is said above
             rank, *place = _kind(self._manifest, name)[1:]
             by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
             if self._manifest.batch and (not (rank == 1 or by_token) or place != [0, 1]):
