@@ -35,7 +35,7 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
 
     program = prepared(program)
     plan = partition(program, 1)
-    pieces = [*plan.enter, *(piece for stack in plan.stacks for _, piece in stack.blocks), plan.tail]
+    pieces = [*plan.enter, *(piece for stack in plan.stacks for _, piece in stack.blocks), *plan.tails]
     order = {node: i for i, node in enumerate(program.graph.nodes)}
     of_chunk = {node for piece in pieces if piece and _of_chunk(program, piece) for node in piece.nodes}
     nodes = sorted(of_chunk, key=order.__getitem__)

@@ -11,7 +11,8 @@ from offramp.export.attention import Target
 from offramp.export.lower import Function, close
 from offramp.export.partition import Piece, Plan, StackPlan
 from offramp.export.write import Writer
-from offramp.program.graph import aten, expression, placeholders, results, shape
+from offramp.passes.infra.outputs import vocabulary
+from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime import manifest as m
 from offramp.runtime.axes import names
@@ -38,15 +39,14 @@ class Describer:
                 self.names.setdefault(program.nodes[name], f"{stack.name}.{depth}")
         if program.cache is not None:
             self.names |= {self.returned[name]: name for name in program.cache.buffers.values()}
-        self._outside = (*plan.before, *plan.tables, *plan.enter, plan.tail)
+        self._outside = (*plan.before, *plan.tables, *plan.enter, *plan.tails)
         self.batch = self._batch()
         self._total = sum(piece is not None for piece in self._outside) + sum(
-            len(s.blocks) + len(s.adapters) + len(s.heads) for s in plan.stacks
+            len(s.blocks) + len(s.adapters) + sum(map(len, s.heads.values())) for s in plan.stacks
         )
-        if plan.tail:  # once more for every exit that shares it
-            last = plan.stacks[-1]
-            early = [item for item in program.exits_of(last.stack.name) if item.after < last.stack.blocks]
-            self._total += len(early) - len(last.heads)
+        last = plan.stacks[-1]
+        early = [item for item in program.exits_of(last.stack.name) if item.after < last.stack.blocks]
+        self._total += len(plan.tails) * (len(early) - len(last.heads))  # once more for every exit that shares them
 
     def manifest(self, model: str, provenance: Mapping[str, Any], policy: Mapping[str, Any] | None) -> m.Manifest:
         """Lower everything and describe it (``files`` and ``validation`` are still empty)."""
@@ -108,15 +108,11 @@ class Describer:
             cache.buffers,
             chunk,
             capacity,
+            cache.logits,
             cache.limit,
-            self._ids(node),
+            vocabulary([node]),
             rowwise,
         )
-
-    def _ids(self, tokens: fx.Node) -> int | None:
-        """How many token ids there are: the rows of the smallest table that they are looked up in."""
-        tables = [user.args[0] for user in tokens.users if user.target is aten.embedding.default]
-        return min((int(shape(table)[0]) for table in tables if isinstance(table, fx.Node)), default=None)
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
         stack = plan.stack
@@ -138,11 +134,11 @@ class Describer:
         )
 
     def _full(self, plan: StackPlan, item: Exit | None, final: bool) -> m.Exit:
-        stack, tail = plan.stack, self.plan.tail
+        stack = plan.stack
         output = self._name(stack.output)
         if not final:
             return m.Exit(stack.blocks, (), output, {}, {})
-        segments = (self._segment(tail),) if tail else ()
+        segments = tuple(self._segment(tail) for tail in self.plan.tails)
         outputs = {name: self._name(self.returned[name].name) for name in self.program.outputs}
         scores = {
             measure: self._name(self.returned[key].name) for measure, key in (item.scores if item else {}).items()
@@ -150,7 +146,7 @@ class Describer:
         return m.Exit(stack.blocks, segments, output, outputs, scores)
 
     def _exit(self, plan: StackPlan, item: Exit, final: bool) -> m.Exit:
-        stack, tail = plan.stack, self.plan.tail
+        stack = plan.stack
         prefix = f"{stack.name}.{item.after}/"
         state = self._name(item.hidden)
         segments: list[str] = []
@@ -159,14 +155,13 @@ class Describer:
             state = f"{prefix}state"
             segments.append(self._segment(plan.adapters[item.after], {self.program.nodes[item.state]: state}))
         if item.after in plan.heads:
-            head = plan.heads[item.after]
-            segments.append(self._segment(head))
-            made = {node: self.names[node] for node in head.outputs}
-        elif final and tail:
-            renamed = {node: prefix + self.names.get(node, node.name) for node in tail.outputs}
-            renamed[self.program.nodes[stack.output]] = state
-            segments.append(self._segment(tail, renamed, f"{prefix}tail"))
-            made = renamed
+            for head in plan.heads[item.after]:
+                segments.append(self._segment(head))
+                made |= {node: self.names[node] for node in head.outputs}
+        elif final:
+            made = {node: prefix + self.names.get(node, node.name) for tail in self.plan.tails for node in tail.outputs}
+            made = made and {**made, self.program.nodes[stack.output]: state}
+            segments += [self._segment(tail, made, f"{prefix}{tail.name}") for tail in self.plan.tails]
         outputs, scores = {}, {}
         if final:
             for name in self.program.outputs:

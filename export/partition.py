@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,12 +46,15 @@ class StackPlan:
     stack: Stack
     blocks: list[tuple[int, Piece]] = field(default_factory=list)
     adapters: dict[int, Piece] = field(default_factory=dict)
-    heads: dict[int, Piece] = field(default_factory=dict)
+    heads: dict[int, list[Piece]] = field(default_factory=dict)
 
 
 @dataclass
 class Plan:
-    """Pieces in the order in which they run: before each stack (None: nothing to do), the stacks, the tail.
+    """Pieces in the order in which they run: before each stack (None: nothing to do), the stacks, the tails.
+
+    A tail makes the model's outputs from the last stack's; of a program with caches the first makes the logits that
+    generation reads, and a second one all else (so it is with an exit's own heads).
 
     Of a program with caches ``before`` is what runs once; what runs when their capacity changes is apart. What runs
     for each chunk of tokens (the embedding, say) is part of the stack's first piece, or apart too where more than the
@@ -62,7 +65,7 @@ class Plan:
     tables: list[Piece | None]
     enter: list[Piece | None]
     stacks: list[StackPlan]
-    tail: Piece | None
+    tails: list[Piece]
 
 
 def partition(program: Program, segments: int | None = None) -> Plan:
@@ -245,20 +248,33 @@ class _Partition:
                 wanted["block", stack.name, last] = ([nodes[stack.cuts[last]], *scores, *kept], self.cuts - inner)
             for after, item in exits.items():
                 if after < stack.blocks and item.head == "own":
-                    made = [self.returned[name] for name in item.outputs.values()]
-                    wanted["head", stack.name, after] = ([*made, *self._scores(item)[1]], self.cuts)
+                    logits, rest = self._parted(item.outputs)
+                    made = [*logits, *self._scores(item)[1]]
+                    wanted["head", stack.name, after] = (made, self.cuts)
+                    if rest := [node for node in rest if node not in made]:
+                        wanted["outputs", stack.name, after] = (rest, self.cuts | set(logits))
                 elif after < stack.blocks and item.adapter != "identity":
                     wanted["adapter", stack.name, after] = ([nodes[item.state]], self.cuts)
         last_stack = self.stacks[-1]
-        finals = [self.returned[name] for name in self.program.outputs]
+        finals, rest = self._parted({name: name for name in self.program.outputs})
+        made_first = set(finals) if rest else set()
         for item in self.program.exits:
             if item.after == self.program.stacks[item.stack].blocks:
                 finals += self._scores(item)[1]
-        finals = [node for node in _unique(finals) if node.op == "call_function" and node not in self.cuts]
-        wanted["tail", last_stack.name, 0] = (finals, self.cuts)
+        wanted["tail", last_stack.name, 0] = (self._final(finals), self.cuts)
+        wanted["rest", last_stack.name, 0] = (self._final([n for n in rest if n not in finals]), self.cuts | made_first)
 
         shared = self._shared([self._slice(*request) for request in wanted.values()])
         return self._assemble(wanted, shared)
+
+    def _parted(self, outputs: Mapping[str, str]) -> tuple[list[fx.Node], list[fx.Node]]:
+        """What generation reads of outputs (by their names in the graph), and the rest; without caches all is one."""
+        logits = self.program.cache.logits if self.program.cache else ""
+        first = [self.returned[key] for name, key in outputs.items() if logits in ("", name)]
+        return first, [node for key in outputs.values() if (node := self.returned[key]) not in first]
+
+    def _final(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
+        return [node for node in _unique(nodes) if node.op == "call_function" and node not in self.cuts]
 
     def _scores(self, item: Exit) -> tuple[list[fx.Node], list[fx.Node]]:
         """An exit's scores: those made from hidden states alone, and those that need its head."""
@@ -308,20 +324,22 @@ class _Partition:
         shared: set[fx.Node],
     ) -> Plan:
         pieces: dict[tuple[str, str, int], Piece] = {}
-        stop = self.cuts | shared
         crossing: set[fx.Node] = set()
+        once: set[fx.Node] = set()
         for key, (outputs, cuts) in wanted.items():
-            if key[0] in ("entry", "tail"):
+            if key[0] in ("entry", "tail", "rest"):
                 continue
             pieces[key] = self._piece(self._label(key), outputs, cuts | shared)
             crossing |= {node for node in pieces[key].inputs if node in shared}
         last = len(self.stacks)
-        finals = wanted["tail", self.stacks[-1].name, 0][0]
-        early = [node for node in finals if self.level[node] != last]  # once, not at every exit
-        crossing |= set(early)
         late = {node for node in shared if self.level[node] == last}
-        tail = self._piece("tail", [node for node in finals if node not in early], stop - late)
-        crossing |= {node for node in tail.inputs if node in shared}
+        tails = []
+        for kind, name in (("tail", "tail"), ("rest", "outputs")):
+            finals, cuts = wanted[kind, self.stacks[-1].name, 0]
+            early = [node for node in finals if self.level[node] != last]  # once, not at every exit
+            tails.append(self._piece(name, [node for node in finals if node not in early], (cuts | shared) - late))
+            crossing |= {*early, *(node for node in tails[-1].inputs if node in shared)}
+            once |= set(early)
         before: list[tuple[Piece | None, ...]] = []
         for index in range(last - 1, -1, -1):
             stack = self.stacks[index]
@@ -344,8 +362,8 @@ class _Partition:
             if (entry := made[-1]) is not None:
                 outside = [piece for key, piece in pieces.items() if key[1] != stack.name]
                 outside += [piece for piece in itertools.chain(*before) if piece]
-                if not set(entry.outputs) & {*early, *(arg for piece in outside for arg in piece.inputs)}:
-                    self._join(entry, stack, pieces, tail)
+                if not set(entry.outputs) & {*once, *(arg for piece in outside for arg in piece.inputs)}:
+                    self._join(entry, stack, pieces, tails)
                     made[-1] = None
             before.append(tuple(made))
         plans = []
@@ -354,16 +372,20 @@ class _Partition:
             for (kind, name, depth), piece in pieces.items():
                 if name == stack.name and kind == "block":
                     plan.blocks.append((depth, piece))
-                elif name == stack.name and kind in ("adapter", "head"):
-                    (plan.adapters if kind == "adapter" else plan.heads)[depth] = piece
+                elif name == stack.name and kind == "adapter":
+                    plan.adapters[depth] = piece
+                elif name == stack.name:
+                    plan.heads.setdefault(depth, []).append(piece)
             plans.append(plan)
-        once, tables, enter = (list(column) for column in zip(*before[::-1], strict=True))
-        return Plan(once, tables, enter, plans, tail if tail.nodes else None)
+        ahead, tables, enter = (list(column) for column in zip(*before[::-1], strict=True))
+        return Plan(ahead, tables, enter, plans, [piece for piece in tails if piece.nodes])
 
-    def _join(self, enter: Piece, stack: Stack, pieces: dict[tuple[str, str, int], Piece], tail: Piece) -> None:
+    def _join(
+        self, enter: Piece, stack: Stack, pieces: dict[tuple[str, str, int], Piece], tails: Sequence[Piece]
+    ) -> None:
         """Make what enters a stack part of its first piece, which spares every chunk a session's call."""
         first = next(key for key in pieces if key[:2] == ("block", stack.name))
-        block, others = pieces[first], [tail, *(piece for key, piece in pieces.items() if key != first)]
+        block, others = pieces[first], [*tails, *(piece for key, piece in pieces.items() if key != first)]
         read = {arg for piece in others for arg in piece.inputs} | set(self.buffers.get((stack.name, -1), []))
         kept = [node for node in enter.outputs if node in read]
         nodes = sorted({*enter.nodes, *block.nodes}, key=self.order.__getitem__)

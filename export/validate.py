@@ -15,7 +15,7 @@ from offramp.program.graph import run
 from offramp.program.program import Program
 from offramp.program.sizes import other_sizes
 from offramp.runtime.chain import Chain
-from offramp.runtime.errors import ExportError
+from offramp.runtime.errors import ExportError, InputError
 from offramp.runtime.manifest import Manifest
 from offramp.runtime.policies import Depth, Never
 from offramp.runtime.policy import State
@@ -86,6 +86,13 @@ def validate(
         ExportError: an error is above the tolerance; the message names the segment or exit.
     """
     chain = Chain(manifest, directory)
+    if manifest.cache is not None and chain.generates is None:
+        try:
+            chain.stream({})
+        except InputError as error:
+            raise ExportError(
+                f"a bundle with caches that cannot generate: {error.reason}", hint="leave insert-cache out"
+            ) from error
     figures = {
         "segments": _segments(lowered or program, manifest, directory, origin),
         "chain": _checked(
@@ -141,10 +148,12 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         run(program.graph_module, order, values, nodes.__contains__)
     largest = 0.0
     sessions = open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
+    early = [item for stack in manifest.stacks.values() for item in stack.exits[:-1] if item.head == "shared"]
+    tails = {name for item in early for name in item.segments[item.adapter != "identity" :]}
     for segment in manifest.segments.values():
         names = {*segment.inputs.values(), *segment.outputs.values()}
-        if segment.name.endswith("/tail") or not all(name in origin for name in names):
-            continue  # a shared head on an exit's state: checked as an exit
+        if segment.name in tails or not all(name in origin for name in names):
+            continue  # a shared tail on an exit's state: checked as an exit
         cache = manifest.cache
         one = cache is not None and cache.rowwise and any(name in cache.buffers for name in segment.inputs.values())
 
@@ -175,11 +184,11 @@ def stepwise(program: Program, chain: Chain) -> float:
     if chain.generates is None or inputs[chain.generates].shape[1] < 3:
         return 0.0
     name, stack = chain.generates, list(chain.stacks)[-1]
-    passes = {program.stacks[stack].blocks: eager(program, program.example_inputs)}
+    programs = {program.stacks[stack].blocks: program}
     for item in program.exits_of(stack):
         if item.after < program.stacks[stack].blocks:
-            cut = Truncate(stack, item.after).run(program).program
-            passes[item.after] = eager(cut, program.example_inputs)
+            programs[item.after] = Truncate(stack, item.after).run(program).program
+    passes = {after: _Pass(cut, name) for after, cut in programs.items()}
     random = np.random.default_rng(0)
     rows, total = inputs[name].shape
     at = random.integers(1, total - 1, rows)
@@ -191,15 +200,36 @@ def stepwise(program: Program, chain: Chain) -> float:
         for left in run.feed(chunks, askers):
             row, after = run.rows[left.slot], left.exits[stack]
             for output, value in left.outputs.items():
-                expected = passes[after][output]
-                if expected.dim() > 1 and expected.shape[:2] == (rows, total):
-                    largest = max(largest, error(value, expected[row, at[row] - 1 : at[row]]))
+                largest = max(largest, error(value, passes[after].at(output, row, int(at[row]))))
         run.drop([slot for slot, row in enumerate(run.rows) if at[row] == total])
         chunks = [inputs[name][row, at[row] : at[row] + 1] for row in run.rows]
         for row in run.rows:
             at[row] += 1
         askers = run.askers
     return largest
+
+
+class _Pass:
+    """Logits of the example's tokens in one pass of a program."""
+
+    def __init__(self, program: Program, tokens: str) -> None:
+        self._program, self._tokens = program, tokens
+        self._made: dict[int, dict[str, torch.Tensor]] = {}
+
+    def at(self, output: str, row: int, count: int) -> torch.Tensor:
+        """Those of the ``count``-th token of a row; a model that gives the last one's only is run on so many."""
+        total = self._program.example_inputs[self._tokens].shape[1]
+        whole = self._of(total)[output]
+        if whole.dim() == 3 and whole.shape[1] == total:
+            return whole[row, count - 1 : count]
+        return self._of(count)[output][row]
+
+    def _of(self, count: int) -> dict[str, torch.Tensor]:
+        if count not in self._made:
+            inputs = dict(self._program.example_inputs)
+            inputs[self._tokens] = inputs[self._tokens][:, :count]
+            self._made[count] = eager(self._program, inputs)
+        return self._made[count]
 
 
 def _coin(stack: str) -> Callable[[State], Any]:

@@ -11,14 +11,15 @@ from typing import ClassVar
 from torch import fx
 
 from offramp.passes.infra.base import Pass, PassResult
-from offramp.passes.infra.causal import DATA, Causal
+from offramp.passes.infra.causal import CHUNK, DATA, POSITIONAL, Causal
 from offramp.passes.infra.chunks import check_chunks
 from offramp.passes.infra.contents import ContentMasks, product_of
 from offramp.passes.infra.incremental import LENGTHS, PLACES, Rebuilder
+from offramp.passes.infra.outputs import last_places, logits_of
 from offramp.program import ops
 from offramp.program.attention import AttentionSite
 from offramp.program.axes import Axes
-from offramp.program.graph import aten, expression, results, shape, symbols
+from offramp.program.graph import aten, expression, read_by, results, shape, symbols
 from offramp.program.program import Cache, Program
 from offramp.runtime.errors import SpecError
 
@@ -46,8 +47,11 @@ class InsertCache(Pass):
     the number of tokens go: padding masks (rows have lengths), causal masks, positions, and what is the same everywhere
     in the example.
 
-    Requires: a causal stack; no operator but attention mixes its tokens; the first axis of keys and values counts
-    rows.
+    Generation reads one output: logits of each token, or of the last one alone (``x[:, -1]`` before the head). Others
+    may be made from memory or mix the tokens (values pooled over them, say): they are what they were in one pass.
+
+    Requires: a causal stack, from which an output is made that holds logits; up to that, no operator but attention
+    mixes its tokens; the first axis of keys and values counts rows.
     Ensures: run in random chunks, rows apart, the program gives what it gave in one pass (to 1e-4 of the scale).
     Invalidates: nothing; names of cuts and exits stay.
     """
@@ -92,13 +96,18 @@ class _Insertion:
         self.buffers: dict[str, str] = {}
         self.axes: dict[str, int] = {}
         self.returned: dict[str, fx.Node] = {}
+        self.builder.last = last_places(self.facts)
+        self.logits = logits_of(self.facts, self.builder.last)
 
     def result(self) -> PassResult:
         """The rebuilt program."""
         facts, graph = self.facts, self.program.graph
         hooks: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
         after: dict[fx.Node, list[Callable[[fx.Node], None]]] = {}
-        sites = list(filter(facts.attends_to_tokens, facts.sites))
+        needed = self._needed()
+        self.builder.loose = {node for node in graph.nodes if node not in needed}
+        self.builder.mixed |= {site.output for site in facts.sites if site.output not in needed}
+        sites = list(filter(facts.attends_to_tokens, [site for site in facts.sites if site.output in needed]))
         self.builder.skipped = self.masks.only(sites)
         for site in sites:
             if site.form == "sdpa":
@@ -107,14 +116,36 @@ class _Insertion:
                 self._decomposed(site, after)
                 hooks |= self.masks.readers(site)
         for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
-            if facts.kinds[node] == DATA and expression(shape(node)[node.args[1]]) == facts.tokens:
+            counts = facts.kinds[node] == DATA and expression(shape(node)[node.args[1]]) == facts.tokens
+            if counts and node in needed:
                 hooks[node] = self._cumulative
         self.builder.build(hooks, after)
-        new = {name: self.builder.value(node) for name, node in results(graph).items()}
+        new = {name: self.builder.value(node, "chunk") for name, node in results(graph).items()}
         self.builder.graph.output({**new, **self.returned})
         self.builder.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self.builder.graph.lint()
         return PassResult(self._program(), dict(self.builder.edits))
+
+    def _needed(self) -> set[fx.Node]:
+        """What generation reads the contents of: the logits, at all exits, and their scores."""
+        names = [self.logits]
+        for item in self.program.exits:
+            names += [*item.scores.values(), item.outputs.get(self.logits, self.logits)]
+        returned = results(self.program.graph)
+        return read_by([returned[name] for name in names])
+
+    def _whole(self) -> tuple[str, ...]:
+        """The outputs that mix tokens, or say nothing of each: right where one chunk holds all tokens."""
+        builder, returned = self.builder, results(self.program.graph)
+        found = []
+        for name in self.program.outputs:
+            node = returned[name]
+            sizes = [expression(size) for size in shape(node)]
+            fixed = self.facts.kinds[node] in (POSITIONAL, CHUNK)
+            pooled = self.facts.kinds[node] == DATA and self.facts.tokens not in sizes
+            if name != self.logits and (fixed or pooled or builder.mixed & read_by([node])):
+                found.append(name)
+        return tuple(found)
 
     def _program(self) -> Program:
         program, facts = self.program, self.facts
@@ -135,6 +166,8 @@ class _Insertion:
             self.axes,
             {str(node.target): item for node, item in facts.implied.items()},
             facts.limit,
+            self.logits,
+            self._whole(),
         )
         kept = {name: value for name, value in program.example_inputs.items() if name not in cache.implied}
         made = replace(

@@ -103,6 +103,14 @@ class InsertScores(Pass):
                     hint="measure=top1, margin or entropy",
                 ) from error
         if set(self.measures) & set(OF_SHORT):
+            tokens, name = self._tokens(program), self._logits(program)
+            sizes = [expression(size) for size in shape(results(program.graph)[name])]
+            if tokens is not None and tokens not in sizes:
+                raise SpecError(
+                    f"measure={'|'.join(self.measures)}: output {name!r} is of the last token alone, and a block does "
+                    "not know which one that is",
+                    hint="return the logits of all tokens, or measure=top1, margin or entropy",
+                )
             for item in (*program.exits_of(stack), *([self._full(program)] if self._at_end(program) else ())):
                 if set(self._wanted(program, item)) & set(OF_SHORT):
                     find_head(program.graph, results(program.graph)[item.outputs[self._logits(program)]])

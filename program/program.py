@@ -51,6 +51,8 @@ class Cache:
     of each the positions lie. ``implied`` are inputs of the model that follow from how many tokens there are
     (padding masks: rows have lengths instead; positions): the rewritten graph makes them itself. ``limit`` is the
     greatest number of tokens, None for no limit.
+    ``logits`` is the output that generation reads: of each token of the chunk, or of the last one. ``whole`` are the
+    outputs that mix tokens: those are right where one chunk holds all of them.
     """
 
     tokens: tuple[str, ...]
@@ -60,6 +62,8 @@ class Cache:
     axes: Mapping[str, int]
     implied: Mapping[str, Implied] = field(default_factory=dict)
     limit: int | None = None
+    logits: str = ""
+    whole: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

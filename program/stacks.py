@@ -298,13 +298,14 @@ def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]
             "a model with more blocks; one block leaves nothing to skip",
         )
     returned = results(graph)
-    for name, node in returned.items():
-        if len(returned) > 1 and find_stacks(graph, sites, [node]):
-            inner = [other for other in returned if other != name]
-            return (
-                f"no stack: with the outputs {inner} the model returns values from between its blocks",
-                f"wrap the model so that it returns {name!r} only (output_hidden_states=False, say)",
-            )
+    depth = {name: sum(len(s.blocks) for s in find_stacks(graph, sites, [node])) for name, node in returned.items()}
+    deepest = max(depth, key=lambda name: depth[name])  # the first of those from behind all blocks
+    if len(returned) > 1 and depth[deepest]:
+        inner = [name for name in returned if depth[name] < depth[deepest]] or [n for n in returned if n != deepest]
+        return (
+            f"no stack: with the outputs {inner} the model returns values from between its blocks",
+            f"wrap the model so that it returns {deepest!r} only (output_hidden_states=False, say)",
+        )
     return (
         f"no stack: the model has {len(sites)} attentions, but the pieces between its residual joins do not repeat",
         "blocks whose weights have equal shapes, each reading the hidden state that the one before made",

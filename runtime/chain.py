@@ -232,7 +232,9 @@ class Chain:
         if sampling.stop_strings and tokenizer is None:
             tokenizer = self._tokenizer()
         ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
-        first = np.zeros((len(prompts), max(row.size for row in prompts)), self.inputs[plan.cache.tokens[0]].dtype)
+        least = self.manifest.axes[plan.cache.chunk][0]  # which other outputs than the logits may need
+        longest = max(least, *(row.size for row in prompts))
+        first = np.zeros((len(prompts), longest), self.inputs[plan.cache.tokens[0]].dtype)
         arrays, batch = self._inputs.check({**inputs, plan.cache.tokens[0]: first})
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
         arrays |= {plan.cache.lengths: np.zeros(batch, np.int64)}

@@ -155,7 +155,7 @@ class Decoder:
                     continue
                 answered = [row for row in go.tolist() if row not in picked]
                 ending = (
-                    self._through(door, slots, values, counts)
+                    self._of_all(door, slots, values, counts)
                     if wholly
                     else self._door(door, slots, values, counts, answered, answer.made)
                 )
@@ -252,7 +252,7 @@ class Decoder:
                 values = self._run(self.legs[at], at, one, values, counts)
                 door = self.legs[at].door
                 if whole is not None and door is not None and door.full and door.ends and whole():
-                    found[slot] = self._results(door, self._through(door, one, values, counts), 0, int(counts[0]))
+                    found[slot] = self._results(door, self._of_all(door, one, values, counts), 0, int(counts[0]))
                 if self.propagate == "hidden":
                     values, counts = {}, np.zeros(1, np.int64)
         return found
@@ -394,15 +394,23 @@ class Decoder:
             outputs = {name: made[value][place] for name, value in door.results.items()}
             return Left(slot, outputs, row.exits, row.scores, row.asked)
         whole = self._results(door, made, place, count)
-        last = {name: array[-1:] if self._along(door.results[name]) else array for name, array in whole.items()}
+        last = {name: array[-1:] for name, array in whole.items()}
         return Left(slot, last, row.exits, row.scores, row.asked, None, whole)
 
     def _results(self, door: Door, made: Values, row: int, count: int) -> Values:
         """The exit's results for all tokens of a row, under the names of the model's outputs."""
-        return {
-            name: made[value][row, :count] if self._along(value) else made[value][row]
-            for name, value in door.results.items()
-        }
+        return {name: made[value][row, :count] for name, value in door.results.items()}
+
+    def _of_all(self, door: Door, slots: Index, values: Values, counts: Index) -> Values:
+        """The exit's results for all tokens, [slots, chunk, ...]; a model that takes the last one runs one by one."""
+        if all(map(self._along, door.results.values())):
+            return self._through(door, slots, values, counts)
+        made: list[Values] = []
+        for place in range(greatest(counts)):
+            here = {name: array[:, place : place + 1] if self._along(name) else array for name, array in values.items()}
+            found = self._through(door, slots, here)
+            made.append({value: found[value].reshape(slots.size, -1) for value in door.results.values()})
+        return {value: np.stack([each[value] for each in made], 1) for value in door.results.values()}
 
     def _through(self, door: Door, slots: Index, values: Values, counts: Index | None = None) -> Values:
         found = dict(values)

@@ -46,7 +46,8 @@ class Plan:
             name for leg in self.legs if leg.door for call in leg.door.calls for _, name in call.kept
         )
         self.stacks = [stage.stack for stage in manifest.stages if stage.when == "chunk" and stage.stack]
-        self.output, self.vocabulary = self._logits()
+        self.output = self.cache.logits
+        self.vocabulary = int(manifest.values[manifest.outputs[self.output]].shape[-1])
         self._lock = threading.Lock()
         self._spare: Store | None = None
 
@@ -63,22 +64,8 @@ class Plan:
         with self._lock:
             self._spare = store
 
-    def _logits(self) -> tuple[str, int]:
-        values = self.manifest.values
-        found = {
-            name: values[value].shape[-1]
-            for name, value in self.manifest.outputs.items()
-            if self.cache.chunk in values[value].shape and isinstance(values[value].shape[-1], int)
-        }
-        name = "logits" if "logits" in found else next(iter(found)) if len(found) == 1 else None
-        return (name, int(found[name])) if name else ("", 0)
-
     def tokens_input(self) -> str:
         """The input that holds token ids; InputError where a chunk needs more than those."""
-        if not self.output:
-            raise InputError(
-                f"no output of {sorted(self.manifest.outputs)} is logits over a vocabulary, token by token"
-            )
         if len(self.cache.tokens) != 1 or not self.manifest.values[self.cache.tokens[0]].dtype.startswith("int"):
             raise InputError(f"generation extends one input of token ids; this bundle has {list(self.cache.tokens)}")
         check_layout(self.manifest, self.legs)
@@ -166,7 +153,7 @@ class Run:
         self._mixed = self.first is not None and bool((self._given > 1).any())
         self._steps = np.zeros(slots, np.int64)
         self._watch: Watch | None = None
-        if Agreement in policy.observes and plan.output:
+        if Agreement in policy.observes:
             self._watch = Watch(policy, self.decoder, plan.stacks[-1], plan.output)
 
     def _capacity(self, first: int, needed: int) -> int:

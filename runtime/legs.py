@@ -14,7 +14,7 @@ from offramp.runtime.store import Launch, launch
 
 @dataclass(frozen=True, slots=True)
 class Door:
-    """An exit: what it runs on the last token, its scores, and what it stands for.
+    """An exit: what it runs on the last token for its logits and scores, and what it stands for.
 
     ``pick`` is the value that holds a row's next token where the exit has one without running anything.
     """
@@ -83,14 +83,26 @@ def legs_of(manifest: Manifest, sessions: Mapping[str, Any], kept: frozenset[str
 
 
 def _door(manifest: Manifest, stack: Stack, exit_: Exit, ready: Mapping[str, Launch], *, ends: bool) -> Door:
-    calls = tuple(ready[name] for name in exit_.segments)
+    assert manifest.cache is not None
+    logits = manifest.cache.logits
+    results = {logits: exit_.outputs[logits]} if ends else {stack.output: exit_.state}
+    calls = _needed([ready[name] for name in exit_.segments], {*results.values(), *exit_.scores.values()})
     made = {name for call in calls for _, name in call.made}
-    results = dict(exit_.outputs) if ends else {stack.output: exit_.state}
     reads = {name for call in calls for _, name in call.chunk} | {v for v in results.values() if v not in made}
     free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
     pick = exit_.scores[PICK] if PICK in free and ends else None
     full = exit_.after == stack.blocks
     return Door(exit_.after, calls, frozenset(reads - made), exit_.scores, free, results, full, ends, pick)
+
+
+def _needed(calls: Sequence[Launch], wanted: set[str]) -> tuple[Launch, ...]:
+    """Those of an exit's calls that make ``wanted``: what else a model returns, generation does not read."""
+    found: list[Launch] = []
+    for call in reversed(calls):
+        if wanted.intersection(name for _, name in call.made):
+            found.insert(0, call)
+            wanted = wanted | {name for _, name in call.chunk}
+    return tuple(found)
 
 
 def check_layout(manifest: Manifest, legs: Sequence[Leg]) -> None:

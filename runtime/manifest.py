@@ -161,8 +161,9 @@ class Cache:
     ``tokens`` are the inputs that hold a chunk of tokens, along the axis ``chunk``. ``lengths`` is a value int64
     [batch]: how many tokens each row has already; ``places`` a value int64 [capacity]: 0, 1, and so on. ``buffers``
     maps a value that holds keys or values, with the axis ``capacity``, to the value that holds those of the chunk
-    too; the two may share memory. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token
-    ids. With ``rowwise`` the segments that read buffers take several rows only when their chunk is one token.
+    too; the two may share memory. ``logits`` is the output that generation reads, of each token or of the last one of
+    a chunk. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token ids. With ``rowwise`` the
+    segments that read buffers take several rows only when their chunk is one token.
     """
 
     tokens: tuple[str, ...]
@@ -171,6 +172,7 @@ class Cache:
     buffers: Mapping[str, str]
     chunk: str
     capacity: str
+    logits: str
     limit: int | None = None
     vocabulary: int | None = None
     rowwise: bool = False

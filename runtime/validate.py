@@ -53,6 +53,9 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
             yield f"cache.buffers: {name!r} has no axis {cache.capacity!r}"
         elif _kind(manifest, name) != _kind(manifest, made):
             yield f"cache.buffers: {name!r} and {made!r} differ in dtype, rank or batch axis"
+    logits = manifest.values.get(manifest.outputs.get(cache.logits, ""))
+    if logits is None or not logits.shape or not isinstance(logits.shape[-1], int):
+        yield f"cache.logits: {cache.logits!r} is no output with a fixed number of classes on its last axis"
     if not set(cache.tokens) <= set(manifest.inputs):
         yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
 
@@ -195,6 +198,8 @@ class _Flow:
                 yield from self._loop(stack, there, ends=i == last)
                 final = stack.exits[-1] if i == last else None
         outputs = dict(manifest.outputs)
+        if manifest.cache is not None and (final is None or manifest.cache.logits not in final.outputs):
+            yield f"cache.logits: the last stage is no stack whose exits make {manifest.cache.logits!r}"
         if final is not None:
             for name, value in final.outputs.items():
                 if outputs.pop(name, None) != value:

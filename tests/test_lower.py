@@ -31,7 +31,7 @@ from offramp.runtime.sessions import session_options
 
 
 def pieces(plan: Plan) -> list[Piece]:
-    found = [*plan.before, *(block for stack in plan.stacks for _, block in stack.blocks), plan.tail]
+    found = [*plan.before, *(block for stack in plan.stacks for _, block in stack.blocks), *plan.tails]
     return [piece for piece in found if piece is not None]
 
 

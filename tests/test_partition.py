@@ -33,8 +33,9 @@ def pieces(plan: Plan) -> Iterator[Piece]:
         yield from (before,) if before else ()
         for depth, block in stack.blocks:
             yield block
-            yield from (piece[depth] for piece in (stack.adapters, stack.heads) if depth in piece)
-    yield from (plan.tail,) if plan.tail else ()
+            yield from (stack.adapters[depth],) if depth in stack.adapters else ()
+            yield from stack.heads.get(depth, ())
+    yield from plan.tails
 
 
 def run(program: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
@@ -165,10 +166,10 @@ def test_a_mask_is_made_once(encoder: tiny.Captured) -> None:
 
 def test_what_only_the_tail_needs_is_made_there(encoder: tiny.Captured) -> None:
     plan = partition(encoder.program)
-    assert plan.tail is not None
+    (tail,) = plan.tails
     pooled = encoder.program.nodes["attention_mask"]
-    assert pooled in plan.tail.inputs
-    lengths = [node for node in plan.tail.nodes if node.target is aten.sum.dim_IntList and node.args[0] is pooled]
+    assert pooled in tail.inputs
+    lengths = [node for node in tail.nodes if node.target is aten.sum.dim_IntList and node.args[0] is pooled]
     assert len(lengths) == 1
 
 
@@ -211,7 +212,7 @@ def test_a_bias_of_the_first_block_that_all_use_is_made_before_the_stack() -> No
 
 def test_tied_weights_stay_tied(decoder: tiny.Captured) -> None:
     plan = partition(decoder.program)
-    assert weights(plan.before[0]) & weights(plan.tail) == {"words.weight"}
+    assert weights(plan.before[0]) & weights(*plan.tails) == {"words.weight"}
     assert_computes(decoder.program, plan, decoder.inputs)
 
 
@@ -255,7 +256,7 @@ def test_nothing_before_and_nothing_behind() -> None:
     captured = tiny.captured(partial(_Naked, "post"), {"x": tiny.signal().transpose(0, 1).contiguous()})
     plan = partition(captured.program)
     assert plan.before == [None]
-    assert plan.tail is None
+    assert plan.tails == []
     (stack,) = plan.stacks
     assert stack.stack.input == "x"
     assert [node.name for node in stack.blocks[0][1].inputs] == ["x"]
@@ -284,7 +285,7 @@ def test_own_heads_are_pieces_with_their_own_weights(encoder: tiny.Captured) -> 
     plan = partition(program)
     (stack,) = plan.stacks
     assert sorted(stack.heads) == [1, 3]
-    for after, head in stack.heads.items():
+    for after, (head,) in stack.heads.items():
         assert head.name == f"encoder.{after}-head"
         assert weights(head)
         assert all(name.startswith(f"exits.encoder.{after}.") for name in weights(head))
@@ -306,9 +307,9 @@ def test_an_adapter_is_a_piece_between_the_exit_and_its_head(encoder: tiny.Captu
     with torch.no_grad():
         expected = apply(program, [Truncate(after=2)]).module(**encoder.inputs)["logits"]
     state = run(program, plan, encoder.inputs)[program.nodes[item.state]]
-    assert plan.tail is not None
+    (tail,) = plan.tails
     values = {**run(program, plan, encoder.inputs), program.nodes[stack.stack.output]: state}
-    torch.testing.assert_close(_tail(program, plan.tail, values), expected)
+    torch.testing.assert_close(_tail(program, tail, values), expected)
 
 
 def _tail(program: Program, tail: Piece, values: Mapping[fx.Node, Tensor]) -> Tensor:
@@ -325,7 +326,7 @@ def test_an_adapter_before_an_own_head_is_part_of_it(encoder: tiny.Captured) -> 
     plan = partition(program)
     (stack,) = plan.stacks
     assert not stack.adapters
-    assert {"exits.encoder.2.adapter.linear.weight", "exits.encoder.2.head.weight"} <= weights(stack.heads[2])
+    assert {"exits.encoder.2.adapter.linear.weight", "exits.encoder.2.head.weight"} <= weights(*stack.heads[2])
     assert_computes(program, plan, encoder.inputs)
 
 
@@ -341,7 +342,7 @@ def test_scores_of_hidden_states_are_made_by_the_block(encoder: tiny.Captured) -
         assert {returned[item.scores[name]] for name in ("cosine", "learned")} <= set(block.outputs)
         assert returned[item.scores["top1"]] not in block.nodes
         if head == "own":
-            assert returned[item.scores["top1"]] in stack.heads[2].outputs
+            assert returned[item.scores["top1"]] in stack.heads[2][0].outputs
         assert_computes(program, plan, encoder.inputs)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import tiny
@@ -444,6 +445,24 @@ def test_where_there_is_no_stack_the_program_says_why(make: Callable[[], nn.Modu
     with pytest.raises(StructureError, match=r"no stack: .+") as caught:
         program.require_stacks()
     assert caught.value.hint
+
+
+class Classified(Encoder):
+    """A class of each row after every block."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        x, made = self.embed(input_ids), []
+        for block in self.blocks:
+            x = block(x, attention_mask.bool()[:, None, None])
+            made.append(self.head(self.leave(x).mean(1)))
+        return tuple(made)
+
+
+def test_the_hint_names_the_output_behind_all_blocks() -> None:
+    program = capture(tiny.seeded(Classified), tiny.text(), dynamic={})
+    with pytest.raises(StructureError, match=r"the outputs \['output0', 'output1', 'output2'\]") as caught:
+        program.require_stacks()
+    assert "returns 'output3' only" in str(caught.value.hint)
 
 
 # Blocks and tails

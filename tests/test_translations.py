@@ -35,8 +35,7 @@ def head(width: int = 8, rows: int = 2, tokens: int = 5) -> Function:
     module = tiny.Encoder().eval()
     module.head = nn.Linear(tiny.WIDTH, width)
     inputs = {name: value[:rows, :tokens] for name, value in tiny.text().items()}
-    tail = partition(capture(module, inputs)).tail
-    assert tail is not None
+    (tail,) = partition(capture(module, inputs)).tails
     return close(tail)
 
 

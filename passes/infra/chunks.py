@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import fx
 
@@ -10,55 +13,114 @@ from offramp.program.program import Program
 from offramp.runtime.errors import PassError
 
 TOLERANCE = 1e-4
+_HINT = "something else than attention mixes the tokens, or positions depend on the number of tokens"
 
 
 def check_chunks(before: Program, after: Program) -> float:
-    """The largest relative error of the incremental program in random chunks against one pass.
+    """The largest relative error of the incremental program against one pass of ``before``.
+
+    All its outputs in one pass with empty caches, and those of each token in random chunks; logits of the last token
+    alone at the end of every chunk, against as many tokens in one pass.
 
     Raises:
         PassError: it is above 1e-4.
     """
     assert after.cache is not None
     inputs = {name: value for name, value in after.example_inputs.items() if name in after.inputs}
-    with torch.no_grad():
-        expected = before.module(**inputs, **after.implied(inputs))
-    hint = "something else than attention mixes the tokens, or positions depend on the number of tokens"
+    expected = _pass(before, after, inputs)
     try:
         found = in_chunks(after, inputs)
+        ends = _ends(before, after, inputs) if after.cache.logits not in found else []
     except (RuntimeError, IndexError) as cause:
-        raise PassError(f"insert-cache: the program does not run on chunks of tokens: {cause}", hint=hint) from cause
-    worst = 0.0
-    for name in after.outputs:
-        if found[name].shape != expected[name].shape:
-            sizes = list(found[name].shape), list(expected[name].shape)
-            raise PassError(f"insert-cache: in chunks, output {name!r} has shape {sizes[0]}, not {sizes[1]}", hint=hint)
-        scale = float(expected[name].abs().max()) or 1.0
-        error = float((found[name] - expected[name]).abs().max()) / scale
-        worst = max(worst, error)
-        if not error <= TOLERANCE:
-            raise PassError(
-                f"insert-cache: in chunks, output {name!r} differs from one pass: relative error {error:.1e}", hint=hint
-            )
-    return worst
+        raise PassError(f"insert-cache: the program does not run on chunks of tokens: {cause}", hint=_HINT) from cause
+    with torch.no_grad():
+        made = after.module(**after.fresh(inputs))
+    errors = [_error(name, "in chunks", value, expected[name]) for name, value in found.items()]
+    errors += [_error(after.cache.logits, "in chunks", *pair) for pair in ends]
+    return max([*errors, *(_error(name, "in one chunk", made[name], expected[name]) for name in after.outputs)])
+
+
+def _pass(before: Program, after: Program, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        found: dict[str, torch.Tensor] = before.module(**inputs, **after.implied(inputs))
+    return found
+
+
+def _error(name: str, how: str, found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The error of an output, relative to its scale."""
+    if found.shape != expected.shape:
+        sizes = list(found.shape), list(expected.shape)
+        raise PassError(f"insert-cache: {how}, output {name!r} has shape {sizes[0]}, not {sizes[1]}", hint=_HINT)
+    found, expected = found.double(), expected.double()
+    wrong = (found - expected).abs()[found != expected]
+    scale = float(expected[expected.isfinite()].abs().max()) or 1.0
+    error = float(wrong.max()) / scale if wrong.numel() else 0.0
+    if not error <= TOLERANCE:
+        raise PassError(
+            f"insert-cache: {how}, output {name!r} differs from one pass: relative error {error:.1e}", hint=_HINT
+        )
+    return error
 
 
 def in_chunks(program: Program, inputs: dict[str, torch.Tensor], seed: int = 0) -> dict[str, torch.Tensor]:
-    """The outputs of a program with caches, the tokens given in random chunks that differ from row to row."""
+    """The outputs of each token, and those made once, in random chunks of the tokens that differ from row to row."""
     cache = program.cache
     assert cache is not None
-    nodes = placeholders(program.graph)
-    token_axis = {
-        name: next(i for i, size in enumerate(shape(nodes[name])) if expression(size) in program.axes.tokens)
-        for name in cache.tokens
-    }
-    first = inputs[cache.tokens[0]]
-    total = first.shape[token_axis[cache.tokens[0]]]
+    chunk, total = _tokens(program, inputs)
+    returned = results(program.graph)
+    wholes: dict[str, torch.Tensor] = {}
+    for lengths, counts, made in _steps(program, inputs, seed):
+        for name in program.outputs:
+            sizes = [expression(size) for size in shape(returned[name])]
+            if name in cache.whole or (name == cache.logits and chunk not in sizes):
+                continue
+            place = program.axes.batch_axis(returned[name])
+            if chunk not in sizes or place is None:
+                wholes[name] = made[name]
+            else:
+                _put(wholes, name, made[name], (place[0], sizes.index(chunk)), total, lengths, counts)
+    return wholes
+
+
+def _ends(before: Program, after: Program, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of the last token of each chunk that fills its row, and those of one pass over the tokens up to it."""
+    assert after.cache is not None
+    nodes, (chunk, _) = placeholders(after.graph), _tokens(after, inputs)
+    found = []
+    for lengths, counts, made in _steps(after, inputs, 0):
+        for row in torch.nonzero(counts == counts.max()).flatten().tolist():
+            cut = dict(inputs)
+            for name in after.cache.tokens:
+                axis = [expression(size) for size in shape(nodes[name])].index(chunk)
+                cut[name] = inputs[name].narrow(axis, 0, int(lengths[row] + counts[row]))
+            expected = _pass(before, after, cut)[after.cache.logits]
+            found.append((made[after.cache.logits][row], expected[row]))
+    return found
+
+
+def _tokens(program: Program, inputs: dict[str, torch.Tensor]) -> tuple[Any, int]:
+    """The symbol of the chunk's axis, and how many tokens the inputs have."""
+    assert program.cache is not None
+    name = program.cache.tokens[0]
+    sizes = [expression(size) for size in shape(placeholders(program.graph)[name])]
+    chunk = next(size for size in sizes if size in program.axes.tokens)
+    return chunk, inputs[name].shape[sizes.index(chunk)]
+
+
+def _steps(
+    program: Program, inputs: dict[str, torch.Tensor], seed: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]:
+    """Random chunks: how many tokens each row had, how many it gets, and what the program made of them."""
+    cache = program.cache
+    assert cache is not None
+    chunk, total = _tokens(program, inputs)
+    nodes, module = placeholders(program.graph), _without_whole(program)
+    axes = {name: [expression(size) for size in shape(nodes[name])].index(chunk) for name in cache.tokens}
     widest = min(total, 4)
     capacity = total + widest if cache.limit is None else min(total + widest, cache.limit)
     state = program.fresh(inputs, capacity)
     rows = state[cache.lengths].shape[0]
     generator = torch.Generator().manual_seed(seed)
-    wholes: dict[str, torch.Tensor] = {}
     while int(state[cache.lengths].min()) < total:
         lengths = state[cache.lengths]
         counts = torch.minimum(torch.randint(1, widest + 1, (rows,), generator=generator), total - lengths)
@@ -66,25 +128,31 @@ def in_chunks(program: Program, inputs: dict[str, torch.Tensor], seed: int = 0) 
             unfinished = lengths < total
             together = min(int(counts[unfinished].min()), total - int(lengths[unfinished].max()))
             counts = torch.where(unfinished, together, 0)
-        chunk = int(counts.max())
-        places = (lengths[:, None] + torch.arange(chunk)).clamp(max=total - 1)
+        places = (lengths[:, None] + torch.arange(int(counts.max()))).clamp(max=total - 1)
         given = dict(state)
         for name in cache.tokens:
-            given[name] = _taken(program, nodes[name], inputs[name], places, token_axis[name])
+            given[name] = _taken(program, nodes[name], inputs[name], places, axes[name])
         with torch.no_grad():
-            made = program.module(**given)
-        for name in program.outputs:
-            _put(wholes, name, made[name], program, total, lengths, counts)
+            made = module(**given)
+        yield lengths, counts, made
         state |= {name: made[output] for name, output in cache.buffers.items()}
         state[cache.lengths] = lengths + counts
-    return wholes
 
 
-def _axes_of(program: Program, node: fx.Node) -> tuple[int | None, int | None]:
-    """The batch axis of a node, and the axis of the chunk."""
-    place = program.axes.batch_axis(node)
-    chunk = [i for i, size in enumerate(shape(node)) if expression(size) in program.axes.tokens]
-    return (place[0] if place else None), (chunk[0] if chunk else None)
+def _without_whole(program: Program) -> fx.GraphModule:
+    """The program's module without the outputs that need all tokens at once."""
+    assert program.cache is not None
+    if not program.cache.whole:
+        return program.module
+    gone = {*program.cache.whole}
+    gone |= {item.outputs[name] for item in program.exits for name in program.cache.whole if name in item.outputs}
+    kept = {name: node for name, node in results(program.graph).items() if name not in gone}
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(program.graph, copies)
+    graph.output({name: copies[node] for name, node in kept.items()})
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+    return fx.GraphModule(program.graph_module, graph, "Chunks")
 
 
 def _taken(program: Program, node: fx.Node, value: torch.Tensor, places: torch.Tensor, axis: int) -> torch.Tensor:
@@ -99,15 +167,12 @@ def _put(
     wholes: dict[str, torch.Tensor],
     name: str,
     made: torch.Tensor,
-    program: Program,
+    axes: tuple[int, int],
     total: int,
     lengths: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
-    batch, axis = _axes_of(program, results(program.graph)[name])
-    if axis is None or batch is None:
-        wholes[name] = made
-        return
+    batch, axis = axes
     if name not in wholes:
         sizes = list(made.shape)
         sizes[axis] = total

@@ -69,6 +69,11 @@ class Rebuilder:
         self.chunk = self._symbols[self.tokens]
         self.capacity = self._symbol("capacity", capacity)
         self.inputs: dict[str, fx.Node] = {}
+        #: Nodes that generation does not need: they may mix tokens, and those that do are in ``mixed``.
+        self.loose: set[fx.Node] = set()
+        self.mixed: set[fx.Node] = set()
+        #: Nodes that take the last token's place, which is the chunk's last.
+        self.last: set[fx.Node] = set()
 
     # symbols and inputs
 
@@ -194,6 +199,9 @@ class Rebuilder:
         if self.kinds[node] != DATA:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
             return self.copied(node, args, kwargs)
+        if node in self.last or (node in self.loose and self._mixes(node)):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
+            return self.copied(node, args, kwargs)
         args, kwargs = self.data_arguments(node)
         reason = mixes_tokens(node, args, self.chunk)
         made = self.copied(node, args, kwargs)
@@ -203,6 +211,17 @@ class Rebuilder:
                 hint="attention is the only operator over tokens that gets a cache (and a cumulative sum of ids)",
             )
         return made
+
+    def _mixes(self, node: fx.Node) -> bool:
+        """Whether a value that generation does not need depends on several tokens: then it is that of one chunk."""
+        if node not in self.mixed and not self.mixed.intersection(node.all_input_nodes):
+            try:
+                if mixes_tokens(node, self.data_arguments(node)[0], self.chunk) is None:
+                    return False
+            except PassError:  # positions that do not fit a part of the tokens
+                pass
+        self.mixed.add(node)
+        return True
 
     def copied(self, node: fx.Node, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
         """A call of the node's target under the node's name, which records of cuts and exits rely on."""

@@ -97,6 +97,8 @@ class ScoreBuilder:
         """``top1``, ``margin``, ``entropy`` or ``prediction`` of logits whose last axis counts classes."""
         if measure == "prediction":
             best = self.call(aten.argmax.default, logits, -1)
+            if len(shape(best)) > 1 and self.token_axis(best) is None:  # of the last token, whose axis was kept
+                return self.per_row(best, aten.amax.default)
             turned = self.tokens is not None and self.batch_axis(best) == 1
             return self.call(aten.transpose.int, best, 0, 1) if turned else best
         if measure == "entropy":

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from offramp import models
 from offramp.export import save
 from offramp.export.validate import TOLERANCE, Arrays, eager, stepwise, worst
-from offramp.passes import InsertCache, InsertExits, Pass, Truncate, apply
+from offramp.passes import InsertExits, Truncate, apply
 from offramp.passes.infra.chunks import cached_stacks, check_chunks
+from offramp.passes.infra.default import with_caches
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
 from offramp.program.capture import ExampleInputs, named_outputs
@@ -46,9 +47,11 @@ class Report:
 
     Attributes:
         model: What the caller calls the model.
-        ok: Whether the model works, with every figure of ``max_error`` within the tolerance.
+        ok: Whether the model works, with every figure of ``max_error`` within the tolerance. A causal model that
+            cannot have caches (a classifier, say) works without: it has exits, and generates nothing.
         stage: Where it failed: model, capture, structure, rewrite, export, load or run.
-        reason: What failed, and what to try.
+        reason: What failed, and what to try; of a model that works, why it has no caches (None where it has, and
+            where no stack is causal).
         stacks: The stacks, in the order in which they run.
         segments: How many segments the bundle has.
         exits: How many exits before full depth.
@@ -95,7 +98,8 @@ def check(
     Args:
         model: a name that `offramp.models.resolve` knows, or a module.
         example_inputs: for a module, as ``offramp.capture`` takes them.
-        pipeline: passes instead of an exit with a shared head after every block of every stack.
+        pipeline: passes instead of caches, where the model can generate with them, and an exit with a shared head
+            after every block of every stack; "" for none.
         name: what the report calls the model; its name or class if None.
         progress: as for ``offramp.save``.
 
@@ -148,9 +152,13 @@ class Check:
         report.stacks = [StackReport(stack.name, stack.role, stack.blocks, cached=False) for stack in stacks]
         captured = program
         with self._timed("rewrite"):
-            everywhere: list[Pass] = [InsertCache()] if any(stack.role == "decoder" for stack in stacks) else []
-            everywhere += [InsertExits(stack.name, after="all", head="shared") for stack in stacks]
-            program = apply(program, everywhere if passes is None else passes)
+            if passes is None:
+                everywhere = [InsertExits(stack.name, after="all", head="shared") for stack in stacks]
+                program, uncached = with_caches(program)
+                report.reason = uncached and f"no caches: {' '.join(uncached.split())}"
+                program = apply(program, everywhere)
+            else:
+                program = apply(program, passes)
         cached = cached_stacks(program)
         report.stacks = [replace(stack, cached=stack.name in cached) for stack in report.stacks]
         report.exits = len(_forced(program))

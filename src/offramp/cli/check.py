@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _common.model_argument(parser)
-    _common.pipeline_argument(parser, default="an exit after every block")
+    _common.pipeline_argument(parser, default="caches where the model generates, and an exit after every block")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _text(report: Report) -> str:
     lines = [f"{report.model}: " + ("ok" if report.ok else f"{report.stage}: {report.reason}")]
+    if report.ok and report.reason:
+        lines.append(f"  note     {report.reason}")
     for stack in report.stacks:
         cached = ", cached" if stack.cached else ""
         lines.append(f"  stack    {stack.name}: {stack.blocks} blocks ({stack.role}{cached})")

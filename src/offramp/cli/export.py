@@ -1,8 +1,8 @@
 """Export a model, rewritten by a pipeline, as a bundle that ONNX Runtime runs.
 
 Every segment, the whole chain and every exit are compared with torch before the bundle gets its name. The
-tokenizer.json of a zoo: or hf: model goes into it, and how a zoo: model generates text and hears sound. A
-causal model generates token by token only with -p "insert-cache,...".
+tokenizer.json of a zoo: or hf: model goes into it, and how a zoo: model generates text and hears sound. Without
+-p a model that generates text gets caches for it, and no exits; -p "" changes nothing at all.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _common.model_argument(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the bundle's directory")
-    _common.pipeline_argument(parser, default="no exits")
+    _common.pipeline_argument(parser, default="caches where the model generates")
     parser.add_argument(
         "--segments", metavar="N", type=_common.positive, help="pieces per stack; one per block if left out"
     )
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     import offramp
     from offramp import models
     from offramp.cli import _policy
+    from offramp.passes.infra.default import with_caches
 
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
     if missing := [str(file) for file in args.file or [] if not file.is_file()]:
@@ -56,8 +57,12 @@ def run(args: argparse.Namespace) -> int:
     module, inputs = _common.loaded(args.model)
     own = models.settings(args.model, module, inputs, ignore_generation=args.ignore_generation, note=_note)
     program = offramp.capture(module, inputs)
-    if passes:
+    if args.pipeline is not None:
         program = offramp.apply(program, passes)
+    else:
+        program, reason = with_caches(program)
+        if reason:
+            print(f"offramp: no caches, so the bundle does not generate: {' '.join(reason.split())}", file=sys.stderr)
     with _common.progress("exporting") as shown:
         figures = offramp.save(
             program,
