@@ -176,10 +176,7 @@ class _Maker:
             part = self.config
         own: int | None = getattr(part, "decoder_vocab_size", None) if decoder else None
         known = own or setting(part, "vocab_size", 0) or setting(self.config, "vocab_size", CHARACTERS)
-        try:
-            table: int | None = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
-        except NotImplementedError:
-            table = None
+        table = embedded(self.model)
         return known if decoder or table is None else min(known, table)  # some configurations say more than there is
 
     def image_size(self) -> Any:
@@ -238,3 +235,12 @@ def configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
 def setting(config: PretrainedConfig, name: str, default: T) -> T:
     """The first value that this configuration or one inside it has for the name."""
     return next((value for part in configs(config) if (value := getattr(part, name, None)) is not None), default)
+
+
+def embedded(model: PreTrainedModel) -> int | None:
+    """How many token ids a model embeds; None where it does not say (one of two towers, say)."""
+    try:
+        found: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:
+        found = None
+    return found

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from offramp._examples import setting
+from offramp._examples import embedded, setting
 from offramp.runtime.preprocessing import Text
 
 if TYPE_CHECKING:
@@ -152,8 +152,7 @@ def _pads(tokenizer: Any, model: PreTrainedModel) -> Iterator[int]:
         ends[0] if isinstance(ends, (list, tuple)) and ends else ends,
         0,
     )
-    words = model.get_input_embeddings()
-    size = getattr(words, "num_embeddings", 0)
+    size = embedded(model) or setting(config, "vocab_size", 0)
     yield from dict.fromkeys(pad for pad in found if isinstance(pad, int) and 0 <= pad < size)
 
 
