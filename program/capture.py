@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 ExampleInputs = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
 Dynamic = Mapping[str, Mapping[int, str]]
+_TOLERANCE = 1e-4  # of an output's greatest value
 _CONSTANTS = (
     bool,
     int,
@@ -91,6 +92,8 @@ def capture(
         canonicalize(graph_module)
     if training:
         same_as_eval(graph_module, inputs, expected)
+    else:
+        _same_as_eager(graph_module, inputs, expected)
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
     names = _axis_names(graph_module, dynamic)
     return analyse(graph_module, example, expected, names)
@@ -279,6 +282,39 @@ def _eager(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[
             f"{type(error).__name__}: {error}{place}",
             hint="example inputs that the model takes when it is called as module(**inputs)",
         ) from error
+
+
+def _same_as_eager(
+    graph_module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise where the graph computes something else than the model: some code asks whether it is being traced.
+
+    A model that draws random numbers is let through: no two of its answers are the same.
+    """
+    given = {str(n.target): inputs[str(n.target)] for n in graph_module.graph.find_nodes(op="placeholder")}
+    with torch.no_grad():
+        errors = _errors(graph_module(**given), expected)
+        if not errors or _errors(graph_module(**given), graph_module(**given)):
+            return
+    raise CaptureError(
+        f"the captured graph computes something else than the model: {', '.join(errors)}",
+        hint="the model's code takes another way while it is traced, for masks that are left out for example: "
+        "give every input that the model's own processor makes",
+    )
+
+
+def _errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
+    """The outputs that differ, and by how much."""
+    errors = []
+    for name, value in expected.items():
+        if not value.is_floating_point() or not value.numel():
+            continue
+        same = (found[name] == value) | (found[name].isnan() & value.isnan())
+        error = float(torch.where(same, 0.0, (found[name] - value).abs()).max())
+        finite = value[value.isfinite()].abs()
+        if not error <= _TOLERANCE * max(1.0, float(finite.max()) if finite.numel() else 1.0):
+            errors.append(f"{name} by {error:.1e}")
+    return errors
 
 
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:

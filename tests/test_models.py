@@ -275,6 +275,14 @@ def test_pretrained_of_an_unknown_kind(tmp_path: Path) -> None:
         models.resolve(f"hf:{tmp_path}")()
 
 
+def test_pretrained_with_code_of_its_own(tmp_path: Path) -> None:
+    mapped = {"AutoConfig": "configuration.Config", "AutoModel": "modeling.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture", "auto_map": mapped}))
+    (tmp_path / "configuration.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(models.PretrainedModelError, match=r"(?s)could not be loaded.*is not run.*file\.py:factory"):
+        models.resolve(f"hf:{tmp_path}")()
+
+
 # Adapters
 
 

@@ -304,6 +304,27 @@ def test_a_model_that_does_not_run_is_not_a_matter_of_capture() -> None:
     assert "unexpected keyword argument 'id'" in str(report.reason)
 
 
+class Traced(Model):
+    """The model, which takes another way while it is traced."""
+
+    def forward(self, ids: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
+        outputs = super().forward(ids, bias)
+        return {"logits": outputs["logits"] * (1.01 if torch.compiler.is_exporting() else 1.0)}
+
+
+def test_a_graph_that_differs_from_the_model_is_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(
+        CaptureError, match=r"(?s)computes something else than the model: logits by .*while it is traced"
+    ):
+        capture(Traced(), {"ids": IDS})
+
+
+def test_masked_infinities_are_no_difference() -> None:
+    around = returning(lambda logits: {"logits": logits.masked_fill(logits > 0, float("-inf"))})
+    assert capture(around, {"ids": IDS}).example_outputs["logits"].isinf().any()
+
+
 def test_inputs_that_are_no_tensors() -> None:
     with pytest.raises(CaptureError, match=r"(?s)found \{'ids': 'list'\}.*return_tensors"):
         capture(made(), {"ids": IDS.tolist()})  # type: ignore[dict-item]

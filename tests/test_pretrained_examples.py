@@ -187,7 +187,8 @@ def test_as_many_image_tokens_as_the_model_has_features(kind: str) -> None:
             projection_dim=16,
         )
     inputs = example_inputs(model)
-    assert shapes(inputs) == {"input_ids": (2, 13), **IMAGE, "attention_mask": (2, 13)}
+    types: Shapes = {} if kind == "Llava" else {"token_type_ids": (2, 13)}
+    assert shapes(inputs) == {"input_ids": (2, 13), **IMAGE, "attention_mask": (2, 13), **types}
     assert (inputs["input_ids"] == 59).sum(1).tolist() == [4, 4]
     assert int(inputs["input_ids"].max()) == 59
 

@@ -114,12 +114,15 @@ class _Maker:
             if (end := self._special("eos_token_id")) is not None:
                 ids[torch.arange(BATCH), mask.sum(1) - 1] = end
             ids = ids.masked_fill(mask == 0, self._special("pad_token_id") or 0)
-        ids, mask = self._joined(signals, ids, mask)
+        joined, mask = self._joined(signals, ids, mask)
+        prompt = joined is not ids  # of an image and a text, whose types say what sees what
+        ids = joined
         inputs = {"input_ids": ids}
         named = self.beside.text
         if "attention_mask" in self.accepted and (named is None or "attention_mask" in named):
             inputs["attention_mask"] = mask
-        if "token_type_ids" in self.accepted and (types := self._types(ids)) is not None:
+        types = torch.zeros_like(ids) if prompt else self._types(ids)
+        if "token_type_ids" in self.accepted and types is not None:
             inputs["token_type_ids"] = types
         if "bbox" in self.accepted:
             corner = torch.randint(PAGE, (*ids.shape, 2), generator=self.random)

@@ -61,8 +61,10 @@ def _load(source: str, kind: str | None = None) -> PreTrainedModel:
         model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
         return (model_class or transformers.AutoModel).from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError, ImportError) as error:
+        own = "trust_remote_code" in str(error)
         raise PretrainedModelError(
-            f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}", hint=_SOURCE
+            f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}",
+            hint="code that comes with a checkpoint is not run: load it in a file.py:factory" if own else _SOURCE,
         ) from error
 
 
