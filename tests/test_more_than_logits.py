@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -242,3 +243,30 @@ def test_refusals(name: str) -> None:
     program = offramp.capture(tiny.seeded(partial(Speaker, tail)), {"input_ids": tiny.ids()})
     with pytest.raises(offramp.OfframpError, match=reason):
         offramp.apply(program, "insert-cache")
+
+
+def test_a_short_list_needs_the_logits_of_all_tokens() -> None:
+    program = offramp.capture(tiny.seeded(partial(Speaker, LAST["list"])), IDS)
+    with pytest.raises(offramp.OfframpError, match="'output' is of the last token alone") as caught:
+        offramp.apply(program, "insert-exits{after=1},insert-scores{measure=top1-short,candidates=4}")
+    assert "return the logits of all tokens" in str(caught.value.hint)
+
+
+class Typed(tiny.Decoder):
+    """A second input of tokens, which generation could not extend."""
+
+    def forward(self, input_ids: Tensor, kind_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids) + self.places(kind_ids)
+        for block in self.blocks[:2]:
+            x = block(x, None)
+        return self.head(self.leave(x))
+
+
+def test_a_bundle_with_caches_that_cannot_generate_is_not_written(tmp_path: Path) -> None:
+    program = offramp.capture(tiny.seeded(Typed), {**IDS, "kind_ids": tiny.ids(seed=6)})
+    with pytest.raises(
+        offramp.OfframpError, match=r"cannot generate: .*\['input_ids', 'kind_ids'\]"
+    ) as caught:
+        offramp.save(offramp.apply(program, "insert-cache"), tmp_path / "model.offramp")
+    assert caught.value.hint == "leave insert-cache out"
+    assert not (tmp_path / "model.offramp").exists()
