@@ -264,9 +264,7 @@ class Typed(tiny.Decoder):
 
 def test_a_bundle_with_caches_that_cannot_generate_is_not_written(tmp_path: Path) -> None:
     program = offramp.capture(tiny.seeded(Typed), {**IDS, "kind_ids": tiny.ids(seed=6)})
-    with pytest.raises(
-        offramp.OfframpError, match=r"cannot generate: .*\['input_ids', 'kind_ids'\]"
-    ) as caught:
+    with pytest.raises(offramp.OfframpError, match=r"cannot generate: .*\['input_ids', 'kind_ids'\]") as caught:
         offramp.save(offramp.apply(program, "insert-cache"), tmp_path / "model.offramp")
     assert caught.value.hint == "leave insert-cache out"
     assert not (tmp_path / "model.offramp").exists()
