@@ -125,8 +125,9 @@ def test_speech(tmp_path: Path) -> None:
     except zoo.PackageMissingError as error:
         pytest.skip(str(error))
     found = shown("speech", "-o", str(tmp_path / "demo.offramp"))
-    assert "Ever tried, ever failed." in found
+    assert "ever failed. No matter. Try again." in found
     assert "the same text" in found
-    ratio = re.search(r"The decoder is (\S+)x as fast as full depth", found)
-    assert ratio is not None
-    assert float(ratio[1]) > 1
+    short = re.search(r"for 19 tokens, (\d+) of them from the 10,000", found)
+    assert short is not None
+    assert int(short[1]) > 19 / 2
+    assert re.search(r"The decoder is \S+x as fast as full depth", found)
