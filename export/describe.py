@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
@@ -16,6 +17,7 @@ from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.program import Exit, Program
 from offramp.runtime import manifest as m
 from offramp.runtime.axes import names
+from offramp.runtime.implied import LOWEST
 
 Progress = Callable[[str, int, int], None]
 
@@ -112,7 +114,13 @@ class Describer:
             cache.limit,
             vocabulary([node]),
             rowwise,
+            {name: self._implied(item) for name, item in cache.implied.items()},
         )
+
+    def _implied(self, item: m.Implied) -> m.Implied:
+        """An input that the graph makes itself, in numbers that JSON has."""
+        hidden, padding = (max(n, LOWEST) if n is not None else None for n in (item.hidden, item.padding))
+        return replace(item, shape=tuple(map(self._size, item.shape)), hidden=hidden, padding=padding)
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
         stack = plan.stack

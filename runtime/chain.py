@@ -99,7 +99,9 @@ class Chain:
         """Run the model on a batch.
 
         Args:
-            inputs: Arrays by name, as in ``self.inputs``; Python lists are converted.
+            inputs: Arrays by name, as in ``self.inputs``; Python lists are converted. Inputs that ``insert-cache`` made
+                part of the graph (``manifest.cache.implied``: padding masks, positions) may be given as they are made
+                there: nothing is padding.
             policy: Who decides which rows leave where: a policy, a function of a `State` that returns bool
                 [rows], or None for ``self.policy``.
 
@@ -138,7 +140,9 @@ class Chain:
 
         Args:
             inputs: Arrays by name, as in ``self.inputs``. Token ids may be rows of different lengths; without
-                them the bundle's own prompt is used.
+                them the bundle's own prompt is used. A padding mask that is part of the graph
+                (``manifest.cache.implied``) may be given: what it hides at the ends of a row is dropped, so that
+                positions count the others, as in transformers' ``generate``.
             policy: Who decides which rows leave where, for each token: see `run`. A prompt of more than one token
                 runs to full depth.
             propagate: "defer" computes the deeper blocks of tokens that left early when a later token goes deep
@@ -235,7 +239,8 @@ class Chain:
         least = self.manifest.axes[plan.cache.chunk][0]  # which other outputs than the logits may need
         longest = max(least, *(row.size for row in prompts))
         first = np.zeros((len(prompts), longest), self.inputs[plan.cache.tokens[0]].dtype)
-        arrays, batch = self._inputs.check({**inputs, plan.cache.tokens[0]: first})
+        others = {name: value for name, value in inputs.items() if name not in plan.cache.implied}
+        arrays, batch = self._inputs.check({**others, plan.cache.tokens[0]: first})
         askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
         arrays |= {plan.cache.lengths: np.zeros(batch, np.int64)}
         env = {name: self._memory.put(name, array) for name, array in arrays.items()}

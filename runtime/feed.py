@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from offramp.runtime.decoder import Decoder, Left
 from offramp.runtime.defaults import merged
 from offramp.runtime.errors import InputError
+from offramp.runtime.implied import ImpliedInputs
 from offramp.runtime.launcher import greatest, padded
 from offramp.runtime.legs import Leg, check_layout, legs_of
 from offramp.runtime.manifest import Manifest
@@ -48,6 +49,7 @@ class Plan:
         self.stacks = [stage.stack for stage in manifest.stages if stage.when == "chunk" and stage.stack]
         self.output = self.cache.logits
         self.vocabulary = int(manifest.values[manifest.outputs[self.output]].shape[-1])
+        self._implied = ImpliedInputs(manifest)
         self._lock = threading.Lock()
         self._spare: Store | None = None
 
@@ -72,7 +74,7 @@ class Plan:
         return self.cache.tokens[0]
 
     def prompts(self, inputs: Mapping[str, Any]) -> Prompts:
-        """The prompts of the batch, int64 [n] each; the bundle's own where none is given."""
+        """The prompts of the batch without padding, int64 [n] each; the bundle's own where none is given."""
         name = self.tokens_input()
         if not isinstance(inputs, Mapping):
             raise InputError(
@@ -94,7 +96,7 @@ class Plan:
             raise InputError(
                 f"{name!r} has to be rows of token ids, of any lengths: {error}", hint="[[1, 2, 3], [4, 5]]"
             ) from error
-        prompts = [row.astype(np.int64) for row in rows]
+        prompts = self._implied.kept(inputs, [row.astype(np.int64) for row in rows])
         if not prompts or any(row.size == 0 for row in prompts):
             raise InputError(f"{name!r}: every row needs at least one token")
         known = self.cache.vocabulary or self.vocabulary

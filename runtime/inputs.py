@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from offramp.runtime.axes import evaluate, names, solve
 from offramp.runtime.errors import InputError
+from offramp.runtime.implied import ImpliedInputs
 from offramp.runtime.manifest import Manifest, Value
 
 
@@ -19,6 +20,7 @@ class Inputs:
     def __init__(self, manifest: Manifest) -> None:
         self._values = {name: manifest.values[name] for name in manifest.inputs}
         self._axes, self._batch = manifest.axes, manifest.batch
+        self._implied = ImpliedInputs(manifest)
         self._dims = [
             (name, axis, size)
             for name, value in self._values.items()
@@ -31,7 +33,8 @@ class Inputs:
         """The inputs as contiguous arrays, and how many rows the batch has (1 for a model without a batch).
 
         Python lists and numbers become arrays of the right dtype. An array has to have it: no values are
-        cast behind the user's back, and ONNX Runtime would take some wrong ones for right.
+        cast behind the user's back, and ONNX Runtime would take some wrong ones for right. Inputs that the graph
+        makes itself are left out; they may be given as they would be made.
 
         Raises:
             InputError: names, dtypes, ranks or sizes do not fit. All problems are in one message.
@@ -40,7 +43,8 @@ class Inputs:
         if not isinstance(given, Mapping):
             raise InputError(f"inputs map names to arrays, this is a {type(given).__name__}; names: {expected}")
         problems = [f"{name!r} is missing" for name in self._values if name not in given]
-        problems += [f"{name!r} is not an input" for name in given if name not in self._values]
+        known = self._values.keys() | self._implied.names
+        problems += [f"{name!r} is not an input" for name in given if name not in known]
         arrays: dict[str, NDArray[Any]] = {}
         for name, value in self._values.items():
             if name in given:
@@ -53,6 +57,7 @@ class Inputs:
             problems = list(self._sizes(arrays, sizes))
         if problems:
             raise InputError("\n  ".join([*problems, f"(this bundle takes: {expected})"]))
+        self._implied.check(given, sizes)
         return arrays, 1 if self._batch is None else sizes[self._batch]
 
     def _sizes(self, arrays: Mapping[str, NDArray[Any]], sizes: dict[str, int]) -> Iterator[str]:

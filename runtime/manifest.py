@@ -144,7 +144,8 @@ class Implied:
 
     ``shape`` as in `Value`. Every place holds ``value`` (a padding mask: nothing is padding); along ``axis``, if that
     is set, it rises by one from place to place (positions). Where ``hidden`` is set, the last two axes are queries and
-    keys: it stands where the key comes after the query (a causal mask).
+    keys: it stands where the key comes after the query (a causal mask). ``padding`` is what a mask of one axis of
+    tokens holds where a token is padding, None where that is not known.
     """
 
     dtype: str
@@ -152,6 +153,7 @@ class Implied:
     value: float
     axis: int | None = None
     hidden: float | None = None
+    padding: float | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Cache:
     too; the two may share memory. ``logits`` is the output that generation reads, of each token or of the last one of
     a chunk. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token ids. With ``rowwise`` the
     segments that read buffers take several rows only when their chunk is one token.
+    ``implied`` are inputs of the model that the graph makes itself, by the names that a user may give them under.
     """
 
     tokens: tuple[str, ...]
@@ -176,6 +179,7 @@ class Cache:
     limit: int | None = None
     vocabulary: int | None = None
     rowwise: bool = False
+    implied: Mapping[str, Implied] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from offramp.runtime.axes import evaluate, names
 from offramp.runtime.errors import InputError
-from offramp.runtime.manifest import DTYPES, Cache, Exit, Generation, Manifest, Segment, Stack, Value
+from offramp.runtime.implied import GREATEST
+from offramp.runtime.manifest import DTYPES, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
 from offramp.runtime.options import OPTIONS, read
 from offramp.runtime.preprocessing import preprocessing_problems
 
@@ -58,6 +59,31 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
         yield f"cache.logits: {cache.logits!r} is no output with a fixed number of classes on its last axis"
     if not set(cache.tokens) <= set(manifest.inputs):
         yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
+    for name, item in cache.implied.items():
+        yield from _implied(manifest, name, item)
+
+
+def _implied(manifest: Manifest, name: str, item: Implied) -> Iterator[str]:
+    where = f"cache.implied.{name}"
+    if name in manifest.inputs:
+        yield f"{where}: is one of the inputs"
+    if item.dtype not in (*DTYPES, "bfloat16"):
+        yield f"{where}.dtype: {item.dtype!r} is none of {', '.join(DTYPES)}, bfloat16"
+    try:
+        unknown = {axis for size in item.shape for axis in names(size)} - manifest.axes.keys()
+    except ValueError as error:
+        yield f"{where}.shape: {error}"
+        return
+    if unknown:
+        yield f"{where}.shape: no such axes: {', '.join(sorted(unknown))}"
+    if item.axis is not None and not 0 <= item.axis < len(item.shape):
+        yield f"{where}.axis: {list(item.shape)} has no axis {item.axis}"
+    if item.hidden is not None and len(item.shape) < 2:
+        yield f"{where}.hidden: {list(item.shape)} has no axes of queries and keys"
+    for kind in ("value", "hidden", "padding"):
+        number = getattr(item, kind)
+        if number is not None and not abs(number) <= GREATEST:
+            yield f"{where}.{kind}: {number} is too large"
 
 
 def _axes(manifest: Manifest) -> Iterator[str]:

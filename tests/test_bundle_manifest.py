@@ -51,6 +51,8 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
     described |= {
         "stage": m.Stage,
         "file": m.File,
+        "cache": m.Cache,
+        "implied": m.Implied,
         "generation": m.Generation,
         "preprocessing": preprocessing.Preprocessing,
     }

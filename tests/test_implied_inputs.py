@@ -116,22 +116,30 @@ def infinite(shape: tuple[int, ...]) -> Tensor:
 ROWS: tuple[int | str, ...] = ("batch", "tokens")
 #: Module, inputs, and what follows from the number of tokens.
 CASES: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, dict[str, Implied]]] = {
-    "true is padding": (partial(ByPadding, dropped), {"padding": NONE}, {"padding": Implied("bool", ROWS, 0)}),
+    "true is padding": (
+        partial(ByPadding, dropped),
+        {"padding": NONE},
+        {"padding": Implied("bool", ROWS, 0, padding=1)},
+    ),
     "left padding": (
         partial(ByPadding, kept),
         {"padding": some(0, 1).flip(1)},
-        {"padding": Implied("int64", ROWS, 1)},
+        {"padding": Implied("int64", ROWS, 1, padding=0)},
     ),
     "added": (
         partial(ByPadding, dropped),
         {"padding": some(INFINITE, 0.0)},
-        {"padding": Implied("float32", ROWS, 0)},
+        {"padding": Implied("float32", ROWS, 0, padding=INFINITE)},
     ),
-    "factors": (partial(ByPadding, biased), {"padding": some(0.0, 1.0)}, {"padding": Implied("float32", ROWS, 1)}),
+    "factors": (
+        partial(ByPadding, biased),
+        {"padding": some(0.0, 1.0)},
+        {"padding": Implied("float32", ROWS, 1, padding=0)},
+    ),
     "four axes": (
         partial(ByPadding, squeezed),
         {"padding": some(-1e9, 0.0)[:, None, None]},
-        {"padding": Implied("float32", ("batch", 1, 1, "tokens"), 0)},
+        {"padding": Implied("float32", ("batch", 1, 1, "tokens"), 0, padding=-1e9)},
     ),
     "square": (
         partial(ByPadding, square),
@@ -160,7 +168,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, dict[str, Implied]]
         partial(Embedded, kept),
         {"inputs_embeds": torch.randn(2, TOKENS, WIDTH, generator=torch.Generator().manual_seed(1)),
          "attention_mask": some(1, 1)},
-        {"attention_mask": Implied("int64", ROWS, 1)},
+        {"attention_mask": Implied("int64", ROWS, 1, padding=0)},
     ),
 }  # fmt: skip
 

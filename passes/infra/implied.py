@@ -7,6 +7,7 @@ counts up, beside the token ids; another input beside them that has the same val
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,15 +111,23 @@ class Meaning:
         if len(known) > 2:
             return None
         seen = {number: self._seen(node, self._implied(node, number), read) for number in {0.0, 1.0} | known}
-        neutral = self._neutral(seen, self._seen(node, None, read))
-        return None if neutral is None else self._implied(node, neutral)
+        found = self._neutral(seen, self._seen(node, None, read))
+        return None if found is None else replace(self._implied(node, found[0]), padding=found[1])
 
-    def _neutral(self, seen: Mapping[float, tuple[list[torch.Tensor], float]], example: Any) -> float | None:
-        """The constant with which most keys are seen, all those of the example among them, and scores change least."""
+    def _neutral(
+        self, seen: Mapping[float, tuple[list[torch.Tensor], float]], example: Any
+    ) -> tuple[float, float | None] | None:
+        """The constant with which most keys are seen, all those of the example among them, and scores change least.
+
+        And that with which none is, None where it is not one alone.
+        """
         counts = {number: sum(int(item.sum()) for item in visible) for number, (visible, _) in seen.items()}
         best = min(counts, key=lambda number: (-counts[number], seen[number][1]))
         covers = all(bool((a | ~b).all()) for a, b in zip(seen[best][0], example[0], strict=True))
-        return best if covers and counts[best] > min(counts.values()) else None
+        if not covers or not counts[best] > min(counts.values()):
+            return None
+        none = [number for number in counts if counts[number] == 0]
+        return best, none[0] if len(none) == 1 else None
 
     def _seen(self, node: fx.Node, filled: Implied | None, read: Sequence[Mask]) -> tuple[list[torch.Tensor], float]:
         """Which keys the masks let through, and how much they change their scores."""
