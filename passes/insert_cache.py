@@ -203,6 +203,10 @@ class _Insertion:
             contents, mask = self.facts.contents(site), site.masks[0].node
             wanted = [*shape(query)[:-1], builder.capacity]
             bias = self.masks.bias(mask, contents[mask]) if contents else builder.aligned(builder.value(mask), wanted)
+        places = builder.places(shape(query)[0])  # of each row: heads, where the model counts rows and heads together
+        if places > 1:
+            query, key, value = (self._regrouped(item, places, 1) for item in (query, key, value))
+            bias = bias if bias is None or expression(shape(bias)[0]) == 1 else self._regrouped(bias, places, 1)
         keys, values = self._cache("key", key, 2), self._cache("value", value, 2)
         lengths = builder.inputs[LENGTHS]
         called = builder.call(
@@ -211,7 +215,18 @@ class _Insertion:
         builder.edits["replaced"] += 1
         for at, (_, output) in enumerate((keys, values), 1):
             self.returned[output] = builder.call(operator.getitem, called, at)
-        return builder.call(operator.getitem, called, 0, name=node.name)
+        if places == 1:
+            return builder.call(operator.getitem, called, 0, name=node.name)
+        return self._regrouped(builder.call(operator.getitem, called, 0), 1, places, name=node.name)
+
+    def _regrouped(self, node: fx.Node, old: int, new: int, name: str | None = None) -> fx.Node:
+        """[old * rows, heads, tokens, features] as [new * rows, heads * old / new, tokens, features]."""
+        builder, (_, heads, _, features) = self.builder, shape(node)
+        rows = builder.sizer(builder.batch)
+        rows = rows if new == 1 else builder.call(operator.mul, rows, new)
+        last = builder.sizer(features) if expression(features) == expression(builder.capacity) else int(features)
+        sizes = [rows, int(heads) * old // new, builder.sizer(builder.chunk), last]
+        return builder.call(aten.reshape.default, node, sizes, name=name)
 
     def _keyed(self, value: fx.Node, axis: int) -> fx.Node:
         """What a mask says of keys, those of earlier tokens too."""

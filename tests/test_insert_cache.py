@@ -51,7 +51,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
 
 
 def distance(q: Tensor) -> Tensor:
-    places = torch.arange(q.shape[2])
+    places = torch.arange(q.shape[-2])
     return places[:, None] - places
 
 
@@ -90,6 +90,18 @@ def grouped(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
     """Both heads of queries share the first one of keys."""
     k, v = (y[:, :1, None].expand(-1, -1, tiny.HEADS, -1, -1).flatten(1, 2) for y in (k, v))
     return flagged(q, k, v, mask)
+
+
+def together(core: Core, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """Rows and heads on one axis, of three."""
+    mask = mask if mask is None else mask.expand(-1, tiny.HEADS, -1, -1).flatten(0, 1)
+    return core(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask).unflatten(0, (-1, tiny.HEADS))
+
+
+def one_head(core: Core, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+    """[rows, tokens, features]: no axis of heads."""
+    q, k, v = (y.transpose(1, 2).flatten(2) for y in (q, k, v))
+    return core(q, k, v, mask if mask is None else mask[:, 0]).unflatten(2, (tiny.HEADS, -1)).transpose(1, 2)
 
 
 class Decoder(tiny.Decoder):
@@ -149,8 +161,8 @@ class Typed(Decoder):
 class ByContent(Decoder):
     """Tokens do not see padding, which only their ids tell."""
 
-    def __init__(self) -> None:
-        super().__init__(masked)
+    def __init__(self, core: Core = masked) -> None:
+        super().__init__(core)
 
     def forward(self, input_ids: Tensor) -> Any:
         tokens = input_ids.shape[1]
@@ -192,6 +204,13 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs]] = {
     "counted": (Counted, IDS),
     "typed": (Typed, {**IDS, "kind_ids": tiny.padding(), "style": STYLE}),
     "by_contents": (ByContent, IDS),
+    "one_head": (partial(Decoder, partial(one_head, flagged)), IDS),
+    "one_head_window": (partial(Decoder, partial(one_head, window)), IDS),
+    "one_head_dilated": (partial(Decoder, partial(one_head, dilated)), IDS),
+    "one_head_by_contents": (partial(ByContent, partial(one_head, masked)), IDS),
+    "together": (partial(Decoder, partial(together, flagged)), IDS),
+    "together_dilated": (partial(Decoder, partial(together, dilated)), IDS),
+    "together_by_contents": (partial(ByContent, partial(together, masked)), IDS),
     "time_first": (TimeFirst, {"x": tiny.signal()}),
 }
 SHARED = ("decoder", "two_stacks")
@@ -587,11 +606,6 @@ def padded(model: Decoder, x: Tensor) -> Any:
     return F.pad(model.head(model.leave(x)), (0, 0, 1, 0))
 
 
-def three_axes(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
-    y = flagged(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask)
-    return y.unflatten(0, (-1, tiny.HEADS))
-
-
 class HalfOpen(tiny.Decoder):
     """The second block sees all tokens."""
 
@@ -641,7 +655,6 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "matrix of positions": (partial(Decoder, embed=placed), IDS, rf"way that is not understood.*{HERE}"),
     "number of tokens": (partial(Decoder, embed=counted), IDS, "'output' differs from one pass: relative error"),
     "one token more": (partial(Decoder, tail=padded), IDS, r"no output is logits .*: output \['batch', 'tokens \+ 1'"),
-    "attention of three axes": (partial(Decoder, three_axes), IDS, r"attention over 3 axes.*blocks.0.attention"),
     "block that sees all": (HalfOpen, IDS, r"attention over the tokens is not causal \(blocks.1.attention "),
     "prefix": (Prefixed, IDS, r"hidden state .* shape \['batch', 'tokens \+ 3', 16\], none .*Prefixed\)"),
     "two decoders": (TwoDecoders, {**IDS, "other_ids": tiny.ids(9)}, "causal stacks .* read different axes of tokens"),

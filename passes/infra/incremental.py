@@ -413,12 +413,12 @@ class Rebuilder:
                 f"positions of shape {self._shown(shape(table))} meet tokens in a way that is not understood"
             )
         place = next((i for i, size in enumerate(reference) if self._counts_rows(size)), 0)
-        return self.rows(table, axes[0], len(reference), place, self._places(reference[place]))
+        return self.rows(table, axes[0], len(reference), place, self.places(reference[place]))
 
     def _counts_rows(self, size: Any) -> bool:
         return self.batch is not None and size is not None and expression(self.batch) in symbols(size)
 
-    def _places(self, size: Any) -> int:
+    def places(self, size: Any) -> int:
         """How many places of each row an axis has that counts rows; 1 for another."""
         return int(sympy.simplify(expression(size) / expression(self.batch))) if self._counts_rows(size) else 1
 
@@ -450,7 +450,7 @@ class Rebuilder:
             chosen = self.call(aten.unsqueeze.default, chosen, 0)
         axis += missing
         if self._counts_rows(shape(chosen)[place]):  # the same in all rows: they differ in nothing but contents
-            places = self._places(shape(chosen)[place])
+            places = self.places(shape(chosen)[place])
             chosen = self.call(aten.slice.Tensor, chosen, place, 0, places)
         elif expression(shape(chosen)[place]) != 1:
             raise self.refusal(f"a value of positions has {shape(chosen)[place]} places where rows are counted")
