@@ -6,7 +6,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import fx
 
@@ -21,7 +21,7 @@ from offramp.program.attention import AttentionSite
 from offramp.program.axes import Axes
 from offramp.program.graph import aten, expression, read_by, results, shape, symbols
 from offramp.program.program import Cache, Program
-from offramp.runtime.errors import SpecError
+from offramp.runtime.errors import PassError, SpecError
 
 _LAYOUT = (
     aten.transpose.int,
@@ -89,6 +89,7 @@ class _Insertion:
 
     def __init__(self, program: Program, text: str) -> None:
         self.program, self.text, self.facts = program, text, Causal(program)
+        self._check_axes()
         wanted = self.facts.example + 7
         self.capacity = wanted if self.facts.limit is None else min(wanted, self.facts.limit)
         self.builder = Rebuilder(program, text, self.facts, self.capacity)
@@ -125,6 +126,32 @@ class _Insertion:
         self.builder.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
         self.builder.graph.lint()
         return PassResult(self._program(), dict(self.builder.edits))
+
+    def _check_axes(self) -> None:
+        """Raise where no axis of the tokens' inputs counts rows, or what is implied has an axis of its own."""
+        facts, axes = self.facts, self.program.axes
+        kept = [node for node in self.program.graph.find_nodes(op="placeholder") if node not in facts.implied]
+        left = {size for node in kept for size in map(expression, shape(node))}
+        for node in facts.own:
+            other = {size for size in map(expression, shape(node)) if size in axes.names and size != facts.tokens}
+            if axes.batch is None and other and node in kept:
+                raise PassError(
+                    f"insert-cache: caches are kept for each row of a batch, and the rows of input {node.target} "
+                    f"(axis {axes.names[min(other, key=str)]!r}) are not computed apart{self._mixed(other)}",
+                    hint="leave insert-cache out, unless the model generates text: then return only what is made of "
+                    "each row alone",
+                )
+            if own := sorted(axes.names[size] for size in other - left):
+                raise PassError(
+                    f"insert-cache: input {node.target} has an axis {own[0]!r} that no other input has",
+                    hint="give the model masks of the tokens' own shape",
+                )
+
+    def _mixed(self, rows: set[Any]) -> str:
+        """The outputs whose shapes tell that rows meet in them."""
+        found = {name: [expression(size) for size in shape(node)] for name, node in results(self.program.graph).items()}
+        names = [name for name, sizes in found.items() if sum(size in rows for size in sizes) != 1]
+        return f": see outputs {', '.join(names)}" if names else ""
 
     def _needed(self) -> set[fx.Node]:
         """What generation reads the contents of: the logits, at all exits, and their scores."""

@@ -606,6 +606,25 @@ def padded(model: Decoder, x: Tensor) -> Any:
     return F.pad(model.head(model.leave(x)), (0, 0, 1, 0))
 
 
+class Compared(Decoder):
+    """Every row with every other one, beside the logits."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        logits = self.run(self.embed(input_ids), None)
+        return {"logits": logits, "similar": logits.mean(1) @ logits.mean(1).T}
+
+
+class AnyMask(Decoder):
+    """Several masks of padding, as many as one likes."""
+
+    def __init__(self) -> None:
+        super().__init__(masked)
+
+    def forward(self, input_ids: Tensor, masks: Tensor) -> Any:
+        triangle = torch.ones(input_ids.shape[1], input_ids.shape[1], dtype=torch.bool).tril()
+        return self.run(self.embed(input_ids), triangle & masks.bool().any(1)[:, None, None])
+
+
 class HalfOpen(tiny.Decoder):
     """The second block sees all tokens."""
 
@@ -655,6 +674,12 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "matrix of positions": (partial(Decoder, embed=placed), IDS, rf"way that is not understood.*{HERE}"),
     "number of tokens": (partial(Decoder, embed=counted), IDS, "'output' differs from one pass: relative error"),
     "one token more": (partial(Decoder, tail=padded), IDS, r"no output is logits .*: output \['batch', 'tokens \+ 1'"),
+    "rows that mix": (Compared, IDS, r"rows of input input_ids \(axis 'input_ids_0'\) are not computed apart: see outputs similar"),
+    "an axis of a mask alone": (
+        AnyMask,
+        {**IDS, "masks": tiny.padding()[:, None].repeat(1, 3, 1)},
+        "input masks has an axis 'masks_1' that no other input has",
+    ),
     "block that sees all": (HalfOpen, IDS, r"attention over the tokens is not causal \(blocks.1.attention "),
     "prefix": (Prefixed, IDS, r"hidden state .* shape \['batch', 'tokens \+ 3', 16\], none .*Prefixed\)"),
     "two decoders": (TwoDecoders, {**IDS, "other_ids": tiny.ids(9)}, "causal stacks .* read different axes of tokens"),
@@ -668,6 +693,17 @@ def test_refusals(name: str) -> None:
     captured = tiny.captured(make, inputs)
     with pytest.raises(PassError, match=reason):
         apply(captured.program, "insert-cache")
+
+
+def gathered(model: Any, x: Tensor, input_ids: Tensor) -> Tensor:
+    """A look-up in a table that is as long as the batch."""
+    return x + torch.ones(x.shape[0])[torch.arange(x.shape[0])][:, None, None]
+
+
+def test_a_table_of_any_length_is_no_limit() -> None:
+    program = apply(tiny.captured(partial(Decoder, embed=gathered), IDS).program, "insert-cache")
+    assert program.cache is not None
+    assert program.cache.limit == 64  # of the table of places
 
 
 def test_sizes_that_are_fixed() -> None:

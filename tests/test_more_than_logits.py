@@ -232,6 +232,10 @@ def test_the_output_that_has_a_class_for_each_token() -> None:
 REFUSED: dict[str, tuple[Callable[[Speaker, Tensor, Tensor], Any], str]] = {
     "which": (lambda m, x, ids: (m.head(x), -m.head(x)), r"which output is the logits .*\['output0', 'output1'\]"),
     "pooled alone": (lambda m, x, ids: m.head(x.mean(1)), "no output is logits of each token, or of the last one"),
+    "pooled beside hidden states": (
+        lambda m, x, ids: {"logits": m.head(x.mean(1)), "hidden": x},
+        r"no output is logits of each token.*: logits \['batch', 11\], hidden",
+    ),
     "second last": (lambda m, x, ids: m.head(x[:, -2]), "no output is logits of each token, or of the last one"),
     "mixed before": (lambda m, x, ids: m.head(x + x.mean(1, keepdim=True)), r"aten.mean.dim goes over the tokens"),
 }
@@ -250,6 +254,22 @@ def test_a_short_list_needs_the_logits_of_all_tokens() -> None:
     with pytest.raises(offramp.OfframpError, match="'output' is of the last token alone") as caught:
         offramp.apply(program, "insert-exits{after=1},insert-scores{measure=top1-short,candidates=4}")
     assert "return the logits of all tokens" in str(caught.value.hint)
+
+
+class Understood(tiny.TwoStacks):
+    """An encoder and a causal decoder of the same tokens, whose last states are pooled."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        mask = torch.ones_like(input_ids)
+        pooled = super().forward(input_ids, mask, input_ids).mean(1)
+        reach = mask.bool()[:, None, None]
+        return {"scores": pooled, "memory": self.encoder.run(self.encoder.embed(input_ids), reach)}
+
+
+def test_states_of_an_encoder_are_no_logits() -> None:
+    program = offramp.capture(tiny.seeded(Understood), {"input_ids": tiny.ids()})
+    with pytest.raises(offramp.OfframpError, match=r"no output is logits .*: scores \['batch', 3\], memory"):
+        offramp.apply(program, "insert-cache")
 
 
 class Typed(tiny.Decoder):

@@ -114,10 +114,12 @@ class Causal:
             table, axis, index = looked_up(node)
             if index is None or index in behind or self.kinds[table] != CONSTANT:
                 continue
+            rows = expression(shape(table)[axis])
+            if not isinstance(rows, int):  # made as long as it has to be
+                continue
             words: list[int | None] = [None] if self.kinds[index] == POSITIONAL else []
             if not words and any(self._counts(inner) for inner in read_by([index])):
                 words += self._words()  # of which one is no padding
-            rows = int(expression(shape(table)[axis]))
             for word in words:
                 beyond = int(self.values([index], rows + 1, word)[index].max()) - (rows - 1)
                 limits.append(rows + 1 - beyond if beyond > 0 else None)

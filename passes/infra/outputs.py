@@ -27,8 +27,12 @@ def logits_of(facts: Causal, last: set[fx.Node]) -> str:
     returned = results(program.graph)
     stacks = [stack for stack in program.stacks.values() if facts.kinds[program.nodes[stack.input]] == DATA]
     ends = [program.nodes[stack.output] for stack in stacks]
+    causal = {end for stack, end in zip(stacks, ends, strict=True) if stack.role == "decoder"}
+    known = vocabulary(facts.own)
     found = {name: int(shape(returned[name])[-1]) for name in program.outputs if _fits(facts, returned[name], last)}
-    found = {name: size for name, size in found.items() if set(ends) & ancestors([returned[name]])}
+    found = {name: size for name, size in found.items() if causal & ancestors([returned[name]])}
+    if "logits" in program.outputs and "logits" not in found:  # pooled: what lies beside them are hidden states
+        found = {name: size for name, size in found.items() if size == known}
     if not found:
         sizes = [f"{name} {[program.axes.describe(s) for s in shape(returned[name])]}" for name in program.outputs]
         raise PassError(
@@ -37,7 +41,7 @@ def logits_of(facts: Causal, last: set[fx.Node]) -> str:
             hint="leave insert-cache out, unless the model generates text: then return logits "
             "[batch, tokens, vocabulary]",
         )
-    name = _chosen(found, vocabulary(facts.own))
+    name = _chosen(found, known)
     inside = ancestors([returned[name]])
     if apart := [stack.name for stack, end in zip(stacks, ends, strict=True) if end not in inside]:
         raise PassError(
