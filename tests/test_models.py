@@ -255,6 +255,19 @@ def test_pretrained_directory(tmp_path: Path, kind: str, expected: dict[str, tup
     torch.testing.assert_close(found, original, rtol=0, atol=0)
 
 
+def test_weights_that_are_not_there_are_named(tmp_path: Path) -> None:
+    saved = tiny("encoder")
+    saved.save_pretrained(tmp_path)
+    notes: list[str] = []
+    models.resolve(f"hf:{tmp_path}", notes.append)()
+    assert notes == []
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForTokenClassification"]}))
+    models.resolve(f"hf:{tmp_path}", notes.append)()
+    assert len(notes) == 1
+    assert "no weights for classifier.bias, classifier.weight of BertForTokenClassification" in notes[0]
+
+
 def test_only_encoders_get_padding(tmp_path: Path) -> None:
     for kind, padded in (("encoder", True), ("decoder", False)):
         tiny(kind).save_pretrained(tmp_path / kind)

@@ -259,7 +259,7 @@ def test_a_short_list_needs_the_logits_of_all_tokens() -> None:
 class Understood(tiny.TwoStacks):
     """An encoder and a causal decoder of the same tokens, whose last states are pooled."""
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
         mask = torch.ones_like(input_ids)
         pooled = super().forward(input_ids, mask, input_ids).mean(1)
         reach = mask.bool()[:, None, None]

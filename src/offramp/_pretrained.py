@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,18 @@ _TASKS = {  # of adapters that bring a head of their own; the class of others is
 _SOURCE = "a directory with config.json and weights, or an id of the hub that this machine reaches"
 
 
-def load(source: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The model of a directory or hub id, float32, in evaluation mode, without caches; and inputs of batch 2.
 
     The class is the one that the configuration names, else the bare ``AutoModel``. A directory that only holds an
-    adapter of peft is merged into its base, where that is found. Code that comes with a checkpoint is not run. Raises
-    `PretrainedModelError`.
+    adapter of peft is merged into its base, where that is found. Code that comes with a checkpoint is not run.
+    ``note`` is told which weights are missing there, and random therefore. Raises `PretrainedModelError`.
     """
     adapter = _adapter(source)
-    model = _load(source) if adapter is None else _merged(source, adapter)
+    model, missing = _load(source) if adapter is None else _merged(source, adapter)
+    if missing:
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        note(f"hf:{source} has no weights for {few} of {type(model).__name__}: they are random until they are trained")
     model.eval()
     return model, example_inputs(model, _listed(processors(source)))
 
@@ -48,8 +52,8 @@ def processors(source: str) -> str:
     return str(adapter["base_model_name_or_path"])
 
 
-def _load(source: str, kind: str | None = None) -> PreTrainedModel:
-    """The model, of the class ``kind`` if that is named."""
+def _load(source: str, kind: str | None = None) -> tuple[PreTrainedModel, list[str]]:
+    """The model, of the class ``kind`` if that is named, and the names of the weights that are not there."""
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         for part in configs(config):
@@ -59,7 +63,10 @@ def _load(source: str, kind: str | None = None) -> PreTrainedModel:
                     setattr(part, name, False)
         names = [kind] if kind else config.architectures or []
         model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
-        return (model_class or transformers.AutoModel).from_pretrained(source, config=config, dtype=torch.float32)
+        model, info = (model_class or transformers.AutoModel).from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        return model, sorted(info["missing_keys"])
     except (OSError, ValueError, ImportError) as error:
         own = "trust_remote_code" in str(error)
         raise PretrainedModelError(
@@ -77,8 +84,8 @@ def _adapter(source: str) -> dict[str, Any] | None:
     return settings
 
 
-def _merged(source: str, adapter: dict[str, Any]) -> PreTrainedModel:
-    """The base with the adapter in its weights."""
+def _merged(source: str, adapter: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """The base with the adapter in its weights, and the names of weights that neither has."""
     base = adapter.get("base_model_name_or_path")
     what = f"hf:{source} is an adapter ({adapter.get('peft_type')}) of {base!r}, not a model"
     hint = (
@@ -90,8 +97,10 @@ def _merged(source: str, adapter: dict[str, Any]) -> PreTrainedModel:
     except ModuleNotFoundError as error:
         raise PretrainedModelError(f"{what}; peft, which reads it, is not installed", hint=hint) from error
     try:
-        model = _load(str(base), _TASKS.get(str(adapter.get("task_type"))))
-        return peft.PeftModel.from_pretrained(model, source).merge_and_unload()
+        model, missing = _load(str(base), _TASKS.get(str(adapter.get("task_type"))))
+        own = {*(adapter.get("modules_to_save") or ())}
+        merged = peft.PeftModel.from_pretrained(model, source).merge_and_unload()
+        return merged, [name for name in missing if not own & {*name.split(".")}]
     except PretrainedModelError as error:
         raise PretrainedModelError(f"{what}, and {error.reason}", hint=hint) from error
     except AttributeError as error:

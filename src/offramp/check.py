@@ -120,7 +120,9 @@ class Check:
         pipeline: str | None = None,
         name: str | None = None,
         progress: Progress | None = None,
+        note: Callable[[str], None] = models.log.warning,
     ) -> None:
+        self._note = note
         self._model, self._inputs, self._pipeline, self._progress = model, example_inputs, pipeline, progress
         self.report = Report(name or (model if isinstance(model, str) else type(model).__name__))
         self.stage = "model"
@@ -143,7 +145,9 @@ class Check:
     def _steps(self, path: Path) -> None:
         report = self.report
         passes = None if self._pipeline is None else as_passes(self._pipeline)  # before anything that takes long
-        module, inputs = models.resolve(self._model)() if isinstance(self._model, str) else (self._model, self._inputs)
+        module, inputs = (
+            models.resolve(self._model, self._note)() if isinstance(self._model, str) else (self._model, self._inputs)
+        )
         module = plain(module)
         report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())
         with self._timed("capture"):

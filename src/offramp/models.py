@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     Inputs: TypeAlias = dict[str, Tensor] | tuple[Tensor, ...]
     Factory: TypeAlias = Callable[[], tuple[nn.Module, Inputs]]
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class ModelError(OfframpError, ValueError):
@@ -58,12 +58,12 @@ class PretrainedModelError(ModelError):
     """A directory or hub id could not be loaded, or it takes an input that no example is known for."""
 
 
-def resolve(name: str) -> Factory:
+def resolve(name: str, note: Callable[[str], None] = log.warning) -> Factory:
     """The factory behind a name; calling it loads the model, which may take long.
 
     What needs no import is checked at once: the form, that a file exists, that the zoo has the model. The
     rest is checked by the call. Both raise `ModelError` or `offramp.zoo.ZooError`. What a model's own code
-    raises passes through.
+    raises passes through. ``note`` is told, a sentence each, what an ``hf:`` directory lacks: weights of its model.
     """
     scheme, _, rest = name.partition(":")
     if scheme == "zoo":
@@ -71,7 +71,7 @@ def resolve(name: str) -> Factory:
             raise zoo.UnknownModelError(f"the zoo has no model {rest!r}", hint=_zoo_names())
         return lambda: zoo.load(rest)
     if scheme == "hf" and rest:
-        return lambda: _load_pretrained(rest)
+        return lambda: _load_pretrained(rest, note)
     place, _, function = name.rpartition(":")
     if not place or not function.isidentifier():
         raise ModelNameError(
@@ -92,7 +92,7 @@ def settings(
     inputs: Inputs | None = None,
     *,
     ignore_generation: Collection[str] = (),
-    note: Callable[[str], None] = _log.warning,
+    note: Callable[[str], None] = log.warning,
 ) -> dict[str, Any]:
     """What a model brings along beside its weights: arguments of `offramp.save`, empty for a factory of your own.
 
@@ -152,7 +152,7 @@ def _zoo_names() -> str:
     return " ".join(f"zoo:{name}" for name in zoo.names())
 
 
-def _load_pretrained(source: str) -> tuple[nn.Module, dict[str, Tensor]]:
+def _load_pretrained(source: str, note: Callable[[str], None]) -> tuple[nn.Module, dict[str, Tensor]]:
     try:
         from offramp import _pretrained
     except ModuleNotFoundError as error:
@@ -161,7 +161,7 @@ def _load_pretrained(source: str) -> tuple[nn.Module, dict[str, Tensor]]:
         raise PretrainedModelError(
             f"hf:{source} needs transformers, which is not installed", hint="pip install 'offramp[demo]'"
         ) from error
-    return _pretrained.load(source)
+    return _pretrained.load(source, note)
 
 
 def _call(folder: Path, load: Callable[[], ModuleType], function: str, name: str) -> tuple[nn.Module, Inputs]:

@@ -41,7 +41,12 @@ def loaded(name: str) -> tuple[nn.Module, Inputs]:
     from offramp import models
 
     _ = offramp.capture  # before the model: without torch this says what to install
-    return models.resolve(name)()
+    return models.resolve(name, note)()
+
+
+def note(text: str) -> None:
+    """One line on stderr."""
+    print(f"offramp: {text}", file=sys.stderr)
 
 
 def captured(name: str) -> Program:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         from offramp.check import Check
 
         with _common.progress("exporting") as shown:
-            check = Check(args.model, pipeline=args.pipeline, progress=shown)
+            check = Check(args.model, pipeline=args.pipeline, progress=shown, note=_common.note)
             try:
                 check.run()
             except Exception as error:

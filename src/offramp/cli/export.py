@@ -8,7 +8,6 @@ tokenizer.json of a zoo: or hf: model goes into it, and how a zoo: model generat
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from offramp.cli import _common
@@ -55,14 +54,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
     passes = _common.passes(args.pipeline)
     module, inputs = _common.loaded(args.model)
-    own = models.settings(args.model, module, inputs, ignore_generation=args.ignore_generation, note=_note)
+    own = models.settings(args.model, module, inputs, ignore_generation=args.ignore_generation, note=_common.note)
     program = offramp.capture(module, inputs)
     if args.pipeline is not None:
         program = offramp.apply(program, passes)
     else:
         program, reason = with_caches(program)
         if reason:
-            print(f"offramp: no caches, so the bundle does not generate: {' '.join(reason.split())}", file=sys.stderr)
+            _common.note(f"no caches, so the bundle does not generate: {' '.join(reason.split())}")
     with _common.progress("exporting") as shown:
         figures = offramp.save(
             program,
@@ -82,7 +81,3 @@ def run(args: argparse.Namespace) -> int:
     errors = ", ".join(f"{what} {error:.1e}" for what, error in figures.items() if what != "tolerance")
     print(f"errors against torch: {errors} (allowed {figures['tolerance']:.0e})")
     return 0
-
-
-def _note(text: str) -> None:
-    print(f"offramp: {text}", file=sys.stderr)
