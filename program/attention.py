@@ -12,7 +12,7 @@ from torch import fx
 from offramp.program.graph import aten, data_inputs, expression, is_tensor, shape
 
 _SDPA = (aten.scaled_dot_product_attention.default,)
-_SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
+SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 _CONTRACTION = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
 _GUARDS = (aten.clamp.default, aten.clamp_min.default, aten.add.Tensor)
 _DROPPING = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
@@ -98,7 +98,7 @@ def attention_sites(graph: fx.Graph) -> list[AttentionSite]:
         site = None
         if node.target in _SDPA:
             site = _fused(node)
-        elif node.target in _SOFTMAX:
+        elif node.target in SOFTMAX:
             site = _decomposed(node, node.args[0], int(node.args[1]))
         elif node.target is aten.div.Tensor:
             site = _written_out(node)
@@ -155,7 +155,7 @@ def _decomposed(weights: fx.Node, scores: Any, axis: int) -> AttentionSite | Non
                 scale *= float(node.kwargs.get("alpha", 1.0))
             product = product or node
             continue
-        if node.target in _WEIGHTED or node.target in _SOFTMAX or node.target in _SDPA:
+        if node.target in _WEIGHTED or node.target in SOFTMAX or node.target in _SDPA:
             continue
         if node.target is aten.tanh.default:
             softcap = _constant_factor(node.args[0])
@@ -224,7 +224,7 @@ def _has_contraction(node: fx.Node, limit: int = 40) -> bool:
         seen.add(here)
         if here.target in _CONTRACTION and not _reads_weight(here):
             return True
-        if here.target not in _WEIGHTED and here.target not in _SOFTMAX and here.target not in _SDPA:
+        if here.target not in _WEIGHTED and here.target not in SOFTMAX and here.target not in _SDPA:
             todo += data_inputs(here)
     return False
 

@@ -17,6 +17,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 
 from offramp.program.canonical import canonicalize
 from offramp.program.complex import made_real
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 ExampleInputs = Mapping[str, torch.Tensor] | Sequence[torch.Tensor] | torch.Tensor
 Dynamic = Mapping[str, Mapping[int, str]]
 _TOLERANCE = 1e-4  # of an output's greatest value
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _CONSTANTS = (
     bool,
     int,
@@ -317,8 +319,18 @@ def _errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tens
     return errors
 
 
+class _Detaching(TorchFunctionMode):
+    """``x.data`` is ``x.detach()``: torch.export takes the former for a constant that nothing made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
-    exported: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+    with _Detaching():
+        exported: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
     functional: ExportedProgram = exported.run_decompositions({})
     return functional
 

@@ -355,3 +355,24 @@ def test_the_module_trains_the_captured_model() -> None:
     changed = [name for name, weight in captured.model.named_parameters() if not weight.equal(before[name])]
     assert set(before) == set(changed)
     tiny.assert_same(tiny.outputs(captured.program.module, captured.inputs), captured.eager())
+
+
+class _Data(nn.Module):
+    """``.data``, of what is computed and of what is kept, where the sizes are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(tiny.WORDS, tiny.WIDTH), nn.Linear(tiny.WIDTH, tiny.WORDS)
+        self.register_buffer("places", torch.randn(1, 40, tiny.WIDTH))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        mask = (ids != 0).unsqueeze(-2)
+        mask = mask & torch.ones(1, ids.size(1), ids.size(1)).tril().type_as(mask.data)
+        x = self.words(ids) + self.places[:, : ids.size(1)].data + self.head.bias.data[0]
+        return self.head(nn.functional.scaled_dot_product_attention(x, x, x, mask) + x)  # type: ignore[no-any-return]
+
+
+def test_data_of_a_tensor() -> None:
+    captured = tiny.captured(_Data, {"ids": tiny.ids()})
+    for ids in (tiny.ids(), tiny.ids(4, 3)):
+        tiny.assert_same(tiny.outputs(captured.program.module, {"ids": ids}), captured.eager({"ids": ids}))

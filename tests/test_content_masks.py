@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import offramp
+from offramp.check import check
 from offramp.passes import apply
+from offramp.passes.infra.blind import settled
 from offramp.passes.infra.chunks import in_chunks
 from offramp.program import Program
 from offramp.runtime.errors import PassError
@@ -107,6 +109,16 @@ def both(ids: Tensor) -> Tensor:
     return kept(ids) & (ids != PAD)[:, None, :, None]
 
 
+def queries(ids: Tensor) -> Tensor:
+    """Padding sees nothing, and is seen."""
+    return (ids != PAD)[:, None, :, None] & past(ids)
+
+
+def large(ids: Tensor) -> Tensor:
+    """All that is hidden has the same large number."""
+    return (1.0 - both(ids).float()) * -1e9
+
+
 def documents(ids: Tensor) -> Tensor:
     """Texts one after the other do not see each other."""
     text = (ids == 1).cumsum(1)
@@ -124,10 +136,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "fused, numbers": partial(Decoder, fused, numbers),
     "documents": partial(Decoder, fused, documents),
     "filled": partial(Decoder, filled, kept),
+    "filled, blind": partial(Decoder, filled, both),
+    "fused, large": partial(Decoder, fused, large),
     "added": partial(Decoder, added, spread),
     "apart": partial(Decoder, apart, keys),
     "layers": Layers,
 }
+BLIND = ("filled, blind", "fused, large")  # where padding sees nothing, by a large finite number
 Get = Callable[[str], tuple[tiny.Captured, Program]]
 
 
@@ -160,8 +175,38 @@ def test_chunks_give_what_one_pass_gives(cached: Get, name: str) -> None:
     ids = torch.cat([padded(), padded().flip(0)], 1)
     ids[:, 0] = 3  # torch.nn's layers and infinite masks give NaN where padding comes first
     for seed in range(3):
-        found = in_chunks(program, {"input_ids": ids}, seed)
-        tiny.assert_same({"logits": found["logits"]}, captured.eager({"input_ids": ids}))
+        found, expected = in_chunks(program, {"input_ids": ids}, seed), captured.eager({"input_ids": ids})
+        if name in BLIND:
+            expected, found = settled(captured.program, {"input_ids": ids}, expected, found)  # type: ignore[misc]
+        tiny.assert_same({"logits": found["logits"]}, {"logits": expected["logits"]})
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_padding_that_sees_nothing_weighs_no_later_place(cached: Get, name: str) -> None:
+    """The last token's logits are those of as many tokens, whatever there is room for."""
+    captured, program = cached(name)
+    assert program.cache is not None
+    ids = torch.tensor([[3, 5, 7, PAD], [4, 2, 9, PAD]])
+    given = program.fresh({"input_ids": ids}, 9)
+    given |= {key: torch.full_like(given[key], 9.0) for key in program.cache.buffers if given[key].is_floating_point()}
+    found = tiny.outputs(program.module, given)["logits"][:, -1:]
+    tiny.assert_same({"logits": found}, {"logits": captured.eager({"input_ids": ids})["logits"][:, -1:]})
+
+
+def test_check_of_padding_that_sees_nothing() -> None:
+    """Padding at the end; that inside of texts, which check makes up, says nothing of the tokens behind it."""
+    ids = padded().clamp(min=1)
+    ids[0, -2:] = PAD
+    report = check(tiny.seeded(partial(Decoder, filled, queries)), {"input_ids": ids})
+    assert (report.ok, report.reason, report.stacks[0].cached) == (True, None, True)
+
+
+def test_a_mask_of_queries_alone_with_padding_inside() -> None:
+    captured = tiny.captured(partial(Decoder, filled, queries), {"input_ids": padded()})
+    with pytest.raises(PassError, match=r"some tokens see no key \(padding whose own queries are masked\)") as caught:
+        apply(captured.program, "insert-cache")
+    assert caught.value.hint is not None
+    assert caught.value.hint.startswith("hide padding as keys, (ids != pad)[:, None, None, :]")
 
 
 def following(model: nn.Module, exits: list[int], prompt: list[int], tokens: list[int]) -> list[int]:
@@ -176,7 +221,14 @@ def following(model: nn.Module, exits: list[int], prompt: list[int], tokens: lis
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("fused", "ort"), ("fused, blind", "portable"), ("fused, numbers", "ort"), ("filled", "ort")]
+    ("name", "target"),
+    [
+        ("fused", "ort"),
+        ("fused, blind", "portable"),
+        ("fused, numbers", "ort"),
+        ("filled", "ort"),
+        ("filled, blind", "ort"),
+    ],
 )
 def test_generation_is_the_naive_loop(cached: Get, name: str, target: Any, tmp_path: Path) -> None:
     """Rows of different lengths with padding inside; tokens leave early and are caught up."""

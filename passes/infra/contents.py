@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from offramp.passes.infra.causal import CHUNK, DATA, POSITIONAL, Causal
-from offramp.passes.infra.incremental import Rebuilder
+from offramp.passes.infra.incremental import PLACES, Rebuilder
 from offramp.passes.infra.roles import KEY, QUERY, Roles, arguments, broadcasts, is_leaf
-from offramp.program.attention import AttentionSite
+from offramp.program.attention import SOFTMAX, AttentionSite
 from offramp.program.graph import (
     FILLED,
     ancestors,
@@ -70,7 +71,25 @@ class ContentMasks:
                 self.builder.edges[reader, mask] = made
             return self.builder.same(reader)
 
-        return {reader: meet for mask in masks for reader in mask.users if reader in scores}
+        found = {reader: meet for mask in masks for reader in mask.users if reader in scores}
+        return found | ({site.weights: self._hide_later} if site.weights.target in SOFTMAX else {})
+
+    def _hide_later(self, weights: fx.Node) -> fx.Node:
+        """Later places get no weight, also from a query that sees nothing, to which all keys are the same."""
+        builder = self.builder
+        scores: Any = builder.value(weights.args[0])  # type: ignore[arg-type]
+        sizes = shape(scores)
+        if [expression(size) for size in sizes[-2:]] != [expression(builder.chunk), expression(builder.capacity)]:
+            return builder.same(weights)
+        here = builder.call(aten.unsqueeze.default, builder.positions(), -1)
+        later = builder.call(aten.gt.Tensor, builder.inputs[PLACES], here)
+        for _ in range(len(sizes) - 3):
+            later = builder.call(aten.unsqueeze.default, later, 1)
+        if len(sizes) == 3 and builder.places(sizes[0]) > 1:
+            later = builder.call(aten.repeat_interleave.self_int, later, builder.places(sizes[0]), 0)
+        hidden = builder.call(aten.masked_fill.Scalar, scores, later, -torch.inf)
+        builder.edges[weights, weights.args[0]] = hidden  # type: ignore[index]
+        return builder.same(weights)
 
     def bias(self, mask: fx.Node, roles: Roles) -> fx.Node:
         """The mask of a fused attention, for each query of the chunk."""
