@@ -368,8 +368,8 @@ class _Data(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         mask = (ids != 0).unsqueeze(-2)
         mask = mask & torch.ones(1, ids.size(1), ids.size(1)).tril().type_as(mask.data)
-        x = self.words(ids) + self.places[:, : ids.size(1)].data + self.head.bias.data[0]
-        return self.head(nn.functional.scaled_dot_product_attention(x, x, x, mask) + x)  # type: ignore[no-any-return]
+        x = self.words(ids) + self.get_buffer("places")[:, : ids.size(1)].data + self.head.bias.data[0]
+        return self.head(nn.functional.scaled_dot_product_attention(x, x, x, mask) + x)
 
 
 def test_data_of_a_tensor() -> None:

@@ -168,7 +168,7 @@ class Rebuilder:
         for node in self.program.graph.nodes:
             if node.op in ("output", "placeholder") or is_symint(node) or self.kinds[node] in (POSITIONAL, CHUNK):
                 continue
-            if node in self.skipped:
+            if node in self.skipped and self.kinds[node] == DATA:
                 continue
             self.origin = node
             self.values[node, ""] = hooks[node](node) if node in hooks else self.same(node)
@@ -196,6 +196,8 @@ class Rebuilder:
             value = attribute(self.program.graph_module, str(node.target))
             made.meta = {**node.meta, "val": self.mode.from_tensor(value, static_shapes=True)}
             return made
+        if node.target in FILLED and node.args[0] in self.skipped:
+            return self.filled(node, [self.chunk] * len(shape(node)))
         if self.kinds[node] != DATA:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
             return self.copied(node, args, kwargs)

@@ -23,6 +23,10 @@ _SAME = (
     aten.__and__.Tensor,
     aten.__or__.Tensor,
     aten.__xor__.Tensor,
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
 )
 _SPREAD = (aten.expand.default, aten.repeat.default)
 _VIEWS = (
