@@ -522,9 +522,23 @@ class _DataDependentLoop(_Encoder):
         return x
 
 
+class _StatesOut(_Encoder):
+    """What is made of the states between its blocks is returned beside the logits."""
+
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        self.means = []
+        for block in self.blocks:
+            self.means.append(x.mean(1))
+            x = block(x, mask)
+        return x
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {"logits": super().forward(input_ids, attention_mask), "means": torch.stack(self.means)}
+
+
 class _NonTensorOutput(_Encoder):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, object]:  # type: ignore[override]
-        return {"logits": super().forward(input_ids, attention_mask), "name": "tiny", "version": 3}
+        return {"logits": super().forward(input_ids, attention_mask), "names": {"tiny"}}
 
 
 def _typed() -> Inputs:
@@ -990,5 +1004,5 @@ REFUSED: dict[str, Factory] = {
     "data_dependent_loop": _torch(_DataDependentLoop),
     "one_block": _torch(_OneBlock),
     "non_tensor_output": _torch(_NonTensorOutput),
-    "hidden_states_out": _hf("BertModel", _TEXT, _text, output_hidden_states=True),
+    "states_out": _torch(_StatesOut),
 }

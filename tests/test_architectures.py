@@ -98,10 +98,10 @@ REASONS = {
     "mamba": ("structure", "no stack: the model has no attention"),
     "data_dependent_loop": ("capture", "torch.export cannot capture _DataDependentLoop: .*architectures.py"),
     "one_block": ("structure", "no stack: the model has one attention"),
-    "non_tensor_output": ("capture", "the forward returns outputs that are not tensors: name is a str"),
-    "hidden_states_out": (
+    "non_tensor_output": ("capture", "the forward returns outputs that are not tensors: names is a set"),
+    "states_out": (
         "structure",
-        "with the outputs .*hidden_states.* the model returns values from between its blocks",
+        "with the outputs .*means.* the model returns values from between its blocks",
     ),
 }
 

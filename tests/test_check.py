@@ -120,9 +120,9 @@ def test_text_for_people(models: None, capsys: pytest.CaptureFixture[str]) -> No
         ("mlp", "structure", "no attention"),
         ("mamba", "structure", "no attention"),
         ("one_block", "structure", "one attention"),
-        ("hidden_states_out", "structure", "returns values from between its blocks"),
+        ("states_out", "structure", "returns values from between its blocks"),
         ("data_dependent_loop", "capture", "data-dependent"),
-        ("non_tensor_output", "capture", "outputs that are not tensors: name is a str"),
+        ("non_tensor_output", "capture", "outputs that are not tensors: names is a set"),
     ],
 )
 def test_models_that_are_refused(
