@@ -33,7 +33,7 @@ def read_image(path: str | Path) -> Image:
         import PIL.Image
         from PIL import ImageOps
     except ModuleNotFoundError as error:
-        raise InputError("images need Pillow, which is not installed", hint="pip install pillow") from error
+        raise InputError("images need Pillow, which is not installed", hint="pip install 'offramp[image]'") from error
     try:
         with PIL.Image.open(path) as image:
             return ImageOps.exif_transpose(image)

@@ -122,5 +122,5 @@ def test_a_file_that_is_no_image(tmp_path: Path) -> None:
 
 def test_without_pillow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(InputError, match="pip install pillow"):
+    with pytest.raises(InputError, match=r"offramp\[image\]"):
         read_image(tmp_path / "image.png")

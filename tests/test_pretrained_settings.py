@@ -240,15 +240,20 @@ def test_run_writes_down_what_it_hears(tmp_path: Path, capsys: pytest.CaptureFix
     extractor = transformers.Wav2Vec2FeatureExtractor()
     bundle = bundle_of(saved(tmp_path / "writer", model, reader, extractor))
     samples = (3000 * np.random.default_rng(1).standard_normal(2000)).astype("<i2")
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(samples.tobytes())
+    for name, count in (("a.wav", 2000), ("b.wav", 1900)):
+        with wave.open(str(tmp_path / name), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes(samples[:count].tobytes())
     made = extractor(samples.astype(np.float32) / 32768, sampling_rate=16000, return_tensors="pt")
     expected = reader.decode(model(**made).logits.argmax(-1)[0])
     assert len(set(expected)) > 3
-    assert f"  0  {expected}\n" in run(capsys, "run", bundle, "--audio", tmp_path / "a.wav")
+    twice = run(capsys, "run", bundle, "--audio", tmp_path / "a.wav", "--audio", tmp_path / "a.wav")
+    assert f"  0  {expected}\n" in twice
+    assert f"  1  {expected}\n" in twice
+    said = refused(capsys, "run", bundle, "--audio", tmp_path / "a.wav", "--audio", tmp_path / "b.wav")
+    assert "the 2 sounds have different lengths, [2000, 1900]" in said
 
 
 # What is taken along

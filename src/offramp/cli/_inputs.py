@@ -22,7 +22,7 @@ def given(
     bundle: Path,
     files: Sequence[str],
     texts: Sequence[str] = (),
-    sound: Path | None = None,
+    sounds: Sequence[Path] = (),
     pairs: Sequence[str] = (),
     images: Sequence[Path] = (),
     *,
@@ -38,8 +38,8 @@ def given(
     if texts or pairs:
         batches = _text.encode(chain, bundle, texts, pairs=pairs, truncate=truncate)
     others: Inputs = {}
-    if sound is not None:
-        others |= hear(chain, bundle, sound)
+    if sounds:
+        others |= hear(chain, bundle, sounds)
     if images:
         others |= see(chain, bundle, images)
     for item in files:
@@ -50,8 +50,8 @@ def given(
             others[name] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"input {name!r}: {file} cannot be read: {error}", hint="numpy.save writes one") from error
-    if len(batches) == 1:
-        return [batches[0] | others]
+    if len(batches) == 1 or chain.manifest.batch is None:  # rows that mix cannot run apart
+        return [one(batches) | others]
     return [batch | _row(chain, others, at) for at, batch in enumerate(batches)]
 
 
@@ -88,11 +88,12 @@ def _row(chain: Chain, inputs: Inputs, at: int) -> Inputs:
     return found
 
 
-def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
-    """A wav file as the bundle's ``preprocessing.audio`` has it, and a mask of ones where the bundle takes one.
+def hear(chain: Chain, bundle: Path, sounds: Sequence[Path]) -> Inputs:
+    """Wav files as the bundle's ``preprocessing.audio`` has them, and a mask of ones where the bundle takes one.
 
     Raises:
-        InputError: the bundle hears nothing, the file cannot be read, or lasts longer than the model's window.
+        InputError: the bundle hears nothing, a file cannot be read, or lasts longer than the model's window; or the
+            features of several have different lengths.
     """
     import numpy as np
 
@@ -102,9 +103,15 @@ def hear(chain: Chain, bundle: Path, sound: Path) -> Inputs:
     rank = 2 if settings is not None and settings.kind == "waveform" else 3
     name = _input_of(chain, bundle, "audio", "sound", settings, rank)
     assert settings is not None
-    inputs = {name: features(resample(*read_wav(sound), settings.rate), settings)}
+    rows = [features(resample(*read_wav(sound), settings.rate), settings) for sound in sounds]
+    if len({row.shape for row in rows}) > 1:
+        raise InputError(
+            f"the {len(rows)} sounds have different lengths, {[row.shape[-1] for row in rows]}",
+            hint="one --audio, or sounds of one length",
+        )
+    inputs = {name: np.concatenate(rows)}
     if MASK in chain.inputs and _text.text_input(chain) is None:
-        inputs[MASK] = np.ones((1, inputs[name].shape[-1]), chain.inputs[MASK].dtype)
+        inputs[MASK] = np.ones((len(rows), inputs[name].shape[-1]), chain.inputs[MASK].dtype)
     return inputs
 
 
@@ -191,7 +198,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--audio",
         metavar="FILE.wav",
         type=Path,
-        help="sound, for a bundle with settings for audio, such as an export of zoo:whisper_tiny_en",
+        action="append",
+        default=[],
+        help="a row's sound, for a bundle with settings for audio, such as an export of zoo:whisper_tiny_en; may be "
+        "repeated",
     )
     parser.add_argument(
         "--image",

@@ -48,7 +48,7 @@ def show(path: Path, words: Sequence[str]) -> None:
         raise InputError(f"one recording at a time, these are {len(words)}", hint="offramp demo speech FILE.wav")
     sound = Path(words[0]) if words else recording()
     both = quick, _ = _two_ways.ways(path, POLICY)
-    inputs = _inputs.hear(quick.chain, path, sound)
+    inputs = _inputs.hear(quick.chain, path, [sound])
     short, full = _two_ways.in_turns(both, inputs)
     decode = _words.decoder_of(_text.tokenizer_of(quick.chain, path))
     sure = sum(step.scores.get(MEASURE, 0) >= LEAST for step in short.steps)  # the first token has no score
