@@ -2,22 +2,26 @@
 
 ``python docs/works.py --all`` prints a table of every architecture of tests/architectures.py and tests/decoders.py
 (three quarters of an hour), and ``python docs/works.py NAME ...`` one of those named.
+
+``python docs/works.py --directories`` writes the table in README of saved directories (tests/directories.py), each
+exported and run by the command line with its defaults, and compared with transformers (about ten minutes).
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from offramp import check, zoo
+from offramp import check, load, zoo
 
 ROOT = Path(__file__).parent.parent
 # Of the zoo: an exit after every block of the others takes minutes.
 SMALL = ("albert", "annalog", "minilm", "translator", "vit")
-PAGE = ROOT / "docs" / "architectures.md"
-START, END = "<!-- works -->", "<!-- /works -->"
 
 
 def bed(name: str) -> Any:
@@ -46,8 +50,39 @@ HEAD = (
 )
 
 
+def directories() -> None:
+    """README's table of saved directories, by task."""
+    known, cases = bed("directories").DIRECTORIES, bed("directory_cases")
+    lines = ["| task | class | stacks and their blocks | against transformers |", "|---|---|---|---|"]
+    print(*lines, sep="\n")
+    for name, directory in sorted(known.items(), key=lambda item: item[1].task):
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            case = cases.exported(name, Path(folder))
+            chain = load(case.bundle)
+            if directory.generates:
+                ways = [(rows, beams) for rows in (1, 3) for beams in (None, 3)]
+                same = [made == wanted for made, wanted in (cases.generated(case, chain, *way) for way in ways)]
+                found = "the same tokens, greedy and beams" if all(same) else "other tokens"
+            else:
+                found = f"outputs within {cases.run_error(case, directory.rows[-1], Path(folder) / 'outputs'):.0e}"
+        stacks = ", ".join(f"{key} {stack.blocks}" for key, stack in chain.stacks.items())
+        lines.append(f"| {directory.task} | {type(case.model).__name__} | {stacks} | {found} |")
+        print(lines[-1], flush=True)
+    written(ROOT / "README.md", "directories", lines)
+
+
+def written(page: Path, place: str, lines: list[str]) -> None:
+    """Put lines into a page between its two marks of this name."""
+    start, end = f"<!-- {place} -->", f"<!-- /{place} -->"
+    text = page.read_text()
+    page.write_text(f"{text.split(start)[0]}{start}\n" + "\n".join(lines) + f"\n{end}{text.split(end)[1]}")
+
+
 def main() -> None:
     """Check, print, and write where nothing was named."""
+    if sys.argv[1:] == ["--directories"]:
+        directories()
+        return
     beds = [bed("architectures"), bed("decoders")]
     models: dict[str, Any] = {f"zoo:{name}": f"zoo:{name}" for name in zoo.names()}
     required = {name: model for name, model in models.items() if name.removeprefix("zoo:") in SMALL}
@@ -63,8 +98,7 @@ def main() -> None:
         lines.append(row(name, report))
         print(lines[-1], flush=True)
     if not named:
-        page, table = PAGE.read_text(), "\n".join(lines)
-        PAGE.write_text(f"{page.split(START)[0]}{START}\n{table}\n{END}{page.split(END)[1]}")
+        written(ROOT / "docs" / "architectures.md", "works", lines)
 
 
 if __name__ == "__main__":
