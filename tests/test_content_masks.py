@@ -62,6 +62,27 @@ class Layers(nn.Module):
         return {"logits": self.head(self.blocks(self.words(input_ids), mask, input_ids == PAD))}
 
 
+class ByHeads(Layers):
+    """One mask for each row and head, [rows * heads, tokens, tokens]."""
+
+    def __init__(self, repeated: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.repeated = repeated
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.blocks(self.words(input_ids), self.repeated(~kept(input_ids)[:, 0])))}
+
+
+def interleaved(mask: Tensor) -> Tensor:
+    return mask.repeat_interleave(2, 0)
+
+
+def numbered(mask: Tensor) -> Tensor:
+    rows, tokens, _ = mask.shape
+    hidden = mask[:, None].expand(rows, 2, tokens, tokens).reshape(2 * rows, tokens, tokens)
+    return torch.zeros_like(hidden, dtype=torch.float32).masked_fill(hidden, INFINITE)
+
+
 def past(ids: Tensor) -> Tensor:
     return torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
 
@@ -141,6 +162,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "added": partial(Decoder, added, spread),
     "apart": partial(Decoder, apart, keys),
     "layers": Layers,
+    "by heads": partial(ByHeads, interleaved),
+    "by heads, numbers": partial(ByHeads, numbered),
 }
 BLIND = ("filled, blind", "fused, large")  # where padding sees nothing, by a large finite number
 Get = Callable[[str], tuple[tiny.Captured, Program]]

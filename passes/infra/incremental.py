@@ -306,13 +306,13 @@ class Rebuilder:
             return found
         key = ("size", str(found))
         if key not in self._rows:
+            places = [(other, i) for other in self.inputs.values() for i in range(len(shape(other)))]
+            ratios = [sympy.simplify(found / expression(shape(other)[i])) for other, i in places]
+            if holder is None and 1 not in ratios:  # several places of every row, say
+                self._rows[key] = self._times(value, places, ratios)
+                return self._rows[key]
             if holder is None:
-                holder, axis = next(
-                    (other, i)
-                    for other in self.inputs.values()
-                    for i, known in enumerate(shape(other))
-                    if expression(known) == found
-                )
+                holder, axis = places[ratios.index(1)]
             last = list(self.inputs.values())[-1]
             with self.graph.inserting_after(last):
                 node = self.graph.create_node("call_function", aten.sym_size.int, (holder, axis), name="size_chunked")
@@ -320,6 +320,12 @@ class Rebuilder:
             node.meta["provenance"] = {"pass": self.text, "from": holder.name}
             self._rows[key] = node
         return self._rows[key]
+
+    def _times(self, value: Any, places: Sequence[tuple[fx.Node, int]], ratios: Sequence[Any]) -> fx.Node:
+        for (holder, axis), ratio in zip(places, ratios, strict=True):
+            if ratio.is_Integer and not isinstance(expression(shape(holder)[axis]), int):
+                return self.call(operator.mul, self.sizer(shape(holder)[axis]), int(ratio))
+        raise self.refusal(f"a size of {expression(value)} is that of no input")
 
     def _worlds(self, node: fx.Node, first: fx.Node) -> Callable[[int], str]:
         """For the sizes that a data node is called with: whether the i-th over tokens means keys or the chunk."""

@@ -38,6 +38,7 @@ _VIEWS = (
     aten.permute.default,
     aten.slice.Tensor,
     aten.select.int,
+    aten.repeat_interleave.self_int,
 )
 
 
@@ -137,6 +138,9 @@ def _viewed(node: fx.Node, roles: Roles) -> Roles | None:
     elif node.target is aten.slice.Tensor:
         axis = (args[1] if len(args) > 1 else 0) % rank
         if roles[axis] and expression(shape(node)[axis]) != expression(shape(args[0])[axis]):
+            return None
+    elif node.target is aten.repeat_interleave.self_int:
+        if len(args) < 3 or roles[args[2] % rank]:
             return None
     else:
         return _reshaped(shape(args[0]), shape(node), roles)
