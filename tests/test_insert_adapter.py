@@ -127,13 +127,13 @@ def test_widths(encoder: tiny.Captured, kind: str, width: str, expected: int) ->
     }
 
 
-def test_adapters_take_the_dtype_of_the_model() -> None:
+def test_adapters_of_a_model_in_half_precision_are_of_its_float32_copy() -> None:
     model = tiny.seeded(tiny.Encoder).to(torch.bfloat16)
     captured = tiny.Captured(model, tiny.text(), capture(model, tiny.text(), dynamic={}))
     for kind in KINDS:
         program = _exits(captured, f"insert-adapter{{kind={kind}}}")
-        assert {weight.dtype for weight in _weights(program).values()} <= {torch.bfloat16}
-        assert tiny.outputs(program.module, captured.inputs)["encoder.1/logits"].dtype == torch.bfloat16
+        assert {weight.dtype for weight in _weights(program).values()} <= {torch.float32}
+        assert tiny.outputs(program.module, captured.inputs)["encoder.1/logits"].dtype == torch.float32
 
 
 def test_only_the_named_exits_get_one(encoder: tiny.Captured) -> None:
