@@ -24,7 +24,7 @@ from offramp.runtime.audio import log_mel, read_wav, resample
 from offramp.zoo._ctranslate2 import read_model, whisper_state
 
 DATA = Path(os.environ.get("OFFRAMP_DATA", Path(__file__).parents[2] / "shared" / "data"))
-WRITERS = ("annalog", "smollm2", "whisper_base", "whisper_tiny_en")
+WRITERS = ("annalog", "smollm2", "translator", "whisper_base", "whisper_tiny_en")
 SPEECH = ("whisper_base", "whisper_tiny_en")
 
 

@@ -31,7 +31,13 @@ ENCODER_BLOCKS, DECODER_BLOCKS = 3, 8
 PAD, BEGIN, END = 0, 1, 2
 LONGEST = 128
 VOCABULARY = 6000
-GENERATION: Generation = {"prompt": [BEGIN], "stop": [END], "max_length": LONGEST}
+GENERATION: Generation = {
+    "prompt": [BEGIN],
+    "stop": [END],
+    "suppress": [],
+    "suppress_first": [],
+    "max_length": LONGEST,
+}
 
 
 class Attention(nn.Module):
