@@ -13,9 +13,9 @@ import onnxruntime as ort
 
 import offramp
 from benchmarks._workers import Worker, serve
-from offramp.runtime.manifest import Segment
-from offramp.runtime.sessions import session_options
-from offramp.runtime.store import launch
+from offramp.bundle.manifest import Segment
+from offramp.runtime.engine.sessions import session_options
+from offramp.runtime.generation.buffers import launch
 
 SINGLE = "single.json"
 
@@ -27,7 +27,7 @@ def chain(path: Path, *, single: bool = False) -> Worker:
 
 def write_single(program: offramp.Program, bundle: Path) -> None:
     """Put one file into the folder of a bundle that has all that its chunks run, lowered as its segments are."""
-    from offramp.export.lower import close
+    from offramp.export.lowering.lower import close
     from offramp.export.partition import Piece, partition
     from offramp.export.prepare import prepared
     from offramp.export.write import Writer

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 import offramp
-from offramp.export.lower import close
+from offramp.bundle.manifest import Exit
+from offramp.export.lowering.lower import close
 from offramp.export.partition import whole
 from offramp.export.write import Writer
 from offramp.program import Program
-from offramp.runtime.cores import physical_cores
-from offramp.runtime.manifest import Exit
-from offramp.runtime.policy import Rows
+from offramp.runtime.engine.cores import physical_cores
+from offramp.runtime.policies.base import Rows
 
 BUILD = Path("build/benchmarks")
 Row = dict[str, Any]

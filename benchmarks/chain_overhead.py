@@ -15,7 +15,7 @@ import torch
 import offramp
 from benchmarks._common import BUILD, alternate, one_session, report
 from offramp import zoo
-from offramp.runtime import sessions
+from offramp.runtime.engine import sessions
 
 Inputs = Mapping[str, Any]
 CASES = {"minilm": [(1, 32), (1, 128), (8, 32), (8, 128)], "vit": [(1, 0), (8, 0)]}

@@ -16,7 +16,7 @@ from benchmarks import _chains, _genai
 from benchmarks._common import BUILD, report
 from benchmarks._workers import Answer, Worker
 from offramp import zoo
-from offramp.runtime.cores import physical_cores
+from offramp.runtime.engine.cores import physical_cores
 
 NEW, ROUNDS = 48, 7
 

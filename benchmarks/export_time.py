@@ -10,8 +10,8 @@ from transformers import BertConfig, BertModel
 import offramp
 from benchmarks._common import BUILD, report
 from offramp import zoo
+from offramp.bundle.manifest import MANIFEST_FILE, from_json
 from offramp.program.graph import storage_key
-from offramp.runtime.manifest import MANIFEST_FILE, from_json
 
 
 def bert(blocks: int) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:

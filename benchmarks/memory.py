@@ -9,7 +9,7 @@ import offramp
 from benchmarks._common import BUILD, one_session, report
 from benchmarks.chain_overhead import CASES
 from offramp import zoo
-from offramp.runtime.sessions import session_options
+from offramp.runtime.engine.sessions import session_options
 
 _RUN = """
 import sys
@@ -23,7 +23,7 @@ else:
     ids = random.integers(1000, 20000, (batch, tokens))
     inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
 import offramp
-from offramp.runtime.sessions import session_options
+from offramp.runtime.engine.sessions import session_options
 if kind == "chain":
     chain = offramp.load(path)
     run = lambda: chain.run(inputs)

@@ -28,10 +28,10 @@ from benchmarks import _chains
 from benchmarks._common import BUILD, Known, Row, data, report, rounds, say, shown, spread, steps
 from examples import train_speech_adapters as recipe
 from offramp import zoo
-from offramp.runtime.audio import log_mel, read_wav, resample
-from offramp.runtime.manifest import PICK, Exit
-from offramp.runtime.policies import Verify
-from offramp.runtime.policy import Rows
+from offramp.bundle.manifest import PICK, Exit
+from offramp.runtime.policies.base import Rows
+from offramp.runtime.policies.builtin import Verify
+from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 from offramp.training.weights import load_weights
 
 MODEL = "whisper_base"

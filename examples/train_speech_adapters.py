@@ -32,7 +32,7 @@ import offramp
 from examples._data import data, wikitext
 from offramp import zoo
 from offramp.program import Program
-from offramp.runtime.audio import log_mel, read_wav, resample
+from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 from offramp.training.learner import Batch, Learner, remember
 from offramp.training.loop import Point, fit
 from offramp.training.objectives import IGNORED, Objective, SelfDistillation, Values

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import fx
 
-from offramp.export.attention import Target
-from offramp.export.lower import Function, close
+from offramp.bundle import manifest as m
+from offramp.bundle.expressions import names
+from offramp.bundle.implied import LOWEST
+from offramp.export.lowering.cached_attention import Target
+from offramp.export.lowering.lower import Function, close
 from offramp.export.partition import Piece, Plan, StackPlan
 from offramp.export.write import Writer
-from offramp.passes.infra.outputs import vocabulary
+from offramp.passes.caches.outputs import vocabulary
 from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.program import Exit, Program
-from offramp.runtime import manifest as m
-from offramp.runtime.axes import names
-from offramp.runtime.implied import LOWEST
 
 Progress = Callable[[str, int, int], None]
 

@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import fx
 
-from offramp.export.merge import merged
+from offramp.errors import ExportError, SpecError
+from offramp.export.lowering.merged_products import merged
 from offramp.passes.insert_scores import OF_LOGITS
+from offramp.program.analysis.stacks import Stack
 from offramp.program.graph import (
     ancestors,
     dependents,
@@ -25,8 +27,6 @@ from offramp.program.graph import (
     symbols,
 )
 from offramp.program.program import Exit, Program
-from offramp.program.stacks import Stack
-from offramp.runtime.errors import ExportError, SpecError
 
 
 @dataclass(frozen=True)

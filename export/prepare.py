@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from offramp.export.merge import merge_products
-from offramp.export.rotary import fuse_rotary
+from offramp.export.lowering.merged_products import merge_products
+from offramp.export.lowering.rotary import fuse_rotary
 from offramp.passes.infra.editor import Editor
 from offramp.program.program import Program
 

@@ -14,7 +14,7 @@ import onnxscript
 import torch
 from google.protobuf.message import DecodeError
 
-from offramp.export.lower import Function, translate
+from offramp.export.lowering.lower import Function, translate
 
 _log = logging.getLogger(__name__)
 _KEPT = 4000  # files; a model's are a few, of some 10 kB

@@ -12,12 +12,12 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
-from offramp.export.lower import OPSET, Function
-from offramp.export.merge import merged
+from offramp.bundle.manifest import WEIGHTS_FILE, File
+from offramp.errors import ExportError
+from offramp.export.lowering.lower import OPSET, Function
+from offramp.export.lowering.merged_products import merged
 from offramp.export.translations import translated
 from offramp.program.graph import attribute, storage_key
-from offramp.runtime.errors import ExportError
-from offramp.runtime.manifest import WEIGHTS_FILE, File
 
 _ALIGNMENT = 64
 _INLINE = 64  # bytes of whole numbers: ONNX Runtime reads axes and sizes only where they stand in the file itself

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from offramp.passes.infra.base import Pass, PassResult
 from offramp.passes.infra.editor import Editor
-from offramp.program.canonical import canonicalize
+from offramp.program.canonical.simplify import canonicalize
 from offramp.program.program import Program
 
 

@@ -10,18 +10,18 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from offramp.errors import PassError, SpecError
+from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
+from offramp.passes.caches.chunks import check_chunks
+from offramp.passes.caches.contents import ContentMasks, product_of
+from offramp.passes.caches.incremental import LENGTHS, PLACES, Rebuilder
+from offramp.passes.caches.outputs import last_places, logits_of
 from offramp.passes.infra.base import Pass, PassResult
-from offramp.passes.infra.causal import CHUNK, DATA, POSITIONAL, Causal
-from offramp.passes.infra.chunks import check_chunks
-from offramp.passes.infra.contents import ContentMasks, product_of
-from offramp.passes.infra.incremental import LENGTHS, PLACES, Rebuilder
-from offramp.passes.infra.outputs import last_places, logits_of
 from offramp.program import ops
-from offramp.program.attention import AttentionSite
-from offramp.program.axes import Axes
+from offramp.program.analysis.attention import AttentionSite
+from offramp.program.analysis.token_axes import Axes
 from offramp.program.graph import aten, expression, read_by, results, shape, symbols
 from offramp.program.program import Cache, Program
-from offramp.runtime.errors import PassError, SpecError
 
 _LAYOUT = (
     aten.transpose.int,

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from torch import fx
 
+from offramp.errors import PassError, SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import aten, results
 from offramp.program.program import Exit, Program
-from offramp.runtime.errors import PassError, SpecError
 
 
 @dataclass(frozen=True, repr=False)

@@ -7,15 +7,15 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
+from offramp.bundle.manifest import PICK, SHORT
+from offramp.errors import SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
-from offramp.passes.infra.candidates import short_list
 from offramp.passes.infra.editor import Editor
-from offramp.passes.infra.score_builder import ScoreBuilder
-from offramp.passes.infra.short_head import ShortHead, find_head
+from offramp.passes.scores.candidates import short_list
+from offramp.passes.scores.score_builder import ScoreBuilder
+from offramp.passes.scores.short_head import ShortHead, find_head
 from offramp.program.graph import dependents, expression, results, shape
 from offramp.program.program import Exit, Program
-from offramp.runtime.errors import SpecError
-from offramp.runtime.manifest import PICK, SHORT
 
 OF_LOGITS = ("top1", "margin", "entropy", "prediction")
 OF_STATE = ("cosine", "learned")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from offramp.errors import PassError, SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import dependents, results
 from offramp.program.program import Program
-from offramp.runtime.errors import PassError, SpecError
 
 
 @dataclass(frozen=True, repr=False)

@@ -19,14 +19,14 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 
-from offramp.program.canonical import canonicalize
-from offramp.program.complex import made_real
+from offramp.errors import CaptureError, ForwardError
+from offramp.program.canonical.complex_pairs import made_real
+from offramp.program.canonical.simplify import canonicalize
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.graph import expression, shape
-from offramp.program.plain import as_captured, plain, signature, takes_anything
 from offramp.program.program import Program, analyse
-from offramp.program.quiet import quiet
-from offramp.runtime.errors import CaptureError, ForwardError
+from offramp.program.silence import quiet
+from offramp.program.unwrap import as_captured, plain, signature, takes_anything
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def capture(
 
     Args:
         module: any ``nn.Module`` (a ``torch.fx.GraphModule`` too) whose forward takes and returns tensors, or what
-            `offramp.program.plain.plain` makes one of: a compiled or data-parallel module, an ``ExportedProgram``, a
+            `offramp.program.unwrap.plain` makes one of: a compiled or data-parallel module, an ``ExportedProgram``, a
             pipeline. It is captured in eval mode and, where a ``config`` says otherwise, without a cache, hidden states
             and tuples; its mode and its configuration are restored. Its weights are shared, except those of a model in
             half or double precision or on another device: it is captured as a float32 copy on the CPU.

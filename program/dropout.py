@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from offramp.errors import CaptureError
 from offramp.program.graph import aten, copied, source
-from offramp.runtime.errors import CaptureError
 
 _DROPS = (aten.dropout.default, aten.feature_dropout.default)
 _ATTENDS = aten.scaled_dot_product_attention.default

@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from offramp.program.attention import AttentionSite, attention_sites, is_causal
-from offramp.program.axes import Axes, find_axes
+from offramp.bundle.expressions import evaluate as evaluate_size
+from offramp.bundle.implied import fill
+from offramp.bundle.manifest import Implied
+from offramp.errors import StructureError
+from offramp.program.analysis.attention import AttentionSite, attention_sites, is_causal
+from offramp.program.analysis.stacks import Stack, find_stacks, name_stacks, why_none
+from offramp.program.analysis.token_axes import Axes, find_axes
 from offramp.program.dropout import Trainable, keeps, strip
 from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
-from offramp.program.stacks import Stack, find_stacks, name_stacks, why_none
-from offramp.runtime.axes import evaluate as evaluate_size
-from offramp.runtime.errors import StructureError
-from offramp.runtime.implied import fill
-from offramp.runtime.manifest import Implied
 
 
 @dataclass(frozen=True)

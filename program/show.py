@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from offramp.program.analysis.stacks import Stack
 from offramp.program.graph import ancestors, attribute, is_tensor, placeholders, results, shape, storage_key
 from offramp.program.program import Program
-from offramp.program.stacks import Stack
 
 
 def render(program: Program) -> str:

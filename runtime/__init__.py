@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from offramp._lazy import names_of
 
 if TYPE_CHECKING:
     from offramp.runtime.chain import Chain, load
-    from offramp.runtime.errors import (
-        BundleError,
-        CaptureError,
-        ExecutionError,
-        ExportError,
-        InputError,
-        OfframpError,
-        PassError,
-        PolicyError,
-        SpecError,
-        StructureError,
-    )
-    from offramp.runtime.generate import Generated, Token
-    from offramp.runtime.policies import (
+    from offramp.runtime.generation.sampling import Sampling
+    from offramp.runtime.generation.tokens import Generated, Token
+    from offramp.runtime.policies.base import Agreement, Cost, Policy, State
+    from offramp.runtime.policies.builtin import (
         Adaptive,
         Budget,
         Confidence,
@@ -34,26 +25,12 @@ if TYPE_CHECKING:
         ShallowDeep,
         Verify,
     )
-    from offramp.runtime.policy import Agreement, Cost, Policy, State
     from offramp.runtime.result import Result, Timing
-    from offramp.runtime.sampling import Sampling
 
 _MODULES = {
     "chain": ("Chain", "load"),
-    "errors": (
-        "BundleError",
-        "CaptureError",
-        "ExecutionError",
-        "ExportError",
-        "InputError",
-        "OfframpError",
-        "PassError",
-        "PolicyError",
-        "SpecError",
-        "StructureError",
-    ),
-    "generate": ("Generated", "Token"),
-    "policies": (
+    "generation.tokens": ("Generated", "Token"),
+    "policies.builtin": (
         "Adaptive",
         "Budget",
         "Confidence",
@@ -67,18 +44,15 @@ _MODULES = {
         "ShallowDeep",
         "Verify",
     ),
-    "policy": ("Agreement", "Cost", "Policy", "State"),
+    "policies.base": ("Agreement", "Cost", "Policy", "State"),
     "result": ("Result", "Timing"),
-    "sampling": ("Sampling",),
+    "generation.sampling": ("Sampling",),
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Adaptive",
     "Agreement",
     "Budget",
-    "BundleError",
-    "CaptureError",
     "Chain",
     "Confidence",
     "Cost",
@@ -86,36 +60,23 @@ __all__ = [
     "Depth",
     "Each",
     "Entropy",
-    "ExecutionError",
-    "ExportError",
     "Generated",
-    "InputError",
     "Learned",
     "Never",
-    "OfframpError",
-    "PassError",
     "Patience",
     "Policy",
-    "PolicyError",
     "Result",
     "Sampling",
     "ShallowDeep",
-    "SpecError",
     "State",
-    "StructureError",
     "Timing",
     "Token",
     "Verify",
     "load",
 ]
 
-
-if not TYPE_CHECKING:  # lazily, so that the other rooms get at errors and manifest without ONNX Runtime
-
-    def __getattr__(name: str) -> object:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+if not TYPE_CHECKING:
+    __getattr__ = names_of(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

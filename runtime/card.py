@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from offramp.runtime.axes import evaluate
-from offramp.runtime.manifest import Manifest, Value
+from offramp.bundle.expressions import evaluate
+from offramp.bundle.manifest import Manifest, Value
 
 CARD_FILE = "README.md"
 _TOKENIZER = "tokenizer.json"
@@ -98,7 +98,7 @@ def _stacks(manifest: Manifest) -> str:
 
 
 def _policy(manifest: Manifest) -> str:
-    from offramp.runtime.policies import from_dict
+    from offramp.runtime.policies.builtin import from_dict
 
     policy = from_dict(manifest.policy) if manifest.policy else None
     text = f"`{policy}` unless asked otherwise." if policy else "At full depth unless a policy is given."

@@ -10,23 +10,24 @@ from typing import Any
 
 import numpy as np
 
-from offramp.runtime import bundle, policies
-from offramp.runtime.beam import search
-from offramp.runtime.caches import fresh
-from offramp.runtime.errors import InputError
-from offramp.runtime.feed import Plan, Prompts, Run
-from offramp.runtime.generate import Generated, Token, stream
-from offramp.runtime.inputs import Inputs
-from offramp.runtime.manifest import Manifest, Stack, Value
-from offramp.runtime.memory import DEVICES, Device, Env, Host, Index, Memory
-from offramp.runtime.options import Sampling
-from offramp.runtime.plan import Call, Step, prepare, ready_takers
-from offramp.runtime.policy import Asker, Function, Policy, State, listing
+from offramp.bundle import directory
+from offramp.bundle.manifest import Manifest, Stack, Value
+from offramp.bundle.options import Sampling
+from offramp.errors import InputError
+from offramp.runtime.engine.inputs import Inputs
+from offramp.runtime.engine.loop import depths, execute, join, walk
+from offramp.runtime.engine.memory import DEVICES, Device, Env, Host, Index, Memory
+from offramp.runtime.engine.sessions import Providers, open_sessions
+from offramp.runtime.engine.steps import Call, Step, prepare, ready_takers
+from offramp.runtime.generation.beams import search
+from offramp.runtime.generation.cache_memory import fresh
+from offramp.runtime.generation.session import Plan, Prompts, Run
+from offramp.runtime.generation.speculation import in_last, refuse, verified
+from offramp.runtime.generation.stopping import TOKENIZER_FILE, Ends
+from offramp.runtime.generation.tokens import Generated, Token, stream
+from offramp.runtime.policies import builtin
+from offramp.runtime.policies.base import Asker, Function, Policy, State, listing
 from offramp.runtime.result import Result, Timing
-from offramp.runtime.sessions import Providers, open_sessions
-from offramp.runtime.stopping import TOKENIZER_FILE, Ends
-from offramp.runtime.verify import in_last, refuse, verified
-from offramp.runtime.walk import depths, execute, join, walk
 
 
 def load(
@@ -48,7 +49,7 @@ def load(
         PolicyError: its default policy asks for exits or scores that it does not have.
         ExecutionError: a provider or a number of threads cannot be had.
     """
-    manifest, root = bundle.read(path, verify=verify)
+    manifest, root = directory.read(path, verify=verify)
     return Chain(manifest, root, providers, threads)
 
 
@@ -75,7 +76,7 @@ class Chain:
         self._root = Path(root)
         self.inputs: Mapping[str, Value] = {name: manifest.values[name] for name in manifest.inputs}
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
-        self.policy = policies.from_dict(manifest.policy) if manifest.policy else policies.Never()
+        self.policy = builtin.from_dict(manifest.policy) if manifest.policy else builtin.Never()
         self.policy.check(manifest.stacks)
         device = self._device = _device or _device_of(providers)
         files = dict.fromkeys(segment.file for segment in manifest.segments.values())

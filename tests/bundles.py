@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, parser
 
-from offramp.runtime import manifest as m
+from offramp.bundle import manifest as m
 
 LAYOUTS = ("first", "second", "folded", "none")
 LONGEST = 6

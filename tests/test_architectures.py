@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import offramp
+from offramp.errors import OfframpError
 from offramp.export import save
-from offramp.export.validate import TOLERANCE, eager, worst
+from offramp.export.validation import TOLERANCE, eager, worst
 from offramp.passes import InsertExits, Truncate, apply
 from offramp.program import capture
 from offramp.program.capture import named_outputs
-from offramp.runtime.errors import OfframpError
 
 FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **architectures.REFUSED}
 CHEAP = ("torch_encoder_post", "einsum_encoder", "looped_block")

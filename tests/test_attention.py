@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from offramp.program import AttentionSite, Program, attention_sites, capture
-from offramp.program.attention import is_causal, padding_mask
+from offramp.program.analysis.attention import is_causal, padding_mask
 from offramp.program.graph import data_inputs, results
 from offramp.program.program import evaluate
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import transformers
 
-from offramp._feature_extractor import audio_settings
-from offramp.runtime.audio import features
-from offramp.runtime.errors import InputError
-from offramp.runtime.preprocessing import Audio
+from offramp.bundle.preprocessing import Audio
+from offramp.errors import InputError
+from offramp.pretrained.feature_extractor import audio_settings
+from offramp.runtime.preprocess.audio import features
 
 EXTRACTORS: list[tuple[str, dict[str, Any]]] = [
     ("Whisper", {"chunk_length": 2}),

@@ -14,9 +14,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from offramp.runtime import manifest as m
-from offramp.runtime import preprocessing
-from offramp.runtime.errors import BundleError
+from offramp.bundle import manifest as m
+from offramp.bundle import preprocessing
+from offramp.errors import BundleError
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[1] / "docs/manifest.schema.json").read_text())
 

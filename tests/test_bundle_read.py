@@ -15,9 +15,9 @@ import onnx
 import pytest
 
 import offramp
-from offramp.runtime import bundle
-from offramp.runtime.errors import BundleError
-from offramp.runtime.manifest import MANIFEST_FILE
+from offramp.bundle import directory
+from offramp.bundle.manifest import MANIFEST_FILE
+from offramp.errors import BundleError
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +48,13 @@ def _refused(root: Path, *, verify: bool = True) -> str:
 def test_a_whole_bundle_is_read(root: Path) -> None:
     (root / "notes.txt").write_text("not listed, not looked at")
     (root / "link").symlink_to("/")
-    manifest, found = bundle.read(root)
+    manifest, found = directory.read(root)
     assert (manifest.model, found) == ("tiny", root.resolve())
 
 
 def test_the_directory_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
     (tmp_path / "alias").symlink_to(root, target_is_directory=True)
-    assert bundle.read(str(tmp_path / "alias"))[1] == root.resolve()
+    assert directory.read(str(tmp_path / "alias"))[1] == root.resolve()
 
 
 def test_no_bundle(tmp_path: Path, root: Path) -> None:
@@ -135,7 +135,7 @@ def test_folders_are_fine_and_linked_folders_are_not(root: Path, tmp_path: Path)
     (root / "tokenizer/vocab").write_bytes(b"")
     empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
     _change(root, lambda data: data["files"].update({"tokenizer/vocab": empty}))
-    bundle.read(root)
+    directory.read(root)
     shutil.move(root / "tokenizer", tmp_path / "tokenizer")
     (root / "tokenizer").symlink_to(tmp_path / "tokenizer", target_is_directory=True)
     assert "tokenizer is a link" in _refused(root)

@@ -18,15 +18,16 @@ from numpy.typing import NDArray
 from test_packaging import run_without_torch
 
 import offramp
-from offramp.runtime import Chain, Confidence, Each, Entropy, InputError, Never
+from offramp.bundle.manifest import MANIFEST_FILE
+from offramp.calibration import calibrator
+from offramp.calibration.costs import Costs
+from offramp.calibration.examples import read
+from offramp.calibration.gates import fit_scale
+from offramp.calibration.observe import time_rows
+from offramp.calibration.quality import same_class, same_tokens
+from offramp.errors import InputError
+from offramp.runtime import Chain, Confidence, Each, Entropy, Never
 from offramp.runtime.card import CARD_FILE
-from offramp.runtime.manifest import MANIFEST_FILE
-from offramp.training import calibration
-from offramp.training.costs import Costs
-from offramp.training.examples import read
-from offramp.training.gates import fit_scale
-from offramp.training.observe import time_rows
-from offramp.training.quality import same_class, same_tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
@@ -45,7 +46,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are slow and heads that are not, so that what is chosen does not depend on the machine."""
-    monkeypatch.setattr(calibration, "time_rows", lambda chain, stack, examples: costs(len(stack.exits)))
+    monkeypatch.setattr(calibrator, "time_rows", lambda chain, stack, examples: costs(len(stack.exits)))
 
 
 def costs(exits: int, dear: float = 0.1) -> Costs:
@@ -112,7 +113,7 @@ def test_labels_say_what_is_right(root: Path) -> None:
 
 
 def test_segments_are_timed_on_this_machine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "time_rows", time_rows)
+    monkeypatch.setattr(calibrator, "time_rows", time_rows)
     times = offramp.calibrate(root, {"ids": ids(400)}, keep=0.5).record["milliseconds"]
     assert 0 < times["expected"] <= times["full"] < 100
 
@@ -120,11 +121,11 @@ def test_segments_are_timed_on_this_machine(root: Path, monkeypatch: pytest.Monk
 def test_exits_that_cost_more_than_they_save_are_dropped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = costs(4)
     first = replace(usual, tails=np.array([5.0, 0.1, 0.1, 0.1]))
-    monkeypatch.setattr(calibration, "time_rows", lambda chain, stack, examples: first)
+    monkeypatch.setattr(calibrator, "time_rows", lambda chain, stack, examples: first)
     record = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6, measure="top1").record
     assert "it saves nothing: " in record["dropped"]["1"]
     assert "1" not in record["thresholds"]
-    monkeypatch.setattr(calibration, "time_rows", lambda chain, stack, examples: costs(4, dear=50.0))
+    monkeypatch.setattr(calibrator, "time_rows", lambda chain, stack, examples: costs(4, dear=50.0))
     never = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6)
     assert never.policy == Never()
     assert "is faster than full depth on this machine" in never.record["reason"]

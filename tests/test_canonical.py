@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from offramp.passes import InsertExits
 from offramp.passes.infra.editor import Editor
 from offramp.program import Program, capture
-from offramp.program.canonical import canonicalize
+from offramp.program.canonical.simplify import canonicalize
 from offramp.program.graph import results
 
 X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))

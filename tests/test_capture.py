@@ -12,9 +12,9 @@ import tiny
 import torch
 from torch import Tensor, fx, nn
 
+from offramp.errors import CaptureError
 from offramp.program import capture
 from offramp.program.program import Program
-from offramp.runtime.errors import CaptureError
 
 
 class Layer(nn.Module):

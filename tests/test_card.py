@@ -14,8 +14,8 @@ import tiny
 
 import offramp
 from offramp import models
+from offramp.bundle.manifest import MANIFEST_FILE, from_json
 from offramp.runtime.card import CARD_FILE, card
-from offramp.runtime.manifest import MANIFEST_FILE, from_json
 
 SCORES = "insert-exits{after=1|2},insert-scores{measure=top1|margin}"
 

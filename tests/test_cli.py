@@ -17,9 +17,10 @@ import tiny
 
 import offramp
 from offramp import cli
+from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.cli import _common, _inputs, _policy, _text, bench
-from offramp.runtime import Confidence, Depth, Entropy, Never, OfframpError, Patience, Policy, PolicyError
-from offramp.runtime.manifest import MANIFEST_FILE
+from offramp.errors import OfframpError, PolicyError
+from offramp.runtime import Confidence, Depth, Entropy, Never, Patience, Policy
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = """

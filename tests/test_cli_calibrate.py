@@ -15,7 +15,8 @@ from test_packaging import run_without_torch
 
 import offramp
 from offramp.cli import _data
-from offramp.runtime import InputError, Never
+from offramp.errors import InputError
+from offramp.runtime import Never
 
 WORDS = ("w5", "w6", "w7", "w8", "w9")
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import offramp
 from offramp import cli
+from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.cli import _depths, _generate, _text, _words
 from offramp.runtime import Depth
-from offramp.runtime.manifest import MANIFEST_FILE
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -329,7 +329,7 @@ def sound(path: Path, seconds: float, rate: int = 8000) -> Path:
 
 
 def test_run_listens(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from offramp.runtime.audio import log_mel, read_wav, resample
+    from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
     path = sound(tmp_path / "a.wav", 0.5)
     out, err = generate(capsys, listener, "--audio", path, "--max-new-tokens", "12")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import offramp
+from offramp.errors import CaptureError
 from offramp.passes import Truncate, apply
 from offramp.program import capture
 from offramp.program.graph import is_tensor
-from offramp.runtime.errors import CaptureError
 
 X = torch.randn(3, 5, 4, 2, generator=torch.Generator().manual_seed(0))
 REST = torch.view_as_complex(X)

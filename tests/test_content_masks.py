@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.check import check
+from offramp.errors import PassError
 from offramp.passes import apply
-from offramp.passes.infra.blind import settled
-from offramp.passes.infra.chunks import in_chunks
+from offramp.passes.caches.blind import settled
+from offramp.passes.caches.chunks import in_chunks
 from offramp.program import Program
-from offramp.runtime.errors import PassError
 
 PAD, INFINITE = 0, float("-inf")
 Core = Callable[[Tensor, Tensor, Tensor, Any], Tensor]

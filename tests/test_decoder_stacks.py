@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offramp.errors import CaptureError, PassError
 from offramp.passes import apply
-from offramp.passes.infra.chunks import cached_stacks
+from offramp.passes.caches.chunks import cached_stacks
 from offramp.program import Program, capture
-from offramp.program.attention import attention_sites
+from offramp.program.analysis.attention import attention_sites
 from offramp.program.capture import named_outputs
 from offramp.program.graph import expression, placeholders, shape
 from offramp.program.program import evaluate
-from offramp.runtime.errors import CaptureError, PassError
 
 FACTORIES = {**decoders.REQUIRED, **decoders.OTHERS, **decoders.REFUSED}
 CHEAP = ("gpt2", "torch_transformer", "triangle", "causal_flag", "cross_first")

@@ -14,7 +14,7 @@ from torch import Tensor
 import offramp
 from offramp import cli
 from offramp.check import check
-from offramp.passes.infra.default import with_caches
+from offramp.passes.default import with_caches
 from offramp.program import Program
 
 MODELS = """

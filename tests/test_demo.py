@@ -15,9 +15,9 @@ import bundles
 import pytest
 
 from offramp import cli, demo, zoo
+from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.demo import _two_ways, speech
-from offramp.runtime import InputError
-from offramp.runtime.manifest import MANIFEST_FILE
+from offramp.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ import tiny
 import torch
 from torch import fx, nn
 
+from offramp.errors import PassError
 from offramp.passes.infra.editor import Editor
 from offramp.program import Program, capture
 from offramp.program.graph import aten, results, shape
-from offramp.runtime.errors import PassError
 
 
 @pytest.fixture

@@ -22,17 +22,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import offramp
+from offramp.bundle import directory
+from offramp.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE
+from offramp.errors import ExportError, OfframpError, SpecError
 from offramp.export import save, validate, write
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program
 from offramp.program.graph import attribute, storage_key
 from offramp.program.sizes import other_sizes
-from offramp.runtime import bundle
 from offramp.runtime.card import CARD_FILE
 from offramp.runtime.chain import Chain
-from offramp.runtime.errors import ExportError, OfframpError, SpecError
-from offramp.runtime.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from offramp.runtime.policy import State
+from offramp.runtime.policies.base import State
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 ALIGNMENT = 64
@@ -46,7 +46,7 @@ class Saved:
     def __init__(self, program: Program, root: Path, **options: Any) -> None:
         self.program, self.root = program, root
         self.figures = save(program, root, **options)
-        self.manifest, _ = bundle.read(root)
+        self.manifest, _ = directory.read(root)
         self.chains = {"host": offramp.load(root), "device": Chain(self.manifest, root, _device=("cpu", 0))}
 
     @property

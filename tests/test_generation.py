@@ -21,18 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import offramp
+from offramp.bundle import directory
+from offramp.bundle.manifest import Generation
+from offramp.errors import ExecutionError, InputError, PolicyError
 from offramp.export import save
 from offramp.passes import Truncate, apply
 from offramp.program import Program
-from offramp.runtime import bundle
 from offramp.runtime.chain import Chain
-from offramp.runtime.decoder import Decoder
-from offramp.runtime.errors import ExecutionError, InputError, PolicyError
-from offramp.runtime.feed import Run
-from offramp.runtime.generate import Token, stream
-from offramp.runtime.manifest import Generation
-from offramp.runtime.policy import Function as Plain
-from offramp.runtime.policy import State
+from offramp.runtime.generation.decoder import Decoder
+from offramp.runtime.generation.session import Run
+from offramp.runtime.generation.tokens import Token, stream
+from offramp.runtime.policies.base import Function as Plain
+from offramp.runtime.policies.base import State
 
 few = settings(max_examples=12)
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
@@ -69,7 +69,7 @@ class Bundle:
 
     def __init__(self, name: str, captured: tiny.Captured, program: Program, root: Path, device: bool) -> None:
         self.name, self.captured, self.program, self.root = name, captured, program, root
-        self.chain = Chain(*bundle.read(root), _device=("cpu", 0) if device else None)
+        self.chain = Chain(*directory.read(root), _device=("cpu", 0) if device else None)
 
     def inputs(self, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
         """The prompts, with sources where the model takes some (those of row i are the i-th)."""

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
-from offramp import _generation_config
 from offramp.models import PretrainedModelError
+from offramp.pretrained import generation_config
 
 torch.manual_seed(0)
 GPT = transformers.GPT2LMHeadModel(
@@ -59,7 +59,7 @@ LANGUAGES = {"lang_to_id": {"<|en|>": 10, "<|de|>": 11}, "task_to_id": {"transcr
 def read(model: Any, *ignore: str, **settings: Any) -> dict[str, Any]:
     """The bundle's settings of the model with this generation_config."""
     model.generation_config = transformers.GenerationConfig(**settings)
-    return _generation_config.generation(model, ignore)
+    return generation_config.generation(model, ignore)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_settings_in_the_model_configuration_count_where_there_is_no_generation_
     GPT.save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
-    found = _generation_config.generation(model)
+    found = generation_config.generation(model)
     assert (found["stop"], found["pad"], found["prompt"]) == ([2], 3, [1])
 
 
@@ -227,7 +227,7 @@ def test_a_model_that_does_not_generate_has_no_settings() -> None:
     config = transformers.BertConfig(
         num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8, vocab_size=20
     )
-    assert _generation_config.generation(transformers.BertModel(config)) == {}
+    assert generation_config.generation(transformers.BertModel(config)) == {}
 
 
 class OwnRules(transformers.GPT2LMHeadModel):  # type: ignore[misc]
@@ -236,7 +236,7 @@ class OwnRules(transformers.GPT2LMHeadModel):  # type: ignore[misc]
 
 
 def test_a_class_with_a_generate_of_its_own_is_known() -> None:
-    assert _generation_config.is_all(GPT)
-    assert not _generation_config.is_all(OwnRules(GPT.config))
+    assert generation_config.is_all(GPT)
+    assert not generation_config.is_all(OwnRules(GPT.config))
     WHISPER.generation_config = transformers.GenerationConfig(no_timestamps_token_id=30)
-    assert _generation_config.is_all(WHISPER)
+    assert generation_config.is_all(WHISPER)

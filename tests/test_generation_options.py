@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offramp
-from offramp.runtime import Chain, InputError, PolicyError, Sampling, Verify, bundle
-from offramp.runtime.defaults import merged
-from offramp.runtime.manifest import Generation
-from offramp.runtime.sampling import Chooser
+from offramp.bundle import directory
+from offramp.bundle.manifest import Generation
+from offramp.errors import InputError, PolicyError
+from offramp.runtime import Chain, Sampling, Verify
+from offramp.runtime.generation.defaults import merged
+from offramp.runtime.generation.sampling import Chooser
 
 PROMPT = {"input_ids": [[5, 6]]}
 
@@ -36,7 +38,7 @@ def chain(root: Path) -> Chain:
 
 def told(root: Path, **own: Any) -> Chain:
     """The bundle with other ``generation``."""
-    manifest, place = bundle.read(root)
+    manifest, place = directory.read(root)
     return Chain(replace(manifest, generation=Generation(**own)), place)
 
 

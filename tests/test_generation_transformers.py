@@ -18,15 +18,16 @@ import transformers
 from numpy.typing import NDArray
 
 import offramp
-from offramp.runtime import Chain, bundle
-from offramp.runtime.beam import search
-from offramp.runtime.decoder import Left
-from offramp.runtime.defaults import merged
-from offramp.runtime.errors import InputError
-from offramp.runtime.generate import stream
-from offramp.runtime.manifest import Generation, section
-from offramp.runtime.sampling import Chooser
-from offramp.runtime.stopping import Ends
+from offramp.bundle import directory
+from offramp.bundle.manifest import Generation, section
+from offramp.errors import InputError
+from offramp.runtime import Chain
+from offramp.runtime.generation.beams import search
+from offramp.runtime.generation.decoder import Left
+from offramp.runtime.generation.defaults import merged
+from offramp.runtime.generation.sampling import Chooser
+from offramp.runtime.generation.stopping import Ends
+from offramp.runtime.generation.tokens import stream
 
 WORDS, PAD = 41, 3
 NAMES = {
@@ -261,7 +262,7 @@ def test_bundles_choose_by_themselves(bundled: tuple[Case, Path], at: int) -> No
     """Without options, by what the manifest says; ``beams=1`` and ``temperature=0`` are greedy."""
     made, path = bundled
     told = {**TABLE[at], "beams": 3}
-    read = bundle.read(path)
+    read = directory.read(path)
     chain = Chain(replace(read[0], generation=section(Generation, {**told, "suppress": [PAD]})), read[1])
     for rows in ([0], [0, 1, 2]):
         inputs: dict[str, Any] = {"input_ids": [made.prompts[row] for row in rows]}

@@ -16,9 +16,9 @@ import transformers
 from torch import Tensor, nn
 
 import offramp
+from offramp.bundle.manifest import from_json, to_json
+from offramp.errors import BundleError, InputError
 from offramp.passes import apply
-from offramp.runtime.errors import BundleError, InputError
-from offramp.runtime.manifest import from_json, to_json
 
 WORDS, PAD = 41, 3
 TEXTS = [[4, 17, 8], [21], [13, 5, 5, 30, 2]]

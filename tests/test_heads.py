@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import offramp
-from offramp.export.lower import close, translate
+from offramp.export.lowering.lower import close, translate
 from offramp.export.partition import Piece
 from offramp.program import capture
-from offramp.program.canonical import canonicalize
+from offramp.program.canonical.simplify import canonicalize
 from offramp.program.graph import aten, attribute, results, shape
-from offramp.runtime.sessions import session_options
+from offramp.runtime.engine.sessions import session_options
 
 attention: Callable[..., Tensor] = F.scaled_dot_product_attention
 Core = Callable[[Tensor, Tensor], Tensor]  # of x [rows, tokens, features] and ones where there is no padding

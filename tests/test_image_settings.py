@@ -11,10 +11,10 @@ import PIL.Image
 import pytest
 import transformers
 
-from offramp._image_processor import image_settings
-from offramp.runtime.errors import InputError
-from offramp.runtime.image import pixels, read_image
-from offramp.runtime.preprocessing import Image
+from offramp.bundle.preprocessing import Image
+from offramp.errors import InputError
+from offramp.pretrained.image_processor import image_settings
+from offramp.runtime.preprocess.image import pixels, read_image
 
 # class, and settings that make its results small
 PROCESSORS: list[tuple[str, dict[str, Any]]] = [

@@ -12,10 +12,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from offramp.bundle.manifest import Implied
+from offramp.errors import PassError
 from offramp.passes import apply
 from offramp.program import Program
-from offramp.runtime.errors import PassError
-from offramp.runtime.manifest import Implied
 
 WORDS, WIDTH, BLOCKS, TOKENS = 11, 16, 2, 7
 NONE = torch.zeros(2, TOKENS, dtype=torch.bool)

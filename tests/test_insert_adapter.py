@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offramp.errors import SpecError
 from offramp.passes import InsertAdapter, InsertExits, apply
 from offramp.passes.insert_adapter import KINDS
 from offramp.program import Exit, Program, capture
-from offramp.runtime.errors import SpecError
 
 NEUTRAL = ("identity", "linear", "bottleneck", "mlp")
 

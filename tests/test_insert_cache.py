@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from offramp.errors import PassError, SpecError, StructureError
 from offramp.passes import InsertCache, PassResult, Truncate, apply
-from offramp.passes.infra.chunks import cached_stacks, in_chunks
+from offramp.passes.caches.chunks import cached_stacks, in_chunks
 from offramp.program import Program, ops
 from offramp.program.graph import results
-from offramp.runtime.errors import PassError, SpecError, StructureError
 
 Core = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q, k, v [rows, heads, tokens, features], mask
 Embed = Callable[["Decoder", Tensor, Tensor], Tensor]  # of embedded tokens and their ids

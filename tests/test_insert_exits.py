@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_stacks import HiddenToo, OnesLike
 from torch import nn
 
+from offramp.errors import PassError, SpecError
 from offramp.passes import InsertExits, PassResult, Truncate, apply
 from offramp.passes.infra.base import Pass
 from offramp.program import Exit, Program
 from offramp.program.graph import results
-from offramp.runtime.errors import PassError, SpecError
 
 NAMES = ["encoder", "labeller", "decoder", "time_first", "mixing"]
 

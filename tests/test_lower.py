@@ -19,15 +19,15 @@ import tiny
 import torch
 from torch import Tensor, fx, nn
 
+from offramp.errors import ExportError
 from offramp.export import partition, write
-from offramp.export.lower import OPSET, Function, close, translate
+from offramp.export.lowering.lower import OPSET, Function, close, translate
 from offramp.export.partition import Piece, Plan
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
 from offramp.program.sizes import other_sizes
-from offramp.runtime.errors import ExportError
-from offramp.runtime.sessions import session_options
+from offramp.runtime.engine.sessions import session_options
 
 
 def pieces(plan: Plan) -> list[Piece]:

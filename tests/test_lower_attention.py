@@ -20,11 +20,11 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from offramp.export.attention import TARGETS
-from offramp.export.lower import OPSET, OPSET_OF_CACHES, Function, close, translate
+from offramp.export.lowering.cached_attention import TARGETS
+from offramp.export.lowering.lower import OPSET, OPSET_OF_CACHES, Function, close, translate
 from offramp.export.partition import Piece
 from offramp.program import ops
-from offramp.runtime.sessions import session_options
+from offramp.runtime.engine.sessions import session_options
 
 ROWS, CHUNK, CAPACITY, SIZE = 3, 5, 11, 8  # of the example; the first three are symbols
 KEY_HEADS = 2

@@ -14,10 +14,10 @@ from architectures import BLOCKS, WIDTH, Factory
 from torch import Tensor, fx, nn
 
 import offramp
-from offramp.export.layout import cancel_layout
-from offramp.export.lower import close
-from offramp.export.merge import merged
-from offramp.export.norm import fuse_norms
+from offramp.export.lowering.layouts import cancel_layout
+from offramp.export.lowering.lower import close
+from offramp.export.lowering.merged_products import merged
+from offramp.export.lowering.rms_norm import fuse_norms
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
 from offramp.program import Program

@@ -18,12 +18,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import offramp
-from offramp.export.attention import Target
-from offramp.export.halves import part, repeats
-from offramp.export.lower import close
+from offramp.export.lowering.cached_attention import Target
+from offramp.export.lowering.last_axis import part, repeats
+from offramp.export.lowering.lower import close
+from offramp.export.lowering.rotary import ROTARY, fuse_rotary, rotary
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
-from offramp.export.rotary import ROTARY, fuse_rotary, rotary
 from offramp.passes.infra.editor import Editor
 from offramp.program import Program
 from offramp.program.graph import aten, results, shape

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offramp
-from offramp.export.bundle import _take_place
+from offramp.bundle import directory
+from offramp.bundle.manifest import MANIFEST_FILE, from_json
+from offramp.errors import BundleError, OfframpError
+from offramp.export.assemble import _take_place
 from offramp.passes import apply
 from offramp.program import capture
-from offramp.runtime import bundle
 from offramp.runtime.chain import Chain
-from offramp.runtime.errors import BundleError, OfframpError
-from offramp.runtime.manifest import MANIFEST_FILE, from_json
 
 SCORED = "insert-cache,insert-exits{stack=decoder},insert-exits{stack=more},insert-scores{stack=more,measure=top1}"
 
@@ -132,7 +132,7 @@ def crowded(roots: dict[str, Path], tmp_path: Path) -> tuple[Path, Path]:
 
 
 def model(root: Path) -> list[str]:
-    return sorted(bundle.read(root)[0].stacks)
+    return sorted(directory.read(root)[0].stacks)
 
 
 OLD, NEW = ["encoder"], ["decoder", "encoder"]

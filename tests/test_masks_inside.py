@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 import offramp
+from offramp.bundle.manifest import Implied
 from offramp.passes import apply
-from offramp.runtime.manifest import Implied
 
 PAD, WORDS, NEW = 0, 41, 6
 

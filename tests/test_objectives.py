@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import offramp
-from offramp.runtime.errors import SpecError
+from offramp.errors import SpecError
 from offramp.training.learner import Learner
 from offramp.training.objectives import (
     IGNORED,

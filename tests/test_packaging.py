@@ -14,15 +14,17 @@ import pytest
 import offramp
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ("program", "passes", "training", "export", "runtime")
+ROOMS = ("program", "passes", "training", "export", "bundle", "runtime", "calibration")
 
 # Which other rooms a room may import.
 MAY_IMPORT = {
-    "program": {"runtime"},
-    "passes": {"program", "runtime"},
-    "training": {"program", "passes", "runtime"},
-    "export": {"program", "passes", "runtime"},
-    "runtime": set[str](),
+    "bundle": set[str](),
+    "runtime": {"bundle"},
+    "calibration": {"bundle", "runtime"},
+    "program": {"bundle"},
+    "passes": {"program", "bundle"},
+    "training": {"program", "passes"},
+    "export": {"program", "passes", "bundle", "runtime"},
 }
 
 WITHOUT_TORCH = """

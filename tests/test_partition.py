@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
+from offramp.errors import SpecError, StructureError
 from offramp.export import partition, save
-from offramp.export.lower import close
+from offramp.export.lowering.lower import close
 from offramp.export.partition import Piece, Plan
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, results
 from offramp.program.sizes import other_sizes
-from offramp.runtime.errors import SpecError, StructureError
 
 
 def pieces(plan: Plan) -> Iterator[Piece]:

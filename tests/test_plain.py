@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from offramp.check import check
+from offramp.errors import CaptureError, ForwardError
 from offramp.program import Program, capture
-from offramp.program.plain import as_captured, plain
-from offramp.runtime.errors import CaptureError, ForwardError
+from offramp.program.unwrap import as_captured, plain
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # what torch.compile itself imports, too

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from offramp import models
-from offramp._examples import Listed, example_inputs
+from offramp.pretrained.example_inputs import Listed, example_inputs
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -50,13 +50,13 @@ def test_the_pass_of_contributing_works(encoder: object) -> None:
         from offramp.passes.infra.editor import Editor
         from offramp.program import Program
         from offramp.program.graph import aten
-        from offramp.runtime import SpecError
+        from offramp.errors import SpecError
     """
     names: dict[str, type[offramp.passes.Pass]] = {"__name__": "__main__"}  # type: ignore[dict-item]
     exec(compile(textwrap.dedent(header) + block, "CONTRIBUTING.md", "exec"), names)
     program: offramp.Program = encoder.program  # type: ignore[attr-defined]
     scale = names["ScaleExits"]
-    with pytest.raises(offramp.runtime.SpecError, match="no exits"):
+    with pytest.raises(offramp.errors.SpecError, match="no exits"):
         offramp.apply(program, scale())
     exits = offramp.apply(program, "insert-exits")
     scaled = offramp.apply(exits, scale(percent=50))  # type: ignore[call-arg]

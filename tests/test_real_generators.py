@@ -14,8 +14,8 @@ import torch
 
 import offramp
 from offramp import zoo
-from offramp.runtime.audio import log_mel, read_wav, resample
-from offramp.runtime.errors import OfframpError
+from offramp.errors import OfframpError
+from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
 pytestmark = pytest.mark.slow
 DATA = Path(os.environ.get("OFFRAMP_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))

@@ -13,10 +13,11 @@ import talkers
 from numpy.typing import NDArray
 
 import offramp
-from offramp.runtime import Chain, InputError
-from offramp.training import judge
-from offramp.training.costs import Costs
-from offramp.training.judge import Point, Report, report
+from offramp.calibration import reporting
+from offramp.calibration.costs import Costs
+from offramp.calibration.reporting import Point, Report, report
+from offramp.errors import InputError
+from offramp.runtime import Chain
 
 ALL = {1: 0.5, 4: 0.5}
 FULL = Point("Never()", 0.8, 10.0, 1.0, {4: 1.0})
@@ -35,7 +36,7 @@ def root(tmp_path: Path) -> Path:
 def found(root: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
     free = dict.fromkeys(("top1", "entropy"), np.array([False, False]))
     steady = Costs(0.5, np.array([1.0, 1.0, 2.0]), np.zeros(3), np.full(3, 0.1), free)
-    monkeypatch.setattr(judge, "time_rows", lambda *_: steady)
+    monkeypatch.setattr(reporting, "time_rows", lambda *_: steady)
     return report(offramp.load(root), {"ids": ids(200)})
 
 
@@ -92,7 +93,7 @@ def test_the_sentence(frontier: list[tuple[float, float]], oracle: float, said: 
     points = [Point("some policy", quality, 10 / speed, speed, ALL) for quality, speed in frontier]
     perfect = replace(FULL, milliseconds=10 / oracle, speedup=oracle)
     stack = offramp.load(root).stacks["encoder"]
-    assert judge.verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
+    assert reporting.verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
 
 
 def test_without_examples_only_times(root: Path) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.training.calibration import tested as results_of
-from offramp.training.costs import Costs
-from offramp.training.gates import Fit, leaves
-from offramp.training.observe import Observed
-from offramp.training.risk import accepted, least_examples, losses_of, p_value
+from offramp.calibration.calibrator import tested as results_of
+from offramp.calibration.costs import Costs
+from offramp.calibration.gates import Fit, leaves
+from offramp.calibration.observe import Observed
+from offramp.calibration.risk import accepted, least_examples, losses_of, p_value
 
 DRAWS = 400
 

@@ -14,11 +14,12 @@ import tiny
 import torch
 from numpy.typing import NDArray
 
-from offramp.runtime import Chain, InputError, PolicyError
-from offramp.runtime.adaptive import Adaptive, _above, _fewest, _most
-from offramp.runtime.manifest import Exit, Part, Stack
-from offramp.runtime.policies import Each, from_dict
-from offramp.runtime.policy import Agreement, Cost, Policy, Rows, State
+from offramp.bundle.manifest import Exit, Part, Stack
+from offramp.errors import InputError, PolicyError
+from offramp.runtime import Chain
+from offramp.runtime.policies.adaptive import Adaptive, _above, _fewest, _most
+from offramp.runtime.policies.base import Agreement, Cost, Policy, Rows, State
+from offramp.runtime.policies.builtin import Each, from_dict
 
 Draw = Callable[[np.random.Generator, int], tuple[NDArray[np.float64], Rows]]
 

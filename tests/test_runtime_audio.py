@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.runtime.audio import log_mel, read_wav, resample
-from offramp.runtime.errors import InputError
+from offramp.errors import InputError
+from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
 Samples = NDArray[np.float32]
 PCM, FLOAT, EXTENSIBLE = 1, 3, 0xFFFE

@@ -16,11 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import offramp
-from offramp.runtime import Chain, PolicyError
-from offramp.runtime.budget import Budget
-from offramp.runtime.manifest import Exit, Part, Stack
-from offramp.runtime.policies import Each, from_dict
-from offramp.runtime.policy import Agreement, Cost, State
+from offramp.bundle.manifest import Exit, Part, Stack
+from offramp.errors import PolicyError
+from offramp.runtime import Chain
+from offramp.runtime.policies.base import Agreement, Cost, State
+from offramp.runtime.policies.budget import Budget
+from offramp.runtime.policies.builtin import Each, from_dict
 
 
 def depth_of(policy: Budget, score: float) -> int:

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import offramp
-from offramp.runtime import bundle
+from offramp.bundle import directory
+from offramp.bundle.manifest import MANIFEST_FILE
+from offramp.errors import BundleError, ExecutionError, PolicyError
 from offramp.runtime.chain import Chain
-from offramp.runtime.errors import BundleError, ExecutionError, PolicyError
-from offramp.runtime.manifest import MANIFEST_FILE
-from offramp.runtime.policy import State
+from offramp.runtime.policies.base import State
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 EXITS = (1, 2, 4)
@@ -42,7 +42,7 @@ def chains(request: pytest.FixtureRequest, where: Path) -> dict[str, Chain]:
 
 
 def _open(root: Path, path: str = "host") -> Chain:
-    return Chain(*bundle.read(root), _device=("cpu", 0) if path == "device" else None)
+    return Chain(*directory.read(root), _device=("cpu", 0) if path == "device" else None)
 
 
 def _ids(layout: str, rows: int, tokens: int, seed: int = 0) -> np.ndarray[Any, Any]:

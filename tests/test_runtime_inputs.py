@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from offramp.runtime.axes import evaluate, names, solve
-from offramp.runtime.errors import InputError
-from offramp.runtime.inputs import Inputs
-from offramp.runtime.manifest import Manifest, Value
+from offramp.bundle.expressions import evaluate, names, solve
+from offramp.bundle.manifest import Manifest, Value
+from offramp.errors import InputError
+from offramp.runtime.engine.inputs import Inputs
 
 VALUES = {
     "ids": Value("int64", ("batch", "tokens"), 0),

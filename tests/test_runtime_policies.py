@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 import offramp
+from offramp.bundle.manifest import Exit, Part, Stack
 from offramp.cli._policy import SPECS, parse
-from offramp.runtime.errors import PolicyError
-from offramp.runtime.manifest import Exit, Part, Stack
-from offramp.runtime.policies import (
+from offramp.errors import PolicyError
+from offramp.runtime.policies.base import Asker, Function, Policy, State
+from offramp.runtime.policies.builtin import (
     NAMED,
     Confidence,
     Decay,
@@ -27,7 +28,6 @@ from offramp.runtime.policies import (
     Verify,
     from_dict,
 )
-from offramp.runtime.policy import Asker, Function, Policy, State
 
 
 def _stack(name: str, *exits: int, scores: Sequence[str] = ("top1", "entropy", "prediction")) -> Stack:

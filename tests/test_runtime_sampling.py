@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from offramp.runtime.errors import ExecutionError, InputError
-from offramp.runtime.sampling import Chooser, Sampling, log_probabilities
+from offramp.errors import ExecutionError, InputError
+from offramp.runtime.generation.sampling import Chooser, Sampling, log_probabilities
 
 Logits = NDArray[np.float32]
 TOKENS = np.array([7, 8], np.int64)

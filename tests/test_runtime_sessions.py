@@ -12,15 +12,15 @@ import bundles
 import pytest
 
 import offramp
-from offramp.runtime import cores
-from offramp.runtime.errors import ExecutionError
+from offramp.errors import ExecutionError
+from offramp.runtime.engine import cores
 
 START = """
 import os, sys
 import numpy as np
 import onnxruntime as ort
 import offramp
-from offramp.runtime.errors import ExecutionError
+from offramp.errors import ExecutionError
 
 root, other = sys.argv[1], sys.argv[1] + "/tail.onnx"
 ids = {"ids": np.zeros((2, 3), np.int64)}
@@ -94,7 +94,7 @@ for name in ("torch", "onnx", "networkx", "transformers"):
 """,
     "errors and manifests need not even that": """
 import subprocess
-text = "import sys, offramp.runtime.errors, offramp.runtime.manifest, offramp.runtime.policies; " \\
+text = "import sys, offramp.errors, offramp.bundle.manifest, offramp.runtime.policies.builtin; " \\
     "assert 'onnxruntime' not in sys.modules"
 subprocess.run([sys.executable, "-c", text], check=True)
 """,
@@ -125,7 +125,7 @@ def test_providers(root: Path) -> None:
 
 
 def test_one_session_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from offramp.runtime import sessions
+    from offramp.runtime.engine import sessions
 
     opened: list[str] = []
     make = sessions._open

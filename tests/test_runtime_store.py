@@ -7,9 +7,9 @@ import onnx
 import onnxruntime
 import pytest
 
-from offramp.runtime.manifest import Cache, Manifest, Segment, Value
-from offramp.runtime.sessions import session_options
-from offramp.runtime.store import Store, launch
+from offramp.bundle.manifest import Cache, Manifest, Segment, Value
+from offramp.runtime.engine.sessions import session_options
+from offramp.runtime.generation.buffers import Store, launch
 
 ROWS, WIDTH = 4, 2
 TWICE = f"""

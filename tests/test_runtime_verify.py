@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import offramp
-from offramp.runtime import Chain, InputError, PolicyError, bundle
-from offramp.runtime.feed import Run
-from offramp.runtime.generate import Token
-from offramp.runtime.policies import Depth, Each, Never, ShallowDeep, Verify
-from offramp.runtime.sampling import Chooser, Sampling
-from offramp.runtime.verify import in_last
+from offramp.bundle import directory
+from offramp.errors import InputError, PolicyError
+from offramp.runtime import Chain
+from offramp.runtime.generation.sampling import Chooser, Sampling
+from offramp.runtime.generation.session import Run
+from offramp.runtime.generation.speculation import in_last
+from offramp.runtime.generation.tokens import Token
+from offramp.runtime.policies.builtin import Depth, Each, Never, ShallowDeep, Verify
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def chains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Chain]:
     return {
         "ort": talkers.talker(root / "ort", "ort"),
         "portable": talkers.talker(root / "portable"),
-        "device": Chain(*bundle.read(root / "portable"), _device=("cpu", 0)),
+        "device": Chain(*directory.read(root / "portable"), _device=("cpu", 0)),
         "halves": talkers.written(root / "halves", tiny.Halves, talkers.HALVES, "portable"),
     }
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import offramp
+from offramp.bundle.manifest import Exit
+from offramp.errors import SpecError
 from offramp.export import save
 from offramp.export.partition import partition
 from offramp.passes import InsertScores, apply
@@ -22,9 +24,7 @@ from offramp.passes.infra.spec import parse
 from offramp.passes.insert_scores import OF_SHORT
 from offramp.program import Program, capture
 from offramp.program.graph import results
-from offramp.runtime.errors import SpecError
-from offramp.runtime.manifest import Exit
-from offramp.runtime.policy import Agreement, Cost, Policy, Rows, State
+from offramp.runtime.policies.base import Agreement, Cost, Policy, Rows, State
 
 IDS = (7, 2, 9, 0, 4)
 TEXT = f"insert-scores{{measure={'|'.join(OF_SHORT)},ids={'|'.join(map(str, IDS))}}}"

@@ -17,11 +17,11 @@ import torch
 from tiny import BLOCKS, CLASSES, WIDTH, Attention, Encoder
 from torch import Tensor, nn
 
+from offramp.errors import StructureError
 from offramp.passes import Truncate
 from offramp.program import Program, capture
 from offramp.program.graph import results
 from offramp.program.program import evaluate
-from offramp.runtime.errors import StructureError
 
 
 class MaskBehind(Encoder):

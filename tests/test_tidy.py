@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 from onnxscript import ir
 
-from offramp.export.tidy import tidy
-from offramp.runtime.sessions import session_options
+from offramp.export.lowering.cleanup import tidy
+from offramp.runtime.engine.sessions import session_options
 
 HEADER = '<ir_version: 10, opset_import: ["" : 23]>\n'
 SIZES = """

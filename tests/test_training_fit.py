@@ -21,7 +21,7 @@ from test_dropout import Dropping
 from torch import Tensor
 
 import offramp
-from offramp.runtime.errors import SpecError, TrainingError
+from offramp.errors import SpecError, TrainingError
 from offramp.training.learner import Learner, remember
 from offramp.training.loop import Point, fit
 from offramp.training.objectives import CrossEntropy, DeepSupervision, LearnedGates, SelfDistillation

@@ -11,7 +11,7 @@ import tiny
 from torch import nn
 
 from offramp.export import partition, translations
-from offramp.export.lower import Function, close, translate
+from offramp.export.lowering.lower import Function, close, translate
 from offramp.export.translations import translated
 from offramp.program import capture
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import offramp
+from offramp.errors import PassError, SpecError
 from offramp.export import save
 from offramp.passes import PassResult, Truncate, apply
-from offramp.runtime.errors import PassError, SpecError
-from offramp.runtime.policy import Rows, State
+from offramp.runtime.policies.base import Rows, State
 
 
 @pytest.mark.parametrize("name", ["encoder", "labeller", "decoder", "time_first", "mixing"])

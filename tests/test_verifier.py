@@ -9,13 +9,13 @@ import pytest
 import tiny
 import torch
 
+from offramp.errors import PassError
 from offramp.passes import apply
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.verifier import CHECKS, verify
 from offramp.program import Exit, Program
 from offramp.program.graph import aten, results
 from offramp.program.program import Cache
-from offramp.runtime.errors import PassError
 
 FULL = "insert-exits,insert-adapter{kind=bottleneck},insert-scores{measure=top1|cosine}"
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from offramp import zoo
-from offramp.runtime.errors import OfframpError
-from offramp.runtime.sessions import session_options
+from offramp.errors import OfframpError
+from offramp.runtime.engine.sessions import session_options
 from offramp.zoo._cache import cached
 
 NAMES = ["albert", "annalog", "minilm", "smollm2", "translator", "vit", "whisper_base", "whisper_tiny_en"]

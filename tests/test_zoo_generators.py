@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp import zoo
-from offramp.runtime.audio import log_mel, read_wav, resample
+from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 from offramp.zoo._ctranslate2 import read_model, whisper_state
 
 DATA = Path(os.environ.get("OFFRAMP_DATA", Path(__file__).parents[2] / "shared" / "data"))

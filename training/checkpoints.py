@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
-from offramp.runtime.errors import SpecError
+from offramp.errors import SpecError
 
 _KEPT = 2
 _WEIGHTS = "trained.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor, fx
 
+from offramp.errors import SpecError
 from offramp.program.graph import copied, results
 from offramp.program.program import Program
-from offramp.runtime.errors import SpecError
 from offramp.training.objectives import Objective
 
 Batch = Mapping[str, Tensor]

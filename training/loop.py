@@ -18,8 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor
 
+from offramp.errors import SpecError, TrainingError
 from offramp.program.program import Program
-from offramp.runtime.errors import SpecError, TrainingError
 from offramp.training.checkpoints import Checkpoints
 from offramp.training.learner import Batch, Learner
 from offramp.training.objectives import Objective

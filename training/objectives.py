@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from offramp.errors import SpecError
 from offramp.passes.infra.base import stack_named
 from offramp.program.program import Exit, Program
-from offramp.runtime.errors import SpecError
 
 IGNORED = -100
 Values = Mapping[str, Tensor]

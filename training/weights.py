@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from offramp.errors import SpecError
 from offramp.program.program import Program
-from offramp.runtime.errors import SpecError
 
 
 def added(program: Program) -> dict[str, torch.nn.Parameter]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+from offramp.errors import SpecError
 from offramp.program.program import Program
-from offramp.runtime.errors import SpecError
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from offramp.errors import PassError
 from offramp.passes.infra.base import PassResult
 from offramp.program.graph import attribute, copied, results
 from offramp.program.program import Program
-from offramp.runtime.errors import PassError
 
 
 class Editor:

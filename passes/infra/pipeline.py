@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from offramp.errors import OfframpError, PassError
 from offramp.passes.infra.base import Pass, PassResult
 from offramp.passes.infra.spec import as_passes
 from offramp.passes.infra.verifier import verify
 from offramp.program.program import Program
-from offramp.runtime.errors import OfframpError, PassError
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from offramp.errors import SpecError
 from offramp.passes.infra.base import Pass
-from offramp.runtime.errors import SpecError
 
 _ITEM = re.compile(r"\s*([a-z][a-z0-9-]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from offramp.errors import PassError
 from offramp.program.graph import (
     ancestors,
     attribute,
@@ -15,7 +16,6 @@ from offramp.program.graph import (
     shape_key,
 )
 from offramp.program.program import Program
-from offramp.runtime.errors import PassError
 
 Check = Callable[[Program], str | None]
 

@@ -7,15 +7,19 @@ The names below are loaded when first used, so that ``import offramp`` needs num
     offramp.calibrate                                                                        runtime
     offramp.capture, Program, apply, InsertExits, InsertAdapter, ..., save                   offramp[torch]
 
-The rooms (``offramp.program``, ``passes``, ``training``, ``export``, ``runtime``) are reached the same way.
+The rooms (``offramp.program``, ``passes``, ``training``, ``export``, ``bundle``, ``runtime``, ``calibration``) and
+``offramp.errors`` are reached the same way.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from offramp._lazy import names_of
+
 if TYPE_CHECKING:
+    from offramp.calibration import calibrate
+    from offramp.errors import OfframpError
     from offramp.export import save
     from offramp.passes import (
         Canonicalize,
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
         Generated,
         Learned,
         Never,
-        OfframpError,
         Patience,
         Policy,
         Result,
@@ -50,7 +53,6 @@ if TYPE_CHECKING:
         Verify,
         load,
     )
-    from offramp.training import calibrate
 
 __version__ = "0.1.0"
 
@@ -105,7 +107,6 @@ _NAMES = {
         "Generated",
         "Learned",
         "Never",
-        "OfframpError",
         "Patience",
         "Policy",
         "Result",
@@ -116,28 +117,19 @@ _NAMES = {
         "Verify",
         "load",
     ),
-    "training": ("calibrate",),
+    "calibration": ("calibrate",),
+    "errors": ("OfframpError",),
 }
-_ROOM_OF = {name: room for room, names in _NAMES.items() for name in names}
-_TORCH_SIDE = frozenset({"torch", "onnx", "onnxscript", "networkx", "safetensors", "rich"})
-
+_ROOMS = ("program", "passes", "training", "export", "bundle", "runtime", "calibration")
 
 if not TYPE_CHECKING:  # a type checker shall see the imports above, and refuse other names
-
-    def __getattr__(name: str) -> object:
-        room = name if name in _NAMES else _ROOM_OF.get(name)
-        if room is None:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        try:
-            module = importlib.import_module(f"{__name__}.{room}")
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _TORCH_SIDE:
-                raise
-            raise ImportError(
-                f"offramp.{name} needs {error.name}, which is not installed: pip install 'offramp[torch]'"
-            ) from error
-        return module if name == room else getattr(module, name)
+    __getattr__ = names_of(
+        __name__,
+        {room: (room, *_NAMES.get(room, ())) for room in (*_ROOMS, "errors")},
+        ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich"),
+        "offramp[torch]",
+    )
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_NAMES})
+    return sorted({*globals(), *__all__, *_ROOMS})

@@ -16,18 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from offramp import models
+from offramp.errors import OfframpError
 from offramp.export import save
-from offramp.export.validate import TOLERANCE, Arrays, eager, stepwise, worst
+from offramp.export.validation import TOLERANCE, Arrays, eager, stepwise, worst
 from offramp.passes import InsertExits, Truncate, apply
-from offramp.passes.infra.blind import settled
-from offramp.passes.infra.chunks import cached_stacks, check_chunks
-from offramp.passes.infra.default import with_caches
+from offramp.passes.caches.blind import settled
+from offramp.passes.caches.chunks import cached_stacks, check_chunks
+from offramp.passes.default import with_caches
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
 from offramp.program.capture import ExampleInputs, named_outputs
-from offramp.program.plain import as_captured, plain
 from offramp.program.sizes import other_sizes
-from offramp.runtime import Chain, Depth, Never, OfframpError, Policy, load
+from offramp.program.unwrap import as_captured, plain
+from offramp.runtime import Chain, Depth, Never, Policy, load
 
 Progress = Callable[[str, int, int], None]
 

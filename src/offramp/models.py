@@ -8,7 +8,7 @@
 ========================== ==================================================================================
 
 A factory takes no argument and returns ``(module, example_inputs)``: a ``torch.nn.Module``, and a dict (by
-parameter name) or a tuple of tensors. What else stands for a module, `offramp.program.plain.plain` knows.
+parameter name) or a tuple of tensors. What else stands for a module, `offramp.program.unwrap.plain` knows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from offramp import zoo
-from offramp.runtime.errors import CaptureError, OfframpError
+from offramp.errors import CaptureError, OfframpError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -121,9 +121,9 @@ def settings(
         return {"generation": dict(zoo.generation(rest)), "preprocessing": preprocessing, "labels": {}, "files": files}
     if scheme != "hf" or module is None or not isinstance(inputs, Mapping):
         return {"generation": {}, "preprocessing": {}, "labels": {}, "files": {}}
-    from offramp import _pretrained, _settings
+    from offramp.pretrained import model, settings
 
-    return _settings.settings(_pretrained.processors(rest), module, inputs, ignore_generation, note)
+    return settings.settings(model.processors(rest), module, inputs, ignore_generation, note)
 
 
 def origin(name: str) -> dict[str, Any]:
@@ -154,14 +154,14 @@ def _zoo_names() -> str:
 
 def _load_pretrained(source: str, note: Callable[[str], None]) -> tuple[nn.Module, dict[str, Tensor]]:
     try:
-        from offramp import _pretrained
+        from offramp.pretrained import model
     except ModuleNotFoundError as error:
         if error.name != "transformers":
             raise
         raise PretrainedModelError(
             f"hf:{source} needs transformers, which is not installed", hint="pip install 'offramp[demo]'"
         ) from error
-    return _pretrained.load(source, note)
+    return model.load(source, note)
 
 
 def _call(folder: Path, load: Callable[[], ModuleType], function: str, name: str) -> tuple[nn.Module, Inputs]:
@@ -221,7 +221,7 @@ def _functions(module: ModuleType) -> str:
 def _checked(result: object, name: str) -> tuple[nn.Module, Inputs]:
     from torch import Tensor, nn
 
-    from offramp.program.plain import plain
+    from offramp.program.unwrap import plain
 
     hint = "return (module, example_inputs), a torch.nn.Module and a dict or tuple of tensors"
     if not isinstance(result, tuple) or len(result) != 2:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
-from offramp.runtime.errors import OfframpError
+from offramp.errors import OfframpError
 
 COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench", "demo")
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli import _common, _generate, _text
-from offramp.runtime.errors import InputError
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from offramp.cli import _common, _generate, _inputs, _words
-from offramp.runtime import Depth, InputError, Never, Policy
+from offramp.errors import InputError
+from offramp.runtime import Depth, Never, Policy
 
 if TYPE_CHECKING:
+    from offramp.bundle.manifest import Exit, Stack
     from offramp.runtime import Chain, State
-    from offramp.runtime.generate import Token
-    from offramp.runtime.manifest import Exit, Stack
-    from offramp.runtime.policy import Rows
+    from offramp.runtime.generation.tokens import Token
+    from offramp.runtime.policies.base import Rows
 
 PERIODS = (2, 4, 8)
 _ALONE: dict[str, Any] = {

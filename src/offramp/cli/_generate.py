@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli import _common, _inputs, _text, _words
-from offramp.runtime.errors import InputError
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli import _text
-from offramp.runtime.errors import InputError
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
     from offramp.runtime.chain import Chain
@@ -97,7 +97,7 @@ def hear(chain: Chain, bundle: Path, sounds: Sequence[Path]) -> Inputs:
     """
     import numpy as np
 
-    from offramp.runtime.audio import features, read_wav, resample
+    from offramp.runtime.preprocess.audio import features, read_wav, resample
 
     settings = chain.manifest.preprocessing.audio
     rank = 2 if settings is not None and settings.kind == "waveform" else 3
@@ -123,7 +123,7 @@ def see(chain: Chain, bundle: Path, images: Sequence[Path]) -> Inputs:
     """
     import numpy as np
 
-    from offramp.runtime.image import pixels, read_image
+    from offramp.runtime.preprocess.image import pixels, read_image
 
     settings = chain.manifest.preprocessing.image
     name = _input_of(chain, bundle, "image", "images", settings, 4)
@@ -155,7 +155,7 @@ def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
     """
     import numpy as np
 
-    from offramp.runtime.axes import evaluate
+    from offramp.bundle.expressions import evaluate
 
     sizes: dict[str, int] = {}
     for axis, (low, high) in chain.manifest.axes.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from offramp.runtime.errors import PolicyError
-from offramp.runtime.policies import from_dict
-from offramp.runtime.policy import Policy
+from offramp.errors import PolicyError
+from offramp.runtime.policies.base import Policy
+from offramp.runtime.policies.builtin import from_dict
 
 SPECS = (
     "never, depth:2, depth:encoder=2, confidence:0.9, confidence:0.9,measure=margin, "

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.runtime.errors import InputError
-from offramp.runtime.preprocessing import Text
+from offramp.bundle.preprocessing import Text
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

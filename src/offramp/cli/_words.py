@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+    from offramp.bundle.manifest import Stack
     from offramp.runtime import Chain
-    from offramp.runtime.generate import Token
-    from offramp.runtime.manifest import Stack
+    from offramp.runtime.generation.tokens import Token
 
 Decode: TypeAlias = Callable[[Sequence[int]], str]
 Paint: TypeAlias = Callable[[str, int], str]

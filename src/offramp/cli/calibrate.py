@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from offramp.cli import _common, _data
 
 if TYPE_CHECKING:
-    from offramp.training import Calibration
+    from offramp.calibration import Calibration
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

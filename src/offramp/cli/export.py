@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from offramp.cli import _common
-from offramp.runtime.errors import InputError
+from offramp.errors import InputError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     import offramp
     from offramp import models
     from offramp.cli import _policy
-    from offramp.passes.infra.default import with_caches
+    from offramp.passes.default import with_caches
 
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
     if missing := [str(file) for file in args.file or [] if not file.is_file()]:

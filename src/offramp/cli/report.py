@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offramp.cli import _common, _data, _inputs
-from offramp.runtime.errors import InputError
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
-    from offramp.training.judge import Point, Report
+    from offramp.calibration.reporting import Point, Report
 
 _MADE_UP_ROWS, _MADE_UP_TOKENS = 8, 64
 
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     import offramp
-    from offramp.training.judge import report
+    from offramp.calibration.reporting import report
 
     if args.figure:
         if not args.data:
@@ -102,7 +102,7 @@ def draw(found: Report, file: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    from offramp.training.judge import OWN
+    from offramp.calibration.reporting import OWN
 
     assert found.full is not None
     assert found.oracle is not None

@@ -16,8 +16,8 @@ NAMES = ("sentiment", "translation", "speech")
 
 def is_current(path: Path, pipeline: Sequence[str]) -> bool:
     """Whether a bundle that this pipeline makes, by this version of offramp, lies there."""
-    from offramp.runtime import BundleError
-    from offramp.runtime.bundle import read
+    from offramp.bundle.directory import read
+    from offramp.errors import BundleError
 
     try:
         manifest, _ = read(path)

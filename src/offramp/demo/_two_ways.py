@@ -14,7 +14,7 @@ from offramp.runtime import Never, load
 
 if TYPE_CHECKING:
     from offramp.runtime import Chain, Policy
-    from offramp.runtime.generate import Token
+    from offramp.runtime.generation.tokens import Token
 
 FULL = ("insert-cache",)  # the pipeline of full depth
 _ROUNDS = 7

@@ -8,7 +8,8 @@ from pathlib import Path
 from offramp import models, zoo
 from offramp.cli import _inputs, _text, _words
 from offramp.demo import _two_ways
-from offramp.runtime import Confidence, InputError
+from offramp.errors import InputError
+from offramp.runtime import Confidence
 
 MODEL = "whisper_base"
 BUNDLE = Path("build/whisper-base.offramp")

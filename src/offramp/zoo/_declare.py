@@ -23,7 +23,7 @@ class Generation(TypedDict, total=False):
 
 
 class Audio(TypedDict, total=False):
-    """How sound becomes the model's features, as arguments of `offramp.runtime.audio.log_mel`.
+    """How sound becomes the model's features, as arguments of `offramp.runtime.preprocess.audio.log_mel`.
 
     ``rate`` in samples a second, ``n_fft`` and ``hop`` in samples, ``mels`` bands, ``seconds`` of sound in one input.
     """

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from offramp.runtime.errors import OfframpError
+from offramp.errors import OfframpError
 
 
 class ZooError(OfframpError):

@@ -24,8 +24,8 @@ class SpeechToText(nn.Module):
     def forward(self, input_features: Tensor, decoder_input_ids: Tensor) -> dict[str, Tensor]:
         """Log-mel features and the tokens so far -> ``{"logits": [B, T, V]}`` float32.
 
-        ``input_features`` are ``[B, 80, 3000]`` float32 (see `offramp.runtime.audio.log_mel`), ``decoder_input_ids``
-        ``[B, T]`` int64, T at most 448.
+        ``input_features`` are ``[B, 80, 3000]`` float32 (see `offramp.runtime.preprocess.audio.log_mel`),
+        ``decoder_input_ids`` ``[B, T]`` int64, T at most 448.
         """
         output = self.whisper(input_features=input_features, decoder_input_ids=decoder_input_ids, use_cache=False)
         return {"logits": output.logits}

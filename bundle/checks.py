@@ -1,0 +1,299 @@
+"""Checks of a manifest that types cannot express: names refer to things, and values flow.
+
+Each check yields its problems as text; none of them stops another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from itertools import pairwise
+
+from offramp.bundle.expressions import evaluate, names
+from offramp.bundle.implied import GREATEST
+from offramp.bundle.manifest import DTYPES, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
+from offramp.bundle.options import OPTIONS, read
+from offramp.bundle.preprocessing import preprocessing_problems
+from offramp.errors import InputError
+
+
+def problems_of(manifest: Manifest) -> list[str]:
+    """All that is wrong with a manifest whose fields have the right types; empty when nothing is."""
+    problems = [
+        *_axes(manifest),
+        *(text for name, value in manifest.values.items() for text in _value(manifest, name, value)),
+        *_references(manifest),
+        *(text for stack in manifest.stacks.values() for text in _stack(stack)),
+        *generation_problems(manifest.generation),
+        *preprocessing_problems(manifest.preprocessing),
+        *(f"labels: there is no output {name!r}" for name in manifest.labels if name not in manifest.outputs),
+    ]
+    return problems or list(_Flow(manifest).problems())
+
+
+def generation_problems(generation: Generation) -> Iterator[str]:
+    """What is wrong with values whose types are right."""
+    for item in fields(generation):
+        value = getattr(generation, item.name)
+        try:
+            if value != item.default and item.name in OPTIONS:
+                read(item.name, value)
+        except InputError as error:
+            yield f"generation.{error}"
+
+
+def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
+    for name in (*cache.tokens, cache.lengths, cache.places, *cache.buffers, *cache.buffers.values()):
+        if name not in manifest.values:
+            yield f"cache: there is no value {name!r}"
+    for kind, axis in (("chunk", cache.chunk), ("capacity", cache.capacity)):
+        if axis not in manifest.axes:
+            yield f"cache.{kind}: there is no axis {axis!r}"
+    for name, made in cache.buffers.items():
+        if name in manifest.values and cache.capacity not in manifest.values[name].shape:
+            yield f"cache.buffers: {name!r} has no axis {cache.capacity!r}"
+        elif _kind(manifest, name) != _kind(manifest, made):
+            yield f"cache.buffers: {name!r} and {made!r} differ in dtype, rank or batch axis"
+    logits = manifest.values.get(manifest.outputs.get(cache.logits, ""))
+    if logits is None or not logits.shape or not isinstance(logits.shape[-1], int):
+        yield f"cache.logits: {cache.logits!r} is no output with a fixed number of classes on its last axis"
+    if not set(cache.tokens) <= set(manifest.inputs):
+        yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
+    for name, item in cache.implied.items():
+        yield from _implied(manifest, name, item)
+
+
+def _implied(manifest: Manifest, name: str, item: Implied) -> Iterator[str]:
+    where = f"cache.implied.{name}"
+    if name in manifest.inputs:
+        yield f"{where}: is one of the inputs"
+    if item.dtype not in (*DTYPES, "bfloat16"):
+        yield f"{where}.dtype: {item.dtype!r} is none of {', '.join(DTYPES)}, bfloat16"
+    try:
+        unknown = {axis for size in item.shape for axis in names(size)} - manifest.axes.keys()
+    except ValueError as error:
+        yield f"{where}.shape: {error}"
+        return
+    if unknown:
+        yield f"{where}.shape: no such axes: {', '.join(sorted(unknown))}"
+    if item.axis is not None and not 0 <= item.axis < len(item.shape):
+        yield f"{where}.axis: {list(item.shape)} has no axis {item.axis}"
+    if item.hidden is not None and len(item.shape) < 2:
+        yield f"{where}.hidden: {list(item.shape)} has no axes of queries and keys"
+    for kind in ("value", "hidden", "padding"):
+        number = getattr(item, kind)
+        if number is not None and not abs(number) <= GREATEST:
+            yield f"{where}.{kind}: {number} is too large"
+
+
+def _axes(manifest: Manifest) -> Iterator[str]:
+    for name, (low, high) in manifest.axes.items():
+        if low < 0 or (high is not None and high < low):
+            yield f"axes.{name}: a range from {low} to {high} holds nothing"
+    if manifest.batch is not None and manifest.batch not in manifest.axes:
+        yield f"batch: there is no axis {manifest.batch!r}"
+    values = [manifest.values[name] for name in manifest.inputs if name in manifest.values]
+    if manifest.batch is not None and not any(_counts(value, manifest.batch) for value in values):
+        yield f"batch: no input has rows, so nothing says how long {manifest.batch!r} is"
+
+
+def _value(manifest: Manifest, name: str, value: Value) -> Iterator[str]:
+    where = f"values.{name}"
+    if value.dtype not in DTYPES:
+        yield f"{where}.dtype: {value.dtype!r} is none of {', '.join(DTYPES)}"
+    unknown: set[str] = set()
+    for size in value.shape:
+        try:
+            unknown |= names(size) - manifest.axes.keys()
+        except ValueError as error:
+            yield f"{where}.shape: {error}"
+            return
+    if unknown:
+        yield f"{where}.shape: no such axes: {', '.join(sorted(unknown))}"
+    if value.batch_axis is None:
+        return
+    if manifest.batch is None or not 0 <= value.batch_axis < len(value.shape) or value.batch_factor < 1:
+        yield f"{where}.batch_axis: no rows can lie on axis {value.batch_axis} of {list(value.shape)}"
+    elif not unknown and not _holds_rows(value.shape[value.batch_axis], value.batch_factor, manifest):
+        yield (
+            f"{where}.batch_axis: axis {value.batch_axis} of {list(value.shape)} is not "
+            f"{value.batch_factor} times {manifest.batch}"
+        )
+
+
+def _counts(value: Value, batch: str) -> bool:
+    try:
+        return any(names(size) == {batch} for size in value.shape)
+    except ValueError:
+        return False
+
+
+def _holds_rows(size: int | str, factor: int, manifest: Manifest) -> bool:
+    """Whether ``size`` is ``factor`` times the batch, tried at two lengths of the batch."""
+    for rows in (2, 5):
+        try:
+            found = evaluate(size, dict.fromkeys(manifest.axes, 3) | {manifest.batch or "": rows})
+        except ValueError:
+            return False
+        if found != rows * factor:
+            return False
+    return True
+
+
+def _references(manifest: Manifest) -> Iterator[str]:
+    named: list[tuple[str, str, str]] = [("segments", k, segment.name) for k, segment in manifest.segments.items()]
+    named += [("stacks", k, stack.name) for k, stack in manifest.stacks.items()]
+    yield from (f"{kind}.{key}.name: is {name!r}" for kind, key, name in named if key != name)
+    for name, segment in manifest.segments.items():
+        if segment.file not in manifest.files:
+            yield f"segments.{name}.file: {segment.file!r} is not in files"
+    for key, file in manifest.take.items():
+        dtype, _, axis = key.partition("/")
+        if dtype not in DTYPES or not axis.isdecimal():
+            yield f'take.{key}: a key looks like "float32/0"'
+        if file not in manifest.files:
+            yield f"take.{key}: {file!r} is not in files"
+    for i, stage in enumerate(manifest.stages):
+        if stage.when not in ("input", "capacity", "chunk"):
+            yield f"stages[{i}].when: {stage.when!r} is none of input, capacity, chunk"
+        if (stage.segment is None) == (stage.stack is None):
+            yield f"stages[{i}]: has to name either a segment or a stack"
+        elif stage.segment is not None and stage.segment not in manifest.segments:
+            yield f"stages[{i}].segment: there is no segment {stage.segment!r}"
+        elif stage.stack is not None and stage.stack not in manifest.stacks:
+            yield f"stages[{i}].stack: there is no stack {stage.stack!r}"
+    for name, stack in manifest.stacks.items():
+        for segment_name in _segments_of(stack):
+            if segment_name not in manifest.segments:
+                yield f"stacks.{name}: there is no segment {segment_name!r}"
+        if not any(stage.stack == name for stage in manifest.stages):
+            yield f"stacks.{name}: no stage runs it"
+
+
+def _segments_of(stack: Stack) -> Iterator[str]:
+    for part in stack.parts:
+        yield from part.segments
+    for exit_ in stack.exits:
+        yield from exit_.segments
+
+
+def _stack(stack: Stack) -> Iterator[str]:
+    for kind, depths in (
+        ("parts", [part.depth for part in stack.parts]),
+        ("exits", [exit_.after for exit_ in stack.exits]),
+    ):
+        where = f"stacks.{stack.name}.{kind}"
+        if not depths or depths[0] < 0 or any(a >= b for a, b in pairwise(depths)):
+            yield f"{where}: depths have to increase, found {depths}"
+        if depths and depths[-1] != stack.blocks:
+            yield f"{where}: the last depth is {depths[-1]}, the stack has {stack.blocks} blocks"
+    loose = {exit_.after for exit_ in stack.exits} - {part.depth for part in stack.parts}
+    if loose:
+        yield f"stacks.{stack.name}.exits: no part ends at depth {', '.join(map(str, sorted(loose)))}"
+
+
+def _kind(manifest: Manifest, name: str) -> tuple[object, ...]:
+    value = manifest.values.get(name)
+    return (value.dtype, len(value.shape), value.batch_axis, value.batch_factor) if value else ()
+
+
+class _Flow:
+    """Runs the plan in thought: which values are there when a segment runs."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._made: dict[str, str] = {}
+        self._used: set[str] = set()
+
+    def problems(self) -> Iterator[str]:
+        manifest = self._manifest
+        there: set[str] = set()
+        for name in manifest.inputs:
+            yield from self._make(name, "the inputs", there)
+        if manifest.cache is not None:
+            yield from _cache(manifest.cache, manifest)
+            for name in (manifest.cache.lengths, manifest.cache.places, *manifest.cache.buffers):
+                yield from self._make(name, "the cache", there)
+        last = len(manifest.stages) - 1
+        final: Exit | None = None
+        for i, stage in enumerate(manifest.stages):
+            if stage.segment is not None:
+                yield from self._run(stage.segment, there)
+            elif stage.stack is not None:
+                stack = manifest.stacks[stage.stack]
+                yield from self._loop(stack, there, ends=i == last)
+                final = stack.exits[-1] if i == last else None
+        outputs = dict(manifest.outputs)
+        if manifest.cache is not None and (final is None or manifest.cache.logits not in final.outputs):
+            yield f"cache.logits: the last stage is no stack whose exits make {manifest.cache.logits!r}"
+        if final is not None:
+            for name, value in final.outputs.items():
+                if outputs.pop(name, None) != value:
+                    yield f"outputs.{name}: is not {value!r}, which full depth of the last stack makes it"
+        yield from self._there(outputs.values(), there, "outputs")
+
+    def _loop(self, stack: Stack, there: set[str], *, ends: bool) -> Iterator[str]:
+        where = f"stacks.{stack.name}"
+        inner = set(there)
+        exits = {exit_.after: exit_ for exit_ in stack.exits}
+        yield from self._there([stack.input], there, f"{where}.input")
+        for part in stack.parts:
+            for segment in part.segments:
+                yield from self._run(segment, inner)
+            yield from self._there([part.output], inner, f"{where}, part {part.depth}, output")
+            if part.depth in exits:
+                place = f"{where}, exit after {part.depth}"
+                yield from self._leave(exits[part.depth], inner, place, stack.output, ends=ends)
+        outputs = {str(sorted(exit_.outputs)) for exit_ in stack.exits}
+        if len(outputs) > 1:
+            yield f"{where}.exits: their outputs differ: {' and '.join(sorted(outputs))}"
+        last = stack.exits[-1].state
+        if stack.output == last or stack.output not in self._made:
+            yield from self._make(stack.output, where, there, again=stack.output == last)
+        else:
+            yield f"{where}.output: {stack.output!r} is not {last!r}, and {self._made[stack.output]} makes it"
+
+    def _leave(self, exit_: Exit, inner: set[str], where: str, output: str, *, ends: bool) -> Iterator[str]:
+        here = set(inner)
+        for segment in exit_.segments:
+            yield from self._run(segment, here)
+        if bool(exit_.outputs) != ends:
+            yield f"{where}: " + ("has no outputs" if ends else "has outputs, but other stages follow")
+        yield from self._there([exit_.state], here, f"{where}, state")
+        yield from self._there(exit_.outputs.values(), here, f"{where}, outputs")
+        stands_for = {exit_.state: output} if not ends else {}
+        stands_for |= {made: self._manifest.outputs.get(name, made) for name, made in exit_.outputs.items()}
+        for made, full in stands_for.items():
+            if _kind(self._manifest, made) != _kind(self._manifest, full):
+                yield f"{where}: {made!r} and {full!r} differ in dtype, rank or batch axis"
+        yield from self._there(exit_.scores.values(), here, f"{where}, scores")
+        for measure, name in exit_.scores.items():
+            if name not in self._manifest.values:
+                continue  # which is said above
+            rank, *place = _kind(self._manifest, name)[1:]
+            by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
+            if self._manifest.batch and (not (rank == 1 or by_token) or place != [0, 1]):
+                yield f"{where}, score {measure}: {name!r} is neither [{self._manifest.batch}] nor with tokens"
+
+    def _run(self, name: str, there: set[str]) -> Iterator[str]:
+        segment: Segment = self._manifest.segments[name]
+        if name in self._used:
+            yield f"segments.{name}: runs at two places; a segment is one use of a file"
+        self._used.add(name)
+        yield from self._there(segment.inputs.values(), there, f"segments.{name}.inputs")
+        for value in segment.outputs.values():
+            yield from self._make(value, f"segment {name!r}", there)
+
+    def _make(self, name: str, by: str, there: set[str], *, again: bool = False) -> Iterator[str]:
+        if name not in self._manifest.values:
+            yield f"values.{name}: missing, but {by} makes it"
+        if name in self._made and not again:
+            yield f"values.{name}: made by {self._made[name]} and by {by}"
+        self._made.setdefault(name, by)
+        there.add(name)
+
+    def _there(self, wanted: Iterable[str], there: set[str], where: str) -> Iterator[str]:
+        for name in wanted:
+            if name not in there:
+                known = name in self._manifest.values
+                yield f"{where}: {name!r} is {'not made before, where it is seen' if known else 'no value'}"

@@ -1,0 +1,350 @@
+"""What a bundle says about itself: the only contract between ``export`` and ``runtime``.
+
+A bundle is a flat directory: ``manifest.json``, one ``.onnx`` file per distinct piece of the graph, one
+``weights.bin`` that holds every weight once, and whatever else ``files`` names (a tokenizer, say).
+
+The manifest is a static dataflow graph. *Values* are tensors with names; a *segment* is one use of an ONNX
+file, with its inputs and outputs bound to values, so that blocks that share weights, or exits that share a
+head, are several segments of one file. *Stages* are run in order: a stage is either a segment or a stack. A
+stack is a loop: after each of its parts, ``part.depth`` blocks are done, and where there is an exit of that
+depth, rows may leave.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from offramp.bundle.parse import decode
+from offramp.bundle.preprocessing import Preprocessing, preprocessing_problems
+from offramp.errors import BundleError
+
+FORMAT = "offramp"
+VERSION = 4
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "weights.bin"
+
+Section = TypeVar("Section", "Generation", "Preprocessing")
+
+PICK = "prediction-short"
+SHORT = ("top1-short", "margin-short", PICK)  # scores that need no head of the whole vocabulary
+
+# The dtypes of values: numpy's names, and ONNX Runtime's.
+DTYPES: Mapping[str, str] = {
+    "bool": "tensor(bool)",
+    "float16": "tensor(float16)",
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    **{f"{sign}int{bits}": f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor that crosses segments.
+
+    ``shape`` holds sizes, or expressions over the manifest's axes ("batch", "2*tokens + 1"). ``batch_axis``
+    is the axis along which rows of a batch lie, None when the value is the same for all rows; each row takes
+    ``batch_factor`` consecutive places of it (7 for a shape like ``["7*batch", ...]``).
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    batch_axis: int | None = None
+    batch_factor: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One use of an ONNX file: its input and output names, bound to values."""
+
+    name: str
+    file: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A place where rows may leave a stack, ``after`` that many blocks; the last one is full depth.
+
+    ``segments`` (adapter, then tail) make the exit's results out of the hidden state after that block.
+    ``state`` is the value that stands for the stack's output when a row leaves here. ``outputs`` maps the
+    model's output names to values; it is empty when other stages follow the stack. ``scores`` maps measures
+    (``top1``, ``cosine``, ...) to values of shape [batch]; a score is made either by ``segments`` or already
+    by the block's own segment. With the score `PICK` a row has its next token, which greedy generation takes without
+    running ``segments`` where the policy lets the row leave; at full depth, where it finds the token good enough.
+    """
+
+    after: int
+    segments: tuple[str, ...]
+    state: str
+    outputs: Mapping[str, str]
+    scores: Mapping[str, str]
+    head: str = "shared"
+    adapter: str = "identity"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Segments of a stack that run without a place to leave between; ``depth`` blocks are done.
+
+    ``output`` is the value of the hidden state then, which the next part reads.
+    """
+
+    depth: int
+    segments: tuple[str, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A loop of ``blocks`` transformer blocks from value ``input`` to value ``output``.
+
+    Where the first part makes the hidden state that enters the stack, ``input`` are the tokens that it is made of.
+    """
+
+    name: str
+    role: str
+    blocks: int
+    input: str
+    output: str
+    parts: tuple[Part, ...]
+    exits: tuple[Exit, ...]
+
+    @property
+    def asking(self) -> tuple[Exit, ...]:
+        """The exits at which policies are asked: those before full depth, and full depth where it picks tokens."""
+        return self.exits if PICK in self.exits[-1].scores else self.exits[:-1]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the plan: a segment, or a stack (exactly one of the two names is set).
+
+    ``when`` says how often it runs where a bundle has caches: once for each ``input``, again whenever the
+    ``capacity`` of the caches changes, or for each ``chunk`` of new tokens.
+    """
+
+    segment: str | None = None
+    stack: str | None = None
+    when: str = "input"
+
+
+@dataclass(frozen=True)
+class Implied:
+    """An input of the model that follows from how many tokens there are, so that nobody has to give it.
+
+    ``shape`` as in `Value`. Every place holds ``value`` (a padding mask: nothing is padding); along ``axis``, if that
+    is set, it rises by one from place to place (positions). Where ``hidden`` is set, the last two axes are queries and
+    keys: it stands where the key comes after the query (a causal mask). ``padding`` is what a mask of one axis of
+    tokens holds where a token is padding, None where that is not known.
+    """
+
+    dtype: str
+    shape: tuple[int | str, ...]
+    value: float
+    axis: int | None = None
+    hidden: float | None = None
+    padding: float | None = None
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of earlier tokens, kept between chunks.
+
+    ``tokens`` are the inputs that hold a chunk of tokens, along the axis ``chunk``. ``lengths`` is a value int64
+    [batch]: how many tokens each row has already; ``places`` a value int64 [capacity]: 0, 1, and so on. ``buffers``
+    maps a value that holds keys or values, with the axis ``capacity``, to the value that holds those of the chunk
+    too; the two may share memory. ``logits`` is the output that generation reads, of each token or of the last one of
+    a chunk. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token ids. With ``rowwise`` the
+    segments that read buffers take several rows only when their chunk is one token.
+    ``implied`` are inputs of the model that the graph makes itself, by the names that a user may give them under.
+    """
+
+    tokens: tuple[str, ...]
+    lengths: str
+    places: str
+    buffers: Mapping[str, str]
+    chunk: str
+    capacity: str
+    logits: str
+    limit: int | None = None
+    vocabulary: int | None = None
+    rowwise: bool = False
+    implied: Mapping[str, Implied] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class File:
+    """Size in bytes and sha256 (hex) of a file of the bundle."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the model generates where a user does not say otherwise; a field's default means "not set".
+
+    Attributes:
+        prompt: Token ids that each row starts with where the user gives none.
+        stop: Token ids that end a row.
+        stop_strings: Texts that end a row, once its new tokens spell one.
+        suppress: Token ids that are never chosen.
+        suppress_first: Token ids that are not chosen as a row's first new one.
+        forced_first: A row's first new token.
+        forced_last: One of these is chosen where the greatest length leaves one place.
+        bad_words: Sequences of token ids that are never completed.
+        min_length: Tokens of a row, prompt included, before ``stop`` may be chosen.
+        min_new_tokens: The same for new tokens.
+        max_length: Tokens of a row at most, prompt included; ``max_new_tokens`` comes before it.
+        max_new_tokens: New tokens of a row at most.
+        repetition_penalty: Divides positive logits of tokens that the row has already, multiplies negative ones.
+        no_repeat_ngram_size: No sequence of so many tokens comes twice in a row.
+        temperature: Divides the logits; 0 is greedy.
+        top_k: Draw from so many likeliest tokens.
+        top_p: Draw from the likeliest tokens of that probability in all.
+        min_p: Draw from tokens at least so likely as this times the likeliest.
+        beams: Texts of each row that beam search keeps; 1 is no beam search.
+        length_penalty: A text's score is its log-probability over its length to this power.
+        early_stopping: When beam search ends: True, as soon as so many texts have ended; False, when no better one
+            is likely; "never", when no better one is possible.
+        pad: The id that fills rows up.
+        template: What a user's text is put into: a text with ``{text}``.
+    """
+
+    prompt: tuple[int, ...] = ()
+    stop: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    suppress: tuple[int, ...] = ()
+    suppress_first: tuple[int, ...] = ()
+    forced_first: int | None = None
+    forced_last: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    min_length: int | None = None
+    min_new_tokens: int | None = None
+    max_length: int | None = None
+    max_new_tokens: int | None = None
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
+    pad: int | None = None
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything the runtime needs to know of a bundle.
+
+    ``inputs`` are names of values, and the names that a user gives; ``outputs`` maps the model's output names
+    to the values of full depth. ``batch`` is the axis that rows lie on, None when the model has none: then a
+    run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device. ``calibration`` says how
+    ``policy`` was chosen, for people. ``labels`` names, by output, the places of its last axis: the classes of logits.
+    """
+
+    model: str
+    inputs: tuple[str, ...]
+    outputs: Mapping[str, str]
+    batch: str | None
+    axes: Mapping[str, tuple[int, int | None]]
+    values: Mapping[str, Value]
+    segments: Mapping[str, Segment]
+    stacks: Mapping[str, Stack]
+    stages: tuple[Stage, ...]
+    files: Mapping[str, File]
+    take: Mapping[str, str] = field(default_factory=dict)
+    cache: Cache | None = None
+    policy: Mapping[str, Any] | None = None
+    calibration: Mapping[str, Any] | None = None
+    generation: Generation = field(default_factory=Generation)
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    precision: str = "fp32"
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    format: str = FORMAT
+    version: int = VERSION
+
+
+def to_json(manifest: Manifest) -> str:
+    """The text of ``manifest.json``: fields in the order of the dataclasses, newline at the end."""
+    return json.dumps(_plain(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def from_json(text: str) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        BundleError: the text is no JSON, another format or of a newer version; or fields are missing or
+            mistyped, or names refer to nothing. All problems are in one message, one per line.
+    """
+    from offramp.bundle.checks import problems_of
+
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST_FILE} is not JSON: {error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise BundleError(f'{MANIFEST_FILE} is not one of offramp: it lacks "format": "{FORMAT}"')
+    version = data.get("version")
+    if isinstance(version, int) and version != VERSION:
+        raise BundleError(
+            f"the bundle has format version {version}, this offramp reads {VERSION}",
+            hint="pip install --upgrade offramp" if version > VERSION else "export the model again",
+        )
+    problems: list[str] = []
+    manifest: Manifest = decode(Manifest, data, "", problems)
+    problems = problems or problems_of(manifest)
+    if problems:
+        raise BundleError(f"{MANIFEST_FILE} is wrong:\n  " + "\n  ".join(problems))
+    return manifest
+
+
+def section(kind: type[Section], data: Mapping[str, Any]) -> Section:
+    """A part of the manifest out of a user's mapping, in which tuples, arrays and numpy's numbers may stand for JSON's.
+
+    Raises:
+        BundleError: unknown keys, wrong types, or values that make no sense; all problems in one message.
+    """
+    from offramp.bundle.checks import generation_problems
+
+    name = kind.__name__.lower()
+    if not isinstance(data, Mapping):
+        raise BundleError(f"{name}: expected a mapping, found {data!r}")
+    problems: list[str] = []
+    made = decode(kind, _plain(data), name, problems)
+    if not problems and isinstance(made, Generation):
+        problems = list(generation_problems(made))
+    if not problems and isinstance(made, Preprocessing):
+        problems = list(preprocessing_problems(made))
+    if problems:
+        hint = f"{name} has the keys {', '.join(f.name for f in fields(kind))}"
+        raise BundleError(f"{name} is wrong:\n  " + "\n  ".join(problems), hint=hint)
+    return cast("Section", made)
+
+
+def _plain(value: object) -> object:
+    """Dataclasses and mappings as dicts, sequences and arrays as lists, numpy's numbers as Python's: what JSON has."""
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return value

@@ -1,0 +1,157 @@
+"""``save``: a program becomes a bundle directory, validated against torch before it gets its name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+
+from offramp.bundle.manifest import MANIFEST_FILE, Generation, from_json, section, to_json
+from offramp.bundle.preprocessing import Preprocessing
+from offramp.errors import ExportError
+from offramp.export.describe import Describer, Progress
+from offramp.export.lowering.cached_attention import TARGETS, Target
+from offramp.export.lowering.lower import OPSET
+from offramp.export.partition import partition
+from offramp.export.prepare import prepared
+from offramp.export.validation import validate
+from offramp.export.write import Writer
+from offramp.program.program import Program
+from offramp.runtime import card
+
+
+def save(
+    program: Program,
+    path: str | os.PathLike[str],
+    precision: str = "fp32",
+    *,
+    segments: int | None = None,
+    target: Target = "ort",
+    generation: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    labels: Mapping[str, Sequence[str]] | None = None,
+    files: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str] | bytes] = (),
+    policy: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    source: str | None = None,
+    licence: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export a program as a bundle of ONNX segments, and validate it.
+
+    Args:
+        program: what to export.
+        path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
+        precision: "fp32", the only one so far.
+        segments: pieces per stack; None makes every block a segment of its own. Exits always end a segment.
+        target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
+            length that is filled) or "portable" (ONNX's own, opset 24).
+        generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,
+            ``template``.
+        preprocessing: how text, sound and images become inputs: fields of `Preprocessing`.
+        labels: names of the places of an output's last axis, by output: the classes of logits.
+        files: further files to put into the bundle, a tokenizer for example: paths; or by name in the bundle a path or
+            the contents.
+        policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
+        name: what the bundle calls the model; the path's name if None.
+        source: where the model came from, for people who read the bundle's card (its ``README.md``, unless ``files``
+            has one).
+        licence: under which terms its weights may be used, for the same people.
+        progress: called with a segment's name, how many are done, and how many there are.
+
+    Returns:
+        The validation figures (largest relative errors), as they stand in the manifest.
+
+    Raises:
+        ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
+            scale; nothing is left at ``path`` then that was not there before.
+        BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
+    """
+    if precision != "fp32":
+        raise ExportError(f"precision={precision!r} is not supported", hint='precision="fp32"')
+    if target not in TARGETS:
+        raise ExportError(f"target={target!r}: there are {', '.join(TARGETS)}")
+    place = Path(path).resolve()
+    if place.exists() and not (place / MANIFEST_FILE).is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise ExportError(f"{place} exists and is no bundle", hint="another path; offramp replaces bundles only")
+    generates = section(Generation, {} if generation is None else generation)
+    prepares = section(Preprocessing, {} if preprocessing is None else preprocessing)
+    program = program.without_dropout()
+    lowered = prepared(program)
+    plan = partition(lowered, segments)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
+    writer = Writer(directory, lowered.graph_module)
+    try:
+        describer = Describer(lowered, plan, writer, target, progress)
+        manifest = describer.manifest(name or place.stem, _provenance(program, source, licence), policy)
+        for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):
+            _add(item, content, directory)
+        manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
+        manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
+        figures = validate(program, manifest, directory, describer.origin, lowered)
+        manifest = replace(manifest, validation=figures)
+        text = to_json(manifest)
+        from_json(text)  # what the runtime would refuse is not written
+        (directory / MANIFEST_FILE).write_text(text)
+        card.write(manifest, directory, place.name)
+        directory.chmod(0o755)
+        _take_place(directory, place)
+    except BaseException:
+        writer.abandon()
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return figures
+
+
+def _take_place(directory: Path, place: Path) -> None:
+    """Give a new bundle its name. One of that name is moved aside, and removed once the new one is in its place."""
+    if not place.exists():
+        directory.rename(place)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-old-", dir=place.parent))
+    held = aside / place.name
+    try:
+        place.rename(held)
+        directory.rename(place)
+    except BaseException:
+        if held.exists() and not place.exists():
+            held.rename(place)
+        if not held.exists():
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _add(name: str, content: str | os.PathLike[str] | bytes, directory: Path) -> None:
+    copied = directory / name
+    if copied.parent != directory or copied.exists() or copied.name == MANIFEST_FILE:
+        raise ExportError(f"{name} would replace the bundle's own, or lie outside it", hint="another name")
+    if isinstance(content, bytes):
+        copied.write_bytes(content)
+    else:
+        shutil.copyfile(content, copied)
+
+
+def _provenance(program: Program, source: str | None, licence: str | None) -> dict[str, Any]:
+    known = {"source": source, "licence": licence}
+    return {
+        **{key: value for key, value in known.items() if value},
+        "pipeline": list(program.history),
+        "opset": OPSET,
+        "versions": {
+            "offramp": version("offramp"),
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+    }

@@ -1,0 +1,1 @@
+"""Lowering: a piece of a program becomes an ONNX model."""

@@ -1,0 +1,257 @@
+"""Lowering of cached attention: to ONNX's own operators (``portable``), or to ONNX Runtime's (``ort``)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from offramp.export.lowering.last_axis import part
+from offramp.export.lowering.layouts import same_shape
+from offramp.export.lowering.node_builder import Builder
+from offramp.export.lowering.rotary import ROTARY
+from offramp.program import ops
+from offramp.program.graph import ancestors, aten, expression, shape
+
+Target = Literal["ort", "portable"]
+TARGETS = ("ort", "portable")
+
+
+def lower_attention(graph: fx.Graph, target: Target) -> None:
+    """Replace the operators of ``offramp.program.ops`` in a closed graph.
+
+    ``ort`` takes GroupQueryAttention, whose time follows the length that is filled; it needs keys and values of
+    equal features. What does not fit it, and all for ``portable``, becomes TensorScatter and Attention of opset 24,
+    whose time follows the capacity. Both write the caches in place where input and output share memory.
+    """
+    builder = Builder(graph)
+    attentions = graph.find_nodes(op="call_function", target=ops.ATTENTION)
+    by_contents = {node for node in attentions if any(arg.target is ops.APPEND for arg in ancestors(_bias(node)))}
+    for node in list(graph.nodes):
+        if node.target is ops.ATTENTION:
+            with graph.inserting_before(node):
+                fits = target == "ort" and _fits(*node.args[1:3])
+                seen = _seen(builder, *node.args) if node in by_contents else None
+                made = _grouped(builder, *node.args) if fits else _standard(builder, *node.args)
+                if seen is not None:
+                    made[0] = builder.call(aten.where.ScalarOther, seen, made[0], 0.0)
+            for user in list(node.users):
+                user.replace_all_uses_with(made[user.args[1]])
+                graph.erase_node(user)
+            graph.erase_node(node)
+        elif node.target is ops.APPEND:
+            with graph.inserting_before(node):
+                whole = _scattered(builder, *node.args)
+            node.replace_all_uses_with(whole)
+            graph.erase_node(node)
+    for node in list(graph.find_nodes(op="call_function", target=ROTARY)):
+        if node.users:  # by those that do not rotate themselves
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_rotated(builder, *node.args))
+    graph.eliminate_dead_code()
+    _merge_equal(graph)
+
+
+def _bias(attention: fx.Node) -> list[fx.Node]:
+    return [arg for arg in attention.args[6:7] if isinstance(arg, fx.Node)]
+
+
+def _seen(b: Builder, query: fx.Node, *args: Any) -> fx.Node:
+    """Which queries see any key, bool [rows, 1 or heads, chunk, 1]; others get 0."""
+    key_cache, lengths, bias = args[2], args[4], args[5]
+    rows, _, chunk, _ = b.sizes(query)
+    visible = bias
+    if bias.meta["val"].dtype != torch.bool:
+        visible = b.call(aten.ge.Scalar, bias, float(torch.finfo(torch.float32).min))
+    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2))
+    both = b.call(aten.logical_and.default, visible, b.call(aten.le.Tensor, there, here))
+    count = b.call(aten.amax.default, b.call(aten._to_copy.default, both, dtype=torch.float32), [-1], True)
+    return b.call(aten.gt.Scalar, count, 0.5)
+
+
+def _places(b: Builder, lengths: fx.Node, rows: Any, chunk: Any, capacity: Any) -> tuple[fx.Node, fx.Node]:
+    """Places of keys, [capacity], and of queries, [rows, 1, chunk, 1]."""
+    steps = b.call(aten.arange.default, chunk)
+    here = b.call(aten.add.Tensor, b.call(aten.unsqueeze.default, lengths, 1), steps)
+    return b.call(aten.arange.default, capacity), b.call(aten.reshape.default, here, [rows, 1, chunk, 1])
+
+
+def _grouped(
+    b: Builder,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    key_cache: fx.Node,
+    value_cache: fx.Node,
+    lengths: fx.Node,
+    bias: fx.Node | None,
+    scale: float,
+    window: int,
+) -> list[fx.Node]:
+    """com.microsoft.GroupQueryAttention, with heads beside features: ``[rows, chunk, heads * features]``."""
+    cos: Any = None
+    sin: Any = None
+    rotates = _rotates(query, key, lengths)
+    if rotates:
+        query, cos, sin, _ = query.args  # type: ignore[assignment]
+        key = key.args[0]  # type: ignore[assignment]
+    rows, heads, chunk, features = b.sizes(query)
+    attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(shape(key)[1]), "scale": float(scale)}
+    if rotates:
+        attributes["do_rotary"] = 1
+    given: list[fx.Node | None] = [_beside(b, node) for node in (query, key, value)]
+    whole = _packed(given)
+    if whole is not None:
+        given = [whole, None, None]
+    ends = b.call(aten.add.Tensor, lengths, chunk)
+    last = b.call(aten._to_copy.default, b.call(aten.sub.Tensor, ends, 1), dtype=torch.int32)
+    longest = b.call(aten.amax.default, ends, [0])
+    total = b.call(aten._to_copy.default, longest, dtype=torch.int32)
+    added = None
+    if bias is not None:
+        added = _as_float(b, bias)
+        added = _first(b, added, longest)  # the operator takes as many keys as the longest row has
+    if window:
+        attributes["local_window_size"] = window
+    made = b.onnx(
+        "GroupQueryAttention",
+        [*given, key_cache, value_cache, last, total, cos, sin, None, added],
+        attributes,
+        [[rows, chunk, heads * features], b.sizes(key_cache), b.sizes(value_cache)],
+        domain="com.microsoft",
+        version=1,
+    )
+    apart = b.call(aten.reshape.default, made[0], [rows, chunk, heads, features])
+    return [b.call(aten.transpose.int, apart, 1, 2), made[1], made[2]]
+
+
+def _fits(key: fx.Node, value: fx.Node) -> bool:
+    """Whether GroupQueryAttention takes heads of these features."""
+    features = expression(shape(key)[-1])
+    return bool(features == expression(shape(value)[-1]) and features % 8 == 0)
+
+
+def _rotates(query: fx.Node, key: fx.Node, lengths: fx.Node) -> bool:
+    """Whether GroupQueryAttention can rotate queries and keys itself."""
+    if query.target is not ROTARY or key.target is not ROTARY or query.args[1:] != key.args[1:]:
+        return False
+    if query.args[3] is not lengths:
+        return False
+    half = expression(shape(query.args[1])[-1])  # type: ignore[arg-type]
+    return bool(expression(shape(query)[-1]) % 16 == 0 and half % 8 == 0)
+
+
+def _beside(b: Builder, node: fx.Node) -> fx.Node:
+    """``[rows, heads, chunk, features]`` as ``[rows, chunk, heads * features]``, as it was before if it was that."""
+    rows, heads, chunk, features = b.sizes(node)
+    turned: Any = node.args[0] if node.target is aten.transpose.int and set(node.args[1:]) == {1, 2} else None
+    if turned is None:
+        turned = b.call(aten.transpose.int, node, 1, 2)
+    wanted = b.call(aten.reshape.default, turned, [rows, chunk, heads * features])
+    while turned.target is aten.reshape.default:
+        turned = turned.args[0]
+        if same_shape(turned, wanted):
+            return turned  # type: ignore[no-any-return]
+    return wanted
+
+
+def _packed(given: Sequence[Any]) -> fx.Node | None:
+    """What queries, keys and values are the parts of, in this order and with nothing else."""
+    parts = [part(node) for node in given]
+    if any(found is None or found[0] is not parts[0][0] for found in parts):  # type: ignore[index]
+        return None
+    whole, at = parts[0][0], 0  # type: ignore[index]
+    for _, start, stop in parts:  # type: ignore[misc]
+        if start != at:
+            return None
+        at = stop
+    return whole if at == expression(shape(whole)[-1]) else None
+
+
+def _rotated(b: Builder, x: fx.Node, cos: fx.Node, sin: fx.Node, lengths: fx.Node) -> fx.Node:
+    """RotaryEmbedding, which takes positions."""
+    last = b.call(operator.sub, b.size(cos, 0), 1)
+    steps = b.call(aten.arange.default, b.size(x, 2))
+    places = b.call(aten.add.Tensor, b.call(aten.unsqueeze.default, lengths, 1), steps)
+    # places behind a shorter row's tokens may lie past the end: what they hold is not read
+    places = b.call(aten.minimum.default, places, b.call(aten.scalar_tensor.default, last, dtype=torch.int64))
+    turned = 2 * int(shape(cos)[-1])
+    attributes = {} if turned == expression(shape(x)[-1]) else {"rotary_embedding_dim": turned}
+    return b.onnx("RotaryEmbedding", [x, cos, sin, places], attributes, [b.sizes(x)])[0]
+
+
+def _first(b: Builder, table: fx.Node, count: fx.Node) -> fx.Node:
+    """The first ``count`` (an int64 tensor) places of the last axis."""
+    sizes = b.sizes(table)
+    start, axis = (b.call(aten.full.default, [1], number, dtype=torch.int64) for number in (0, len(sizes) - 1))
+    end = b.call(aten.reshape.default, count, [1])
+    return b.onnx("Slice", [table, start, end, axis], {}, [sizes])[0]
+
+
+def _standard(
+    b: Builder,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    key_cache: fx.Node,
+    value_cache: fx.Node,
+    lengths: fx.Node,
+    bias: fx.Node | None,
+    scale: float,
+    window: int,
+) -> list[fx.Node]:
+    """TensorScatter, then Attention with a mask of what each token sees."""
+    keys = _scattered(b, key_cache, key, lengths, 2)
+    values = _scattered(b, value_cache, value, lengths, 2)
+    rows, heads, chunk, _ = b.sizes(query)
+    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2))
+    visible = b.call(aten.le.Tensor, there, here)
+    if window:
+        near = b.call(aten.gt.Tensor, there, b.call(aten.sub.Tensor, here, window))
+        visible = b.call(aten.logical_and.default, visible, near)
+    mask = visible
+    if bias is not None:
+        mask = b.call(aten.where.ScalarOther, visible, _as_float(b, bias), float(torch.finfo(torch.float32).min))
+    features = int(shape(value)[-1])
+    made = b.onnx(
+        "Attention",
+        [query, keys, values, mask],
+        {"scale": float(scale)},
+        [[rows, heads, chunk, features]],
+    )
+    return [made[0], keys, values]
+
+
+def _scattered(b: Builder, cache: fx.Node, new: fx.Node, lengths: fx.Node, axis: int) -> fx.Node:
+    """TensorScatter; of a cache with several places of each row on axis 0, each gets the row's length."""
+    rows, places = b.size(lengths, 0), b.size(cache, 0)
+    if expression(shape(cache)[0]) != expression(shape(lengths)[0]):
+        wide = b.call(aten.unsqueeze.default, lengths, 1)
+        each = b.call(operator.floordiv, places, rows)
+        lengths = b.call(aten.reshape.default, b.call(aten.expand.default, wide, [rows, each]), [-1])
+    return b.onnx("TensorScatter", [cache, new, lengths], {"axis": axis}, [b.sizes(cache)], like=cache)[0]
+
+
+def _as_float(b: Builder, bias: fx.Node) -> fx.Node:
+    if bias.meta["val"].dtype != torch.bool:
+        return bias
+    zero = b.call(aten.zeros_like.default, bias, dtype=torch.float32)
+    return b.call(aten.where.ScalarOther, bias, zero, float(torch.finfo(torch.float32).min))
+
+
+def _merge_equal(graph: fx.Graph) -> None:
+    """Blocks of one segment share what they compute from lengths."""
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target.namespace == "onnx_symbolic":
+            continue
+        key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)

@@ -1,0 +1,272 @@
+"""Translation validation: every segment, the whole chain and every exit against torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from offramp.bundle.manifest import Manifest
+from offramp.errors import ExportError, InputError
+from offramp.passes import Truncate
+from offramp.program.graph import run
+from offramp.program.program import Program
+from offramp.program.sizes import other_sizes
+from offramp.runtime.chain import Chain
+from offramp.runtime.engine.sessions import open_sessions
+from offramp.runtime.policies.base import State
+from offramp.runtime.policies.builtin import Depth, Never
+
+#: The largest error that is let through, relative to the scale of the expected values (fp32).
+TOLERANCE = 1e-4
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+
+
+def error(found: np.ndarray[Any, Any], expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest expected magnitude; infinite where shapes differ.
+
+    Values that are not finite must agree exactly; integers and booleans too.
+    """
+    wanted = expected.detach().cpu().numpy()
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return float("inf")
+    if wanted.size == 0:
+        return 0.0
+    if wanted.dtype.kind != "f":
+        return 0.0 if np.array_equal(found, wanted) else float("inf")
+    finite = np.isfinite(wanted)
+    if not np.array_equal(finite, np.isfinite(found)) or not np.array_equal(
+        found[~finite], wanted[~finite], equal_nan=True
+    ):
+        return float("inf")
+    wanted, found = wanted[finite].astype(np.float64), found[finite].astype(np.float64)
+    if wanted.size == 0:
+        return 0.0
+    # masks hold the dtype's most negative number: it must not hide what is wrong with the rest
+    scale = np.abs(wanted[np.abs(wanted) < 1e9]).max(initial=0.0) or 1.0
+    return float(
+        (np.abs(found - wanted) / np.maximum(scale, np.where(np.abs(wanted) < 1e9, 0.0, np.abs(wanted)))).max()
+    )
+
+
+def worst(found: Arrays, expected: Mapping[str, torch.Tensor]) -> float:
+    """The largest error over outputs by name."""
+    return max((error(found[name], value) for name, value in expected.items()), default=0.0)
+
+
+def eager(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's own outputs of the program's graph in torch."""
+    with torch.no_grad():
+        returned = program.module(**program.fresh({name: inputs[name] for name in program.inputs}))
+    return {name: returned[name] for name in program.outputs}
+
+
+def validate(
+    program: Program,
+    manifest: Manifest,
+    directory: Path,
+    origin: Mapping[str, fx.Node],
+    lowered: Program | None = None,
+) -> dict[str, Any]:
+    """Compare a bundle's files with a program; ``origin`` names the node of each value.
+
+    Those are nodes of ``lowered``, the program as it was when it was cut, if that is another. All but single segments
+    is compared with ``program`` itself, so that what was rewritten in between is validated too.
+
+    Returns the largest relative errors: ``segments`` (each segment on torch's values of its inputs), ``chain``
+    (full depth), ``exits`` (every exit forced, against the truncated program), ``rows`` (rows that leave at
+    different exits, against each row alone), ``other_shapes`` (other batch sizes and lengths).
+
+    Raises:
+        ExportError: an error is above the tolerance; the message names the segment or exit.
+    """
+    chain = Chain(manifest, directory)
+    if manifest.cache is not None and chain.generates is None:
+        try:
+            chain.stream({})
+        except InputError as error:
+            raise ExportError(
+                f"a bundle with caches that cannot generate: {error.reason}", hint="leave insert-cache out"
+            ) from error
+    figures = {
+        "segments": _segments(lowered or program, manifest, directory, origin),
+        "chain": _checked(
+            "the chain at full depth",
+            worst(_run(chain, program.example_inputs), eager(program, program.example_inputs)),
+        ),
+        "exits": 0.0,
+        "other_shapes": 0.0,
+    }
+    for inputs in other_sizes(program):
+        sizes = {name: tuple(value.shape) for name, value in inputs.items()}
+        figures["other_shapes"] = max(
+            figures["other_shapes"],
+            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), eager(program, inputs))),
+        )
+    for stack in program.stacks:
+        for item in program.exits_of(stack):
+            if item.after == program.stacks[stack].blocks:
+                continue
+            expected = eager(Truncate(stack, item.after).run(program).program, program.example_inputs)
+            found = _run(chain, program.example_inputs, Depth({stack: item.after}))
+            figures["exits"] = max(
+                figures["exits"],
+                _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected)),
+            )
+    figures["rows"] = _rows(program, chain)
+    if program.cache is not None:
+        figures["cache"] = _checked("the chain step by step", stepwise(program, chain))
+    return {**figures, "tolerance": TOLERANCE}
+
+
+def _run(chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
+    return chain.run({name: inputs[name].numpy() for name in chain.inputs}, policy or Never()).outputs
+
+
+def _checked(what: str, found: float) -> float:
+    if not found <= TOLERANCE:
+        raise ExportError(
+            f"{what} differs from torch: relative error {found:.1e}, allowed {TOLERANCE:.0e}",
+            hint="an operator is lowered wrongly, or the model is not deterministic; please report it with the model",
+        )
+    return found
+
+
+def _segments(program: Program, manifest: Manifest, directory: Path, origin: Mapping[str, fx.Node]) -> float:
+    """Each segment alone, on the values that torch computes for its inputs."""
+    nodes = set(origin.values())
+    values: dict[fx.Node, Any] = {
+        node: program.example_inputs[str(node.target)] for node in program.graph.find_nodes(op="placeholder")
+    }
+    order = [node for node in program.graph.nodes if node.op != "output"]
+    with torch.no_grad():
+        run(program.graph_module, order, values, nodes.__contains__)
+    largest = 0.0
+    sessions = open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
+    early = [item for stack in manifest.stacks.values() for item in stack.exits[:-1] if item.head == "shared"]
+    tails = {name for item in early for name in item.segments[item.adapter != "identity" :]}
+    for segment in manifest.segments.values():
+        names = {*segment.inputs.values(), *segment.outputs.values()}
+        if segment.name in tails or not all(name in origin for name in names):
+            continue  # a shared tail on an exit's state: checked as an exit
+        cache = manifest.cache
+        one = cache is not None and cache.rowwise and any(name in cache.buffers for name in segment.inputs.values())
+
+        def value(name: str, one: bool = one) -> torch.Tensor:
+            found: torch.Tensor = values[origin[name]].detach()
+            kind = manifest.values[name]
+            if one and kind.batch_axis is not None:  # the file takes one row at a time
+                return found.narrow(kind.batch_axis, 0, kind.batch_factor)
+            return found
+
+        feed = {key: value(name).contiguous().numpy() for key, name in segment.inputs.items()}
+        arrays = sessions[segment.file].run(list(segment.outputs), feed)
+        found = dict(zip(segment.outputs.values(), arrays, strict=True))
+        expected = {name: value(name) for name in segment.outputs.values()}
+        largest = max(largest, _checked(f"segment {segment.name}", worst(found, expected)))
+    return largest
+
+
+def stepwise(program: Program, chain: Chain) -> float:
+    """Token by token, prompts of different lengths, rows leaving at random exits: each token against one pass.
+
+    The tokens are those of the example, whatever the model would have chosen. A token that leaves after k blocks has
+    to get what the truncated program gives at its place, and one that goes deep what the whole program gives: so what
+    was computed late for the tokens before is exact. Returns the largest relative error, 0 where the bundle generates
+    no text.
+    """
+    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    if chain.generates is None or inputs[chain.generates].shape[1] < 3:
+        return 0.0
+    name, stack = chain.generates, list(chain.stacks)[-1]
+    programs = {program.stacks[stack].blocks: program}
+    for item in program.exits_of(stack):
+        if item.after < program.stacks[stack].blocks:
+            programs[item.after] = Truncate(stack, item.after).run(program).program
+    passes = {after: _Pass(cut, name) for after, cut in programs.items()}
+    random = np.random.default_rng(0)
+    rows, total = inputs[name].shape
+    at = random.integers(1, total - 1, rows)
+    run = chain.generation({**inputs, name: [row[:n] for row, n in zip(inputs[name], at, strict=True)]}, _coin(stack))
+    largest = 0.0
+    chunks = [row[:n] for row, n in zip(inputs[name], at, strict=True)]
+    askers = None
+    while run.rows:
+        for left in run.feed(chunks, askers):
+            row, after = run.rows[left.slot], left.exits[stack]
+            for output, value in left.outputs.items():
+                largest = max(largest, error(value, passes[after].at(output, row, int(at[row]))))
+        run.drop([slot for slot, row in enumerate(run.rows) if at[row] == total])
+        chunks = [inputs[name][row, at[row] : at[row] + 1] for row in run.rows]
+        for row in run.rows:
+            at[row] += 1
+        askers = run.askers
+    return largest
+
+
+class _Pass:
+    """Logits of the example's tokens in one pass of a program."""
+
+    def __init__(self, program: Program, tokens: str) -> None:
+        self._program, self._tokens = program, tokens
+        self._made: dict[int, dict[str, torch.Tensor]] = {}
+
+    def at(self, output: str, row: int, count: int) -> torch.Tensor:
+        """Those of the ``count``-th token of a row; a model that gives the last one's only is run on so many."""
+        total = self._program.example_inputs[self._tokens].shape[1]
+        whole = self._of(total)[output]
+        if whole.dim() == 3 and whole.shape[1] == total:
+            return whole[row, count - 1 : count]
+        return self._of(count)[output][row]
+
+    def _of(self, count: int) -> dict[str, torch.Tensor]:
+        if count not in self._made:
+            inputs = dict(self._program.example_inputs)
+            inputs[self._tokens] = inputs[self._tokens][:, :count]
+            self._made[count] = eager(self._program, inputs)
+        return self._made[count]
+
+
+def _coin(stack: str) -> Callable[[State], Any]:
+    """Leave the stack at random exits."""
+    random = np.random.default_rng(1)
+    return lambda state: (random.random(state.rows.size) < 0.4) & (state.stack == stack)
+
+
+def _rows(program: Program, chain: Chain) -> float:
+    """Rows that leave one after the other must get what they get together."""
+    if chain.manifest.batch is None:
+        return 0.0
+    stack = list(chain.stacks.values())[-1]
+    exits = [item.after for item in stack.exits]
+    if len(exits) < 2:
+        return 0.0
+    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    mixed = chain.run(
+        inputs,
+        lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)),
+    )
+    largest = 0.0
+    for at, after in enumerate(exits):
+        forced = chain.run(inputs, Depth({stack.name: after}))
+        for name, value in chain.manifest.outputs.items():
+            axis = chain.manifest.values[value].batch_axis
+            if axis is None:
+                continue
+            rows = np.flatnonzero(mixed.exits[stack.name] == after)
+            rows = rows[rows % len(exits) == at]
+            if len(rows) and chain.manifest.values[value].batch_factor == 1:
+                wanted = torch.from_numpy(np.take(forced.outputs[name], rows, axis))
+                largest = max(
+                    largest,
+                    _checked(
+                        f"a row that leaves after block {after}",
+                        error(np.take(mixed.outputs[name], rows, axis), wanted),
+                    ),
+                )
+    return largest

@@ -1,0 +1,237 @@
+"""What depends on what in a causal program: kinds of values, and the facts that caches need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.errors import PassError
+from offramp.passes.caches.implied_inputs import Meaning, looked_up
+from offramp.passes.caches.masks import plain_window
+from offramp.passes.caches.roles import Roles, leaves, roles_of
+from offramp.program.analysis.attention import AttentionSite, attention_sites, is_causal
+from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
+from offramp.program.program import Program, as_tensor, evaluate
+from offramp.program.sizes import resized
+
+CONSTANT, POSITIONAL, CHUNK, MEMORY, DATA = "constant", "positional", "chunk", "memory", "data"
+
+
+class Causal:
+    """A program whose causal stacks read one axis of tokens.
+
+    Attributes:
+        tokens: the symbol of that axis.
+        own: the inputs that have it.
+        implied: those of them that follow from the number of tokens, and what they hold: masks, positions.
+        kinds: of every tensor node. *Data* depends on the contents of the tokens, *memory* on those of other inputs
+            only (an encoder's side), *positional* on shapes only, *constant* on nothing. *Chunk* is positional over
+            an axis of batch and tokens together (``arange(batch * tokens)``): it counts places, not positions.
+        example: how many tokens the example inputs have.
+        limit: how many the model has positions for, None for no limit.
+
+    Raises:
+        PassError: the causal stacks have no such axis, or each its own; an input has several axes of tokens.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.sites = attention_sites(program.graph)
+        self.tokens = self._token_symbol()
+        inputs = program.graph.find_nodes(op="placeholder")
+        self.own = [node for node in inputs if any(self.tokens in symbols(size) for size in shape(node))]
+        self.implied = Meaning(program, self.sites, self.own, self.tokens).implied
+        self.example = max(
+            program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own if n not in self.implied
+        )
+        self.kinds = self._kinds()
+        self.limit = self._limit()
+        self._windows: dict[fx.Node, int | None] = {}
+
+    def _token_symbol(self) -> Any:
+        found = {}
+        for stack in self.program.stacks.values():
+            if stack.role != "decoder":
+                continue
+            hidden = self.program.nodes[stack.input]
+            axes = [size for size in map(expression, shape(hidden)) if size in self.program.axes.tokens]
+            if len(axes) != 1:
+                sizes = [self.program.axes.describe(size) for size in shape(hidden)]
+                raise PassError(
+                    f"insert-cache: the hidden state of stack {stack.name} has shape {sizes}, none of whose axes is "
+                    f"the tokens of an input ({source(hidden)})",
+                    hint="capture with free token axes, sources and targets of different lengths; models that put "
+                    "other tokens (of an image, say) before the text are not supported",
+                )
+            found[stack.name] = axes[0]
+        if len(set(found.values())) > 1:
+            raise PassError(
+                f"insert-cache: the causal stacks {list(found)} read different axes of tokens; one is possible"
+            )
+        return next(iter(found.values()))
+
+    def _axis(self, node: fx.Node) -> int:
+        found = [i for i, size in enumerate(shape(node)) if expression(size) == self.tokens]
+        if len(found) != 1:
+            sizes = [self.program.axes.describe(size) for size in shape(node)]
+            raise PassError(
+                f"insert-cache: input {node.target} has shape {sizes}; an input has one axis of tokens",
+                hint="make masks of queries and keys inside the forward",
+            )
+        return found[0]
+
+    def _kinds(self) -> dict[fx.Node, str]:
+        kinds: dict[fx.Node, str] = {}
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                kinds[node] = POSITIONAL if node in self.implied else DATA if node in self.own else MEMORY
+            elif node.op == "get_attr":
+                kinds[node] = CONSTANT
+            elif node.op == "call_function" and not is_symint(node):
+                sizes = [arg.meta["val"] for arg in node.all_input_nodes if is_symint(arg)] + _sizes(node)
+                inner = {kinds[arg] for arg in data_inputs(node)}
+                moves = any(self.tokens in symbols(size) for size in sizes) or bool(inner & {POSITIONAL, CHUNK})
+                if DATA in inner or (MEMORY in inner and moves):
+                    kinds[node] = DATA
+                elif MEMORY in inner:
+                    kinds[node] = MEMORY
+                elif moves:
+                    flat = any({self.tokens, self.program.axes.batch} <= symbols(size) for size in sizes)
+                    kinds[node] = CHUNK if CHUNK in inner or flat else POSITIONAL
+                else:
+                    kinds[node] = CONSTANT
+        return kinds
+
+    def _limit(self) -> int | None:
+        """From the captured range of the axis, and from tables that positions are looked up in."""
+        limits = [self.program.axes.ranges.get(self.tokens, (1, None))[1]]
+        cuts = [self.program.nodes[name] for stack in self.program.stacks.values() for name in stack.cuts[1:]]
+        behind = dependents(cuts, self.program.graph)  # where no position is looked up any more
+        for node in self.program.graph.nodes:
+            table, axis, index = looked_up(node)
+            if index is None or index in behind or self.kinds[table] != CONSTANT:
+                continue
+            rows = expression(shape(table)[axis])
+            if not isinstance(rows, int):  # made as long as it has to be
+                continue
+            words: list[int | None] = [None] if self.kinds[index] == POSITIONAL else []
+            if not words and any(self._counts(inner) for inner in read_by([index])):
+                words += self._words()  # of which one is no padding
+            for word in words:
+                beyond = int(self.values([index], rows + 1, word)[index].max()) - (rows - 1)
+                limits.append(rows + 1 - beyond if beyond > 0 else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _counts(self, node: fx.Node) -> bool:
+        """Whether a node counts tokens of every row."""
+        if node.target is not aten.cumsum.default or len(shape(node)) != 2:
+            return False
+        return bool(expression(shape(node)[node.args[1]]) == self.tokens)  # type: ignore[index]
+
+    def _words(self) -> list[int]:
+        """Two different token ids of the example (or one, if there are no more)."""
+        ids = self.program.example_inputs[next(str(n.target) for n in self.own if n not in self.implied)]
+        return [int(word) for word in ids.unique()[-2:]]
+
+    def values(
+        self,
+        nodes: Iterable[fx.Node],
+        size: int | None = None,
+        word: int | None = None,
+        known: Mapping[fx.Node, torch.Tensor] | None = None,
+    ) -> dict[fx.Node, torch.Tensor]:
+        """The values of nodes, for ``size`` tokens (all of one ``word``, perhaps) or the example's.
+
+        ``known`` are those of some nodes that they are made of.
+        """
+        inputs = dict(self.program.example_inputs)
+        if size is not None:
+            inputs = resized(self.program, {self.tokens: size, self.program.axes.batch: 2})
+        if word is not None:
+            inputs |= {str(n.target): torch.full_like(inputs[str(n.target)], word) for n in self.own}
+        for node, item in self.implied.items():
+            inputs[str(node.target)] = as_tensor(item, inputs[str(node.target)].shape)
+        return evaluate(self.program.graph_module, nodes, inputs, known)
+
+    def attends_to_tokens(self, site: AttentionSite) -> bool:
+        """Whether a site's queries and keys are tokens (self-attention).
+
+        Raises:
+            PassError: they are, and it is not causal, or its mask depends on the contents of other inputs.
+        """
+        if self.kinds[site.output] != DATA or self.kinds[site.key] != DATA:
+            return False
+        if self.tokens not in symbols(site.token_sizes[1]):
+            return False
+        for mask in site.masks:
+            if self.kinds[mask.node] == MEMORY:
+                raise PassError(
+                    f"insert-cache: an attention mask depends on the contents of other inputs ({source(mask.node)})",
+                    hint="masks of the tokens' own ids, or inputs over the tokens",
+                )
+        values = self.values([mask.node for mask in site.masks])
+        if not is_causal(site, values):
+            raise PassError(
+                f"insert-cache: an attention over the tokens is not causal ({source(site.weights)})",
+                hint="a model whose tokens do not see later ones",
+            )
+        for seed in range(3) if self.contents(site) else ():
+            if not is_causal(site, values | self._otherwise(site, seed), whole=False):
+                raise PassError(
+                    "insert-cache: in an attention over the tokens their contents decide which later tokens are seen "
+                    f"({source(site.weights)})",
+                    hint="a mask that hides later tokens whatever the contents are",
+                )
+        return True
+
+    def contents(self, site: AttentionSite) -> dict[fx.Node, Roles]:
+        """The masks of a site that depend on the contents of tokens, and which of their axes count what."""
+        axes = len(shape(site.weights)), site.query_axis, site.key_axis
+        masks = [mask.node for mask in site.masks if self.kinds[mask.node] == DATA]
+        return {node: roles_of(node, *axes, self.tokens) for node in masks}
+
+    def leaves(self, site: AttentionSite) -> set[fx.Node]:
+        """The values of keys or queries alone that those masks are made of."""
+        found = (leaves(node, roles, self.is_data) for node, roles in self.contents(site).items())
+        return {node for inner in found for node, _ in inner}
+
+    def is_data(self, node: fx.Node) -> bool:
+        """Whether a value depends on the contents of tokens."""
+        return self.kinds[node] == DATA
+
+    def _otherwise(self, site: AttentionSite, seed: int) -> dict[fx.Node, torch.Tensor]:
+        """The values of a site's masks by contents, if the contents were others."""
+        generator = torch.Generator().manual_seed(seed)
+        known = {}
+        for node, value in self.values(self.leaves(site)).items():
+            hidden = [-1e9] if value.is_floating_point() else []
+            choice = torch.cat([value.unique(), torch.tensor([0, *hidden]).to(value.dtype)])
+            if value.dtype == torch.bool:
+                choice = torch.tensor([False, True])
+            known[node] = choice[torch.randint(len(choice), value.shape, generator=generator)]
+        return self.values(self.contents(site), known=known)
+
+    def window(self, site: AttentionSite) -> int | None:
+        """How many keys a token of a fused site sees: 0 for all before it; None where its mask says something else."""
+        if not site.masks:
+            return 0
+        mask = site.masks[0]
+        if self.is_data(mask.node):
+            return None
+        if mask.node not in self._windows:
+            self._windows[mask.node] = plain_window(
+                mask.node,
+                self.limit,
+                self.example,
+                lambda size: mask.visible_exactly(self.values([mask.node], size)[mask.node]),
+            )
+        return self._windows[mask.node]
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    values = node.meta["val"]
+    tensors = values if isinstance(values, (tuple, list)) else (values,)
+    return [size for value in tensors if isinstance(value, torch.Tensor) for size in value.shape]

@@ -1,0 +1,1 @@
+"""What `insert-scores` is made of: the scores' nodes, short heads and their candidates."""

@@ -1,0 +1,165 @@
+"""Writing scores into a graph: reductions to one number per row, or per token of a causal stack."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.passes.infra.editor import Editor
+from offramp.program.analysis.attention import HIDDEN, Mask, attention_sites, padding_mask
+from offramp.program.graph import aten, expression, shape
+from offramp.program.program import Program
+
+
+class ScoreBuilder:
+    """Writes scores into a graph, at its end; ``here`` is the node after which the next one goes.
+
+    ``tokens`` is the symbol of the token axis whose tokens have a score each; None where rows have.
+    """
+
+    def __init__(self, editor: Editor, program: Program, tokens: Any) -> None:
+        self.editor, self.program, self.tokens = editor, program, tokens
+        self.here = editor.graph.output_node().prev
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A new call, after the one before."""
+        self.here = self.editor.call(target, *args, at=self.here, **kwargs)
+        return self.here
+
+    def by_rows(self, node: fx.Node) -> fx.Node:
+        """The node in float32, with an axis that counts rows only (a row may take several places of one)."""
+        if node.meta["val"].is_floating_point() and node.meta["val"].dtype != torch.float32:
+            node = self.call(aten._to_copy.default, node, dtype=torch.float32)
+        found = self.program.axes.batch_axis(node)
+        return node if found is None or found[1] == 1 else self.call(aten.unflatten.int, node, found[0], [-1, found[1]])
+
+    def batch_axis(self, node: fx.Node) -> int | None:
+        """The axis of rows."""
+        found = self.program.axes.batch_axis(node)
+        return found[0] if found else None
+
+    def per_row(self, node: fx.Node, reduce: Callable[..., Any]) -> fx.Node:
+        """Reduce all axes but the batch's (and a causal stack's tokens'); without one, to a single row."""
+        axis, tokens = self.batch_axis(node), self.token_axis(node)
+        others = [i for i in range(len(shape(node))) if i not in (axis, tokens)]
+        reduced = self.call(reduce, node, others) if others else node
+        if axis is None:
+            return self.call(aten.reshape.default, reduced, [1])
+        return reduced if tokens is None or axis < tokens else self.call(aten.transpose.int, reduced, 0, 1)
+
+    def token_axis(self, node: fx.Node) -> int | None:
+        """The axis of tokens that have a score each."""
+        sizes = [expression(size) for size in shape(node)]
+        return sizes.index(self.tokens) if self.tokens in sizes else None
+
+    def padding(self, name: str) -> fx.Node | None:
+        """Which tokens of each row are real, ``bool[batch, tokens]``, from the first block's attention mask."""
+        stack = self.program.stacks[name]
+        inside = {node.name for node in self.program.block_nodes(stack, 0)}
+        for site in attention_sites(self.program.graph):
+            mask = padding_mask(site, self.program.axes.batch) if site.weights.name in inside else None
+            if mask is not None:
+                node = self.visible(mask)
+                rows = next(i for i, s in enumerate(shape(node)) if expression(s) == self.program.axes.batch)
+                others = [i for i in range(len(shape(node)) - 1) if i != rows]
+                return self.call(aten.any.dims, node, others) if others else node
+        return None
+
+    def visible(self, mask: Mask) -> fx.Node:
+        """Which keys a mask lets through, as ``Mask.visible`` computes it."""
+        node = self.editor[mask.node.name]
+        if mask.kind == "subtracted":
+            return self.call(aten.lt.Scalar, node, -HIDDEN)
+        if mask.kind == "added" and node.meta["val"].dtype != torch.bool:
+            return self.call(aten.gt.Scalar, node, HIDDEN)
+        return self.call(aten.eq.Scalar if mask.kind == "drops" else aten.ne.Scalar, node, 0)
+
+    def spread(self, valid: fx.Node | None, like: fx.Node) -> fx.Node | None:
+        """``valid`` with axes that broadcast over ``like``; None where ``like`` has no such token axis."""
+        if valid is None:
+            return None
+        sizes = [expression(s) for s in shape(like)]
+        rows, tokens = (expression(s) for s in shape(valid))
+        if sizes.count(rows) != 1 or sizes.count(tokens) != 1:
+            return None
+        a, t = sizes.index(rows), sizes.index(tokens)
+        node = valid if a < t else self.call(aten.transpose.int, valid, 0, 1)
+        for axis in range(len(sizes)):
+            if axis not in (a, t):
+                node = self.call(aten.unsqueeze.default, node, axis)
+        return node
+
+    def of_logits(self, logits: fx.Node, measure: str, valid: fx.Node | None) -> fx.Node:
+        """``top1``, ``margin``, ``entropy`` or ``prediction`` of logits whose last axis counts classes."""
+        if measure == "prediction":
+            best = self.call(aten.argmax.default, logits, -1)
+            if len(shape(best)) > 1 and self.token_axis(best) is None:  # of the last token, whose axis was kept
+                return self.per_row(best, aten.amax.default)
+            turned = self.tokens is not None and self.batch_axis(best) == 1
+            return self.call(aten.transpose.int, best, 0, 1) if turned else best
+        if measure == "entropy":
+            logs = self.call(aten.log_softmax.int, logits, -1, torch.float32)
+            chances = self.call(aten.exp.default, logs)
+            places = self.call(
+                aten.neg.default,
+                self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, chances, logs), [-1]),
+            )
+        else:
+            chances = self.call(aten.softmax.int, logits, -1, torch.float32)
+            if measure == "top1":
+                places = self.call(aten.amax.default, chances, [-1])
+            else:
+                best = self.call(operator.getitem, self.call(aten.topk.default, chances, 2), 0)
+                first, second = (
+                    self.call(aten.select.int, best, -1, 0),
+                    self.call(aten.select.int, best, -1, 1),
+                )
+                places = self.call(aten.sub.Tensor, first, second)
+        if len(shape(places)) == 1 and self.batch_axis(places) is not None:
+            return places
+        real = self.spread(valid, places)
+        sure = 0.0 if measure == "entropy" else 1.0
+        if real is not None:
+            places = self.call(aten.where.ScalarOther, real, places, sure)
+        return self.per_row(places, aten.amax.default if measure == "entropy" else aten.amin.default)
+
+    def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None) -> fx.Node:
+        """Similarity of two states, all values of a row (or of one of its tokens) as one vector."""
+        before, after = self.by_rows(before), self.by_rows(after)
+        real = self.spread(valid, after)
+
+        def dot(a: fx.Node, b: fx.Node) -> fx.Node:
+            product = self.call(aten.mul.Tensor, a, b)
+            if real is not None:
+                product = self.call(aten.where.ScalarOther, real, product, 0.0)
+            return self.per_row(product, aten.sum.dim_IntList)
+
+        lengths = self.call(aten.sqrt.default, self.call(aten.mul.Tensor, dot(before, before), dot(after, after)))
+        return self.call(aten.div.Tensor, dot(before, after), self.call(aten.clamp_min.default, lengths, 1e-12))
+
+    def learned(self, hidden: fx.Node, valid: fx.Node | None, prefix: str) -> fx.Node:
+        """A gate on the state's mean over tokens, with new weights named ``prefix`` + weight and bias."""
+        features = int(shape(hidden)[-1])
+        weight = self.editor.parameter(f"{prefix}.weight", torch.zeros(features), hidden)
+        bias = self.editor.parameter(f"{prefix}.bias", torch.zeros(()), hidden)
+        hidden = self.by_rows(hidden)
+        axis = self.batch_axis(hidden)
+        places = self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, hidden, weight), [-1])
+        real = self.spread(valid, places)
+        if self.token_axis(places) is not None:
+            pooled = places if axis == 0 else self.call(aten.transpose.int, places, 0, 1)
+        elif real is None:
+            others = [i for i in range(len(shape(places))) if i != axis]
+            pooled = self.call(aten.mean.dim, places, others) if others else places
+        else:
+            total = self.per_row(self.call(aten.where.ScalarOther, real, places, 0.0), aten.sum.dim_IntList)
+            count = self.per_row(self.call(aten._to_copy.default, real, dtype=torch.float32), aten.sum.dim_IntList)
+            pooled = self.call(aten.div.Tensor, total, self.call(aten.clamp_min.default, count, 1.0))
+        logit = self.call(aten.add.Tensor, pooled, bias)
+        if axis is None:
+            logit = self.call(aten.reshape.default, logit, [1])
+        return self.call(aten.sigmoid.default, logit)

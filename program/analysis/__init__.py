@@ -1,0 +1,1 @@
+"""Analyses of a graph: attention sites, token axes, stacks of blocks."""

@@ -1,0 +1,291 @@
+"""Canonical form: what computes nothing goes away, and one value has one node."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.program.canonical.attention_axes import four_axes
+from offramp.program.dropout import keeps
+from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, shape_key, storage_key
+
+_ASSERTIONS = ("_assert", "sym_constrain", "_check")
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+_END = torch.iinfo(torch.int64).max
+
+
+def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int:
+    """Bring the graph of ``module`` into canonical form, in place; returns the number of edits.
+
+    Wrappers are inlined, assertions dropped, operations that change nothing removed (clone, detach, full
+    slices, dropout in eval mode, ...), views written as reshapes, fused attention given four axes, sizes read from the
+    inputs where an input has that size, equal pure computations merged, weights named once per storage. Nodes whose
+    names are in ``protected`` stay. A second call makes no edit.
+    """
+    graph = module.graph
+    edits = _inline_wrappers(module)
+    edits += _drop_assertions(graph)
+    edits += _sizes_not_tensors(graph)
+    edits += _plain_operators(graph)
+    edits += four_axes(graph)
+    edits += _drop_identities(graph, frozenset(protected))
+    edits += sizes_from_inputs(graph)
+    edits += _merge_equal(module, frozenset(protected))
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in protected)
+    edits += before - len(graph.nodes)
+    graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return edits
+
+
+def _inline_wrappers(module: fx.GraphModule) -> int:
+    """``set_grad_enabled`` and disabled autocast regions become plain nodes."""
+    edits = 0
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _WRAPPERS:
+            continue
+        at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
+        holder: Any = node.args[at]
+        body = getattr(module, str(holder.target))
+        with graph.inserting_before(node):
+            env: dict[fx.Node, Any] = dict(
+                zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True)
+            )
+            for inner in body.graph.nodes:
+                if inner.op == "output":
+                    returned = inner.args[0]
+                elif inner.op != "placeholder":
+                    env[inner] = graph.node_copy(inner, env.__getitem__)
+        flat = [env[item] for item in returned] if isinstance(returned, (tuple, list)) else env[returned]
+        for user in list(node.users) if isinstance(flat, list) else ():
+            user.replace_all_uses_with(flat[user.args[1]])
+            graph.erase_node(user)
+        if not isinstance(flat, list):
+            node.replace_all_uses_with(flat)
+        graph.erase_node(node)
+        if not holder.users:
+            graph.erase_node(holder)
+        edits += 1
+    if edits:
+        edits += _inline_wrappers(module)
+    return edits
+
+
+def _drop_assertions(graph: fx.Graph) -> int:
+    found = [
+        node
+        for node in graph.nodes
+        if node.op == "call_function" and getattr(node.target, "__name__", "").startswith(_ASSERTIONS)
+    ]
+    for node in reversed(found):
+        graph.erase_node(node)
+    return len(found)
+
+
+def _plain_operators(graph: fx.Graph) -> int:
+    """Views become reshapes, which need no memory layout that dropping a clone may change; ``c - x`` is ``-x + c``."""
+    edits = 0
+    for node in list(graph.nodes):
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+            edits += 1
+        elif node.target is aten.rsub.Scalar and len(node.args) == 2:
+            with graph.inserting_before(node):
+                negative = graph.call_function(aten.neg.default, (node.args[0],))
+            negative.meta = {**node.meta, "val": node.args[0].meta["val"]}
+            node.target, node.args = aten.add.Tensor, (negative, node.args[1])
+            edits += 1
+    return edits
+
+
+_ARITHMETIC = {
+    aten.add.Tensor: operator.add,
+    aten.sub.Tensor: operator.sub,
+    aten.mul.Tensor: operator.mul,
+    aten.floor_divide.default: operator.floordiv,
+}
+
+
+def _sizes_not_tensors(graph: fx.Graph) -> int:
+    """Sizes that went through a tensor (``scalar_tensor(size)``, arithmetic, ``item``) are sizes again."""
+
+    def size(node: Any) -> Any:
+        """The node's value as a size, written before ``here``; None where it is not made of sizes."""
+        if not isinstance(node, fx.Node):
+            return node if isinstance(node, int) else None
+        if node.target in (aten.scalar_tensor.default, aten._to_copy.default, aten.clone.default):
+            return node.args[0] if is_symint(node.args[0]) else size(node.args[0])  # type: ignore[arg-type]
+        if node.target is aten.rsub.Scalar or node.target in _ARITHMETIC:
+            parts = [size(arg) for arg in node.args[:2]]
+            if len(node.args) != 2 or node.kwargs or any(part is None for part in parts):
+                return None
+            if node.target is aten.rsub.Scalar:
+                parts.reverse()
+            target = operator.sub if node.target is aten.rsub.Scalar else _ARITHMETIC[node.target]
+            made = graph.call_function(target, tuple(parts))
+            made.meta = {"val": target(*(p.meta["val"] if isinstance(p, fx.Node) else p for p in parts))}
+            return made
+        return None
+
+    edits = 0
+    for node in graph.find_nodes(op="call_function", target=aten.item.default):
+        with graph.inserting_before(node):
+            found = size(node.args[0])
+        if found is not None:
+            node.replace_all_uses_with(found)
+            graph.erase_node(node)
+            edits += 1
+    if edits:
+        _refresh(graph)
+    return edits
+
+
+def _refresh(graph: fx.Graph) -> None:
+    """Compute every node's shape again, from those of the inputs."""
+    mode = next(node.meta["val"].fake_mode for node in graph.nodes if is_tensor(node))
+    for node in graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+            with mode, torch.no_grad():
+                node.meta["val"] = node.target(*args, **kwargs)
+
+
+def _same(node: fx.Node) -> bool:
+    arg = node.args[0]
+    return isinstance(arg, fx.Node) and is_tensor(arg) and shape_key(arg) == shape_key(node)
+
+
+def _full_slice(node: fx.Node) -> bool:
+    defaults: list[Any] = [None, 0, None, None, 1]
+    start, end, step = [*node.args, *defaults[len(node.args) :]][2:]
+    reaches = end is None or end == _END or isinstance(end, fx.Node)
+    return reaches and start in (None, 0) and step == 1 and _same(node)
+
+
+def _scalar(value: object) -> Callable[[fx.Node], bool]:
+    def check(node: fx.Node) -> bool:
+        return len(node.args) > 1 and node.args[1] == value and not isinstance(node.args[1], fx.Node) and _same(node)
+
+    return check
+
+
+def _always(_: fx.Node) -> bool:
+    return True
+
+
+_IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
+    aten.clone.default: _always,
+    aten.alias.default: _always,
+    aten.detach.default: _always,
+    aten.detach_.default: _always,
+    aten.contiguous.default: _always,
+    aten.lift_fresh_copy.default: _always,
+    aten.dropout.default: lambda node: node.args[2] is False and not keeps(node),
+    aten.feature_dropout.default: lambda node: node.args[2] is False and not keeps(node),
+    aten._to_copy.default: lambda node: _same(node),
+    aten.to.dtype: lambda node: _same(node),
+    aten.to.device: lambda node: _same(node),
+    aten.to.dtype_layout: lambda node: _same(node),
+    aten.type_as.default: lambda node: _same(node),
+    aten.slice.Tensor: _full_slice,
+    aten.expand.default: _same,
+    aten.reshape.default: _same,
+    aten.add.Tensor: _scalar(0),
+    aten.sub.Tensor: _scalar(0),
+    aten.mul.Tensor: _scalar(1),
+    aten.div.Tensor: _scalar(1),
+}
+
+
+def _drop_identities(graph: fx.Graph, protected: frozenset[str]) -> int:
+    edits = 0
+    for node in list(graph.nodes):
+        check = _IDENTITIES.get(node.target) if node.op == "call_function" else None
+        if check is None or node.name in protected or not check(node):
+            continue
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+        edits += 1
+    return edits
+
+
+def sizes_from_inputs(graph: fx.Graph) -> int:
+    """Read every size that some input has from that input, so that blocks do not depend on each other."""
+    edits = 0
+    inputs: dict[str, tuple[fx.Node, int]] = {}
+    last = None
+    for node in graph.find_nodes(op="placeholder"):
+        last = node
+        for axis, size in enumerate(shape(node)):
+            if not isinstance(expression(size), int):
+                inputs.setdefault(str(expression(size)), (node, axis))
+    readers: dict[tuple[fx.Node, int], fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not is_symint(node):
+            continue
+        place = inputs.get(str(expression(node.meta["val"])))
+        if place is None:
+            continue
+        if place not in readers:
+            if node.target is aten.sym_size.int and tuple(node.args) == place and node.prev is last:
+                readers[place] = last = node
+                continue
+            assert last is not None
+            with graph.inserting_after(last):
+                reader = graph.call_function(aten.sym_size.int, place)
+            reader.meta = {"val": node.meta["val"]}
+            readers[place] = last = reader
+        elif readers[place] is node:
+            continue
+        node.replace_all_uses_with(readers[place])
+        graph.erase_node(node)
+        edits += 1
+    return edits
+
+
+def _merge_equal(module: fx.GraphModule, protected: frozenset[str]) -> int:
+    """Merge nodes that compute the same from the same; weights are the same when their storage is."""
+    graph = module.graph
+    seen: dict[Any, fx.Node] = {}
+    edits = 0
+    for node in list(graph.nodes):
+        if node.name in protected:
+            continue
+        if node.op == "get_attr":
+            value = module
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            key: Any = ("get_attr", storage_key(value)) if isinstance(value, torch.Tensor) else node
+        elif node.op == "call_function" and _pure(node):
+            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        else:
+            continue
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            edits += 1
+    return edits
+
+
+def _pure(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded not in node.target.tags and not node.target._schema.is_mutable
+    return getattr(node.target, "__module__", "") == operator.add.__module__
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return (type(value).__name__, *map(_frozen, value))
+    if isinstance(value, dict):
+        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
+    if isinstance(value, slice):
+        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
+    return (type(value).__name__, value)

@@ -1,0 +1,104 @@
+"""Checks of what a user gives to a run, so that ONNX Runtime sees only what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle.expressions import evaluate, names, solve
+from offramp.bundle.implied import ImpliedInputs
+from offramp.bundle.manifest import Manifest, Value
+from offramp.errors import InputError
+
+
+class Inputs:
+    """The inputs that a bundle takes."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._values = {name: manifest.values[name] for name in manifest.inputs}
+        self._axes, self._batch = manifest.axes, manifest.batch
+        self._implied = ImpliedInputs(manifest)
+        self._dims = [
+            (name, axis, size)
+            for name, value in self._values.items()
+            for axis, size in enumerate(value.shape)
+            if isinstance(size, str)
+        ]
+        self._dims.sort(key=lambda dim: (len(names(dim[2])), dim[2] not in manifest.axes))
+
+    def check(self, given: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], int]:
+        """The inputs as contiguous arrays, and how many rows the batch has (1 for a model without a batch).
+
+        Python lists and numbers become arrays of the right dtype. An array has to have it: no values are
+        cast behind the user's back, and ONNX Runtime would take some wrong ones for right. Inputs that the graph
+        makes itself are left out; they may be given as they would be made.
+
+        Raises:
+            InputError: names, dtypes, ranks or sizes do not fit. All problems are in one message.
+        """
+        expected = ", ".join(f"{name} {value}" for name, value in self._values.items())
+        if not isinstance(given, Mapping):
+            raise InputError(f"inputs map names to arrays, this is a {type(given).__name__}; names: {expected}")
+        problems = [f"{name!r} is missing" for name in self._values if name not in given]
+        known = self._values.keys() | self._implied.names
+        problems += [f"{name!r} is not an input" for name in given if name not in known]
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, value in self._values.items():
+            if name in given:
+                try:
+                    arrays[name] = _array(name, value, given[name])
+                except InputError as error:
+                    problems.append(str(error))
+        sizes: dict[str, int] = {}
+        if not problems:
+            problems = list(self._sizes(arrays, sizes))
+        if problems:
+            raise InputError("\n  ".join([*problems, f"(this bundle takes: {expected})"]))
+        self._implied.check(given, sizes)
+        return arrays, 1 if self._batch is None else sizes[self._batch]
+
+    def _sizes(self, arrays: Mapping[str, NDArray[Any]], sizes: dict[str, int]) -> Iterator[str]:
+        """Find the length of each axis; yield what contradicts it or its range."""
+        source: dict[str, str] = {}
+        for name, axis, size in self._dims:
+            found = arrays[name].shape[axis]
+            unknown = names(size) - sizes.keys()
+            if len(unknown) == 1:
+                (new,) = unknown
+                length = solve(size, new, found, sizes)
+                if length is None:
+                    yield f"axis {axis} of {name!r} has {found} places, which is no {size}"
+                    return
+                sizes[new], source[new] = length, name
+            elif not unknown and (expected := evaluate(size, sizes)) != found:
+                others = ", ".join(f"{a} {sizes[a]} in {source[a]!r}" for a in sorted(names(size)))
+                yield f"axis {axis} of {name!r} has {found} places; {size} is {expected} ({others})"
+        for axis_name, length in sizes.items():
+            low, high = self._axes[axis_name]
+            if length == 0 and axis_name == self._batch:
+                yield f"the batch is empty: {source[axis_name]!r} has no rows"
+            elif length < low or (high is not None and length > high):
+                limit = f"at least {low}" if high is None else f"{low} to {high}"
+                yield f"{axis_name} is {length} in {source[axis_name]!r}; this bundle is for {limit}"
+
+
+def _array(name: str, value: Value, given: Any) -> NDArray[Any]:
+    wanted = np.dtype(value.dtype)
+    try:
+        array = np.asarray(given)
+        if isinstance(given, list | tuple | bool | int | float):
+            exact = array.size == 0 or np.can_cast(array.dtype, wanted, "same_kind")
+            array = np.asarray(given, wanted) if exact else array
+    except (ValueError, TypeError, OverflowError) as error:
+        raise InputError(f"{name!r} cannot be an array of {wanted}: {error}") from error
+    if array.dtype != wanted:
+        raise InputError(f"{name!r} is {array.dtype}, expected {wanted}: use .astype(np.{wanted})")
+    if array.ndim != len(value.shape):
+        raise InputError(f"{name!r} has the shape {list(array.shape)}, expected {value}")
+    for axis, size in enumerate(value.shape):
+        if isinstance(size, int) and array.shape[axis] != size:
+            raise InputError(f"axis {axis} of {name!r} has {array.shape[axis]} places, expected {size}")
+    return np.asarray(array, order="C")

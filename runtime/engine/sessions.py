@@ -1,0 +1,164 @@
+"""ONNX Runtime sessions: one per file, all on one thread pool and one arena of memory.
+
+A session of its own per segment with ONNX Runtime's default options is several times slower than one session
+for the whole model, because each spins a thread pool; and each would keep an arena for its activations. So
+the process gets one pool and one arena, both of which ONNX Runtime lets a process set up once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnxruntime as ort
+
+from offramp.errors import BundleError, ExecutionError
+from offramp.runtime.engine.cores import physical_cores
+
+Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
+
+_ERRORS_ONLY = 3
+_lock = threading.Lock()
+_pool: int | None = None  # threads of the process's pool; None: there is none yet, 0: it is somebody else's
+
+
+def session_options(threads: int | None = None) -> ort.SessionOptions:
+    """Options that let sessions of one process share a thread pool and an arena.
+
+    ``threads=None`` takes what the first call took, at first the physical cores that this process may use.
+    With ``threads=1``, before any pool was made, there will be none and sessions stay independent of the
+    rest of the process. Otherwise ONNX Runtime refuses, from then on, sessions with a pool of their own:
+    other code in the process has to set ``use_per_session_threads = False`` or use these options.
+
+    Raises:
+        ExecutionError: the process has a pool with another number of threads already.
+    """
+    global _pool
+    if threads is not None and threads < 1:
+        raise ExecutionError(f"threads={threads}: at least 1 thread is needed, or None for one per core")
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    with _lock:
+        wanted = threads or _pool or physical_cores()
+        if _pool is None:
+            _share_arena()
+            if wanted == 1:
+                options.intra_op_num_threads = options.inter_op_num_threads = 1
+                return options
+            _pool = _make_pool(wanted)
+        if threads not in (None, _pool):
+            whose = f"of {_pool}" if _pool else "of unknown size, made outside offramp"
+            raise ExecutionError(
+                f"threads={threads}: this process has a thread pool {whose}, and cannot replace it",
+                hint="threads=None to use that pool; or load with the wanted number first, in a new process",
+            )
+    options.use_per_session_threads = False
+    return options
+
+
+def _make_pool(threads: int) -> int:
+    try:
+        ort.set_global_thread_pool_sizes(threads, 1)
+    except Exception as error:
+        if "already been created" in str(error):
+            return 0
+        raise ExecutionError(f"ONNX Runtime made no pool of {threads} threads: {error}") from error
+    return threads
+
+
+def _share_arena() -> None:
+    kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    ort.create_and_register_allocator(ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT), None)
+
+
+def open_sessions(
+    root: Path, files: Iterable[str], providers: Providers | None, threads: int | None
+) -> dict[str, ort.InferenceSession]:
+    """One session for each of the bundle's ``files``; ``providers=None`` means the CPU.
+
+    Raises:
+        ExecutionError: a provider is not available or could not be set up, or see `session_options`.
+        BundleError: ONNX Runtime cannot load a file.
+    """
+    wanted = list(providers or ["CPUExecutionProvider"])
+    names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
+    available = ort.get_available_providers()
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ExecutionError(f"no provider {', '.join(missing)} here; available: {', '.join(available)}")
+    options = session_options(threads)
+    sessions = {}
+    for file in files:
+        try:
+            sessions[file] = _open(root / file, options, wanted, names[0])
+        except _OtherPoolError:
+            if threads is not None:
+                raise
+            options = _of_other_pool()
+            sessions[file] = _open(root / file, options, wanted, names[0])
+        _trim()
+    return sessions
+
+
+class _OtherPoolError(ExecutionError):
+    """The process has a pool that was made outside offramp, and sessions have to use it."""
+
+
+def _of_other_pool() -> ort.SessionOptions:
+    """Options for the pool that somebody else has made."""
+    global _pool
+    with _lock:
+        _pool = 0
+    return session_options()
+
+
+def _trim() -> None:
+    """Give memory back that loading a session freed: each leaves holes that the next ones do not fill (glibc)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _open(path: Path, options: ort.SessionOptions, providers: list[Any], first: str) -> ort.InferenceSession:
+    try:
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
+    except Exception as error:
+        if "use_per_session_threads must be false" in str(error):
+            raise _OtherPoolError(
+                "threads=1: this process has a global thread pool, made outside offramp",
+                hint="threads=None to use that pool",
+            ) from error
+        raise BundleError(f"ONNX Runtime {ort.__version__} cannot load {path.name}: {error}") from error
+    if session.get_providers()[0] != first:
+        raise ExecutionError(
+            f"ONNX Runtime could not set up {first}, only {', '.join(session.get_providers())}",
+            hint="its log on stderr says which library is missing",
+        )
+    return session
+
+
+def check_bindings(
+    where: str,
+    session: ort.InferenceSession,
+    inputs: Mapping[str, str],
+    outputs: Mapping[str, str],
+) -> list[str]:
+    """What is wrong with a segment's bindings.
+
+    ``inputs`` and ``outputs`` map the file's names to ONNX Runtime's types ("tensor(float)") of the values
+    bound to them. All inputs have to be bound; outputs need not be.
+    """
+    has_inputs = {node.name: node.type for node in session.get_inputs()}
+    has_outputs = {node.name: node.type for node in session.get_outputs()}
+    problems = [f"{where} does not bind the input {name!r}" for name in has_inputs if name not in inputs]
+    for kind, bound, has in (("input", inputs, has_inputs), ("output", outputs, has_outputs)):
+        for name, wanted in bound.items():
+            if name not in has:
+                problems.append(f"{where} has no {kind} {name!r}; there are {', '.join(has) or 'none'}")
+            elif has[name] != wanted:
+                problems.append(f"{where}, {kind} {name!r} is {has[name]}, but its value is {wanted}")
+    return problems

@@ -1,0 +1,288 @@
+"""Memory of one generation: caches and what it reads again and again, bound to segments once.
+
+A segment that is run on some rows has a binding for each small size of a chunk, and one for all larger ones, with
+arrays for what changes at each run; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a
+device the caches stay there, and what changes is copied from and to the host. A generation that ends leaves all this to
+the next one of its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from offramp.bundle.expressions import evaluate, names
+from offramp.bundle.manifest import Manifest, Segment, Value
+from offramp.errors import ExecutionError, InputError
+from offramp.runtime.engine.memory import quiet
+from offramp.runtime.generation.cache_memory import axis_of, empty
+
+Array = NDArray[Any]
+Index = NDArray[np.int64]
+
+_SMALL = 16  # tokens: chunks of up to so many keep their bindings, since arrays of many sizes would fill memory
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A segment that runs on chunks: its inputs by what they are, as pairs of the file's name and the value's.
+
+    ``sized`` are the values with an axis of a chunk's tokens, and that axis.
+    """
+
+    segment: Segment
+    session: ort.InferenceSession
+    chunk: tuple[tuple[str, str], ...]
+    kept: tuple[tuple[str, str], ...]
+    buffers: tuple[tuple[str, str], ...]
+    lengths: str | None
+    made: tuple[tuple[str, str], ...]
+    appended: tuple[tuple[str, str], ...]
+    sized: tuple[tuple[str, int], ...]
+
+    @property
+    def by_slot(self) -> bool:
+        """Whether it reads something that belongs to slots."""
+        return bool(self.kept or self.buffers)
+
+
+def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, kept: frozenset[str]) -> Launch:
+    """The segment made ready; ``kept`` are the values that stay as they are from chunk to chunk."""
+    cache = manifest.cache
+    assert cache is not None
+    inputs, outputs = segment.inputs.items(), segment.outputs.items()
+    of = {new: old for old, new in cache.buffers.items()}
+    apart = kept | cache.buffers.keys() | {cache.lengths}
+    chunk = tuple((key, name) for key, name in inputs if name not in apart)
+    axes = [(name, axis_of(manifest.values[name], cache.chunk)) for _, name in chunk]
+    return Launch(
+        segment,
+        session,
+        chunk,
+        tuple((key, name) for key, name in inputs if name in kept),
+        tuple((key, name) for key, name in inputs if name in cache.buffers),
+        next((key for key, name in inputs if name == cache.lengths), None),
+        tuple((key, name) for key, name in outputs if name not in of),
+        tuple((key, of[name]) for key, name in outputs if name in of),
+        tuple((name, axis) for name, axis in axes if axis >= 0),
+    )
+
+
+@dataclass(slots=True)
+class _Bound:
+    """A binding of a segment to some slots, and its arrays for chunks of the last size.
+
+    ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store's slices. ``kept`` says which of those
+    are bound now. ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
+    """
+
+    binding: Any
+    counts: Array
+    kept: int = -1
+    chunk: int = 0
+    sized: list[ort.OrtValue] = field(default_factory=list)
+    given: list[tuple[str, Array]] = field(default_factory=list)
+    made: dict[str, Array] = field(default_factory=dict)
+    fetched: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Store:
+    """Caches and kept values of a generation, for ``slots`` rows.
+
+    ``device`` is None for the host, where runs of neighbouring slots are bound without a copy; on a device all
+    slots run together.
+    """
+
+    def __init__(self, manifest: Manifest, slots: int, capacity: int, device: tuple[str, int] | None) -> None:
+        assert manifest.cache is not None
+        self.manifest, self.cache, self.slots, self.device = manifest, manifest.cache, slots, device
+        self.capacity = capacity
+        self._arrays: dict[str, Array] = {}
+        self._on_device: dict[str, ort.OrtValue] = {}
+        self._slices: dict[tuple[str, int, int], ort.OrtValue] = {}
+        self._bound: dict[tuple[str, int, int, int], _Bound] = {}
+        self._kept = 0  # how often values were replaced
+        self._options = quiet()
+        sizes = self._sizes(slots, 1)
+        for name in self.cache.buffers:
+            self._arrays[name] = empty(manifest.values[name], sizes)
+        self._settle(self.cache.buffers)
+
+    def _sizes(self, rows: int, chunk: int) -> dict[str, int]:
+        known = {self.manifest.batch or "": rows, self.cache.capacity: self.capacity, self.cache.chunk: chunk}
+        return dict.fromkeys(self.manifest.axes, 1) | known
+
+    def keep(self, values: Mapping[str, Array]) -> None:
+        """Values that chunks read and do not change; they replace those of the same names."""
+        self._arrays |= {name: np.array(value, order="C") for name, value in values.items()}
+        self._settle(values)
+        self._slices = {key: part for key, part in self._slices.items() if key[0] not in values}
+        self._kept += 1
+
+    def _settle(self, names: Any) -> None:
+        if self.device is not None:
+            for name in names:
+                self._on_device[name] = ort.OrtValue.ortvalue_from_numpy(self._arrays.pop(name), *self.device)
+
+    def grow(self, capacity: int) -> None:
+        """Make room for more tokens; what the caches hold stays."""
+        old, self.capacity = self.capacity, capacity
+        sizes = self._sizes(self.slots, 1)
+        for name in self.cache.buffers:
+            value = self.manifest.values[name]
+            larger = empty(value, sizes)
+            place = (slice(None),) * axis_of(value, self.cache.capacity) + (slice(0, old),)
+            larger[place] = self._array(name)
+            self._arrays[name] = larger
+        self._settle(self.cache.buffers)
+        self._forget()
+
+    def _array(self, name: str) -> Array:
+        found: Array = self._on_device[name].numpy() if name in self._on_device else self._arrays[name]
+        return found
+
+    def buffer(self, name: str) -> Array:
+        """The contents of a cache."""
+        return self._array(name)
+
+    def rearrange(self, sources: Sequence[int]) -> None:
+        """Slot ``i`` gets what slot ``sources[i]`` had, for as many slots as are named."""
+        moved = [(to, at) for to, at in enumerate(sources) if to != at]
+        if not moved:
+            return
+        into, out = (np.array(places) for places in zip(*moved, strict=True))
+        for name in (*self._arrays, *self._on_device):
+            if self.manifest.values[name].batch_axis is not None:
+                self._put(name, into, self._taken(name, out))
+        copied = {name for name in self._arrays if self.manifest.values[name].batch_axis}  # parts of these are copies
+        self._slices = {key: part for key, part in self._slices.items() if key[0] not in copied}
+        self._kept += bool(copied)
+
+    def saved(self, names: Sequence[str], slots: Index) -> Callable[[], None]:
+        """What brings back the contents that caches have in these slots now."""
+        held = {name: self._taken(name, slots) for name in names}
+
+        def restore() -> None:
+            for name, values in held.items():
+                self._put(name, slots, values)
+
+        return restore
+
+    def _taken(self, name: str, slots: Index) -> Array:
+        """A copy of what a value has in these slots."""
+        split, places = self._by_slot(name, self._array(name), slots)
+        found: Array = split[places]
+        return found
+
+    def _put(self, name: str, slots: Index, values: Array) -> None:
+        array = self._array(name)
+        if name in self._on_device:
+            array = array.copy()  # where the device is the CPU, it lies in memory that the old value holds
+        split, places = self._by_slot(name, array, slots)
+        split[places] = values
+        if name in self._on_device:
+            self._arrays[name] = array
+            self._settle([name])
+            self._forget()
+
+    def _forget(self) -> None:
+        """Let go of all bindings: what they are bound to has been replaced."""
+        self._bound.clear()
+        self._slices.clear()
+
+    def _by_slot(self, name: str, array: Array, slots: Index) -> tuple[Array, tuple[Any, ...]]:
+        """A view of an array with an axis of slots, and an index of some of them."""
+        axis, factor = self.manifest.values[name].batch_axis or 0, self.manifest.values[name].batch_factor
+        split = array.reshape(*array.shape[:axis], -1, factor, *array.shape[axis + 1 :])
+        return split, (*(slice(None),) * axis, slots)
+
+    def run(self, launch: Launch, low: int, high: int, values: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
+        """Run a segment on the slots from ``low`` up to ``high``: values [high - low, chunk, ...] by name.
+
+        What it returns may be overwritten by the next run.
+        """
+        chunk = max([values[name].shape[axis] for name, axis in launch.sized], default=1)
+        key = (launch.segment.name, low, high, min(chunk, _SMALL + 1))
+        bound = self._bound.get(key)
+        if bound is None:
+            bound = self._bound[key] = self._bind(launch, low, high)
+        if bound.kept != self._kept:
+            bound.kept = self._kept
+            for file_name, name in launch.kept:
+                bound.binding.bind_ortvalue_input(file_name, self._slice(name, low, high))
+        if bound.chunk != chunk:
+            self._size(bound, launch, high - low, chunk)
+        for name, array in bound.given:
+            array[...] = values[name]
+        bound.counts[...] = lengths
+        try:
+            launch.session.run_with_iobinding(bound.binding, self._options)
+        except Exception as error:
+            shapes = ", ".join(f"{wanted} {list(array.shape)}" for wanted, array in bound.given)
+            raise ExecutionError(f"segment {launch.segment.name!r} failed with {shapes}: {error}") from error
+        if bound.fetched:
+            outputs = bound.binding.get_outputs()
+            bound.made.update({wanted: outputs[at].numpy() for at, wanted in bound.fetched})
+        return bound.made
+
+    def _bind(self, launch: Launch, low: int, high: int) -> _Bound:
+        """A binding of what is the same for chunks of any size."""
+        bound = _Bound(launch.session.io_binding(), np.zeros(high - low, np.int64))
+        if launch.lengths is not None:
+            bound.binding.bind_ortvalue_input(launch.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
+        for key, name in launch.buffers:
+            bound.binding.bind_ortvalue_input(key, self._slice(name, low, high))
+        for key, name in launch.appended:
+            bound.binding.bind_ortvalue_output(key, self._slice(name, low, high))
+        return bound
+
+    def _size(self, bound: _Bound, launch: Launch, rows: int, chunk: int) -> None:
+        """Bind arrays for a chunk of this size in the place of those for the last one."""
+        values, sizes = self.manifest.values, self._sizes(rows, chunk)
+        bound.chunk, bound.given, bound.made, bound.fetched, bound.sized = chunk, [], {}, [], []
+
+        def array_of(name: str) -> tuple[Array, ort.OrtValue]:
+            array = np.zeros([evaluate(size, sizes) for size in values[name].shape], values[name].dtype)
+            bound.sized.append(ort.OrtValue.ortvalue_from_numpy(array))
+            return array, bound.sized[-1]
+
+        for key, name in launch.chunk:
+            array, value = array_of(name)
+            bound.binding.bind_ortvalue_input(key, value)
+            bound.given.append((name, array))
+        for at, (key, name) in enumerate(launch.made, len(launch.appended)):
+            if self._known(values[name]):
+                bound.made[name], value = array_of(name)
+                bound.binding.bind_ortvalue_output(key, value)
+            else:
+                bound.binding.bind_output(key)
+                bound.fetched.append((at, name))
+
+    def _known(self, value: Value) -> bool:
+        """Whether the sizes of a value follow from slots, chunk and capacity."""
+        known = {self.manifest.batch, self.cache.chunk, self.cache.capacity}
+        return all(names(size) <= known for size in value.shape)
+
+    def _slice(self, name: str, low: int, high: int) -> ort.OrtValue:
+        """A value's part that belongs to these slots, made once."""
+        if name in self._on_device:
+            return self._on_device[name]
+        if (name, low, high) not in self._slices:
+            self._slices[name, low, high] = self._part(name, low, high)
+        return self._slices[name, low, high]
+
+    def _part(self, name: str, low: int, high: int) -> ort.OrtValue:
+        value, array = self.manifest.values[name], self._arrays[name]
+        if value.batch_axis is not None:
+            at = slice(low * value.batch_factor, high * value.batch_factor)
+            array = array[(slice(None),) * value.batch_axis + (at,)]
+        if not array.flags.c_contiguous:
+            if name in self.cache.buffers:
+                raise InputError(f"the cache {name!r} does not have rows on its first axis")
+            array = np.ascontiguousarray(array)
+        return ort.OrtValue.ortvalue_from_numpy(array)

@@ -1,0 +1,1 @@
+"""Policies: what turns scores into "leave" or "go on"."""

@@ -1,0 +1,297 @@
+"""What a policy is, and how a run asks it: scores in, "leave" or "go on" out, for each row by itself.
+
+One object may serve many runs and threads at once. Most policies are frozen: what they decide depends on the
+`State` alone. A policy that `observes` learns, and what it has learned is shared by all rows and all runs that it
+serves; it guards that with a lock, and keeps nothing of any single row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle.manifest import PICK, SHORT, Exit, Stack
+from offramp.errors import ExecutionError, PolicyError
+
+Rows: TypeAlias = NDArray[np.bool_]
+Scores: TypeAlias = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a policy sees at an exit: the rows that are still in the stack, and no others.
+
+    Attributes:
+        stack: The stack's name.
+        after: How many blocks are done.
+        blocks: How many the stack has.
+        scores: For each measure that was asked for, float32 [rows] (int64 for "prediction" and "prediction-short").
+        rows: Where these rows are in the batch of the run, int64 [rows]; increasing, but in generations where others
+            have ended.
+        history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order; none where
+            full depth is asked of tokens that had waited.
+        steps: How many tokens each of these rows has generated so far, int64 [rows]; None where nothing is generated.
+    """
+
+    stack: str
+    after: int
+    blocks: int
+    scores: Scores
+    rows: NDArray[np.int64]
+    history: Mapping[int, Scores]
+    steps: NDArray[np.int64] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What full depth said of tokens that an exit had been asked about; in generations, once they are caught up.
+
+    Attributes:
+        stack: The stack's name.
+        after: After how many blocks the exit is.
+        scores: What it had scored, by measure, float32 [tokens].
+        agreed: Whether the token that full depth finds likeliest is the exit's, bool [tokens].
+    """
+
+    stack: str
+    after: int
+    scores: Scores
+    agreed: Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a step of a generation, or a stack in one run, took.
+
+    Attributes:
+        stack: The stack's name.
+        depths: After how many blocks each row left, int64 [rows].
+        milliseconds: Wall time, which all rows share.
+        blocks: How many blocks the stack has.
+    """
+
+    stack: str
+    depths: NDArray[np.int64]
+    milliseconds: float
+    blocks: int
+
+
+class Policy:
+    """Base of all policies; a plain function ``(state) -> bool [rows]`` serves as well.
+
+    The exit at full depth is a policy's business only where it has picked a token of a short list: then it says whether
+    that will do (leave), or the head is to run over the whole vocabulary. Of its scores it gets those of short lists.
+    """
+
+    @property
+    def observes(self) -> frozenset[type[Agreement | Cost]]:
+        """What it wants to be told; knowing agreement costs the head's time for the tokens that are caught up."""
+        return frozenset()
+
+    def observe(self, seen: Agreement | Cost) -> None:
+        """Learn from what happened; runs in other threads may call this at the same time."""
+
+    def compares(self, stack: str) -> bool:
+        """Whether the tokens of a step that goes deep shall be compared; asked before each, to save some the cost."""
+        return True
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        """The scores that `leave` needs at this exit; None where it is not to be asked at all."""
+        raise NotImplementedError
+
+    def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        """As `measures`, for full depth where it picks tokens of a short list: `leave` says whether one will do.
+
+        None runs the head over the whole vocabulary.
+        """
+        return tuple(measure for measure in self.measures(stack, exit_) or () if measure in SHORT) or None
+
+    def leave(self, state: State) -> Rows:
+        """Which rows leave here: bool [rows]."""
+        raise NotImplementedError
+
+    def check(self, stacks: Mapping[str, Stack]) -> None:
+        """Raise PolicyError where this policy names a stack, an exit or a score that is not there."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """This policy as JSON has it, for ``Manifest.policy``; `policies.from_dict` reads it.
+
+        Raises:
+            PolicyError: this policy is none of offramp's own.
+        """
+        raise PolicyError(f"{self!r} is not one of offramp's own policies, so JSON cannot hold it")
+
+
+@dataclass(frozen=True, slots=True)
+class Function(Policy):
+    """A plain function as a policy: asked at every exit, with every score that there is."""
+
+    function: Callable[[State], Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise PolicyError(f"{self.function!r} is no policy", hint="offramp.Confidence(0.9), or a function")
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return tuple(exit_.scores)
+
+    def leave(self, state: State) -> Rows:
+        leaving: Rows = np.asarray(self.function(state))
+        return leaving
+
+
+class Asker:
+    """One stack in one run: asks the policy at the exits, and keeps the scores.
+
+    ``record`` holds them by ``after`` and measure, [rows of the batch]: NaN (or -1) for rows that had left.
+    """
+
+    def __init__(self, policy: Policy, stack: Stack, batch: int) -> None:
+        self._policy, self._stack, self._batch = policy, stack, batch
+        self._costs = Cost in policy.observes
+        self._history: dict[int, Scores] = {}
+        self.record: dict[int, dict[str, NDArray[Any]]] = {}
+        self.steps: NDArray[np.int64] | None = None  # by place in the batch
+        self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
+        if PICK in stack.exits[-1].scores:
+            self.wanted[stack.blocks] = policy.picks(stack.name, stack.exits[-1])
+        for exit_ in stack.asking:
+            missing = set(self.wanted[exit_.after] or ()) - exit_.scores.keys()
+            if missing:
+                raise PolicyError(
+                    f"the exit of {stack.name!r} after {exit_.after} blocks does not have the scores "
+                    f"{', '.join(sorted(missing))}; there are:\n{listing({stack.name: stack})}",
+                    hint=f"insert-scores{{measure={min(missing)}}}",
+                )
+
+    def ask(self, after: int, rows: NDArray[np.int64], found: Scores) -> Rows:
+        """Which of ``rows`` leave; ``found`` has the wanted scores of these rows."""
+        scores = {measure: self._score(after, measure, rows.size, array) for measure, array in found.items()}
+        leave = self.judge(after, rows, scores)
+        self._history[after] = scores
+        self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
+        return leave
+
+    def judge(self, after: int, rows: NDArray[np.int64], scores: Scores, *, history: bool = True) -> Rows:
+        """What the policy says of ``rows`` with these scores, of which nothing is kept.
+
+        A row may come repeatedly: without ``history`` then, which is of the last token of each.
+        """
+        steps = None if self.steps is None else self.steps[rows]
+        known = dict(self._history) if history else {}
+        state = State(self._stack.name, after, self._stack.blocks, scores, rows, known, steps)
+        leave = self._policy.leave(state)
+        if not isinstance(leave, np.ndarray) or leave.dtype != np.bool_ or leave.shape != rows.shape:
+            shown = f"{leave.dtype} {list(leave.shape)}" if isinstance(leave, np.ndarray) else repr(leave)
+            raise PolicyError(
+                f"the policy has to return bool [{rows.size}] after {after} blocks of {state.stack!r}, "
+                f"one per row that is still there; it returned {shown}"
+            )
+        return leave
+
+    def spent(self, depths: Sequence[int] | NDArray[np.int64], milliseconds: float) -> None:
+        """Tell the policy what the stack took, if it wants to know."""
+        if self._costs:
+            took = np.array(depths, np.int64)
+            self._policy.observe(Cost(self._stack.name, took, milliseconds, self._stack.blocks))
+
+    def restart(self, steps: NDArray[np.int64]) -> None:
+        """Forget all scores: the rows' next tokens enter the stack; ``steps`` by place in the batch."""
+        self.steps = steps
+        self._history = {}
+        self.record = {}
+
+    def keep(self, stay: NDArray[np.int64]) -> None:
+        """Forget the rows that left; ``stay`` says which of the last rows did not."""
+        self._history = {
+            after: {measure: score[stay] for measure, score in scores.items()}
+            for after, scores in self._history.items()
+        }
+
+    def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
+        if self._stack.role == "decoder" and array.ndim == 2:  # by token: the least sure one, or what follows the text
+            if measure.startswith("prediction"):
+                array = array[:, -1]
+            else:
+                array = array.max(1) if measure == "entropy" else array.min(1)
+        if array.size != rows:
+            raise ExecutionError(
+                f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "
+                f"{list(array.shape)}, expected [{rows}]"
+            )
+        kind = np.float32 if array.dtype.kind == "f" else np.int64
+        return array.reshape(rows).astype(kind, copy=False)
+
+    def _whole(self, rows: NDArray[np.int64], score: NDArray[Any]) -> NDArray[Any]:
+        if rows.size == self._batch:
+            return score
+        whole = np.full(self._batch, np.nan if score.dtype.kind == "f" else -1, score.dtype)
+        whole[rows] = score
+        return whole
+
+
+def listing(stacks: Mapping[str, Stack]) -> str:
+    """The exits of the stacks and their scores, one line a stack, for messages."""
+    lines = []
+    for name, stack in stacks.items():
+        scores = sorted({measure for exit_ in stack.exits for measure in exit_.scores}) or ["none"]
+        exits = ", ".join(str(exit_.after) for exit_ in stack.exits)
+        lines.append(f"  {name}: exits after {exits} of {stack.blocks} blocks; scores {', '.join(scores)}")
+    return "\n".join(lines)
+
+
+def options(policy: Policy) -> dict[str, Any]:
+    """A policy that is a dataclass as JSON has it: its name, and what it was made with."""
+    assert is_dataclass(policy)
+    found = {item.name: getattr(policy, item.name) for item in fields(policy) if item.init}
+    plain = {k: {str(key): v for key, v in x.items()} if isinstance(x, Mapping) else x for k, x in found.items()}
+    return {"name": type(policy).__name__.lower()} | {k: v for k, v in plain.items() if v not in (None, {})}
+
+
+def named(stacks: Mapping[str, Stack], name: str) -> None:
+    """Raise PolicyError where there is no stack of that name."""
+    if name not in stacks:
+        raise PolicyError(f"there is no stack {name!r}; there are:\n{listing(stacks)}")
+
+
+def scored(stacks: Mapping[str, Stack], measure: str, after: Iterable[int] = ()) -> None:
+    """Raise PolicyError where no exit before full depth has the score, or none after each of so many blocks has."""
+    early = [exit_ for stack in stacks.values() for exit_ in stack.asking]
+    if not early:
+        raise PolicyError(f"there is no exit before full depth:\n{listing(stacks)}", hint="insert-exits{after=...}")
+    found = {exit_.after for exit_ in early if measure in exit_.scores}
+    if not found:
+        raise PolicyError(
+            f"no exit before full depth has the score {measure!r}; there are:\n{listing(stacks)}",
+            hint=f"insert-scores{{measure={measure}}}",
+        )
+    if missing := sorted(set(after) - found):
+        listed = ",".join(map(str, missing))
+        raise PolicyError(
+            f"no exit after {listed} blocks with the score {measure!r}; there are:\n{listing(stacks)}",
+            hint=f"insert-exits{{after={listed}}},insert-scores{{measure={measure}}}",
+        )
+
+
+def only(stacks: Mapping[str, Stack], measure: str, policy: Policy, after: int | None = None) -> Stack:
+    """The one stack that has the score at an exit before full depth (``after`` so many blocks).
+
+    Raises:
+        PolicyError: there is none, or several, which a policy that learns cannot tell apart.
+    """
+    scored(stacks, measure, () if after is None else (after,))
+    found = [
+        stack
+        for stack in stacks.values()
+        if any(measure in exit_.scores and after in (None, exit_.after) for exit_ in stack.asking)
+    ]
+    if len(found) > 1:
+        raise PolicyError(
+            f"{policy!r} learns of one stack, and several have such exits:\n{listing(stacks)}",
+            hint=f"offramp.Each({{{found[-1].name!r}: ...}})",
+        )
+    return found[0]

@@ -1,0 +1,1 @@
+"""Sound and images as the arrays that a model takes."""

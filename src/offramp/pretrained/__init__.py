@@ -1,0 +1,1 @@
+"""Directories that transformers saved: the model, example inputs, and the settings that its bundle carries."""

@@ -1,0 +1,127 @@
+"""Models of the transformers library, from a directory or by their id, and adapters of peft on them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from offramp.models import PretrainedModelError
+from offramp.pretrained import tokenization
+from offramp.pretrained.example_inputs import Listed, configs, example_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ADAPTER = "adapter_config.json"
+_TASKS = {  # of adapters that bring a head of their own; the class of others is what the base's configuration says
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+_SOURCE = "a directory with config.json and weights, or an id of the hub that this machine reaches"
+
+
+def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """The model of a directory or hub id, float32, in evaluation mode, without caches; and inputs of batch 2.
+
+    The class is the one that the configuration names, else the bare ``AutoModel``. A directory that only holds an
+    adapter of peft is merged into its base, where that is found. Code that comes with a checkpoint is not run.
+    ``note`` is told which weights are missing there, and random therefore. Raises `PretrainedModelError`.
+    """
+    adapter = _adapter(source)
+    model, missing = _load(source) if adapter is None else _merged(source, adapter)
+    if missing:
+        few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        note(f"hf:{source} has no weights for {few} of {type(model).__name__}: they are random until they are trained")
+    model.eval()
+    return model, example_inputs(model, _listed(processors(source)))
+
+
+def processors(source: str) -> str:
+    """Where the tokenizer and the like of a directory are: there, or with the base of an adapter that has none."""
+    adapter = _adapter(source)
+    if adapter is None or any(Path(source).glob("tokenizer*")):
+        return source
+    return str(adapter["base_model_name_or_path"])
+
+
+def _load(source: str, kind: str | None = None) -> tuple[PreTrainedModel, list[str]]:
+    """The model, of the class ``kind`` if that is named, and the names of the weights that are not there."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        for part in configs(config):
+            part.return_dict = True
+            for name in ("use_cache", "output_hidden_states", "output_attentions"):
+                if getattr(part, name, False):
+                    setattr(part, name, False)
+        names = [kind] if kind else config.architectures or []
+        model_class = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+        model, info = (model_class or transformers.AutoModel).from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        return model, sorted(info["missing_keys"])
+    except (OSError, ValueError, ImportError) as error:
+        own = "trust_remote_code" in str(error)
+        raise PretrainedModelError(
+            f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}",
+            hint="code that comes with a checkpoint is not run: load it in a file.py:factory" if own else _SOURCE,
+        ) from error
+
+
+def _adapter(source: str) -> dict[str, Any] | None:
+    """The settings of a directory that holds an adapter and no model of its own."""
+    folder = Path(source)
+    if not (folder / _ADAPTER).is_file() or (folder / "config.json").is_file():
+        return None
+    settings: dict[str, Any] = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+    return settings
+
+
+def _merged(source: str, adapter: dict[str, Any]) -> tuple[PreTrainedModel, list[str]]:
+    """The base with the adapter in its weights, and the names of weights that neither has."""
+    base = adapter.get("base_model_name_or_path")
+    what = f"hf:{source} is an adapter ({adapter.get('peft_type')}) of {base!r}, not a model"
+    hint = (
+        "merge the two: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIRECTORY), then "
+        "hf:DIRECTORY"
+    )
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise PretrainedModelError(f"{what}; peft, which reads it, is not installed", hint=hint) from error
+    try:
+        model, missing = _load(str(base), _TASKS.get(str(adapter.get("task_type"))))
+        own = {*(adapter.get("modules_to_save") or ())}
+        merged = peft.PeftModel.from_pretrained(model, source).merge_and_unload()
+        return merged, [name for name in missing if not own & {*name.split(".")}]
+    except PretrainedModelError as error:
+        raise PretrainedModelError(f"{what}, and {error.reason}", hint=hint) from error
+    except AttributeError as error:
+        raise PretrainedModelError(
+            f"{what}, and its kind cannot be merged", hint="a file.py:factory that returns (module, example_inputs)"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        raise PretrainedModelError(
+            f"{what}, and does not fit it: {' '.join(lines[:2])}", hint="the base that the adapter was made for"
+        ) from error
+
+
+def _listed(source: str) -> Listed:
+    """What the tokenizer and the feature extractor of a directory or hub id make."""
+    names: frozenset[str] | None = None
+    masked = False
+    with contextlib.suppress(ValueError):  # one that does not load: the configuration has to do
+        tokenizer = tokenization.load(source)
+        names = None if tokenizer is None else frozenset(tokenizer.model_input_names)
+    with contextlib.suppress(ValueError):
+        extractor = tokenization.loaded(transformers.AutoFeatureExtractor, source, tokenization.PROCESSORS)
+        masked = bool(getattr(extractor, "return_attention_mask", False))
+    return Listed(names, masked)
