@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from offramp.pretrained import generation_config
+from offramp.pretrained import generation_config, tokenization
 
 if TYPE_CHECKING:
     from torch import Tensor
