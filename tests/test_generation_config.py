@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from offramp.models import PretrainedModelError
+from offramp.errors import PretrainedModelError
 from offramp.pretrained import generation_config
 
 torch.manual_seed(0)

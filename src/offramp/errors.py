@@ -3,6 +3,7 @@
 ::
 
     OfframpError
+    ├── ModelError          a model's name leads nowhere, or what it leads to is no model (also a ValueError)
     ├── CaptureError        torch.export could not capture the model, or what it captured differs
     │   └── ForwardError    the model itself does not run on the example inputs
     ├── StructureError      the captured graph has no stack that an exit could leave
@@ -14,8 +15,6 @@
     ├── InputError          the inputs of a run do not fit the bundle (also a ValueError)
     ├── PolicyError         a policy asks for exits or scores that the bundle does not have
     └── ExecutionError      ONNX Runtime failed in a segment, or is not set up as asked
-
-They live in the runtime because it imports none of the other rooms.
 """
 
 from __future__ import annotations
@@ -33,6 +32,28 @@ class OfframpError(Exception):
         super().__init__(message if hint is None else f"{message}\n  try: {hint}")
         self.reason = message
         self.hint = hint
+
+
+class ModelError(OfframpError, ValueError):
+    """A model's name leads nowhere; base of the errors of `resolve`."""
+
+    stage = "model"
+
+
+class ModelNameError(ModelError):
+    """The name has none of the four forms."""
+
+
+class FactoryMissingError(ModelError):
+    """There is no such file, module, or function in it."""
+
+
+class FactoryResultError(ModelError):
+    """A factory returned something else than a module and its example inputs."""
+
+
+class PretrainedModelError(ModelError):
+    """A directory or hub id could not be loaded, or it takes an input that no example is known for."""
 
 
 class CaptureError(OfframpError):

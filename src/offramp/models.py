@@ -25,7 +25,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from offramp import zoo
-from offramp.errors import CaptureError, OfframpError
+from offramp.errors import (
+    CaptureError,
+    FactoryMissingError,
+    FactoryResultError,
+    ModelNameError,
+    PretrainedModelError,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,28 +40,6 @@ if TYPE_CHECKING:
     Factory: TypeAlias = Callable[[], tuple[nn.Module, Inputs]]
 
 log = logging.getLogger(__name__)
-
-
-class ModelError(OfframpError, ValueError):
-    """A model's name leads nowhere; base of the errors of `resolve`."""
-
-    stage = "model"
-
-
-class ModelNameError(ModelError):
-    """The name has none of the four forms."""
-
-
-class FactoryMissingError(ModelError):
-    """There is no such file, module, or function in it."""
-
-
-class FactoryResultError(ModelError):
-    """A factory returned something else than a module and its example inputs."""
-
-
-class PretrainedModelError(ModelError):
-    """A directory or hub id could not be loaded, or it takes an input that no example is known for."""
 
 
 def resolve(name: str, note: Callable[[str], None] = log.warning) -> Factory:

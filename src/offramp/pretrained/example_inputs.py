@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from offramp.models import PretrainedModelError
+from offramp.errors import PretrainedModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from offramp.models import PretrainedModelError
+from offramp.errors import PretrainedModelError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from offramp.models import PretrainedModelError
+from offramp.errors import PretrainedModelError
 from offramp.pretrained import tokenization
 from offramp.pretrained.example_inputs import Listed, configs, example_inputs
 
