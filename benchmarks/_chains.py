@@ -15,7 +15,7 @@ import offramp
 from benchmarks._workers import Worker, serve
 from offramp.bundle.manifest import Segment
 from offramp.runtime.engine.sessions import session_options
-from offramp.runtime.generation.buffers import launch
+from offramp.runtime.generation.buffers import chunk_segment
 
 SINGLE = "single.json"
 
@@ -96,11 +96,11 @@ def main(path: Path, single: bool) -> None:
 
     def by_session(prompt: list[int], new: int, features: str | None) -> tuple[list[int], list[float]]:
         times, tokens = [time.perf_counter()], []
-        run = model.generation(inputs(prompt, features))
-        run.reserve(len(prompt) + new)
+        session = model.session(inputs(prompt, features))
+        session.reserve(len(prompt) + new)
         chunk, count = np.array([prompt]), np.zeros(1, np.int64)
         for _ in range(new):
-            made = run.decoder.store.run(whole, 0, 1, {ids: chunk}, count)
+            made = session.decoder.store.run(whole, 0, 1, {ids: chunk}, count)
             count += chunk.shape[1]
             tokens.append(int(made[logits][0, -1].argmax()))
             chunk = np.array([tokens[-1:]])
@@ -115,7 +115,7 @@ def main(path: Path, single: bool) -> None:
         cache = model.manifest.cache
         assert cache is not None
         changing = {*cache.tokens, *cache.buffers, cache.lengths}
-        whole = launch(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
+        whole = chunk_segment(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
     serve({}, by_session if single else by_chain)
 
 

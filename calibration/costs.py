@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle.manifest import PICK, Manifest, Stack
+from offramp.bundle.schedule import Schedule
 
 Numbers = NDArray[np.float64]
 
@@ -44,42 +45,32 @@ class Costs:
         tokens: int = 1,
     ) -> Costs:
         """From the milliseconds of every segment: of one token, and ``late`` those of so many tokens at once."""
-        legs: list[tuple[str, ...]] = []
-        waiting: tuple[str, ...] = ()
-        depths = {exit_.after for exit_ in stack.exits}
-        for part in stack.parts:
-            waiting += part.segments
-            if part.depth in depths:
-                legs.append(waiting)
-                waiting = ()
-        own = {name for leg in legs for name in leg} | {name for exit_ in stack.exits for name in exit_.segments}
-        chunked = {s.segment for s in manifest.stages if s.segment and (not manifest.cache or s.when == "chunk")}
-        for stage in manifest.stages:
-            if stage.stack and (not manifest.cache or stage.when == "chunk"):
-                other = manifest.stacks[stage.stack]
-                chunked |= {name for part in other.parts for name in part.segments} | set(other.exits[-1].segments)
-        blocks = np.array([sum(times.get(name, 0.0) for name in leg) for leg in legs])
+
+        def spent(names: Iterable[str], in_: Mapping[str, float]) -> float:
+            return sum(in_.get(name, 0.0) for name in names)
+
+        schedule = Schedule.of(manifest, ("chunk",) if manifest.cache else None)
+        own = schedule.of_stack(stack.name)
+        branches = [span.branch for span in own.spans if span.branch is not None]
+        others = [step for step in schedule.steps if step is not own]
+        around = [name for step in others for span in step.spans for name in span.segments]
+        around += [name for step in others if (last := step.spans[-1].branch) for name in last.segments]
+        blocks = np.array([spent(span.segments, times) for span in own.spans])
         further = blocks.copy()  # where it could not be timed, a token that waited costs as much as any
         if late:
-            many = np.array([sum(late.get(name, times.get(name, 0.0)) for name in leg) for leg in legs])
+            many = np.array([spent(span.segments, {**times, **late}) for span in own.spans])
             further = np.maximum(many - blocks, 0.0) / (tokens - 1)
         further[0] = 0.0  # nothing waits before the first exit
-        made = [
-            {value for name in exit_.segments for value in manifest.segments[name].outputs.values()}
-            for exit_ in stack.exits[:-1]
-        ]
-        measures = {measure for exit_ in stack.exits[:-1] for measure in exit_.scores}
+        early = branches[:-1]
         return cls(
-            around=sum(times.get(name, 0.0) for name in chunked - own),
+            around=spent(around, times),
             blocks=blocks,
             further=further,
-            tails=np.array([sum(times.get(name, 0.0) for name in exit_.segments) for exit_ in stack.exits]),
-            picks=np.array([bool(manifest.cache) and PICK in e.scores and e.after < stack.blocks for e in stack.exits]),
+            tails=np.array([spent(branch.segments, times) for branch in branches]),
+            picks=np.array([bool(manifest.cache) and PICK in b.scores and not b.full for b in branches]),
             free={
-                measure: np.array(
-                    [exit_.scores.get(measure) not in values for exit_, values in zip(stack.exits, made, strict=False)]
-                )
-                for measure in sorted(measures)
+                measure: np.array([measure not in branch.scores or measure in branch.free for branch in early])
+                for measure in sorted({measure for branch in early for measure in branch.scores})
             },
         )
 

@@ -22,6 +22,7 @@ from offramp.calibration.examples import Example, Examples, together
 from offramp.calibration.quality import Quality, answers_of, graded, same_class
 from offramp.errors import InputError
 from offramp.runtime import Chain, Depth, Never, Policy, State
+from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.generation.sampling import Chooser
 from offramp.runtime.generation.tokens import Token
 from offramp.runtime.policies.base import Rows
@@ -185,7 +186,7 @@ def observe_tokens(
     """
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
-    skipped = [chain.generation(example, Never()).first is None for example in examples.inputs]
+    skipped = [chain.session(example, Never()).prompts[0].size > 1 for example in examples.inputs]
     lengths = np.array([max(0, len(text) - skip) for text, skip in zip(texts, skipped, strict=True)], np.int64)
     scores = {measure: np.full((lengths.sum(), early), np.nan, np.float32) for measure in sorted(measures)}
     quality = np.zeros((lengths.sum(), early + 1))
@@ -196,12 +197,12 @@ def observe_tokens(
         for at, exit_ in enumerate(stack.exits):
             asked = measures_of(exit_) if at < early else ()
             forced = Forced(stack.name, exit_.after, asked) if at < early else Never()
-            for step, (token, found, timed) in enumerate(_told(chain, example, forced, text, options)):
+            for step, (token, found, timed) in enumerate(_forced_tokens(chain, example, forced, text, options)):
                 quality[start + step, at] = token == text[skip + step]
                 for measure in asked:
                     scores[measure][start + step, at] = found[measure]
                 trace += timed
-        periodic = _told(chain, example, _Periodic(stack.name, stack.exits[0].after), text, options)
+        periodic = _forced_tokens(chain, example, _Periodic(stack.name, stack.exits[0].after), text, options)
         for step, (_, _, timed) in enumerate(periodic):
             late += timed if (step + 1) % _PERIOD == 0 else ()
         start += length
@@ -209,28 +210,28 @@ def observe_tokens(
     return Observed(scores, quality, lengths), costs
 
 
-def _told(
+def _forced_tokens(
     chain: Chain, example: Example, policy: Policy, text: NDArray[np.int64], options: Mapping[str, Any]
-) -> Iterator[tuple[int, Mapping[str, float], list[Timing]]]:
+) -> Iterator[tuple[int, Mapping[str, float], tuple[Timing, ...]]]:
     """Behind the prompt and each token of the text but the last: the token that comes out, its scores and what ran.
 
-    Where the prompt goes to full depth, nothing is told of it.
+    Where the prompt goes to full depth, there is nothing of it.
     """
-    run = chain.generation(example, policy)
-    plan = run.plan
-    prompts = plan.prompts(example)
+    session = chain.session(example, policy)
+    plan, prompts = session.plan, session.prompts
     chooser = Chooser(plan.sampling(prompts[0].size, {**options, **_GREEDY}), plan.vocabulary)
-    if run.first is None:
-        run.feed(prompts, None)
+    deep = prompts[0].size > 1
+    if deep:
+        session.step(prompts)
     fed = [*prompts, *(np.array([token]) for token in text[:-1])]
-    for step in range(run.first is None, len(text)):
-        run.decoder.launcher.trace = []
-        (left,) = run.feed([fed[step]], run.askers, picks=partial(_takes, chooser, step))
-        seen = np.concatenate(fed[: step + 1])
-        token = left.pick
+    for step in range(deep, len(text)):
+        ran = session.step([fed[step]], wanted=Wanted(accepts=partial(_takes, chooser, step)))
+        (result,) = ran.rows
+        token = result.pick
         if token is None:
-            token = chooser.choose(0, seen, left.outputs[plan.output].reshape(-1), step)
-        yield token, left.scores, run.decoder.launcher.trace
+            seen = np.concatenate(fed[: step + 1])
+            token = chooser.choose(0, seen, result.outputs[plan.output].reshape(-1), step)
+        yield token, result.scores, ran.trace
 
 
 def _takes(chooser: Chooser, step: int, slot: int, token: int) -> bool:

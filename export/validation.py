@@ -192,20 +192,19 @@ def stepwise(program: Program, chain: Chain) -> float:
     random = np.random.default_rng(0)
     rows, total = inputs[name].shape
     at = random.integers(1, total - 1, rows)
-    run = chain.generation({**inputs, name: [row[:n] for row, n in zip(inputs[name], at, strict=True)]}, _coin(stack))
-    largest = 0.0
     chunks = [row[:n] for row, n in zip(inputs[name], at, strict=True)]
-    askers = None
-    while run.rows:
-        for left in run.feed(chunks, askers):
-            row, after = run.rows[left.slot], left.exits[stack]
-            for output, value in left.outputs.items():
+    session = chain.session({**inputs, name: chunks}, _coin(stack))
+    output = session.plan.cache.logits
+    largest = 0.0
+    while session.rows:
+        for left in session.step(chunks).rows:
+            row, after = session.rows[left.slot], left.exits[stack]
+            for value in left.outputs.values():
                 largest = max(largest, error(value, passes[after].at(output, row, int(at[row]))))
-        run.drop([slot for slot, row in enumerate(run.rows) if at[row] == total])
-        chunks = [inputs[name][row, at[row] : at[row] + 1] for row in run.rows]
-        for row in run.rows:
+        session.drop([slot for slot, row in enumerate(session.rows) if at[row] == total])
+        chunks = [inputs[name][row, at[row] : at[row] + 1] for row in session.rows]
+        for row in session.rows:
             at[row] += 1
-        askers = run.askers
     return largest
 
 

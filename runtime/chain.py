@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -14,20 +13,25 @@ from offramp.bundle import directory
 from offramp.bundle.manifest import Manifest, Stack, Value
 from offramp.bundle.options import Sampling
 from offramp.errors import InputError
+from offramp.runtime.engine.binding import bind_takers
+from offramp.runtime.engine.engine import Engine
 from offramp.runtime.engine.inputs import Inputs
-from offramp.runtime.engine.loop import depths, execute, join, walk
-from offramp.runtime.engine.memory import DEVICES, Device, Env, Host, Index, Memory
+from offramp.runtime.engine.memory import DEVICES, Device, Host, Memory
 from offramp.runtime.engine.sessions import Providers, open_sessions
-from offramp.runtime.engine.steps import Call, Step, prepare, ready_takers
 from offramp.runtime.generation.beams import search
 from offramp.runtime.generation.cache_memory import fresh
-from offramp.runtime.generation.session import Plan, Prompts, Run
+from offramp.runtime.generation.generator import Generator, stream
+from offramp.runtime.generation.plan import GenerationPlan
+from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.speculation import in_last, refuse, verified
 from offramp.runtime.generation.stopping import TOKENIZER_FILE, Ends
-from offramp.runtime.generation.tokens import Generated, Token, stream
+from offramp.runtime.generation.tokens import Generated, Token
 from offramp.runtime.policies import builtin
-from offramp.runtime.policies.base import Asker, Function, Policy, State, listing
-from offramp.runtime.result import Result, Timing
+from offramp.runtime.policies.base import Function, Policy, State, listing
+from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.result import Result
+
+_DEFER = {"propagate": "defer", "max_pending": None}
 
 
 def load(
@@ -78,18 +82,17 @@ class Chain:
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
         self.policy = builtin.from_dict(manifest.policy) if manifest.policy else builtin.Never()
         self.policy.check(manifest.stacks)
-        device = self._device = _device or _device_of(providers)
+        device = _device or _device_of(providers)
         files = dict.fromkeys(segment.file for segment in manifest.segments.values())
         if device:
             files |= dict.fromkeys(manifest.take.values())
         sessions = open_sessions(Path(root), files, providers, threads)
-        self._memory: Memory = Host(manifest.values)
+        memory: Memory = Host(manifest.values)
         if device:
-            takers = ready_takers(manifest, sessions)
-            self._memory = Device(manifest.values, device, _read_back(manifest), takers)
-        self._steps = prepare(manifest, sessions, self._memory)
+            memory = Device(manifest.values, device, _read_back(manifest), bind_takers(manifest, sessions))
+        self._engine = Engine(manifest, sessions, memory)
         self._inputs = Inputs(manifest)
-        self._plan = Plan(manifest, sessions) if manifest.cache else None
+        self._plan = GenerationPlan(manifest, self._engine, sessions, device) if manifest.cache else None
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
@@ -114,18 +117,13 @@ class Chain:
         policy = self._asked(policy)
         refuse(policy, "run() generates nothing")
         arrays, batch = self._inputs.check(inputs)
-        askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
-        memory = self._memory
         arrays |= fresh(self.manifest, arrays, batch)
-        env = {name: memory.put(name, array) for name, array in arrays.items()}
-        exits: dict[str, Index] = {}
-        trace: list[Timing] = []
-        for step in self._steps:
-            env |= self._step(step, env, batch, askers, trace, exits)
-            env = memory.take(env, step.live, None)
-        outputs = {name: memory.get(env[value]) for name, value in self.manifest.outputs.items()}
-        scores = {name: asker.record for name, asker in askers.items()}
-        return Result(outputs, exits, scores, tuple(trace))
+        policies = {name: StackPolicy(policy, stack, batch) for name, stack in self.stacks.items()}
+        memory = self._engine.memory
+        ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
+        outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}
+        scores = {name: asked.record for name, asked in policies.items()}
+        return Result(outputs, ran.exits, scores, tuple(ran.trace))
 
     def stream(
         self,
@@ -162,14 +160,14 @@ class Chain:
             InputError: the bundle has no cache, or inputs and options do not fit it.
             PolicyError, ExecutionError: as for `run`.
         """
-        run, prompts = self._generation(inputs, policy, propagate, max_pending, options, tokenizer)
-        if run.sampling.beams > 1:
+        session = self._session(inputs, policy, options, tokenizer, propagate=propagate, max_pending=max_pending)
+        if session.sampling.beams > 1:
             whose = "" if "beams" in options else "the bundle's own "
             raise InputError(
-                f"{whose}beams={run.sampling.beams}: beam search knows a row's tokens at its end, not one by one",
+                f"{whose}beams={session.sampling.beams}: beam search knows a row's tokens at its end, not one by one",
                 hint="beams=1; or generate",
             )
-        return _tokens(run, prompts)
+        return _tokens(session)
 
     def generate(
         self,
@@ -186,14 +184,14 @@ class Chain:
         With ``beams`` the text that beam search finds: by its log-probability over ``length ** length_penalty``, the
         best of those that ended. Each beam has its own depth.
         """
-        run, prompts = self._generation(inputs, policy, propagate, max_pending, options, tokenizer)
-        if run.sampling.beams > 1:
-            found = search(run, prompts)
-            run.end()
+        session = self._session(inputs, policy, options, tokenizer, propagate=propagate, max_pending=max_pending)
+        if session.sampling.beams > 1:
+            found = search(session)
+            session.end()
             return found
-        tokens: list[list[int]] = [[] for _ in prompts]
-        exits: list[list[int]] = [[] for _ in prompts]
-        for step in _tokens(run, prompts):
+        tokens: list[list[int]] = [[] for _ in session.prompts]
+        exits: list[list[int]] = [[] for _ in session.prompts]
+        for step in _tokens(session):
             tokens[step.row].append(step.token)
             exits[step.row].append(step.exit)
         return Generated(
@@ -208,21 +206,42 @@ class Chain:
         except InputError:
             return None
 
-    def generation(self, inputs: Mapping[str, Any], policy: Any = None) -> Run:
-        """A generation to be fed by hand: inputs checked, what runs once for them done, no token run yet."""
-        refuse(self._asked(policy), "a generation by hand")
-        return self._generation(inputs, policy, "defer", None, None)[0]
+    def generator(
+        self,
+        inputs: Mapping[str, Any],
+        policy: Policy | Callable[[State], Any] | None = None,
+        *,
+        propagate: str = "defer",
+        max_pending: int | None = None,
+        tokenizer: Any = None,
+        **options: Any,
+    ) -> Generator:
+        """A generation step by step: tokens appended by hand, or chosen, and taken back; arguments as for `stream`.
 
-    def _generation(
+        Raises:
+            InputError: the bundle has no cache, or inputs and options do not fit it, beams among them.
+            PolicyError: `Verify` checks what it has generated, so it cannot be stopped between.
+        """
+        refuse(self._asked(policy), "a generation by hand")
+        session = self._session(inputs, policy, options, tokenizer, propagate=propagate, max_pending=max_pending)
+        if session.sampling.beams > 1:
+            raise InputError(f"beams={session.sampling.beams}: a generator has one text of each row", hint="beams=1")
+        return Generator(session)
+
+    def session(self, inputs: Mapping[str, Any], policy: Any = None) -> Session:
+        """A generation to be fed by hand, in which nobody chooses tokens; of it has run what runs once."""
+        refuse(self._asked(policy), "a generation by hand")
+        return self._session(inputs, policy, None)
+
+    def _session(
         self,
         inputs: Mapping[str, Any],
         policy: Any,
-        propagate: str,
-        max_pending: int | None,
         options: Mapping[str, Any] | None,
         tokenizer: Any = None,
-    ) -> tuple[Run, Prompts]:
-        """A run and its prompts; without ``options`` nobody chooses tokens."""
+        **deferral: Any,
+    ) -> Session:
+        """A generation, nothing of it run but what runs once; without ``options`` nobody chooses tokens."""
         plan = self._plan
         if plan is None:
             raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")
@@ -232,33 +251,12 @@ class Chain:
         sampling = Sampling() if options is None else plan.sampling(max(row.size for row in prompts), options)
         if drafts and sampling.beams > 1:
             refuse(policy, "beam search keeps several texts of a row (beams=1 keeps one)")
-        if drafts and (propagate != "defer" or max_pending is not None):
+        if drafts and deferral not in ({}, _DEFER):
             raise InputError("drafts are checked by full depth, and bounded by their number", hint="Verify(drafts=...)")
         if sampling.stop_strings and tokenizer is None:
             tokenizer = self._tokenizer()
         ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
-        least = self.manifest.axes[plan.cache.chunk][0]  # which other outputs than the logits may need
-        longest = max(least, *(row.size for row in prompts))
-        first = np.zeros((len(prompts), longest), self.inputs[plan.cache.tokens[0]].dtype)
-        others = {name: value for name, value in inputs.items() if name not in plan.cache.implied}
-        arrays, batch = self._inputs.check({**others, plan.cache.tokens[0]: first})
-        askers = {name: Asker(policy, stack, batch) for name, stack in self.stacks.items()}
-        arrays |= {plan.cache.lengths: np.zeros(batch, np.int64)}
-        env = {name: self._memory.put(name, array) for name, array in arrays.items()}
-        for stage, step in zip(self.manifest.stages, self._steps, strict=True):
-            if stage.when == "input":
-                env |= self._step(step, env, batch, askers, [], {})
-
-        def tables(capacity: int) -> Mapping[str, Any]:
-            sized = {**env, plan.cache.places: self._memory.put(plan.cache.places, np.arange(capacity))}
-            for stage, step in zip(self.manifest.stages, self._steps, strict=True):
-                if stage.when == "capacity":
-                    sized |= self._step(step, sized, batch, askers, [], {})
-            return {name: self._memory.get(sized[name]) for name in plan.read if name in sized}
-
-        kept = {name: self._memory.get(env[name]) for name in plan.read if name in env}
-        run = Run(plan, prompts, kept, tables, policy, sampling, ends, self._device, propagate, max_pending)
-        return run, prompts
+        return Session(plan, inputs, prompts, policy, sampling, ends, **deferral)
 
     def _tokenizer(self) -> Any:
         """The bundle's own tokenizer, None where it has none."""
@@ -278,29 +276,6 @@ class Chain:
         policy.check(self.stacks)
         return policy
 
-    def _step(
-        self,
-        step: Step,
-        env: Env,
-        batch: int,
-        askers: Mapping[str, Asker],
-        trace: list[Timing],
-        exits: dict[str, Index],
-    ) -> Env:
-        """What a stage makes of ``env``, which is left as it is."""
-        memory = self._memory
-        if isinstance(step.run, Call):
-            made = dict(env)
-            execute((step.run,), made, batch, trace)
-            return made
-        name = step.run.stack.name
-        inner = memory.take(env, step.run.reads, None)
-        started = perf_counter()
-        left = walk(step.run, inner, np.arange(batch), askers[name], memory, trace)
-        exits[name] = depths(left, batch)
-        askers[name].spent(exits[name], (perf_counter() - started) * 1e3)
-        return join(left, self.manifest.values, batch, memory)
-
     def __repr__(self) -> str:
         manifest = self.manifest
         size = sum(file.bytes for file in manifest.files.values())
@@ -314,10 +289,10 @@ class Chain:
         return "\n".join(line for line in lines if line)
 
 
-def _tokens(run: Run, prompts: Prompts) -> Iterator[Token]:
-    _, drafts = in_last(run.policy, run.plan.stacks[-1])
-    yield from verified(run, prompts, drafts) if drafts else stream(run, prompts)
-    run.end()
+def _tokens(session: Session) -> Iterator[Token]:
+    _, drafts = in_last(session.policy, session.plan.stacks[-1])
+    yield from verified(session, drafts) if drafts else stream(session)
+    session.end()
 
 
 def _listed(values: Mapping[str, Value]) -> str:

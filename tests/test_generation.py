@@ -29,8 +29,8 @@ from offramp.passes import Truncate, apply
 from offramp.program import Program
 from offramp.runtime.chain import Chain
 from offramp.runtime.generation.decoder import Decoder
-from offramp.runtime.generation.session import Run
-from offramp.runtime.generation.tokens import Token, stream
+from offramp.runtime.generation.session import Session
+from offramp.runtime.generation.tokens import Token
 from offramp.runtime.policies.base import Function as Plain
 from offramp.runtime.policies.base import State
 
@@ -250,7 +250,7 @@ class Moment:
 class Played:
     """A whole run: its tokens by step, and its state behind each."""
 
-    run: Run
+    run: Session
     steps: list[list[Token]] = field(default_factory=list)
     moments: list[Moment] = field(default_factory=list)
 
@@ -270,36 +270,35 @@ def play(
     policy: Any = None,
     propagate: str = "defer",
     max_pending: int | None = None,
-    check: Callable[[Run, list[Token]], None] | None = None,
+    check: Callable[[Session, list[Token]], None] | None = None,
     **options: Any,
 ) -> Played:
-    run, prompts = chain._generation(inputs, policy, propagate, max_pending, options)
+    generator = chain.generator(inputs, policy, propagate=propagate, max_pending=max_pending, **options)
+    run = generator._session
     played = Played(run)
-    step: list[Token] = []
-    for token in stream(run, prompts):
-        step.append(token)
-        if len(step) == len(run.rows):  # rows leave the run only behind the last token of a step
-            played.steps.append(step)
-            played.moments.append(moment(run))
-            if check:
-                check(run, step)
-            step = []
+    while generator.rows:
+        step = generator.next()
+        played.steps.append(step)  # rows that end leave the session before the next step
+        played.moments.append(moment(run))
+        if check:
+            check(run, step)
+    generator._settle()
     return played
 
 
-def moment(run: Run) -> Moment:
+def moment(run: Session) -> Moment:
     decoder, slots = run.decoder, range(len(run.rows))
-    waiting = [[decoder.waiting(leg, slot) for slot in slots] for leg in range(len(decoder.legs))]
+    waiting = [[decoder.waiting.count(span, slot) for slot in slots] for span in range(len(decoder.spans))]
     return Moment(list(run.rows), decoder.seen[:, : len(run.rows)].copy(), np.array(waiting))
 
 
-def assert_caches(run: Run, oracles: Mapping[int, Oracle]) -> None:
+def assert_caches(run: Session, oracles: Mapping[int, Oracle]) -> None:
     """What every piece of the stack has seen lies in its caches, computed as the oracles of the rows have it."""
     decoder = run.decoder
     for slot, row in enumerate(run.rows):
         expected = dict(oracles[row].caches())
-        for leg, seen in zip(decoder.legs, decoder.seen[:, slot], strict=True):
-            for name in {name for call in leg.calls for _, name in call.buffers}:
+        for span, seen in zip(decoder.spans, decoder.seen[:, slot], strict=True):
+            for name in {name for call in span.calls for _, name in call.buffers}:
                 found = decoder.store.buffer(name)[slot]
                 np.testing.assert_allclose(found[:, :seen], expected.pop(name)[:, :seen], err_msg=name, **CLOSE)
         assert not expected
@@ -316,7 +315,7 @@ class Following:
         self.following = {row: list(prompt) for row, prompt in enumerate(prompts)}
         self.steps = -start
 
-    def __call__(self, run: Run, step: list[Token]) -> None:
+    def __call__(self, run: Session, step: list[Token]) -> None:
         for token in step:
             self.oracles[token.row].feed(self.following[token.row], token.exits)
             self.following[token.row] = [token.token]
@@ -326,11 +325,11 @@ class Following:
 
 
 def pieces(decoder: Decoder) -> dict[str, list[int]]:
-    """The legs of each stack, in order."""
+    """The spans of each stack, in order."""
     found: dict[str, list[int]] = {}
-    for at, leg in enumerate(decoder.legs):
-        if leg.stack:
-            found.setdefault(leg.stack, []).append(at)
+    for at, span in enumerate(decoder.spans):
+        if span.stack:
+            found.setdefault(span.stack, []).append(at)
     return found
 
 
@@ -396,8 +395,8 @@ def test_tokens_and_caches_are_those_of_the_whole_text(
     for before, now in itertools.pairwise(played.moments):
         assert (before.seen <= now.seen).all()
     for now in played.moments:
-        for legs in pieces(played.run.decoder).values():
-            seen, waiting = now.seen[legs], now.waiting[legs]
+        for spans in pieces(played.run.decoder).values():
+            seen, waiting = now.seen[spans], now.waiting[spans]
             assert (np.diff(seen, axis=0) <= 0).all()  # what a piece has seen, the pieces before it have seen
             if propagate == "defer":
                 np.testing.assert_array_equal(seen[1:] + waiting[1:], seen[:-1])
@@ -612,7 +611,7 @@ def test_hidden_states_for_deeper_ones_differ_once_a_token_goes_deep(bundles: Ge
     for propagate in ("defer", "hidden"):
         kept = caches.setdefault(propagate, [])
 
-        def check(run: Run, step: list[Token], kept: list[dict[str, NDArray[Any]]] = kept) -> None:
+        def check(run: Session, step: list[Token], kept: list[dict[str, NDArray[Any]]] = kept) -> None:
             store = run.decoder.store
             kept.append({name: store.buffer(name)[0].copy() for name in store.cache.buffers})
 
@@ -767,7 +766,7 @@ def test_what_does_not_fit_is_said_before_anything_runs(
     bundles: Get, monkeypatch: pytest.MonkeyPatch, prompt: Any, options: dict[str, Any], reason: str
 ) -> None:
     chain = bundles("talker").chain
-    monkeypatch.setattr(Decoder, "feed", lambda *args: pytest.fail("something ran"))
+    monkeypatch.setattr(Decoder, "step", lambda *args: pytest.fail("something ran"))
     for call in (chain.stream, chain.generate):
         with pytest.raises(InputError, match=reason):
             call({"input_ids": [[1, 2], prompt]}, **options)

@@ -23,11 +23,12 @@ from offramp.bundle.manifest import Generation, section
 from offramp.errors import InputError
 from offramp.runtime import Chain
 from offramp.runtime.generation.beams import search
-from offramp.runtime.generation.decoder import Left
+from offramp.runtime.generation.decoder import RowResult
 from offramp.runtime.generation.defaults import merged
+from offramp.runtime.generation.generator import stream
 from offramp.runtime.generation.sampling import Chooser
+from offramp.runtime.generation.session import StepResult
 from offramp.runtime.generation.stopping import Ends
-from offramp.runtime.generation.tokens import stream
 
 WORDS, PAD = 41, 3
 NAMES = {
@@ -105,26 +106,25 @@ TABLE: Sequence[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-class TorchRun:
-    """What generation reads of a `Run`, with a model of transformers that reads each text anew."""
+class TorchSession:
+    """What generation reads of a `Session`, with a model of transformers that reads each text anew."""
 
-    first = askers = None
-
-    def __init__(self, logits: Callable[[int, list[int]], NDArray[np.float32]], rows: int, sampling: Any) -> None:
+    def __init__(
+        self, logits: Callable[[int, list[int]], NDArray[np.float32]], prompts: list[Any], sampling: Any
+    ) -> None:
         self.sampling, self.ends = sampling, Ends(sampling.stop)
         self.plan = SimpleNamespace(output="logits", stacks=["decoder"], vocabulary=WORDS)
-        self.decoder = SimpleNamespace(launcher=SimpleNamespace(trace=[]), taken={})
-        self.rows = list(range(rows))
+        self.prompts, self.rows = prompts, list(range(len(prompts)))
         self._logits = logits
-        self._texts: list[tuple[int, list[int]]] = [(row, []) for row in range(rows)]
+        self._texts: list[tuple[int, list[int]]] = [(row, []) for row in self.rows]
 
-    def feed(self, tokens: Sequence[NDArray[np.int64]], askers: Any, picks: Any = None) -> list[Left]:
+    def step(self, tokens: Sequence[NDArray[np.int64]], wanted: Any = None) -> StepResult:
         found = []
         for slot, new in enumerate(tokens):
             row, text = self._texts[slot]
             self._texts[slot] = row, [*text, *new.tolist()]
-            found.append(Left(slot, {"logits": self._logits(*self._texts[slot])}, {"decoder": 2}, {}, {}))
-        return found
+            found.append(RowResult(slot, {"logits": self._logits(*self._texts[slot])}, {"decoder": 2}, {}, {}))
+        return StepResult(found, (), 0)
 
     def rearrange(self, sources: Sequence[int]) -> None:
         self._texts = [self._texts[source] for source in sources]
@@ -195,12 +195,12 @@ class Case:
         generation = section(Generation, {**options, "suppress": [*options.get("suppress", ()), PAD]})
         prompts = [np.array(self.prompts[row]) for row in rows]
         sampling = merged(generation, {}, max(map(len, prompts)), WORDS)
-        run: Any = TorchRun(lambda row, text: self.logits(rows[row], text), len(rows), sampling)
+        run: Any = TorchSession(lambda row, text: self.logits(rows[row], text), prompts, sampling)
         if sampling.beams > 1:
-            found = search(run, prompts)
+            found = search(run)
             return [row.tolist() for row in found.tokens], found.scores
         texts: list[list[int]] = [[] for _ in rows]
-        for token in stream(run, prompts):
+        for token in stream(run):
             texts[token.row].append(token.token)
         return texts, ()
 

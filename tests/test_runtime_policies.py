@@ -13,7 +13,7 @@ import offramp
 from offramp.bundle.manifest import Exit, Part, Stack
 from offramp.cli._policy import SPECS, parse
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Asker, Function, Policy, State
+from offramp.runtime.policies.base import Function, Policy, State
 from offramp.runtime.policies.builtin import (
     NAMED,
     Confidence,
@@ -28,6 +28,7 @@ from offramp.runtime.policies.builtin import (
     Verify,
     from_dict,
 )
+from offramp.runtime.policies.stack_policy import StackPolicy
 
 
 def _stack(name: str, *exits: int, scores: Sequence[str] = ("top1", "entropy", "prediction")) -> Stack:
@@ -43,9 +44,9 @@ def _walk(policy: Policy, measure: str, *scores: Sequence[float]) -> list[list[b
     kind = np.int64 if measure == "prediction" else np.float32
     stack = _stack("encoder", *range(1, len(scores) + 2), scores=(measure,))
     policy.check({"encoder": stack})
-    asker = Asker(policy, stack, len(scores[0]))
+    asked = StackPolicy(policy, stack, len(scores[0]))
     rows = np.arange(len(scores[0]))
-    return [asker.ask(i + 1, rows, {measure: np.array(row, kind)}).tolist() for i, row in enumerate(scores)]
+    return [asked.leave(i + 1, rows, {measure: np.array(row, kind)}).tolist() for i, row in enumerate(scores)]
 
 
 def test_confidence() -> None:
@@ -71,10 +72,10 @@ def _at(
     """What a policy says of rows that have generated so many tokens."""
     stack = _stack("decoder", after, after + 2, scores=(measure,))
     policy.check({"decoder": stack})
-    asker = Asker(policy, stack, len(scores))
+    asked = StackPolicy(policy, stack, len(scores))
     if steps is not None:
-        asker.restart(np.array(steps, np.int64))
-    leaving = asker.ask(after, np.arange(len(scores)), {measure: np.array(scores, np.float32)})
+        asked.restart(np.array(steps, np.int64))
+    leaving = asked.leave(after, np.arange(len(scores)), {measure: np.array(scores, np.float32)})
     return [bool(one) for one in leaving]
 
 
@@ -108,18 +109,18 @@ def test_steps_are_of_the_rows_that_are_asked() -> None:
         seen.append(state)
         return state.scores["top1"] > 0.5
 
-    asker = Asker(Function(function), _stack("decoder", 1, 2, 3, scores=("top1",)), 3)
-    asker.restart(np.array([4, 5, 6]))
-    asker.ask(1, np.array([2, 0]), {"top1": np.array([0.1, 0.9], np.float32)})
-    asker.keep(np.array([0]))
-    asker.ask(2, np.array([2]), {"top1": np.array([0.1], np.float32)})
+    asked = StackPolicy(Function(function), _stack("decoder", 1, 2, 3, scores=("top1",)), 3)
+    asked.restart(np.array([4, 5, 6]))
+    asked.leave(1, np.array([2, 0]), {"top1": np.array([0.1, 0.9], np.float32)})
+    asked.keep(np.array([0]))
+    asked.leave(2, np.array([2]), {"top1": np.array([0.1], np.float32)})
     assert [state.steps.tolist() for state in seen if state.steps is not None] == [[6, 4], [6]]
 
 
 def test_shallow_and_deep() -> None:
     """A score that equals the threshold goes deep; no other exit is asked."""
     assert _at(ShallowDeep(2, 0.5), "margin", [0.4, 0.5, 0.6, math.nan], None) == [False, False, True, False]
-    assert Asker(ShallowDeep(2, measure="top1"), STACKS["encoder"], 1).wanted == {1: None, 2: ("top1",)}
+    assert StackPolicy(ShallowDeep(2, measure="top1"), STACKS["encoder"], 1).wanted == {1: None, 2: ("top1",)}
     assert _at(Verify(2, 0.5), "top1", [0.4, 0.5, 0.6], None) == [False, False, True]
 
 
@@ -131,23 +132,23 @@ def test_history_keeps_the_rows_that_stay() -> None:
         return state.scores["top1"] > 0.5
 
     stack = _stack("encoder", 1, 2, 3, 4, scores=("top1",))
-    asker = Asker(Function(function), stack, 3)
-    asker.ask(1, np.arange(3), {"top1": np.array([0.1, 0.9, 0.2], np.float16)})
-    asker.keep(np.array([0, 2]))
-    asker.ask(2, np.array([0, 2]), {"top1": np.array([[0.3], [0.8]], np.float64)})
-    asker.keep(np.array([0]))
-    asker.ask(3, np.array([0]), {"top1": np.array([0.4], np.float32)})
+    asked = StackPolicy(Function(function), stack, 3)
+    asked.leave(1, np.arange(3), {"top1": np.array([0.1, 0.9, 0.2], np.float16)})
+    asked.keep(np.array([0, 2]))
+    asked.leave(2, np.array([0, 2]), {"top1": np.array([[0.3], [0.8]], np.float64)})
+    asked.keep(np.array([0]))
+    asked.leave(3, np.array([0]), {"top1": np.array([0.4], np.float32)})
     assert {after: scores["top1"].round(1).tolist() for after, scores in seen[2].history.items()} == {
         1: pytest.approx([0.1]),
         2: pytest.approx([0.3]),
     }
     assert seen[1].history[1]["top1"].dtype == np.float32
-    np.testing.assert_allclose(asker.record[2]["top1"], [0.3, np.nan, 0.8], rtol=1e-3)
+    np.testing.assert_allclose(asked.record[2]["top1"], [0.3, np.nan, 0.8], rtol=1e-3)
 
 
 def test_which_exits_are_asked() -> None:
     def asked(policy: Policy, name: str) -> dict[int, Any]:
-        return Asker(policy, STACKS[name], 1).wanted
+        return StackPolicy(policy, STACKS[name], 1).wanted
 
     assert asked(Never(), "encoder") == {1: None, 2: None}
     assert asked(Depth(2), "encoder") == {1: None, 2: ()}
@@ -239,7 +240,7 @@ def test_a_policy_of_ones_own_that_asks_for_what_is_not_there() -> None:
             return ("luck",)
 
     with pytest.raises(PolicyError, match=r"after 1 blocks does not have the scores luck(.*\n)*.*measure=luck"):
-        Asker(Mine(), STACKS["encoder"], 1)
+        StackPolicy(Mine(), STACKS["encoder"], 1)
     with pytest.raises(PolicyError, match="JSON cannot hold it"):
         Mine().to_dict()
 

@@ -9,7 +9,7 @@ import pytest
 
 from offramp.bundle.manifest import Cache, Manifest, Segment, Value
 from offramp.runtime.engine.sessions import session_options
-from offramp.runtime.generation.buffers import Store, launch
+from offramp.runtime.generation.buffers import Store, chunk_segment
 
 ROWS, WIDTH = 4, 2
 TWICE = f"""
@@ -47,7 +47,7 @@ def test_segments_read_what_is_in_their_slots(axis: int) -> None:
     """Chunks of any size, before and after rows have moved or were replaced; the first axis is no copy, others are."""
     store, manifest = store_of(axis)
     session = onnxruntime.InferenceSession(onnx.parser.parse_model(TWICE).SerializeToString(), session_options())
-    call = launch(manifest, manifest.segments["twice"], session, frozenset({"x"}))
+    call = chunk_segment(manifest, manifest.segments["twice"], session, frozenset({"x"}))
     random = np.random.default_rng(0)
     kept = random.random((3, WIDTH, ROWS), np.float32)
     values = np.moveaxis(kept, -1, axis)

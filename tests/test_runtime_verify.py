@@ -19,7 +19,7 @@ from offramp.bundle import directory
 from offramp.errors import InputError, PolicyError
 from offramp.runtime import Chain
 from offramp.runtime.generation.sampling import Chooser, Sampling
-from offramp.runtime.generation.session import Run
+from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.speculation import in_last
 from offramp.runtime.generation.tokens import Token
 from offramp.runtime.policies.builtin import Depth, Each, Never, ShallowDeep, Verify
@@ -157,15 +157,18 @@ def test_what_is_forgotten_is_no_longer_in_the_caches(
     chains: dict[str, Chain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[list[int], int]] = []
-    drop = Run.drop
+    drop = Session.drop
 
-    def watched(run: Run, slots: Any) -> None:
+    def watched(run: Session, slots: Any) -> None:
         seen.append(
-            (run.decoder.seen[:, 0].tolist(), sum(run.decoder.waiting(at, 0) for at in range(len(run.decoder.legs))))
+            (
+                run.decoder.seen[:, 0].tolist(),
+                sum(run.decoder.waiting.count(at, 0) for at in range(len(run.decoder.spans))),
+            )
         )
         drop(run, slots)
 
-    monkeypatch.setattr(Run, "drop", watched)
+    monkeypatch.setattr(Session, "drop", watched)
     tokens = list(chains["portable"].stream({"input_ids": [[1, 2]]}, Verify(2, 0.0, drafts=3), max_new_tokens=20))
     told = [at for at, token in enumerate(tokens, start=1) if token.trace]
     checked = [lengths for lengths, waiting in seen if not waiting]

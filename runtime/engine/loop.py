@@ -1,4 +1,4 @@
-"""The hot loop: through a stack's parts, with fewer rows after each exit that some of them take."""
+"""The hot loop: through a stack's spans, with fewer rows after each exit that some of them take."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import NamedTuple
 import numpy as np
 
 from offramp.bundle.manifest import Value
+from offramp.bundle.schedule import Branch, Span
 from offramp.errors import ExecutionError
+from offramp.runtime.engine.binding import Call
 from offramp.runtime.engine.memory import Env, Index, Memory, places
-from offramp.runtime.engine.steps import Call, ReadyExit, ReadyStack
-from offramp.runtime.policies.base import Asker, Rows
+from offramp.runtime.policies.base import Rows
+from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
 
 
-class Left(NamedTuple):
+class Departure(NamedTuple):
     """Rows that left a stack together, and what they left with, under the names of full depth."""
 
     after: int
@@ -24,61 +26,68 @@ class Left(NamedTuple):
     values: Env
 
 
-def walk(stack: ReadyStack, env: Env, rows: Index, asker: Asker, memory: Memory, trace: list[Timing]) -> list[Left]:
-    """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
-    left: list[Left] = []
-    for part in stack.parts:
-        execute(part.calls, env, rows.size, trace)
-        stay: Index | None = None
-        if part.exit is not None and part.exit.full:
-            execute(part.exit.calls, env, rows.size, trace)
-            left.append(Left(part.exit.after, rows, {full: env[here] for full, here in part.exit.results.items()}))
-            break
-        if part.exit is not None:
-            leave, ran = _ask(part.exit, env, rows, asker, memory, trace)
-            if leave is not None and leave.any():
-                go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
-                wanted = part.exit.results.values() if ran else part.exit.reads
-                found = memory.take(env, wanted, go if stay.size else None)
-                if not ran:
-                    execute(part.exit.calls, found, go.size, trace)
-                values = {full: found[here] for full, here in part.exit.results.items()}
-                left.append(Left(part.exit.after, rows[go], values))
-                if not stay.size:
-                    break
-                rows = rows[stay]
-                asker.keep(stay)
-        env = memory.take(env, part.live, stay)
-    return left
+class Loop:
+    """Runs stages on rows of a batch; ``trace`` takes a line for every segment."""
+
+    def __init__(self, calls: Mapping[str, Call], memory: Memory, trace: list[Timing]) -> None:
+        self._calls, self._memory, self._trace = calls, memory, trace
+
+    def stack(self, spans: Sequence[Span], env: Env, rows: Index, policy: StackPolicy) -> list[Departure]:
+        """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
+        left: list[Departure] = []
+        for span in spans:
+            self.segments(span.segments, env, rows.size, span.dead)
+            branch = span.branch
+            assert branch is not None  # only a stage of one segment has none
+            leave, ran = self._ask(branch, env, rows, policy)
+            if leave is None or not leave.any():
+                continue
+            go, stay = np.flatnonzero(leave), np.flatnonzero(~leave)
+            wanted = branch.results.values() if ran else branch.reads
+            found = self._memory.take(env, wanted, go if stay.size else None)
+            if not ran:
+                self.segments(branch.segments, found, go.size)
+            left.append(Departure(branch.after, rows[go], {full: found[here] for full, here in branch.results.items()}))
+            if not stay.size:
+                break
+            rows = rows[stay]
+            policy.keep(stay)
+            env = self._memory.take(env, span.live, stay)
+        return left
+
+    def _ask(self, branch: Branch, env: Env, rows: Index, policy: StackPolicy) -> tuple[Rows | None, bool]:
+        """Which rows leave (None: no one was asked), and whether the exit's segments ran for that, on all rows."""
+        if branch.full:
+            return np.ones(rows.size, np.bool_), False
+        wanted = policy.wanted[branch.after]
+        if wanted is None:
+            return None, False
+        ran = not branch.free.issuperset(wanted)
+        if ran:
+            self.segments(branch.segments, env, rows.size)
+        found = {measure: self._memory.get(env[branch.scores[measure]]) for measure in wanted}
+        return policy.leave(branch.after, rows, found), ran
+
+    def segments(self, names: Sequence[str], env: Env, rows: int, dead: Sequence[frozenset[str]] = ()) -> None:
+        """Run segments one after the other; what is ``dead`` behind each is let go.
+
+        Raises:
+            ExecutionError: one failed; the message names it.
+        """
+        for at, name in enumerate(names):
+            call = self._calls[name]
+            start = perf_counter()
+            try:
+                call.run(env)
+            except Exception as error:
+                shapes = ", ".join(f"{value} {_shape(env[value])}" for value in call.inputs)
+                raise ExecutionError(f"segment {name!r} failed with {shapes}: {error}") from error
+            self._trace.append(Timing(name, (perf_counter() - start) * 1e3, rows))
+            for value in dead[at] if dead else ():
+                env.pop(value, None)
 
 
-def _ask(
-    exit_: ReadyExit, env: Env, rows: Index, asker: Asker, memory: Memory, trace: list[Timing]
-) -> tuple[Rows | None, bool]:
-    """Which rows leave (None: no one was asked), and whether the exit's calls ran for that, on all rows."""
-    wanted = asker.wanted[exit_.after]
-    if wanted is None:
-        return None, False
-    ran = not exit_.free.issuperset(wanted)
-    if ran:
-        execute(exit_.calls, env, rows.size, trace)
-    found = {measure: memory.get(env[exit_.scores[measure]]) for measure in wanted}
-    return asker.ask(exit_.after, rows, found), ran
-
-
-def execute(calls: Sequence[Call], env: Env, rows: int, trace: list[Timing]) -> None:
-    """Run segments one after the other on ``rows`` rows; ExecutionError names the one that failed."""
-    for call in calls:
-        start = perf_counter()
-        try:
-            call.run(env)
-        except Exception as error:
-            shapes = ", ".join(f"{name} {_shape(env[name])}" for name in call.inputs)
-            raise ExecutionError(f"segment {call.name!r} failed with {shapes}: {error}") from error
-        trace.append(Timing(call.name, (perf_counter() - start) * 1e3, rows))
-
-
-def join(left: list[Left], values: Mapping[str, Value], batch: int, memory: Memory) -> Env:
+def joined(left: Sequence[Departure], values: Mapping[str, Value], batch: int, memory: Memory) -> Env:
     """What the rows of a whole batch left with, in the batch's order; no copy where all left together."""
     if len(left) == 1:
         return left[0].values
@@ -100,7 +109,7 @@ def join(left: list[Left], values: Mapping[str, Value], batch: int, memory: Memo
     return whole
 
 
-def depths(left: list[Left], batch: int) -> Index:
+def depths(left: Sequence[Departure], batch: int) -> Index:
     """After how many blocks each row left: int64 [batch]."""
     found = np.empty(batch, np.int64)
     for group in left:

@@ -49,7 +49,7 @@ def places(value: Value, rows: Index) -> Index:
     return (rows[:, None] * factor + np.arange(factor)).reshape(-1)
 
 
-def quiet() -> ort.RunOptions:
+def silent_options() -> ort.RunOptions:
     """Options of a run whose failure is an exception, and not a line on stderr too."""
     options = ort.RunOptions()
     options.log_severity_level = 4
@@ -63,7 +63,7 @@ class Host:
 
     def __init__(self, values: Mapping[str, Value]) -> None:
         self._values = values
-        self._options = quiet()
+        self._options = silent_options()
 
     def prepare(self, segment: Segment, session: ort.InferenceSession) -> Callable[[Env], None]:
         run, options = session.run, self._options
@@ -110,7 +110,7 @@ class Device:
     ) -> None:
         self._values, self._device, self._to_host = values, device, to_host
         self._host = Host(values)
-        self._options = quiet()
+        self._options = silent_options()
         self._lock = threading.Lock()
         self._takers = {
             key: self._bound(session, {"data": "data", "indices": "indices"}, {"taken": "taken"}, frozenset())

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.errors import ExecutionError
-from offramp.runtime.generation.buffers import Launch, Store
+from offramp.runtime.generation.buffers import ChunkSegment, Store
 from offramp.runtime.result import Timing
 
 Array: TypeAlias = NDArray[Any]
@@ -20,13 +20,18 @@ Values: TypeAlias = dict[str, Array]
 
 
 @dataclass
-class Launcher:
-    """Runs segments on slots of a store, and keeps the trace of a step."""
+class SlotRunner:
+    """Runs segments on slots of a store, and traces them."""
 
     store: Store
-    trace: list[Timing] = field(default_factory=list)
+    _trace: list[Timing] = field(default_factory=list)
 
-    def launch(self, call: Launch, seen: Index, slots: Index, values: Values, counts: Index) -> Values:
+    def trace(self) -> tuple[Timing, ...]:
+        """What ran since this was asked last."""
+        found, self._trace = tuple(self._trace), []
+        return found
+
+    def run(self, call: ChunkSegment, seen: Index, slots: Index, values: Values, counts: Index) -> Values:
         """Run a segment on rows of which ``seen[slot]`` tokens were run before, and ``counts`` tokens of ``values``.
 
         What it returns may be overwritten by the next run on the same slots.
@@ -49,10 +54,10 @@ class Launcher:
             made = self._in_parts(call, low, high, seen, slots, given, counts)
         else:
             made = self._apart(call, seen, slots, given, counts)
-        self.trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
+        self._trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
         return made
 
-    def _with_idle(self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values) -> Values:
+    def _with_idle(self, call: ChunkSegment, low: int, high: int, seen: Index, slots: Index, given: Values) -> Values:
         """Run slots in between too: what they append lies behind their length, and is not read.
 
         Those that have no room for it get back what it has overwritten.
@@ -71,7 +76,7 @@ class Launcher:
         return made
 
     def _in_parts(
-        self, call: Launch, low: int, high: int, seen: Index, slots: Index, given: Values, counts: Index
+        self, call: ChunkSegment, low: int, high: int, seen: Index, slots: Index, given: Values, counts: Index
     ) -> Values:
         """Run narrower chunks one after the other, of the rows that have tokens left, so that these have room."""
         rows: list[dict[str, list[Array]]] = [{} for _ in slots]
@@ -88,7 +93,7 @@ class Launcher:
         whole = [{name: np.concatenate(parts) for name, parts in row.items()} for row in rows]
         return {name: padded([row[name] for row in whole]) for name in whole[0]}
 
-    def _apart(self, call: Launch, seen: Index, slots: Index, given: Values, counts: Index) -> Values:
+    def _apart(self, call: ChunkSegment, seen: Index, slots: Index, given: Values, counts: Index) -> Values:
         """One row after the other, each with just its tokens."""
         if self.store.device is not None:
             raise ExecutionError(

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offramp.errors import ExecutionError
 from offramp.runtime.generation.sampling import Chooser, log_probabilities
-from offramp.runtime.generation.session import Prompts, Run
+from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Generated
 
 
@@ -33,33 +33,31 @@ class _Row:
     ended: list[_Text] = field(default_factory=list)
 
 
-def search(run: Run, prompts: Prompts) -> Generated:
+def search(session: Session) -> Generated:
     """The best text that has ended of each row, by the sum of log-probabilities over ``length ** length_penalty``.
 
-    ``run`` has slots for all beams of each row, and its first slots hold the rows. What is kept, what counts as ended
-    and when a row is done is as in transformers' beam search, in float32.
+    ``session`` has slots for all beams of each row, and its first slots hold the rows. What is kept, what counts as
+    ended and when a row is done is as in transformers' beam search, in float32.
     """
-    chooser = Chooser(run.sampling, run.plan.vocabulary)
-    rows = [_Row(number, prompt.tolist()) for number, prompt in enumerate(prompts)]
-    going = rows if run.sampling.max_new_tokens else []
-    run.rows = list(range(len(prompts)))
-    tokens: Sequence[NDArray[np.int64]] = prompts
-    askers = run.first
+    chooser = Chooser(session.sampling, session.plan.vocabulary)
+    rows = [_Row(number, prompt.tolist()) for number, prompt in enumerate(session.prompts)]
+    going = rows if session.sampling.max_new_tokens else []
+    session.rows = list(range(len(session.prompts)))
+    tokens: Sequence[NDArray[np.int64]] = session.prompts
     while going:
-        left = run.feed(tokens, askers)
+        left = session.step(tokens).rows
         sources: list[int] = []
         slot, after = 0, []
         for row in going:
             here = left[slot : slot + len(row.beams)]
-            logits = np.stack([item.outputs[run.plan.output].reshape(-1) for item in here])
-            parents = _advance(row, logits, [item.exits[run.plan.stacks[-1]] for item in here], run, chooser)
+            logits = np.stack([item.outputs[session.plan.output].reshape(-1) for item in here])
+            parents = _advance(row, logits, [item.exits[session.plan.stacks[-1]] for item in here], session, chooser)
             sources += [slot + parent for parent in parents]
             after += [row] if parents else []
             slot += len(here)
-        run.rearrange(sources)
-        going, run.rows = after, sources
+        session.rearrange(sources)
+        going, session.rows = after, sources
         tokens = [np.array([beam.tokens[-1]]) for row in going for beam in row.beams]
-        askers = run.askers
     best = [row.ended[0] if row.ended else _Text() for row in rows]
     return Generated(
         tuple(np.array(text.tokens, np.int64) for text in best),
@@ -68,20 +66,22 @@ def search(run: Run, prompts: Prompts) -> Generated:
     )
 
 
-def _advance(row: _Row, logits: NDArray[np.float32], exits: Sequence[int], run: Run, chooser: Chooser) -> list[int]:
+def _advance(
+    row: _Row, logits: NDArray[np.float32], exits: Sequence[int], session: Session, chooser: Chooser
+) -> list[int]:
     """Extend a row's beams by a token; returns which beam each new one comes from, none where the row is done.
 
     ``logits`` are [beams, vocabulary], ``exits`` where each was made.
     """
-    beams, limit = run.sampling.beams, run.sampling.max_new_tokens
+    beams, limit = session.sampling.beams, session.sampling.max_new_tokens
     length = len(row.beams[0].tokens) + 1
-    power = np.float32(length**run.sampling.length_penalty)
+    power = np.float32(length**session.sampling.length_penalty)
     following: list[_Text] = []
     parents: list[int] = []
     for rank, (parent, token, total) in enumerate(_best(row, logits, chooser)):
         beam = row.beams[parent]
         text = _Text((*beam.tokens, token), (*beam.exits, exits[parent]), total)
-        if length == limit or run.ends([*row.prompt, *text.tokens]):
+        if length == limit or session.ends([*row.prompt, *text.tokens]):
             if rank < beams:  # what is worse is there only so that there are as many beams as before
                 row.ended.append(_Text(text.tokens, text.exits, total / power))
         elif len(following) < beams:
@@ -90,7 +90,7 @@ def _advance(row: _Row, logits: NDArray[np.float32], exits: Sequence[int], run: 
     row.ended = sorted(row.ended, key=lambda text: -text.total)[:beams]
     if not following and not row.ended:
         raise ExecutionError(f"all tokens are banned in every beam of row {row.number}, as number {length}")
-    if not following or _done(row, following[0].total, length, run):
+    if not following or _done(row, following[0].total, length, session):
         return []
     row.beams = following
     return parents
@@ -109,9 +109,9 @@ def _best(row: _Row, logits: NDArray[np.float32], chooser: Chooser) -> list[tupl
     return [(beam, token, totals[beam, token]) for beam, token in places if np.isfinite(totals[beam, token])]
 
 
-def _done(row: _Row, best: np.float32, length: int, run: Run) -> bool:
+def _done(row: _Row, best: np.float32, length: int, session: Session) -> bool:
     """Whether the search is over for a row whose best beam has the total ``best``, by ``early_stopping``."""
-    sampling = run.sampling
+    sampling = session.sampling
     if len(row.ended) < sampling.beams:
         return False
     if sampling.early_stopping is True:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from offramp.bundle.expressions import evaluate, names
 from offramp.bundle.manifest import Manifest, Segment, Value
 from offramp.errors import ExecutionError, InputError
-from offramp.runtime.engine.memory import quiet
+from offramp.runtime.engine.memory import silent_options
 from offramp.runtime.generation.cache_memory import axis_of, empty
 
 Array = NDArray[Any]
@@ -29,7 +29,7 @@ _SMALL = 16  # tokens: chunks of up to so many keep their bindings, since arrays
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class ChunkSegment:
     """A segment that runs on chunks: its inputs by what they are, as pairs of the file's name and the value's.
 
     ``sized`` are the values with an axis of a chunk's tokens, and that axis.
@@ -51,7 +51,9 @@ class Launch:
         return bool(self.kept or self.buffers)
 
 
-def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, kept: frozenset[str]) -> Launch:
+def chunk_segment(
+    manifest: Manifest, segment: Segment, session: ort.InferenceSession, kept: frozenset[str]
+) -> ChunkSegment:
     """The segment made ready; ``kept`` are the values that stay as they are from chunk to chunk."""
     cache = manifest.cache
     assert cache is not None
@@ -60,7 +62,7 @@ def launch(manifest: Manifest, segment: Segment, session: ort.InferenceSession, 
     apart = kept | cache.buffers.keys() | {cache.lengths}
     chunk = tuple((key, name) for key, name in inputs if name not in apart)
     axes = [(name, axis_of(manifest.values[name], cache.chunk)) for _, name in chunk]
-    return Launch(
+    return ChunkSegment(
         segment,
         session,
         chunk,
@@ -107,7 +109,7 @@ class Store:
         self._slices: dict[tuple[str, int, int], ort.OrtValue] = {}
         self._bound: dict[tuple[str, int, int, int], _Bound] = {}
         self._kept = 0  # how often values were replaced
-        self._options = quiet()
+        self._options = silent_options()
         sizes = self._sizes(slots, 1)
         for name in self.cache.buffers:
             self._arrays[name] = empty(manifest.values[name], sizes)
@@ -201,47 +203,49 @@ class Store:
         split = array.reshape(*array.shape[:axis], -1, factor, *array.shape[axis + 1 :])
         return split, (*(slice(None),) * axis, slots)
 
-    def run(self, launch: Launch, low: int, high: int, values: Mapping[str, Array], lengths: Array) -> dict[str, Array]:
+    def run(
+        self, segment: ChunkSegment, low: int, high: int, values: Mapping[str, Array], lengths: Array
+    ) -> dict[str, Array]:
         """Run a segment on the slots from ``low`` up to ``high``: values [high - low, chunk, ...] by name.
 
         What it returns may be overwritten by the next run.
         """
-        chunk = max([values[name].shape[axis] for name, axis in launch.sized], default=1)
-        key = (launch.segment.name, low, high, min(chunk, _SMALL + 1))
+        chunk = max([values[name].shape[axis] for name, axis in segment.sized], default=1)
+        key = (segment.segment.name, low, high, min(chunk, _SMALL + 1))
         bound = self._bound.get(key)
         if bound is None:
-            bound = self._bound[key] = self._bind(launch, low, high)
+            bound = self._bound[key] = self._bind(segment, low, high)
         if bound.kept != self._kept:
             bound.kept = self._kept
-            for file_name, name in launch.kept:
+            for file_name, name in segment.kept:
                 bound.binding.bind_ortvalue_input(file_name, self._slice(name, low, high))
         if bound.chunk != chunk:
-            self._size(bound, launch, high - low, chunk)
+            self._size(bound, segment, high - low, chunk)
         for name, array in bound.given:
             array[...] = values[name]
         bound.counts[...] = lengths
         try:
-            launch.session.run_with_iobinding(bound.binding, self._options)
+            segment.session.run_with_iobinding(bound.binding, self._options)
         except Exception as error:
             shapes = ", ".join(f"{wanted} {list(array.shape)}" for wanted, array in bound.given)
-            raise ExecutionError(f"segment {launch.segment.name!r} failed with {shapes}: {error}") from error
+            raise ExecutionError(f"segment {segment.segment.name!r} failed with {shapes}: {error}") from error
         if bound.fetched:
             outputs = bound.binding.get_outputs()
             bound.made.update({wanted: outputs[at].numpy() for at, wanted in bound.fetched})
         return bound.made
 
-    def _bind(self, launch: Launch, low: int, high: int) -> _Bound:
+    def _bind(self, segment: ChunkSegment, low: int, high: int) -> _Bound:
         """A binding of what is the same for chunks of any size."""
-        bound = _Bound(launch.session.io_binding(), np.zeros(high - low, np.int64))
-        if launch.lengths is not None:
-            bound.binding.bind_ortvalue_input(launch.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
-        for key, name in launch.buffers:
+        bound = _Bound(segment.session.io_binding(), np.zeros(high - low, np.int64))
+        if segment.lengths is not None:
+            bound.binding.bind_ortvalue_input(segment.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
+        for key, name in segment.buffers:
             bound.binding.bind_ortvalue_input(key, self._slice(name, low, high))
-        for key, name in launch.appended:
+        for key, name in segment.appended:
             bound.binding.bind_ortvalue_output(key, self._slice(name, low, high))
         return bound
 
-    def _size(self, bound: _Bound, launch: Launch, rows: int, chunk: int) -> None:
+    def _size(self, bound: _Bound, segment: ChunkSegment, rows: int, chunk: int) -> None:
         """Bind arrays for a chunk of this size in the place of those for the last one."""
         values, sizes = self.manifest.values, self._sizes(rows, chunk)
         bound.chunk, bound.given, bound.made, bound.fetched, bound.sized = chunk, [], {}, [], []
@@ -251,11 +255,11 @@ class Store:
             bound.sized.append(ort.OrtValue.ortvalue_from_numpy(array))
             return array, bound.sized[-1]
 
-        for key, name in launch.chunk:
+        for key, name in segment.chunk:
             array, value = array_of(name)
             bound.binding.bind_ortvalue_input(key, value)
             bound.given.append((name, array))
-        for at, (key, name) in enumerate(launch.made, len(launch.appended)):
+        for at, (key, name) in enumerate(segment.made, len(segment.appended)):
             if self._known(values[name]):
                 bound.made[name], value = array_of(name)
                 bound.binding.bind_ortvalue_output(key, value)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.generation.decoder import Decoder, Left
+from offramp.runtime.generation.decoder import Decoder, RowResult
 from offramp.runtime.policies.base import Agreement, Policy
 
 
@@ -18,7 +18,7 @@ class _Said(NamedTuple):
     token: int
 
 
-class Watch:
+class Feedback:
     """What exits said of the tokens that wait, by slot, until full depth has its say.
 
     Compared are the likeliest tokens, whatever was drawn or banned: so the model is judged, not the way of choosing.
@@ -26,8 +26,8 @@ class Watch:
 
     def __init__(self, policy: Policy, decoder: Decoder, stack: str, output: str) -> None:
         self._policy, self._decoder, self._stack, self._output = policy, decoder, stack, output
-        legs = [at for at, leg in enumerate(decoder.legs) if leg.stack == stack]
-        self._first, self._last = legs[0], legs[-1]
+        spans = [at for at, span in enumerate(decoder.spans) if span.stack == stack]
+        self._first, self._last = spans[0], spans[-1]
         self._full = decoder.manifest.stacks[stack].blocks
         self._waiting: list[list[list[_Said]]] = [[] for _ in range(decoder.store.slots)]
 
@@ -35,7 +35,7 @@ class Watch:
         """Whether the policy wants to know of the tokens that go deep now."""
         return self._policy.compares(self._stack)
 
-    def see(self, left: Sequence[Left], counts: Sequence[int]) -> None:
+    def see(self, left: Sequence[RowResult], counts: Sequence[int]) -> None:
         """Note what exits said in a step that had so many new tokens of each row, and tell of what was caught up."""
         known: dict[int, list[tuple[_Said, bool]]] = {}
         for item, count in zip(left, counts, strict=True):
@@ -50,17 +50,25 @@ class Watch:
                 for said, token in zip(waiting[-len(deep) :], deep, strict=True):
                     for one in said:
                         known.setdefault(one.after, []).append((one, one.token == token))
-            seen = self._decoder.seen[:, item.slot]
-            del waiting[: len(waiting) - int(seen[self._first] - seen[self._last])]
+            del waiting[: len(waiting) - self._lacking(item.slot)]
         for after, found in known.items():
             scores = {name: np.array([s.scores[name] for s, _ in found], np.float32) for name in found[0][0].scores}
             self._policy.observe(Agreement(self._stack, after, scores, np.array([same for _, same in found])))
+
+    def rollback(self, slot: int) -> None:
+        """Forget what exits said of tokens that the decoder has forgotten."""
+        del self._waiting[slot][self._lacking(slot) :]
+
+    def _lacking(self, slot: int) -> int:
+        """How many tokens of a row wait for full depth."""
+        seen = self._decoder.seen[:, slot]
+        return int(seen[self._first] - seen[self._last])
 
     def rearrange(self, sources: Sequence[int]) -> None:
         """Slot ``i`` gets what slot ``sources[i]`` had."""
         self._waiting[: len(sources)] = [list(self._waiting[source]) for source in sources]
 
-    def _said(self, item: Left) -> list[_Said]:
+    def _said(self, item: RowResult) -> list[_Said]:
         """What exits said of a row's new token; nothing of those that neither picked one nor made their outputs."""
         exit_, found = item.exits[self._stack], []
         for after, asked in item.asked.items():

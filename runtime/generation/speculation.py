@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Exit
 from offramp.errors import PolicyError
-from offramp.runtime.generation.decoder import Left
+from offramp.runtime.generation.decision import Wanted
+from offramp.runtime.generation.decoder import RowResult
 from offramp.runtime.generation.sampling import Chooser
-from offramp.runtime.generation.session import Prompts, Run
+from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Token
-from offramp.runtime.policies.base import Asker, Policy, Rows, State
+from offramp.runtime.policies.base import Policy, Rows, State
 from offramp.runtime.policies.builtin import Each, Verify
+from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
 
 Array = NDArray[Any]
@@ -87,7 +89,7 @@ class _Text:
         """Its tokens and drafts."""
         return [*self.tokens, *(draft.token for draft in self.drafts)]
 
-    def draft(self, left: Left, output: str, chooser: Chooser) -> _Draft:
+    def draft(self, left: RowResult, output: str, chooser: Chooser) -> _Draft:
         """One more draft: what an exit picked, or from its logits, the output of that name."""
         if left.pick is not None:
             self.drafts.append(_Draft(left.pick, left.scores, None))
@@ -122,8 +124,8 @@ class _Text:
         before, emitted = self._before(count)
         return count, chooser.choose(self.row, before, logits[-1], emitted)
 
-    def told(
-        self, kept: int, own: int | None, left: Left, early: Mapping[str, int], full: Mapping[str, int]
+    def released(
+        self, kept: int, own: int | None, left: RowResult, early: Mapping[str, int], full: Mapping[str, int]
     ) -> list[Token]:
         """The records of the drafts that are kept and of full depth's own token, which become the text."""
         made = [(draft.token, early, draft.scores) for draft in self.drafts[:kept]]
@@ -146,67 +148,66 @@ class _Text:
         return np.array(text), len(text) - self.given
 
 
-def verified(run: Run, prompts: Prompts, policy: Verify) -> Iterator[Token]:
+def verified(session: Session, policy: Verify) -> Iterator[Token]:
     """Generate until every row has ended; what is yielded, full depth has seen.
 
     Drafts that were kept have the exit and the scores that made them. Of the tokens that a row gets at once the last
     has the whole ``trace`` since the row's last ones, and ``caught_up``; ``milliseconds`` are shared out equally.
     """
-    sampling, plan, decoder = run.sampling, run.plan, run.decoder
+    sampling, plan, decoder = session.sampling, session.plan, session.decoder
     name = plan.stacks[-1]
     stack = plan.manifest.stacks[name]
-    first = next(at for at, leg in enumerate(decoder.legs) if leg.stack == name)
+    first = next(at for at, span in enumerate(decoder.spans) if span.stack == name)
     chooser = Chooser(sampling, plan.vocabulary)
     limit = sampling.max_new_tokens
     assert limit is not None
     if limit == 0:
         return
-    texts = [_Text(row, prompt.tolist(), prompt.size) for row, prompt in enumerate(prompts)]
+    texts = [_Text(row, prompt.tolist(), prompt.size) for row, prompt in enumerate(session.prompts)]
     full = np.zeros(len(texts), np.bool_)
-    drafting = {**run.askers, name: Asker(_Drafting(policy, full), stack, decoder.store.slots)}
-    askers = drafting if run.first else None
-    tokens = prompts
+    drafting = {**session.policies, name: StackPolicy(_Drafting(policy, full), stack, decoder.store.slots)}
+    tokens = session.prompts
 
     def picks(slot: int, token: int) -> bool:
-        text = texts[run.rows[slot]]
+        text = texts[session.rows[slot]]
         return chooser.takes(token, len(text.tokens) + len(text.drafts) - text.given)
 
-    while run.rows:
+    wanted = Wanted(_always, picks if chooser.batched else None)
+    while session.rows:
         started = perf_counter()
-        decoder.launcher.trace = []
-        left = run.feed(tokens, askers, _always if askers else None, picks if chooser.batched else None)
-        here = [texts[row] for row in run.rows]
+        ran = session.step(tokens, drafting, wanted)
+        here = [texts[row] for row in session.rows]
         deep: dict[int, Array] = {}
         closing = []  # rows that no draft can follow: they are checked without a token that goes deep
-        for slot, (item, text) in enumerate(zip(left, here, strict=True)):
+        for slot, (item, text) in enumerate(zip(ran.rows, here, strict=True)):
             if item.exits[name] == stack.blocks:
                 deep[slot] = (item.whole or item.outputs)[plan.output].reshape(-1, plan.vocabulary)
                 continue
             text.draft(item, plan.output, chooser)
-            if run.ends(text.all) or len(text.tokens) + len(text.drafts) - text.given == limit:
+            if session.ends(text.all) or len(text.tokens) + len(text.drafts) - text.given == limit:
                 closing.append(slot)
         for slot, outputs in decoder.flush(np.array(closing, np.int64), first, _always).items():
             deep[slot] = outputs[plan.output].reshape(-1, plan.vocabulary)
         caught_up = sum(len(here[slot].drafts) for slot in deep)
         judged = {slot: here[slot].judged(logits, chooser) for slot, logits in deep.items()}
+        trace = ran.trace + decoder.runner.trace()
         spent = (perf_counter() - started) * 1e3
         for text in here:
             text.milliseconds += spent
-            text.trace += decoder.launcher.trace
+            text.trace += trace
         records: list[Token] = []
         for slot, (kept, own) in judged.items():
-            decoder.rollback(slot, len(here[slot].tokens) + kept)
-            told = here[slot].told(kept, own, left[slot], {name: policy.after}, {name: stack.blocks})
-            finished = run.ends(here[slot].tokens) or len(here[slot].tokens) - here[slot].given >= limit
-            records += [*told[:-1], told[-1]._replace(caught_up=caught_up, finished=finished)]
-        ended = [slot for slot, row in enumerate(run.rows) if any(r.finished for r in records if r.row == row)]
+            session.rollback(slot, len(here[slot].tokens) + kept)
+            released = here[slot].released(kept, own, ran.rows[slot], {name: policy.after}, {name: stack.blocks})
+            finished = session.ends(here[slot].tokens) or len(here[slot].tokens) - here[slot].given >= limit
+            records += [*released[:-1], released[-1]._replace(caught_up=caught_up, finished=finished)]
+        ended = [slot for slot, row in enumerate(session.rows) if any(r.finished for r in records if r.row == row)]
         yield from sorted(records, key=lambda record: record.row)
-        run.drop(ended)
-        here = [texts[row] for row in run.rows]
+        session.drop(ended)
+        here = [texts[row] for row in session.rows]
         tokens = [np.array([text.drafts[-1].token if text.drafts else text.tokens[-1]]) for text in here]
         for text in here:
             full[text.row] = len(text.drafts) >= policy.drafts
-        askers = drafting
 
 
 def _always() -> bool:

@@ -1,0 +1,67 @@
+"""Stages, run on a batch: segments one after the other, stacks as loops that rows leave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+import onnxruntime as ort
+
+from offramp.bundle.manifest import Manifest
+from offramp.bundle.schedule import Schedule, Step
+from offramp.runtime.engine.binding import bind
+from offramp.runtime.engine.loop import Loop, depths, joined
+from offramp.runtime.engine.memory import Env, Index, Memory
+from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.result import Timing
+
+
+@dataclass
+class Ran:
+    """What stages have left behind: values by name, after how many blocks each row left each stack, and what ran."""
+
+    values: Env
+    exits: dict[str, Index] = field(default_factory=dict)
+    trace: list[Timing] = field(default_factory=list)
+
+
+class Engine:
+    """A bundle's schedule, with its segments bound to sessions.
+
+    Raises:
+        BundleError: a segment's bindings do not fit its file.
+    """
+
+    def __init__(self, manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], memory: Memory) -> None:
+        self._manifest, self.memory = manifest, memory
+        self.schedule = Schedule.of(manifest)
+        self._calls = bind(manifest, sessions, memory)
+
+    def run(self, values: Env, batch: int, policies: Mapping[str, StackPolicy], when: str | None = None) -> Ran:
+        """Run the stages of that ``when``, and keep every value; or (None) all of them, for the outputs alone.
+
+        ``values`` are this engine's memory's, and left as they are.
+        """
+        ran = Ran(dict(values))
+        for step in self.schedule.steps:
+            if when is None:
+                self._step(step, ran, batch, policies)
+                ran.values = self.memory.take(ran.values, step.live, None)
+            elif step.stage.when == when:
+                self._step(step, ran, batch, policies)
+        return ran
+
+    def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, StackPolicy]) -> None:
+        loop = Loop(self._calls, self.memory, ran.trace)
+        if step.stack is None:
+            loop.segments(step.segments, ran.values, batch)
+            return
+        name = step.stack.name
+        started = perf_counter()
+        inside = self.memory.take(ran.values, step.reads, None)
+        left = loop.stack(step.spans, inside, np.arange(batch), policies[name])
+        ran.exits[name] = depths(left, batch)
+        policies[name].report(ran.exits[name], (perf_counter() - started) * 1e3)
+        ran.values |= joined(left, self._manifest.values, batch, self.memory)

@@ -1,0 +1,75 @@
+"""The spans that run for each chunk of tokens, with their segments ready to run on some rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from offramp.bundle.manifest import Manifest
+from offramp.bundle.schedule import Branch, Names, Schedule
+from offramp.errors import InputError
+from offramp.runtime.generation.buffers import ChunkSegment, chunk_segment
+from offramp.runtime.generation.cache_memory import axis_of
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """Segments that run without a place to leave between, then perhaps an exit.
+
+    ``reads`` are the values of the chunk that this span or a later one needs from before, ``state`` the one that this
+    span of a stack makes of them, ``leaves`` those that are read behind it: by the next span, and by its exit.
+    """
+
+    stack: str | None
+    calls: tuple[ChunkSegment, ...]
+    reads: Names
+    state: str | None
+    leaves: Names
+    branch: Branch | None
+    branch_calls: tuple[ChunkSegment, ...]
+
+
+def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) -> tuple[ChunkSpan, ...]:
+    """The spans of the stages that run for each chunk; ``kept`` are the values that stay as they are meanwhile."""
+    cache = manifest.cache
+    assert cache is not None
+    ready = {
+        name: chunk_segment(manifest, segment, sessions[segment.file], kept)
+        for name, segment in manifest.segments.items()
+    }
+    apart = kept | cache.buffers.keys() | {cache.lengths}
+    spans: list[ChunkSpan] = []
+    for step in Schedule.of(manifest, ("chunk",), (cache.logits,)).steps:
+        for span in step.spans:
+            branch, passing = span.branch, step.passing
+            leaves = span.live | passing
+            if branch is not None:
+                leaves |= branch.reads | set(branch.results.values()) | {branch.scores[name] for name in branch.free}
+            spans.append(
+                ChunkSpan(
+                    step.stack.name if step.stack else None,
+                    tuple(ready[name] for name in span.segments),
+                    (span.reads | passing) - apart,
+                    span.state,
+                    leaves - apart,
+                    branch,
+                    tuple(ready[name] for name in branch.segments) if branch else (),
+                )
+            )
+    return tuple(spans)
+
+
+def check_layout(manifest: Manifest, spans: Sequence[ChunkSpan]) -> None:
+    """Values of chunks have rows, then tokens, on their first two axes; InputError where one has not."""
+    assert manifest.cache is not None
+    for span in spans:
+        for name in span.reads:
+            value = manifest.values[name]
+            along = axis_of(value, manifest.cache.chunk)
+            if (value.batch_axis, value.batch_factor) != (0, 1) or along != 1:
+                raise InputError(
+                    f"{name!r} of shape {list(value.shape)} does not have rows and tokens on its first two axes, which "
+                    "generation needs",
+                    hint="run() works; for generation, a model with hidden states [batch, tokens, features]",
+                )

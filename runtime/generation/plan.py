@@ -1,0 +1,143 @@
+"""A bundle with caches, ready to generate: what of it runs when, which values are what, and what a prompt is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle.implied import ImpliedInputs
+from offramp.bundle.manifest import Manifest
+from offramp.bundle.options import Sampling
+from offramp.errors import InputError
+from offramp.runtime.engine.engine import Engine, Ran
+from offramp.runtime.engine.inputs import Inputs
+from offramp.runtime.generation.batching import padded
+from offramp.runtime.generation.buffers import Store
+from offramp.runtime.generation.chunk_spans import ChunkSpan, check_layout, chunk_spans
+from offramp.runtime.generation.defaults import merged
+from offramp.runtime.policies.base import Policy
+from offramp.runtime.policies.stack_policy import StackPolicy
+
+Array = NDArray[Any]
+Prompts: TypeAlias = list[NDArray[np.int64]]
+
+
+class GenerationPlan:
+    """What all generations of a loaded bundle share.
+
+    Attributes:
+        output: The value of the logits that generation reads.
+        stacks: Names of the stacks that run for each chunk of tokens, in order; tokens leave the last one.
+        vocabulary: How many classes the logits have.
+    """
+
+    def __init__(
+        self, manifest: Manifest, engine: Engine, sessions: Mapping[str, Any], device: tuple[str, int] | None
+    ) -> None:
+        assert manifest.cache is not None
+        self.manifest, self.cache, self._engine, self._device = manifest, manifest.cache, engine, device
+        kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places}
+        kept |= {name for step in engine.schedule.steps if step.stage.when != "chunk" for name in step.makes}
+        self.spans: tuple[ChunkSpan, ...] = chunk_spans(manifest, sessions, frozenset(kept))
+        calls = [call for span in self.spans for call in (*span.calls, *span.branch_calls)]
+        self._read = frozenset(name for call in calls for _, name in call.kept)
+        self.stacks = [stage.stack for stage in manifest.stages if stage.when == "chunk" and stage.stack]
+        self.output = manifest.outputs[self.cache.logits]
+        self.vocabulary = int(manifest.values[self.output].shape[-1])
+        self._inputs, self._implied = Inputs(manifest), ImpliedInputs(manifest)
+        self._lock = threading.Lock()
+        self._spare: Store | None = None
+
+    def store(self, slots: int, capacity: int) -> Store:
+        """Memory for a generation, that of one that has ended where it has the same size."""
+        with self._lock:
+            spare, self._spare = self._spare, None
+        if spare is not None and (spare.slots, spare.capacity) == (slots, capacity):
+            return spare
+        return Store(self.manifest, slots, capacity, self._device)
+
+    def release(self, store: Store) -> None:
+        """Leave the memory of a generation to the next one."""
+        with self._lock:
+            self._spare = store
+
+    def once(self, inputs: Mapping[str, Any], prompts: Prompts, policy: Policy) -> Ran:
+        """Run what runs once for the inputs (an encoder).
+
+        Raises:
+            InputError: the inputs do not fit the bundle.
+        """
+        least = self.manifest.axes[self.cache.chunk][0]
+        tokens = padded([*prompts, np.zeros(least, np.int64)])[:-1]  # what is asked of tokens are their sizes
+        name = self.cache.tokens[0]
+        others = {key: value for key, value in inputs.items() if key not in self.cache.implied}
+        given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
+        given |= {self.cache.lengths: np.zeros(rows, np.int64)}
+        policies = {name: StackPolicy(policy, stack, rows) for name, stack in self.manifest.stacks.items()}
+        memory = self._engine.memory
+        return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")
+
+    def tables(self, ran: Ran, capacity: int) -> dict[str, Array]:
+        """What chunks read and do not change, where caches have room for so many tokens."""
+        memory = self._engine.memory
+        places = memory.put(self.cache.places, np.arange(capacity))
+        sized = self._engine.run({**ran.values, self.cache.places: places}, 1, {}, "capacity").values
+        return {name: memory.get(sized[name]) for name in self._read if name in sized}
+
+    def tokens_input(self) -> str:
+        """The input that holds token ids; InputError where a chunk needs more than those."""
+        if len(self.cache.tokens) != 1 or not self.manifest.values[self.cache.tokens[0]].dtype.startswith("int"):
+            raise InputError(f"generation extends one input of token ids; this bundle has {list(self.cache.tokens)}")
+        check_layout(self.manifest, self.spans)
+        return self.cache.tokens[0]
+
+    def prompts(self, inputs: Mapping[str, Any]) -> Prompts:
+        """The prompts of the batch without padding, int64 [n] each; the bundle's own where none is given."""
+        name = self.tokens_input()
+        if not isinstance(inputs, Mapping):
+            raise InputError(
+                f"inputs map names to arrays, this is a {type(inputs).__name__}", hint=f"{{{name!r}: [[1, 2, 3]]}}"
+            )
+        given = inputs.get(name)
+        if given is None:
+            start = list(self.manifest.generation.prompt)
+            if not start:
+                raise InputError(f"{name!r} is missing, and the bundle has no prompt of its own")
+            given = [start] * max((len(value) for value in inputs.values() if hasattr(value, "__len__")), default=1)
+        prompts = self.known(self._implied.kept(inputs, self.rows_of_ids(given)))
+        if not prompts or any(row.size == 0 for row in prompts):
+            raise InputError(f"{name!r}: every row needs at least one token")
+        longest = max(row.size for row in prompts)
+        if self.cache.limit is not None and longest > self.cache.limit:
+            raise InputError(f"the prompt has {longest} tokens; the model takes {self.cache.limit}")
+        return prompts
+
+    def rows_of_ids(self, given: Any) -> Prompts:
+        """Rows of token ids as arrays; InputError where they are none."""
+        name = self.cache.tokens[0]
+        try:
+            if isinstance(given, np.ndarray) and given.dtype.kind not in "iu":
+                raise TypeError(f"dtype {given.dtype}")
+            rows = [np.asarray(row) for row in given]
+            if any(row.ndim != 1 or (row.size and row.dtype.kind not in "iu") for row in rows):
+                raise TypeError("not rows of whole numbers")
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"{name!r} has to be rows of token ids, of any lengths: {error}", hint="[[1, 2, 3], [4, 5]]"
+            ) from error
+        return [row.astype(np.int64) for row in rows]
+
+    def known(self, rows: Prompts) -> Prompts:
+        """The rows; InputError where they have ids that the model does not know."""
+        count = self.cache.vocabulary or self.vocabulary
+        if wrong := [int(i) for row in rows for i in row if not 0 <= i < count]:
+            raise InputError(f"{self.cache.tokens[0]!r} has the token ids {wrong[:5]}; they go from 0 to {count - 1}")
+        return rows
+
+    def sampling(self, longest: int, options: Mapping[str, Any]) -> Sampling:
+        """How tokens are chosen after prompts of at most ``longest``: see `merged`."""
+        return merged(self.manifest.generation, options, longest, self.vocabulary, self.cache.limit)
