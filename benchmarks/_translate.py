@@ -63,6 +63,7 @@ class Way:
 
 def on_one_core() -> None:
     """Keep to one core, where exporting leaves no pool of threads behind, which later sessions would have to share."""
+    torch.set_num_threads(1)  # several would wait for each other on the one core
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 

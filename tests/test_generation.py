@@ -28,6 +28,7 @@ from offramp.export import save
 from offramp.passes import Truncate, apply
 from offramp.program import Program
 from offramp.runtime.chain import Chain
+from offramp.runtime.engine.engine import Engine
 from offramp.runtime.generation.decoder import Decoder
 from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Token
@@ -793,7 +794,7 @@ def test_inputs_beside_the_tokens_have_to_fit(
     bundles: Get, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], reason: str
 ) -> None:
     made = bundles("two_stacks")
-    monkeypatch.setattr(Chain, "_step", lambda *args: pytest.fail("something ran"))
+    monkeypatch.setattr(Engine, "run", lambda *args: pytest.fail("something ran"))
     inputs = {**made.inputs([[1], [2]]), **changed}
     with pytest.raises(InputError, match=reason):
         made.chain.stream({key: value for key, value in inputs.items() if value is not None})

@@ -250,7 +250,7 @@ def test_what_cannot_be_verified_is_refused(chains: dict[str, Chain], tmp_path: 
     with pytest.raises(PolicyError, match="only 'more' makes tokens"):
         in_last(Each({"decoder": Verify(1)}), "more")
     with pytest.raises(PolicyError, match="a generation by hand"):
-        chain.generation(inputs, Verify(2))
+        chain.generator(inputs, Verify(2))
     wrong: list[dict[str, Any]] = [{"propagate": "hidden"}, {"max_pending": 3}]
     for options in wrong:
         with pytest.raises(InputError, match="checked by full depth"):

@@ -1,0 +1,114 @@
+"""Generation step by step: `Chain.generator` against `generate`, and against one pass over the same tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+import offramp
+from offramp.errors import InputError, PolicyError
+from offramp.runtime import Chain
+
+PROMPTS = [[1, 5, 3], [2], [7, 4]]
+
+
+@pytest.fixture(scope="module")
+def chain(decoder: tiny.Captured, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    program = offramp.apply(decoder.program, "insert-cache,insert-exits{after=1|3},insert-scores{measure=top1}")
+    path = tmp_path_factory.mktemp("generator") / "decoder.offramp"
+    offramp.save(program, path)
+    return offramp.load(path)
+
+
+def logits(chain: Chain, text: list[int]) -> Any:
+    """Those that follow a text at full depth."""
+    return chain.run({"input_ids": [text]}, offramp.Never()).outputs["output"][0, -1]
+
+
+@pytest.mark.parametrize("policy", [offramp.Never(), offramp.Confidence(0.2), offramp.Depth({"decoder": 1})], ids=repr)
+def test_next_gives_what_generate_gives(chain: Chain, policy: offramp.Policy) -> None:
+    expected = chain.generate({"input_ids": PROMPTS}, policy, max_new_tokens=6)
+    generator = chain.generator({"input_ids": PROMPTS}, policy, max_new_tokens=6)
+    found: list[list[int]] = [[] for _ in PROMPTS]
+    while generator.rows:
+        for token in generator.next():
+            found[token.row].append(token.token)
+    assert found == [row.tolist() for row in expected.tokens]
+    for row, prompt in enumerate(PROMPTS):
+        assert generator.tokens(row).tolist() == [*prompt, *found[row]]
+    assert generator.next() == []
+    with pytest.raises(InputError, match="every row has ended"):
+        generator.logits()
+
+
+def test_appended_tokens_are_read_as_one_text(chain: Chain) -> None:
+    generator = chain.generator({"input_ids": PROMPTS}, offramp.Never(), max_new_tokens=20)
+    texts = [list(prompt) for prompt in PROMPTS]
+    for new in ([[9, 9], [3], [1, 2, 3]], [[4], [5], [6]]):
+        generator.append(new)
+        texts = [text + more for text, more in zip(texts, new, strict=True)]
+        for row, found in enumerate(generator.logits()):
+            np.testing.assert_allclose(found, logits(chain, texts[row]), rtol=1e-4, atol=1e-5)
+    chosen = [token.token for token in generator.next()]
+    assert chosen == [int(logits(chain, text).argmax()) for text in texts]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_what_was_taken_back_leaves_no_trace(chain: Chain, early: bool) -> None:
+    policy = offramp.Depth({"decoder": 1}) if early else offramp.Never()
+    straight = chain.generator({"input_ids": [[1, 5, 3]]}, policy, max_new_tokens=20)
+    straight.append([[8]])
+    expected = [straight.next()[0].token for _ in range(4)]
+    generator = chain.generator({"input_ids": [[1, 5, 3]]}, policy, max_new_tokens=20)
+    for _ in range(3):
+        generator.next()
+    generator.rewind(3)
+    generator.append([[8]])
+    assert [generator.next()[0].token for _ in range(4)] == expected
+    assert generator.tokens(0).tolist() == [1, 5, 3, 8, *expected]
+
+
+def test_a_policy_that_learns_is_told_nothing_of_what_was_taken_back(chain: Chain) -> None:
+    policy = offramp.Adaptive(1, 0.5, "top1")
+    generator = chain.generator({"input_ids": [[1]]}, policy, max_new_tokens=60)
+    for _ in range(10):
+        for _ in range(4):
+            generator.next()
+        generator.rewind(generator.tokens(0).size - 2)
+    feedback, decoder = generator._session._feedback, generator._session.decoder
+    assert feedback is not None
+    assert len(feedback._waiting[0]) == decoder.seen[0, 0] - decoder.seen[-1, 0]
+
+
+def test_what_does_not_fit_is_refused(chain: Chain) -> None:
+    generator = chain.generator({"input_ids": PROMPTS}, max_new_tokens=4)
+    for tokens, reason in (
+        ([[1]], "tokens for 1 rows; there are 3"),
+        ([[1], [], [2]], "each needs at least one"),
+        ([[1], [2], [tiny.WORDS]], "has the token ids"),
+        ("abc", "rows of token ids"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            generator.append(tokens)
+    for length in (0, 2):
+        with pytest.raises(InputError, match=rf"rewind to {length}: the rows have 1 to 1 tokens"):
+            generator.rewind(length)
+    with pytest.raises(InputError, match="a generator has one text of each row"):
+        chain.generator({"input_ids": PROMPTS}, beams=2)
+    with pytest.raises(PolicyError, match="a generation by hand"):
+        chain.generator({"input_ids": PROMPTS}, offramp.Verify(1))
+    assert len(generator.next()) == 3
+
+
+def test_the_encoder_s_exits_and_trace_are_kept(two_stacks: tiny.Captured, tmp_path: Path) -> None:
+    program = offramp.apply(two_stacks.program, "insert-cache,insert-exits{stack=encoder,after=1}")
+    offramp.save(program, tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    inputs = {name: tensor.numpy() for name, tensor in two_stacks.inputs.items()}
+    generator = chain.generator(inputs, lambda state: state.rows == 0, max_new_tokens=2)
+    assert generator.exits["encoder"].tolist() == [1, *[chain.stacks["encoder"].blocks] * (len(generator.rows) - 1)]
+    assert {timing.segment.split(".")[0] for timing in generator.trace} >= {"encoder"}
