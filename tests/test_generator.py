@@ -86,12 +86,13 @@ def test_a_policy_that_learns_is_told_nothing_of_what_was_taken_back(chain: Chai
 
 def test_what_does_not_fit_is_refused(chain: Chain) -> None:
     generator = chain.generator({"input_ids": PROMPTS}, max_new_tokens=4)
-    for tokens, reason in (
+    wrong: list[tuple[Any, str]] = [
         ([[1]], "tokens for 1 rows; there are 3"),
         ([[1], [], [2]], "each needs at least one"),
         ([[1], [2], [tiny.WORDS]], "has the token ids"),
         ("abc", "rows of token ids"),
-    ):
+    ]
+    for tokens, reason in wrong:
         with pytest.raises(InputError, match=reason):
             generator.append(tokens)
     for length in (0, 2):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from offramp import models, zoo
+from offramp import errors, models, zoo
 from offramp.program import capture
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft
@@ -118,7 +118,7 @@ def test_module_of_the_working_directory(file: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("name", ["", "model", "model.py", "hf:", "file.py:", ":factory", "file.py:not a name"])
 def test_other_forms_are_refused(name: str) -> None:
-    with pytest.raises(models.ModelNameError, match=r"(?s)names no model.*file\.py:factory.*zoo:minilm"):
+    with pytest.raises(errors.ModelNameError, match=r"(?s)names no model.*file\.py:factory.*zoo:minilm"):
         models.resolve(name)
 
 
@@ -129,12 +129,12 @@ def test_unknown_zoo_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(models.FactoryMissingError, match=r"there is no file .*gone\.py"):
+    with pytest.raises(errors.FactoryMissingError, match=r"there is no file .*gone\.py"):
         models.resolve(f"{tmp_path / 'gone.py'}:factory")
 
 
 def test_missing_module() -> None:
-    with pytest.raises(models.FactoryMissingError, match="there is no module no_such_package"):
+    with pytest.raises(errors.FactoryMissingError, match="there is no module no_such_package"):
         models.resolve("no_such_package.models:factory")()
 
 
@@ -146,7 +146,7 @@ def test_missing_import_inside_a_module_is_not_mistaken_for_it(tmp_path: Path, m
 
 
 def test_missing_factory_lists_the_functions_of_the_file(file: Path) -> None:
-    with pytest.raises(models.FactoryMissingError, match=r"(?s)no function bynome.*one of .*by_name, by_position"):
+    with pytest.raises(errors.FactoryMissingError, match=r"(?s)no function bynome.*one of .*by_name, by_position"):
         models.resolve(f"{file}:bynome")()
 
 
@@ -161,7 +161,7 @@ def test_missing_factory_lists_the_functions_of_the_file(file: Path) -> None:
     ],
 )
 def test_what_a_factory_returns_is_checked(file: Path, factory: str, reason: str) -> None:
-    with pytest.raises(models.FactoryResultError, match=reason):
+    with pytest.raises(errors.FactoryResultError, match=reason):
         models.resolve(f"{file}:{factory}")()
 
 
@@ -278,13 +278,13 @@ def test_only_encoders_get_padding(tmp_path: Path) -> None:
 
 def test_pretrained_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(models.PretrainedModelError, match=r"(?s)could not be loaded.*config\.json and weights"):
+    with pytest.raises(errors.PretrainedModelError, match=r"(?s)could not be loaded.*config\.json and weights"):
         models.resolve(f"hf:{tmp_path}")()
 
 
 def test_pretrained_of_an_unknown_kind(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture"}))
-    with pytest.raises(models.PretrainedModelError, match="could not be loaded"):
+    with pytest.raises(errors.PretrainedModelError, match="could not be loaded"):
         models.resolve(f"hf:{tmp_path}")()
 
 
@@ -292,7 +292,7 @@ def test_pretrained_with_code_of_its_own(tmp_path: Path) -> None:
     mapped = {"AutoConfig": "configuration.Config", "AutoModel": "modeling.Model"}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-architecture", "auto_map": mapped}))
     (tmp_path / "configuration.py").write_text("raise SystemExit('it ran')")
-    with pytest.raises(models.PretrainedModelError, match=r"(?s)could not be loaded.*is not run.*file\.py:factory"):
+    with pytest.raises(errors.PretrainedModelError, match=r"(?s)could not be loaded.*is not run.*file\.py:factory"):
         models.resolve(f"hf:{tmp_path}")()
 
 
@@ -327,7 +327,7 @@ def test_an_adapter_without_its_base_names_it(tmp_path: Path) -> None:
     folder, _ = adapted(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(
-        models.PretrainedModelError, match=r"(?s)is an adapter \(LORA\) of '.*base', not a model.*merge_and_unload"
+        errors.PretrainedModelError, match=r"(?s)is an adapter \(LORA\) of '.*base', not a model.*merge_and_unload"
     ):
         models.resolve(f"hf:{folder}")()
 
@@ -338,7 +338,7 @@ def test_an_adapter_that_does_not_fit_its_base(tmp_path: Path) -> None:
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    with pytest.raises(models.PretrainedModelError, match=r"(?s)does not fit it: .*size mismatch.*made for"):
+    with pytest.raises(errors.PretrainedModelError, match=r"(?s)does not fit it: .*size mismatch.*made for"):
         models.resolve(f"hf:{folder}")()
 
 
@@ -348,5 +348,5 @@ def test_an_adapter_that_only_adds_tokens(tmp_path: Path) -> None:
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(models.PretrainedModelError, match=r"(?s)cannot be merged.*file\.py:factory"):
+    with pytest.raises(errors.PretrainedModelError, match=r"(?s)cannot be merged.*file\.py:factory"):
         models.resolve(f"hf:{tmp_path / 'adapter'}")()

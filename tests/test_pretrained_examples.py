@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from offramp import models
+from offramp import errors, models
 from offramp.pretrained.example_inputs import Listed, example_inputs
 
 Shapes = dict[str, tuple[int, ...]]
@@ -210,7 +210,7 @@ def test_a_model_that_does_not_run_on_what_was_made_up_says_why() -> None:
 
     model.forward = forward
     with pytest.raises(
-        models.PretrainedModelError,
+        errors.PretrainedModelError,
         match=r"(?s)LlamaForCausalLM does not run on the inputs .*input_ids \[2, 9\].*wants more.*file.py:factory",
     ) as caught:
         example_inputs(model)
@@ -219,7 +219,7 @@ def test_a_model_that_does_not_run_on_what_was_made_up_says_why() -> None:
 
 def test_a_main_input_of_an_unknown_kind() -> None:
     model = made("PatchTSTModel", d_model=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32)
-    with pytest.raises(models.PretrainedModelError, match="no example is known for 'past_values'"):
+    with pytest.raises(errors.PretrainedModelError, match="no example is known for 'past_values'"):
         example_inputs(model)
 
 
