@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from itertools import pairwise
 
-from offramp.bundle.expressions import evaluate, names
+from offramp.bundle.expressions import names
 from offramp.bundle.implied import GREATEST
 from offramp.bundle.manifest import DTYPES, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
 from offramp.bundle.options import OPTIONS, read
@@ -53,7 +53,7 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
         if name in manifest.values and cache.capacity not in manifest.values[name].shape:
             yield f"cache.buffers: {name!r} has no axis {cache.capacity!r}"
         elif _kind(manifest, name) != _kind(manifest, made):
-            yield f"cache.buffers: {name!r} and {made!r} differ in dtype, rank or batch axis"
+            yield f"cache.buffers: {name!r} and {made!r} differ in dtype, rank or place of rows"
     logits = manifest.values.get(manifest.outputs.get(cache.logits, ""))
     if logits is None or not logits.shape or not isinstance(logits.shape[-1], int):
         yield f"cache.logits: {cache.logits!r} is no output with a fixed number of classes on its last axis"
@@ -110,15 +110,9 @@ def _value(manifest: Manifest, name: str, value: Value) -> Iterator[str]:
             return
     if unknown:
         yield f"{where}.shape: no such axes: {', '.join(sorted(unknown))}"
-    if value.batch_axis is None:
-        return
-    if manifest.batch is None or not 0 <= value.batch_axis < len(value.shape) or value.batch_factor < 1:
-        yield f"{where}.batch_axis: no rows can lie on axis {value.batch_axis} of {list(value.shape)}"
-    elif not unknown and not _holds_rows(value.shape[value.batch_axis], value.batch_factor, manifest):
-        yield (
-            f"{where}.batch_axis: axis {value.batch_axis} of {list(value.shape)} is not "
-            f"{value.batch_factor} times {manifest.batch}"
-        )
+    of_rows = [size for size in value.shape if manifest.batch in names(size)]
+    if len(of_rows) > 1 or (of_rows and value.place(manifest.batch) is None):
+        yield f"{where}.shape: rows of {manifest.batch!r} cannot be told apart in {list(value.shape)}"
 
 
 def _counts(value: Value, batch: str) -> bool:
@@ -126,18 +120,6 @@ def _counts(value: Value, batch: str) -> bool:
         return any(names(size) == {batch} for size in value.shape)
     except ValueError:
         return False
-
-
-def _holds_rows(size: int | str, factor: int, manifest: Manifest) -> bool:
-    """Whether ``size`` is ``factor`` times the batch, tried at two lengths of the batch."""
-    for rows in (2, 5):
-        try:
-            found = evaluate(size, dict.fromkeys(manifest.axes, 3) | {manifest.batch or "": rows})
-        except ValueError:
-            return False
-        if found != rows * factor:
-            return False
-    return True
 
 
 def _references(manifest: Manifest) -> Iterator[str]:
@@ -194,7 +176,7 @@ def _stack(stack: Stack) -> Iterator[str]:
 
 def _kind(manifest: Manifest, name: str) -> tuple[object, ...]:
     value = manifest.values.get(name)
-    return (value.dtype, len(value.shape), value.batch_axis, value.batch_factor) if value else ()
+    return (value.dtype, len(value.shape), value.place(manifest.batch)) if value else ()
 
 
 class _Flow:
@@ -265,14 +247,14 @@ class _Flow:
         stands_for |= {made: self._manifest.outputs.get(name, made) for name, made in exit_.outputs.items()}
         for made, full in stands_for.items():
             if _kind(self._manifest, made) != _kind(self._manifest, full):
-                yield f"{where}: {made!r} and {full!r} differ in dtype, rank or batch axis"
+                yield f"{where}: {made!r} and {full!r} differ in dtype, rank or place of rows"
         yield from self._there(exit_.scores.values(), here, f"{where}, scores")
         for measure, name in exit_.scores.items():
             if name not in self._manifest.values:
                 continue  # which is said above
-            rank, *place = _kind(self._manifest, name)[1:]
+            rank, place = _kind(self._manifest, name)[1:]
             by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
-            if self._manifest.batch and (not (rank == 1 or by_token) or place != [0, 1]):
+            if self._manifest.batch and (not (rank == 1 or by_token) or place != (0, 1)):
                 yield f"{where}, score {measure}: {name!r} is neither [{self._manifest.batch}] nor with tokens"
 
     def _run(self, name: str, there: set[str]) -> Iterator[str]:

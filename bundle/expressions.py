@@ -45,6 +45,18 @@ def solve(expression: str, axis: str, size: int, sizes: Mapping[str, int]) -> in
 
 
 @lru_cache(maxsize=1024)
+def multiple(expression: int | str, axis: str) -> int | None:
+    """How many times the length of ``axis`` a size is, whatever that is; None where it is no multiple of it alone."""
+    if isinstance(expression, int) or names(expression) != {axis}:
+        return None
+    try:
+        at = [evaluate(expression, {axis: length}) for length in (1, 2, 5)]
+    except ValueError:  # it divides by zero
+        return None
+    return at[0] if at[0] > 0 and at == [at[0], 2 * at[0], 5 * at[0]] else None
+
+
+@lru_cache(maxsize=1024)
 def _parse(expression: str) -> ast.expr:
     if len(expression) > _LONGEST:
         raise ValueError(f"an expression of more than {_LONGEST} characters: {expression[:40]}...")

@@ -19,12 +19,13 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from offramp.bundle.expressions import multiple
 from offramp.bundle.parse import decode
 from offramp.bundle.preprocessing import Preprocessing, preprocessing_problems
 from offramp.errors import BundleError
 
 FORMAT = "offramp"
-VERSION = 4
+VERSION = 5
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 
@@ -47,15 +48,21 @@ DTYPES: Mapping[str, str] = {
 class Value:
     """A tensor that crosses segments.
 
-    ``shape`` holds sizes, or expressions over the manifest's axes ("batch", "2*tokens + 1"). ``batch_axis``
-    is the axis along which rows of a batch lie, None when the value is the same for all rows; each row takes
-    ``batch_factor`` consecutive places of it (7 for a shape like ``["7*batch", ...]``).
+    ``shape`` holds sizes, or expressions over the manifest's axes ("batch", "2*tokens + 1").
     """
 
     dtype: str
     shape: tuple[int | str, ...]
-    batch_axis: int | None = None
-    batch_factor: int = 1
+
+    def place(self, axis: str | None) -> tuple[int, int] | None:
+        """Where the items of an axis lie (rows, tokens): the dimension, and how many consecutive places each has.
+
+        That is (0, 7) for the batch of ``["7*batch", ...]``; None where the value is the same for all of them.
+        """
+        for dimension, size in enumerate(self.shape):
+            if axis is not None and (factor := multiple(size, axis)):
+                return dimension, factor
+        return None
 
     def __str__(self) -> str:
         return f"{self.dtype} [{', '.join(map(str, self.shape))}]"

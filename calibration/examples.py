@@ -86,27 +86,24 @@ def _rows(chain: Chain, batch: Mapping[str, Any]) -> list[Example]:
         raise InputError(f"data has {unknown or 'no inputs'}; this bundle takes {sorted(chain.inputs)} and {LABELS!r}")
     if chain.manifest.batch is None:
         return [batch]
-    counts = {name: _count(chain, name, value) for name, value in batch.items() if _axis(chain, name) is not None}
+    counts = {name: _count(chain, name, value) for name, value in batch.items() if chain.rows_of(name) is not None}
     if len(set(counts.values())) != 1:
         raise InputError(f"the data's inputs have different numbers of rows: {counts}")
     (count,) = set(counts.values())
     return [{name: _row(chain, name, value, row) for name, value in batch.items()} for row in range(count)]
 
 
-def _axis(chain: Chain, name: str) -> int | None:
-    return chain.inputs[name].batch_axis
-
-
 def _count(chain: Chain, name: str, value: Any) -> int:
     if name == chain.generates:
         return len(value)
-    return int(np.shape(value)[_axis(chain, name) or 0]) // chain.inputs[name].batch_factor
+    axis, factor = chain.rows_of(name) or (0, 1)
+    return int(np.shape(value)[axis]) // factor
 
 
 def _row(chain: Chain, name: str, value: Any, row: int) -> Any:
     if name == chain.generates:
         return [np.asarray(value[row], np.int64)]
-    axis, factor = _axis(chain, name), chain.inputs[name].batch_factor
+    axis, factor = chain.rows_of(name) or (None, 1)
     array = np.asarray(value, chain.inputs[name].dtype if not isinstance(value, np.ndarray) else None)
     return array if axis is None else array.take(range(row * factor, (row + 1) * factor), axis)
 
@@ -127,5 +124,5 @@ def together(chain: Chain, examples: Sequence[Example]) -> Iterator[tuple[list[i
 
 
 def _joined(chain: Chain, name: str, values: Sequence[Any]) -> Any:
-    axis = _axis(chain, name)
-    return values[0] if axis is None or len(values) == 1 else np.concatenate(values, axis)
+    place = chain.rows_of(name)
+    return values[0] if place is None or len(values) == 1 else np.concatenate(values, place[0])

@@ -128,7 +128,7 @@ def stack_of(chain: Chain, name: str | None = None) -> Stack:
 def observe_rows(chain: Chain, stack: Stack, examples: Examples, quality: Quality = same_class) -> Observed:
     """What every exit makes of rows; without labels the reference is the answer at full depth."""
     answer = answers_of(chain)
-    axis = chain.outputs[answer].batch_axis
+    place = chain.rows_of(answer)
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
     scores = {measure: np.full((len(examples), early), np.nan, np.float32) for measure in sorted(measures)}
@@ -140,7 +140,7 @@ def observe_rows(chain: Chain, stack: Stack, examples: Examples, quality: Qualit
             asked = () if full else measures_of(exit_)
             result = chain.run(inputs, Never() if full else Forced(stack.name, exit_.after, asked))
             output = result.outputs[answer]
-            answers = [output] if axis is None else list(np.moveaxis(output, axis, 0))
+            answers = [output] if place is None else list(np.moveaxis(output, place[0], 0))
             references = references or answers
             found[rows, at] = [graded(quality, *pair) for pair in zip(answers, references, strict=True)]
             for measure in asked:

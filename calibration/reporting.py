@@ -117,8 +117,8 @@ class _Bench:
         result = self.chain.run(example, policy)
         elapsed = (perf_counter() - started) * 1e3
         name = answers_of(self.chain)
-        axis = self.chain.outputs[name].batch_axis
-        answer = result.outputs[name] if axis is None else result.outputs[name].take(0, axis)
+        place = self.chain.rows_of(name)
+        answer = result.outputs[name] if place is None else result.outputs[name].take(0, place[0])
         return answer, elapsed, result.exits[self.stack.name].tolist()
 
     def points(self, examples: Examples, ways: Mapping[str, Policy]) -> list[Point]:

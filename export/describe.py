@@ -68,8 +68,8 @@ class Describer:
         axes = self.program.axes
         take = {}
         for value in self.values.values():
-            if value.batch_axis is not None:
-                take[f"{value.dtype}/{value.batch_axis}"] = self.writer.take(value.dtype, value.batch_axis)
+            if place := value.place(axes.names[axes.batch]) if self.batch else None:
+                take[f"{value.dtype}/{place[0]}"] = self.writer.take(value.dtype, place[0])
         return m.Manifest(
             model=model,
             inputs=tuple(self.program.inputs),
@@ -212,9 +212,7 @@ class Describer:
     def _value(self, name: str, node: fx.Node) -> None:
         self.origin[name] = node
         sizes = tuple(self._size(self.program.axes.describe(size)) for size in shape(node))
-        place = self.program.axes.batch_axis(node) if self.batch else None
-        axis, factor = place or (None, 1)
-        self.values[name] = m.Value(str(node.meta["val"].dtype).removeprefix("torch."), sizes, axis, factor)
+        self.values[name] = m.Value(str(node.meta["val"].dtype).removeprefix("torch."), sizes)
 
     def _size(self, size: int | str) -> int | str:
         """A size as the manifest writes it; one that its arithmetic cannot say gets a name of its own."""

@@ -160,8 +160,8 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         def value(name: str, one: bool = one) -> torch.Tensor:
             found: torch.Tensor = values[origin[name]].detach()
             kind = manifest.values[name]
-            if one and kind.batch_axis is not None:  # the file takes one row at a time
-                return found.narrow(kind.batch_axis, 0, kind.batch_factor)
+            if one and (place := kind.place(manifest.batch)):  # the file takes one row at a time
+                return found.narrow(place[0], 0, place[1])
             return found
 
         feed = {key: value(name).contiguous().numpy() for key, name in segment.inputs.items()}
@@ -253,13 +253,13 @@ def _rows(program: Program, chain: Chain) -> float:
     largest = 0.0
     for at, after in enumerate(exits):
         forced = chain.run(inputs, Depth({stack.name: after}))
-        for name, value in chain.manifest.outputs.items():
-            axis = chain.manifest.values[value].batch_axis
+        for name in chain.manifest.outputs:
+            axis, factor = chain.rows_of(name) or (None, 1)
             if axis is None:
                 continue
             rows = np.flatnonzero(mixed.exits[stack.name] == after)
             rows = rows[rows % len(exits) == at]
-            if len(rows) and chain.manifest.values[value].batch_factor == 1:
+            if len(rows) and factor == 1:
                 wanted = torch.from_numpy(np.take(forced.outputs[name], rows, axis))
                 largest = max(
                     largest,

@@ -87,9 +87,11 @@ class Chain:
         if device:
             files |= dict.fromkeys(manifest.take.values())
         sessions = open_sessions(Path(root), files, providers, threads)
-        memory: Memory = Host(manifest.values)
+        memory: Memory = Host(manifest.values, manifest.batch)
         if device:
-            memory = Device(manifest.values, device, _read_back(manifest), bind_takers(manifest, sessions))
+            memory = Device(
+                manifest.values, manifest.batch, device, _read_back(manifest), bind_takers(manifest, sessions)
+            )
         self._engine = Engine(manifest, sessions, memory)
         self._inputs = Inputs(manifest)
         self._plan = GenerationPlan(manifest, self._engine, sessions, device) if manifest.cache else None
@@ -197,6 +199,10 @@ class Chain:
         return Generated(
             tuple(np.array(row, np.int64) for row in tokens), tuple(np.array(row, np.int64) for row in exits)
         )
+
+    def rows_of(self, name: str) -> tuple[int, int] | None:
+        """Where rows lie in an input or output: the dimension, and how many places each has; None where it has none."""
+        return {**self.inputs, **self.outputs}[name].place(self.manifest.batch)
 
     @property
     def generates(self) -> str | None:

@@ -52,8 +52,8 @@ class Writer:
         root.mkdir(parents=True, exist_ok=True)
         (root / m.WEIGHTS_FILE).write_bytes(self._data)
 
-    def value(self, name: str, dtype: str, *shape: int | str, axis: int | None = None, factor: int = 1) -> str:
-        self.values[name] = m.Value(dtype, shape, axis, factor)
+    def value(self, name: str, dtype: str, *shape: int | str) -> str:
+        self.values[name] = m.Value(dtype, shape)
         return name
 
     def file(self, name: str, graph: str, *weights: str) -> str:
@@ -126,15 +126,13 @@ def classifier(
     """
     w = Writer(root)
     rows: int | str = 1 if layout == "none" else "batch"
-    at = None if layout == "none" else 0
-    axis, factor = (1 if layout == "second" else at), (3 if layout == "folded" else 1)
 
     def hidden(name: str, tokens: int | str = "tokens") -> str:
         lead = {"folded": ("3*batch", tokens), "second": (tokens, "batch")}.get(layout, (rows, tokens))
-        return w.value(name, "float32", *lead, _WIDTH, axis=axis, factor=factor)
+        return w.value(name, "float32", *lead, _WIDTH)
 
     _prologue(w, layout)
-    w.value("ids", "int64", *((rows, 3, "tokens") if layout == "folded" else (rows, "tokens")), axis=at)
+    w.value("ids", "int64", *((rows, 3, "tokens") if layout == "folded" else (rows, "tokens")))
     w.value("table", "float32", *(("tokens", 1, _WIDTH) if layout == "second" else ("tokens", _WIDTH)))
     made = {"hidden": hidden("hidden0"), "context": hidden("context", 1), "table": "table"}
     w.segment("prologue", "prologue.onnx", {"ids": "ids"}, made)
@@ -145,13 +143,13 @@ def classifier(
         inputs = {"hidden": f"hidden{i - 1}", "context": "context", "table": "table"}
         outputs = {"out": hidden(f"hidden{i}")}
         if scores == "block":
-            outputs["calm"] = w.value(f"calm{i}", "float32", rows, axis=at)
+            outputs["calm"] = w.value(f"calm{i}", "float32", rows)
         w.segment(f"block{i}", _block(w, weight, layout), inputs, outputs)
         if i in (*exits, 4):
             state = hidden(f"adapted{i}") if adapters and i < 4 else f"hidden{i}"
             names = () if scores == "block" else ("top1", "entropy", "prediction")
-            found = {n: w.value(f"{n}{i}", "int64" if n == "prediction" else "float32", rows, axis=at) for n in names}
-            logits = {"logits": w.value(f"logits{i}", "float32", rows, _CLASSES, axis=at)}
+            found = {n: w.value(f"{n}{i}", "int64" if n == "prediction" else "float32", rows) for n in names}
+            logits = {"logits": w.value(f"logits{i}", "float32", rows, _CLASSES)}
             pieces = [w.segment(f"exit{i}.tail", "tail.onnx", {"hidden": state}, logits | found)]
             if state.startswith("adapted"):
                 pieces.insert(
@@ -179,11 +177,11 @@ def translator(root: Path) -> Path:
     w = Writer(root)
     lead = ("batch", "tokens")
     for name in ("source", "target"):
-        w.value(name, "int64", *lead, axis=0)
+        w.value(name, "int64", *lead)
     for name in ("hidden0", "hidden1", "hidden2", "adapted1", "encoded", "state0", "state1", "state2"):
-        w.value(name, "float32", *lead, _WIDTH, axis=0)
+        w.value(name, "float32", *lead, _WIDTH)
     for name in ("context", "memory"):
-        w.value(name, "float32", "batch", 1, _WIDTH, axis=0)
+        w.value(name, "float32", "batch", 1, _WIDTH)
     for name in ("table", "places"):
         w.value(name, "float32", "tokens", _WIDTH)
     _prologue(w, "first")
@@ -224,8 +222,8 @@ def translator(root: Path) -> Path:
     ways = []
     for i in (1, 2):
         w.segment(f"decoder{i}", f"block{i}.onnx", {"hidden": f"state{i - 1}", **around}, {"out": f"state{i}"})
-        w.value(f"logits{i}", "float32", "batch", _CLASSES, axis=0)
-        w.value(f"top1.{i}", "float32", "batch", axis=0)
+        w.value(f"logits{i}", "float32", "batch", _CLASSES)
+        w.value(f"top1.{i}", "float32", "batch")
         outputs = {"logits": f"logits{i}", "top1": f"top1.{i}"}
         w.segment(f"exit{i}", "tail.onnx", {"hidden": f"state{i}"}, outputs)
         ways.append(m.Exit(i, (f"exit{i}",), f"state{i}", {"logits": f"logits{i}"}, {"top1": f"top1.{i}"}))

@@ -287,7 +287,7 @@ def test_axes(saved: Get) -> None:
     time_first = saved("time_first").manifest
     (stack,) = time_first.stacks.values()
     hidden = time_first.values[stack.exits[0].state]
-    assert (hidden.shape[1:], hidden.batch_axis) == (("batch", tiny.WIDTH), 1)
+    assert (hidden.shape[1:], hidden.place("batch")) == (("batch", tiny.WIDTH), (1, 1))
     assert saved("mixing").manifest.batch is None
 
 

@@ -869,7 +869,7 @@ def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get) -> None:
 def test_hidden_states_whose_rows_lie_elsewhere(bundles: Get) -> None:
     made = bundles("talker")
     manifest = made.chain.manifest
-    turned = {"decoder.2": replace(manifest.values["decoder.2"], shape=("tokens", "batch", tiny.WIDTH), batch_axis=1)}
+    turned = {"decoder.2": replace(manifest.values["decoder.2"], shape=("tokens", "batch", tiny.WIDTH))}
     chain = Chain(replace(manifest, values={**manifest.values, **turned}), made.root)
     assert (chain.generates, made.chain.generates) == (None, "input_ids")
     with pytest.raises(InputError, match=r"'decoder.2' of shape .* does not have rows and tokens on its first two"):

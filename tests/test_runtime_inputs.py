@@ -13,9 +13,9 @@ from offramp.errors import InputError
 from offramp.runtime.engine.inputs import Inputs
 
 VALUES = {
-    "ids": Value("int64", ("batch", "tokens"), 0),
-    "mask": Value("bool", ("batch", "tokens"), 0),
-    "audio": Value("float32", ("3*batch", "2*tokens + 1", 4), 0, 3),
+    "ids": Value("int64", ("batch", "tokens")),
+    "mask": Value("bool", ("batch", "tokens")),
+    "audio": Value("float32", ("3*batch", "2*tokens + 1", 4)),
     "offset": Value("int32", ()),
 }
 AXES = {"batch": (1, None), "tokens": (2, 8)}
@@ -96,7 +96,7 @@ def test_all_problems_come_together() -> None:
 
 
 def test_an_axis_that_only_an_expression_holds() -> None:
-    values = {"audio": Value("float32", ("3*batch", "2*tokens + 1"), 0, 3)}
+    values = {"audio": Value("float32", ("3*batch", "2*tokens + 1"))}
     inputs = Inputs(Manifest("m", ("audio",), {}, "batch", AXES, values, {}, {}, (), {}))
     assert inputs.check({"audio": np.zeros((6, 7), np.float32)})[1] == 2
     with pytest.raises(InputError, match="axis 0 of 'audio' has 7 places, which is no 3\\*batch"):

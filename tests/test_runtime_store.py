@@ -24,14 +24,14 @@ def store_of(axis: int) -> tuple[Store, Manifest]:
     """A store whose kept value has its rows on an axis."""
     shape: list[int | str] = [3, WIDTH]
     shape.insert(axis, "batch")
-    chunk = Value("float32", ("batch", "chunk", WIDTH), 0)
+    chunk = Value("float32", ("batch", "chunk", WIDTH))
     made = Manifest(
         model="m",
         inputs=(),
         outputs={},
         batch="batch",
         axes={"batch": (1, None), "chunk": (1, None), "capacity": (1, None)},
-        values={"x": Value("float32", tuple(shape), axis), "h": chunk, "z": chunk, "y": Value("float32", ("n",))},
+        values={"x": Value("float32", tuple(shape)), "h": chunk, "z": chunk, "y": Value("float32", ("n",))},
         segments={"twice": Segment("twice", "twice.onnx", {"x": "x", "h": "h"}, {"y": "y", "z": "z"})},
         stacks={},
         stages=(),

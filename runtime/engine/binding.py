@@ -75,7 +75,8 @@ def _row_by_row(
             made.append(one)
         for name, value in values.items():
             parts = [memory.get(one[name]) for one in made]
-            whole = parts[0] if value.batch_axis is None else np.concatenate(parts, value.batch_axis)
+            place = value.place(manifest.batch)
+            whole = parts[0] if place is None else np.concatenate(parts, place[0])
             env[name] = memory.put(name, whole)
 
     return call

@@ -64,4 +64,4 @@ class Engine:
         left = loop.stack(step.spans, inside, np.arange(batch), policies[name])
         ran.exits[name] = depths(left, batch)
         policies[name].report(ran.exits[name], (perf_counter() - started) * 1e3)
-        ran.values |= joined(left, self._manifest.values, batch, self.memory)
+        ran.values |= joined(left, self._manifest.values, self._manifest.batch, batch, self.memory)

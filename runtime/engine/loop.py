@@ -87,24 +87,27 @@ class Loop:
                 env.pop(value, None)
 
 
-def joined(left: Sequence[Departure], values: Mapping[str, Value], batch: int, memory: Memory) -> Env:
-    """What the rows of a whole batch left with, in the batch's order; no copy where all left together."""
+def joined(
+    left: Sequence[Departure], values: Mapping[str, Value], axis: str | None, length: int, memory: Memory
+) -> Env:
+    """What all items of an axis (rows, as a rule) left with, in its order; no copy where all left together."""
     if len(left) == 1:
         return left[0].values
     whole: Env = {}
     for name, last in left[-1].values.items():
-        axis = values[name].batch_axis
-        if axis is None:
+        place = values[name].place(axis)
+        if place is None:
             whole[name] = last
             continue
+        at, factor = place
         pieces = [memory.get(group.values[name]) for group in left]
-        shapes = [piece.shape[:axis] + piece.shape[axis + 1 :] for piece in pieces]
+        shapes = [piece.shape[:at] + piece.shape[at + 1 :] for piece in pieces]
         if len(set(shapes)) > 1:
             raise ExecutionError(f"{name!r} has different shapes at different exits: {shapes}")
-        shape = (*pieces[0].shape[:axis], batch * values[name].batch_factor, *pieces[0].shape[axis + 1 :])
+        shape = (*pieces[0].shape[:at], length * factor, *pieces[0].shape[at + 1 :])
         array = np.empty(shape, pieces[0].dtype)
         for group, piece in zip(left, pieces, strict=True):
-            array[(slice(None),) * axis + (places(values[name], group.rows),)] = piece
+            array[(slice(None),) * at + (places(group.rows, factor),)] = piece
         whole[name] = memory.put(name, array)
     return whole
 

@@ -31,8 +31,8 @@ class Memory(Protocol):
     def prepare(self, segment: Segment, session: ort.InferenceSession) -> Callable[[Env], None]:
         """A function that runs the segment: it reads its inputs from the environment and adds its outputs."""
 
-    def take(self, env: Env, names: Iterable[str], rows: Index | None) -> Env:
-        """A new environment with these values only; of those with rows only ``rows``, or all for None."""
+    def take(self, env: Env, names: Iterable[str], items: Index | None, axis: str | None = None) -> Env:
+        """A new environment with these values only; of those with ``axis`` (None: rows) these items (None: all)."""
 
     def put(self, name: str, array: Array) -> Tensor:
         """A tensor of this memory, for the value of that name."""
@@ -41,12 +41,9 @@ class Memory(Protocol):
         """A numpy array."""
 
 
-def places(value: Value, rows: Index) -> Index:
-    """Where ``rows`` of the batch lie on the value's batch axis."""
-    factor = value.batch_factor
-    if factor == 1:
-        return rows
-    return (rows[:, None] * factor + np.arange(factor)).reshape(-1)
+def places(items: Index, factor: int) -> Index:
+    """Where items of an axis lie along a dimension, of which each takes ``factor`` places."""
+    return items if factor == 1 else (items[:, None] * factor + np.arange(factor)).reshape(-1)
 
 
 def silent_options() -> ort.RunOptions:
@@ -61,8 +58,8 @@ def silent_options() -> ort.RunOptions:
 class Host:
     """Tensors are numpy arrays; a segment's outputs are ONNX Runtime's own memory, not copies."""
 
-    def __init__(self, values: Mapping[str, Value]) -> None:
-        self._values = values
+    def __init__(self, values: Mapping[str, Value], batch: str | None) -> None:
+        self._values, self._batch = values, batch
         self._options = silent_options()
 
     def prepare(self, segment: Segment, session: ort.InferenceSession) -> Callable[[Env], None]:
@@ -76,10 +73,10 @@ class Host:
 
         return call
 
-    def take(self, env: Env, names: Iterable[str], rows: Index | None) -> Env:
-        if rows is None:
+    def take(self, env: Env, names: Iterable[str], items: Index | None, axis: str | None = None) -> Env:
+        if items is None:
             return {name: env[name] for name in names}
-        return {name: self._rows(env[name], self._values[name], rows) for name in names}
+        return {name: self._items(name, env[name], items, axis) for name in names}
 
     def put(self, name: str, array: Array) -> Tensor:
         return array
@@ -88,28 +85,27 @@ class Host:
         array: Array = tensor
         return array
 
-    @staticmethod
-    def _rows(array: Array, value: Value, rows: Index) -> Array:
-        if value.batch_axis is None:
-            return array
-        return array.take(places(value, rows), axis=value.batch_axis)
+    def _items(self, name: str, array: Array, items: Index, axis: str | None) -> Array:
+        place = self._values[name].place(axis or self._batch)
+        return array if place is None else array.take(places(items, place[1]), axis=place[0])
 
 
 class Device:
     """Tensors stay on a device, all but those that ``to_host`` names, which segments put out to the host.
 
-    ``takers`` are the sessions of ``Manifest.take``; rows of a value that has none go over the host.
+    ``takers`` are the sessions of ``Manifest.take``; items of a value that has none go over the host.
     """
 
     def __init__(
         self,
         values: Mapping[str, Value],
+        batch: str | None,
         device: tuple[str, int],
         to_host: frozenset[str],
         takers: Mapping[str, ort.InferenceSession],
     ) -> None:
-        self._values, self._device, self._to_host = values, device, to_host
-        self._host = Host(values)
+        self._values, self._batch, self._device, self._to_host = values, batch, device, to_host
+        self._host = Host(values, batch)
         self._options = silent_options()
         self._lock = threading.Lock()
         self._takers = {
@@ -120,10 +116,10 @@ class Device:
     def prepare(self, segment: Segment, session: ort.InferenceSession) -> Callable[[Env], None]:
         return self._bound(session, segment.inputs, segment.outputs, self._to_host)
 
-    def take(self, env: Env, names: Iterable[str], rows: Index | None) -> Env:
-        if rows is None:
+    def take(self, env: Env, names: Iterable[str], items: Index | None, axis: str | None = None) -> Env:
+        if items is None:
             return {name: env[name] for name in names}
-        return {name: self._rows(name, env[name], rows) for name in names}
+        return {name: self._items(name, env[name], items, axis) for name in names}
 
     def put(self, name: str, array: Array) -> Tensor:
         return array if name in self._to_host else self._copy(array)
@@ -134,15 +130,16 @@ class Device:
         array: Array = tensor.numpy()
         return array.copy() if self._device[0] == "cpu" else array  # there it lies in memory that the value holds
 
-    def _rows(self, name: str, tensor: Tensor, rows: Index) -> Tensor:
+    def _items(self, name: str, tensor: Tensor, items: Index, axis: str | None) -> Tensor:
         value = self._values[name]
-        if value.batch_axis is None:
+        place = value.place(axis or self._batch)
+        if place is None:
             return tensor
-        taker = self._takers.get(f"{value.dtype}/{value.batch_axis}")
+        taker = self._takers.get(f"{value.dtype}/{place[0]}")
         if name in self._to_host or taker is None:
-            host = self._host.take({name: self.get(tensor)}, (name,), rows)
+            host = self._host.take({name: self.get(tensor)}, (name,), items, axis)
             return self.put(name, host[name])
-        env = {"data": tensor, "indices": self._copy(places(value, rows))}
+        env = {"data": tensor, "indices": self._copy(places(items, place[1]))}
         taker(env)
         return env["taken"]
 

@@ -159,9 +159,9 @@ class Store:
             return
         into, out = (np.array(places) for places in zip(*moved, strict=True))
         for name in (*self._arrays, *self._on_device):
-            if self.manifest.values[name].batch_axis is not None:
+            if self._place(name) is not None:
                 self._put(name, into, self._taken(name, out))
-        copied = {name for name in self._arrays if self.manifest.values[name].batch_axis}  # parts of these are copies
+        copied = {name for name in self._arrays if (self._place(name) or (0, 1))[0]}  # parts of these are copies
         self._slices = {key: part for key, part in self._slices.items() if key[0] not in copied}
         self._kept += bool(copied)
 
@@ -199,7 +199,7 @@ class Store:
 
     def _by_slot(self, name: str, array: Array, slots: Index) -> tuple[Array, tuple[Any, ...]]:
         """A view of an array with an axis of slots, and an index of some of them."""
-        axis, factor = self.manifest.values[name].batch_axis or 0, self.manifest.values[name].batch_factor
+        axis, factor = self._place(name) or (0, 1)
         split = array.reshape(*array.shape[:axis], -1, factor, *array.shape[axis + 1 :])
         return split, (*(slice(None),) * axis, slots)
 
@@ -272,6 +272,9 @@ class Store:
         known = {self.manifest.batch, self.cache.chunk, self.cache.capacity}
         return all(names(size) <= known for size in value.shape)
 
+    def _place(self, name: str) -> tuple[int, int] | None:
+        return self.manifest.values[name].place(self.manifest.batch)
+
     def _slice(self, name: str, low: int, high: int) -> ort.OrtValue:
         """A value's part that belongs to these slots, made once."""
         if name in self._on_device:
@@ -281,10 +284,10 @@ class Store:
         return self._slices[name, low, high]
 
     def _part(self, name: str, low: int, high: int) -> ort.OrtValue:
-        value, array = self.manifest.values[name], self._arrays[name]
-        if value.batch_axis is not None:
-            at = slice(low * value.batch_factor, high * value.batch_factor)
-            array = array[(slice(None),) * value.batch_axis + (at,)]
+        place, array = self._place(name), self._arrays[name]
+        if place is not None:
+            axis, factor = place
+            array = array[(slice(None),) * axis + (slice(low * factor, high * factor),)]
         if not array.flags.c_contiguous:
             if name in self.cache.buffers:
                 raise InputError(f"the cache {name!r} does not have rows on its first axis")

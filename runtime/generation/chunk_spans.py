@@ -10,7 +10,6 @@ from offramp.bundle.manifest import Manifest
 from offramp.bundle.schedule import Branch, Names, Schedule
 from offramp.errors import InputError
 from offramp.runtime.generation.buffers import ChunkSegment, chunk_segment
-from offramp.runtime.generation.cache_memory import axis_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +65,7 @@ def check_layout(manifest: Manifest, spans: Sequence[ChunkSpan]) -> None:
     for span in spans:
         for name in span.reads:
             value = manifest.values[name]
-            along = axis_of(value, manifest.cache.chunk)
-            if (value.batch_axis, value.batch_factor) != (0, 1) or along != 1:
+            if (value.place(manifest.batch), value.place(manifest.cache.chunk)) != ((0, 1), (1, 1)):
                 raise InputError(
                     f"{name!r} of shape {list(value.shape)} does not have rows and tokens on its first two axes, which "
                     "generation needs",

@@ -173,8 +173,8 @@ class Session:
         store, known = self.decoder.store, self.plan.manifest.values
         repeated = {}
         for name, value in self.plan.tables(self._once, store.capacity).items():
-            axis = known[name].batch_axis
-            times = 1 if axis is None else store.slots * known[name].batch_factor // value.shape[axis]
+            axis, factor = known[name].place(self.plan.manifest.batch) or (None, 1)
+            times = 1 if axis is None else store.slots * factor // value.shape[axis]
             repeated[name] = value if times == 1 else np.concatenate([value] * times, axis)
         store.keep(repeated)
 

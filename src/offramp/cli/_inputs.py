@@ -74,17 +74,14 @@ def _row(chain: Chain, inputs: Inputs, at: int) -> Inputs:
     """The arrays of one row; those that have none are whole."""
     found = {}
     for name, array in inputs.items():
-        value = chain.inputs.get(name)
-        if value is None or value.batch_axis is None or array.ndim <= value.batch_axis:
+        axis, factor = (chain.rows_of(name) if name in chain.inputs else None) or (None, 1)
+        if axis is None or array.ndim <= axis:
             found[name] = array
             continue
-        places = range(at * value.batch_factor, (at + 1) * value.batch_factor)
-        if places.stop > array.shape[value.batch_axis]:
-            raise InputError(
-                f"input {name!r} has {array.shape[value.batch_axis] // value.batch_factor} rows",
-                hint="as many as texts",
-            )
-        found[name] = array.take(places, value.batch_axis)
+        places = range(at * factor, (at + 1) * factor)
+        if places.stop > array.shape[axis]:
+            raise InputError(f"input {name!r} has {array.shape[axis] // factor} rows", hint="as many as texts")
+        found[name] = array.take(places, axis)
     return found
 
 

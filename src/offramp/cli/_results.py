@@ -22,7 +22,7 @@ def outputs(chain: Chain, results: Sequence[Result]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in results[0].outputs:
         arrays = [result.outputs[name] for result in results]
-        axis = chain.manifest.values[chain.manifest.outputs[name]].batch_axis
+        axis, _ = chain.rows_of(name) or (None, 1)
         if len(arrays) == 1 or axis is None:
             found[name] = arrays[0]
         elif len({array.shape[:axis] + array.shape[axis + 1 :] for array in arrays}) == 1:
