@@ -1,8 +1,13 @@
-"""Write docs/cli.md from the command line's own help, and docs/api.md from docstrings: python docs/generate.py."""
+"""Write what documentation says of the code: python docs/generate.py.
+
+That is docs/cli.md from the command line's own help, docs/api.md from docstrings, and the picture of the rooms in
+docs/design.md from imports.
+"""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
 import inspect
 from collections.abc import Iterator, Sequence
@@ -13,6 +18,8 @@ from offramp.cli import build_parser
 
 PAGE = Path(__file__).with_name("cli.md")
 API = Path(__file__).with_name("api.md")
+DESIGN = Path(__file__).with_name("design.md")
+ROOT = Path(__file__).resolve().parents[1]
 _TOP = """# The command line
 
 `python docs/generate.py` writes this page; a test checks that it is current.
@@ -28,6 +35,7 @@ _API_TOP = """# Public names
 `python docs/generate.py` writes this page from signatures and docstrings; a test checks that it is current.
 """
 _MODULES = ("offramp", "offramp.calibration", "offramp.training", "offramp.zoo")
+ROOMS = ("program", "passes", "training", "export", "bundle", "runtime", "calibration")
 _SHORT = 110  # characters of a signature in one line
 
 
@@ -66,6 +74,54 @@ def _entry(name: str, item: Any) -> str:
 def _described(name: str, item: Any) -> str:
     signature = "" if isinstance(item, property) else f"```python\n{_signature(name, item)}\n```\n\n"
     return f"{signature}```text\n{inspect.getdoc(item) or ''}\n```\n"
+
+
+def design() -> str:
+    """docs/design.md with the picture of the rooms as they are now."""
+    before, _, rest = DESIGN.read_text(encoding="utf-8").partition("<!-- rooms -->\n")
+    _, _, after = rest.partition("<!-- /rooms -->")
+    return f"{before}<!-- rooms -->\n{picture()}<!-- /rooms -->{after}"
+
+
+def picture() -> str:
+    """The rooms and their inner rooms as a Mermaid graph; an arrow is an import, what it imports stands below."""
+    arrows = sorted({(room_of(a), room_of(b)) for a, b in imports() if room_of(a) != room_of(b)})
+    rooms = sorted({room for arrow in arrows for room in arrow})
+    lines = ["```mermaid", "graph TD"]
+    for outer in dict.fromkeys(room.split("/")[0] for room in rooms):
+        inside = [room for room in rooms if room.split("/")[0] == outer]
+        lines += [f"  subgraph {outer}", *(f'    {_id(room)}["{room}"]' for room in inside), "  end"]
+    return "\n".join([*lines, *(f"  {_id(a)} --> {_id(b)}" for a, b in arrows), "```\n"])
+
+
+def room_of(file: str) -> str:
+    """The room of a file: its folder."""
+    return file.rpartition("/")[0]
+
+
+def imports() -> set[tuple[str, str]]:
+    """Which file of the rooms imports which, by their paths from the root; imports inside functions too."""
+    files = {
+        f"offramp.{path.relative_to(ROOT).with_suffix('').as_posix().replace('/', '.')}": path for path in _files()
+    }
+    found = set()
+    for path in files.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            names += [f"{node.module}.{name}" for name in names] if isinstance(node, ast.ImportFrom) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            here = path.relative_to(ROOT).as_posix()
+            found |= {(here, files[name].relative_to(ROOT).as_posix()) for name in names if name in files}
+    return found
+
+
+def _files() -> Iterator[Path]:
+    for room in ROOMS:
+        yield from (path for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py")
+
+
+def _id(room: str) -> str:
+    return room.replace("/", "_")
 
 
 class _Text(str):
@@ -111,3 +167,4 @@ def _methods(item: Any) -> Iterator[tuple[str, Any]]:
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
     API.write_text(api(), encoding="utf-8")
+    DESIGN.write_text(design(), encoding="utf-8")

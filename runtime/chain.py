@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,8 @@ from offramp.runtime.policies.base import Function, Policy, State, listing
 from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Result
 
+log = logging.getLogger(__name__)
+
 _DEFER = {"propagate": "defer", "max_pending": None}
 
 
@@ -53,7 +57,10 @@ def load(
         PolicyError: its default policy asks for exits or scores that it does not have.
         ExecutionError: a provider or a number of threads cannot be had.
     """
+    started = perf_counter()
     manifest, root = directory.read(path, verify=verify)
+    size = sum(file.bytes for file in manifest.files.values())
+    log.info("read %s (%s bytes) in %.2f s", root, f"{size:,}", perf_counter() - started)
     return Chain(manifest, root, providers, threads)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import time
@@ -96,15 +97,36 @@ def test_every_subcommand_has_help(command: str, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.startswith(f"usage: offramp {command} ")
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse writes options in another way")
-def test_help_pages_are_current() -> None:
+def generate() -> Any:
+    """docs/generate.py as a module."""
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec
     assert spec.loader
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    assert generate.PAGE.read_text(encoding="utf-8") == generate.page(), "run python docs/generate.py"
-    assert generate.API.read_text(encoding="utf-8") == generate.api(), "run python docs/generate.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="argparse writes options in another way")
+def test_help_pages_are_current() -> None:
+    written = generate()
+    assert written.PAGE.read_text(encoding="utf-8") == written.page(), "run python docs/generate.py"
+    assert written.API.read_text(encoding="utf-8") == written.api(), "run python docs/generate.py"
+    assert written.DESIGN.read_text(encoding="utf-8") == written.design(), "run python docs/generate.py"
+
+
+def test_each_arrow_of_the_walk_is_an_import() -> None:
+    written = generate()
+    arrows = re.findall(r"^- `([^`]*)` -> `([^`]*)`: ", written.DESIGN.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(arrows) > 20
+    assert set(arrows) <= written.imports()
+
+
+def test_no_room_points_back() -> None:
+    written = generate()
+    outer = {(a.split("/")[0], b.split("/")[0]) for a, b in written.imports()}
+    order = ("bundle", "program", "passes", "training", "runtime", "export", "calibration")
+    assert all(order.index(a) >= order.index(b) for a, b in outer)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +124,13 @@ def test_providers(root: Path) -> None:
         offramp.load(root, providers=["Nonsense", "CPUExecutionProvider"])
     with pytest.raises(ExecutionError, match="threads=0: at least 1"):
         offramp.load(root, threads=0)
+
+
+def test_what_is_loaded_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "offramp.runtime"):
+        offramp.load(root)
+    assert re.search(rf"read {re.escape(str(root.resolve()))} \([\d,]+ bytes\) in", caplog.text)
+    assert re.search(r"opened \d+ sessions on CPUExecutionProvider in", caplog.text)
 
 
 def test_one_session_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

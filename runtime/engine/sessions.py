@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import onnxruntime as ort
@@ -20,6 +22,8 @@ from offramp.errors import BundleError, ExecutionError
 from offramp.runtime.engine.cores import physical_cores
 
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
+
+log = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
 _lock = threading.Lock()
@@ -66,8 +70,10 @@ def _make_pool(threads: int) -> int:
         ort.set_global_thread_pool_sizes(threads, 1)
     except Exception as error:
         if "already been created" in str(error):
+            log.info("the process has a thread pool that was made outside offramp")
             return 0
         raise ExecutionError(f"ONNX Runtime made no pool of {threads} threads: {error}") from error
+    log.info("made the process's thread pool of %d threads", threads)
     return threads
 
 
@@ -92,6 +98,7 @@ def open_sessions(
     if missing:
         raise ExecutionError(f"no provider {', '.join(missing)} here; available: {', '.join(available)}")
     options = session_options(threads)
+    started = perf_counter()
     sessions = {}
     for file in files:
         try:
@@ -102,6 +109,7 @@ def open_sessions(
             options = _of_other_pool()
             sessions[file] = _open(root / file, options, wanted, names[0])
         _trim()
+    log.info("opened %d sessions on %s in %.2f s", len(sessions), ", ".join(names), perf_counter() - started)
     return sessions
 
 
