@@ -23,6 +23,7 @@ from offramp.errors import CaptureError, ForwardError
 from offramp.program.canonical.complex_pairs import made_real
 from offramp.program.canonical.simplify import canonicalize
 from offramp.program.dropout import same_as_eval, switch_off
+from offramp.program.functional import functional
 from offramp.program.graph import expression, shape
 from offramp.program.program import Program, analyse
 from offramp.program.silence import quiet
@@ -331,8 +332,7 @@ class _Detaching(TorchFunctionMode):
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
     with _Detaching():
         exported: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
-    functional: ExportedProgram = exported.run_decompositions({})
-    return functional
+    return functional(exported)
 
 
 def _flatten(exported: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:

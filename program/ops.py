@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _library = torch.library.Library("offramp", "DEF")
 _library.define("append(Tensor cache, Tensor new, Tensor lengths, int axis) -> Tensor")
@@ -25,6 +26,8 @@ def append(cache: Tensor, new: Tensor, lengths: Tensor, axis: int) -> Tensor:
     0, which may hold several places of each row (its size is a multiple of ``lengths``'s). ``lengths`` is int64
     [rows]: how many places of each row are filled.
     """
+    if isinstance(new, FakeTensor):  # the shape is all that is asked for
+        return torch.empty_like(cache)
     places = positions(lengths, new.shape[axis], cache.shape[axis])
     places = places.repeat_interleave(new.shape[0] // lengths.shape[0], 0)
     sizes = [1] * new.dim()
@@ -59,6 +62,10 @@ def attention(
     """
     key_cache = append(key_cache, key, lengths, 2)
     value_cache = append(value_cache, value, lengths, 2)
+    if isinstance(query, FakeTensor):  # shapes are all that is asked for
+        scores = query.new_empty((*query.shape[:-1], key_cache.shape[2]))
+        scores = scores if bias is None else scores + bias
+        return query.new_empty((*scores.shape[:-1], value.shape[-1])), key_cache, value_cache
     groups = query.shape[1] // key.shape[1]
     keys, values = key_cache, value_cache
     if groups > 1:

@@ -54,6 +54,7 @@ def _inline_wrappers(module: fx.GraphModule) -> int:
         at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
         holder: Any = node.args[at]
         body = getattr(module, str(holder.target))
+        _inline_wrappers(body)
         with graph.inserting_before(node):
             env: dict[fx.Node, Any] = dict(
                 zip(body.graph.find_nodes(op="placeholder"), node.args[at + 1 :], strict=True)
@@ -73,8 +74,6 @@ def _inline_wrappers(module: fx.GraphModule) -> int:
         if not holder.users:
             graph.erase_node(holder)
         edits += 1
-    if edits:
-        edits += _inline_wrappers(module)
     return edits
 
 

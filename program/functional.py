@@ -1,0 +1,174 @@
+"""A graph of torch.export becomes functional: no operator changes a tensor, or may give back a view of one."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from offramp.program.graph import aten, expression, is_symint, is_tensor, shape
+
+_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # regions whose bodies are graphs of their own
+#: They stay: canonical form has them, or drops them.
+_KEPT = (aten.reshape.default, aten.contiguous.default, aten.detach_.default, aten.dropout.default)
+_UNSAFE = torch.Tag.maybe_aliasing_or_mutating
+
+
+def functional(exported: ExportedProgram) -> ExportedProgram:
+    """What ``exported.run_decompositions({})`` gives, up to names of nodes and what canonical form removes.
+
+    That traces the whole model twice more, and is needed only where an operator changes what has views, or has a
+    body that torch alone knows. Elsewhere what works in place is replaced by what does not, and the few operators
+    that torch calls implicit composites are decomposed one by one. ``exported`` itself is changed.
+    """
+    graphs = list(_graphs(exported.graph_module))
+    for graph in graphs:
+        for node in list(graph.nodes):
+            if _in_place(node):
+                _out_of_place(graph, node)
+    if not all(_known(node) for graph in graphs for node in graph.nodes):
+        exported.graph_module.recompile()
+        made: ExportedProgram = exported.run_decompositions({})
+        return made
+    _sizes_first(exported.graph)
+    for graph in graphs:
+        sizes: dict[str, fx.Node] = {}
+        for node in list(graph.nodes):
+            if _composite(node):
+                _decompose(graph, node, sizes)
+            elif is_symint(node):
+                sizes.setdefault(str(expression(node.meta["val"])), node)
+    return exported
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
+    """The graph, and those of the regions in it."""
+    yield module.graph
+    for node in module.graph.find_nodes(op="get_attr"):
+        inner = getattr(module, str(node.target), None)
+        if isinstance(inner, fx.GraphModule):
+            yield from _graphs(inner)
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether the node leaves its arguments alone, and its operator says all that it does."""
+    if node.op != "call_function" or node.target in _KEPT:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        regions = isinstance(node.target, torch._ops.HigherOrderOperator)
+        return not regions or getattr(node.target, "__name__", "") in _WRAPPERS
+    return not node.target._schema.is_mutable and _UNSAFE not in node.target.tags
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether the node changes its first argument, and is made for that."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _KEPT:
+        return False
+    changed = [argument.is_write for argument in node.target._schema.arguments if argument.alias_info is not None]
+    return changed == [True] and node.target._schema.name.endswith("_")
+
+
+def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
+    """Readers of a tensor that has no views, and is changed here, read a new one from here on; others are left."""
+    changed = node.args[0]
+    if not isinstance(changed, fx.Node) or not _fresh(changed):
+        return
+    space, _, name = node.target._schema.name.partition("::")  # type: ignore[union-attr]
+    packet = getattr(getattr(torch.ops, space), name[:-1], None)
+    target = getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
+    before = set(_before(graph, node))
+    if target is None or any(_views(user) for user in changed.users if user in before):
+        return
+    values = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
+    with changed.meta["val"].fake_mode, torch.no_grad():
+        value = target(*values[0], **values[1])
+    if value.dtype != changed.meta["val"].dtype or len(value.shape) != len(changed.meta["val"].shape):
+        return
+    with graph.inserting_before(node):
+        made = graph.call_function(target, node.args, node.kwargs)
+    made.meta = {**node.meta, "val": value}
+    changed.replace_all_uses_with(made, lambda user: user not in before and user is not made)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _before(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
+    for other in graph.nodes:
+        if other is node:
+            return
+        yield other
+
+
+def _fresh(node: fx.Node) -> bool:
+    """Whether the node's value is a tensor of its own."""
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and node.target is not aten.type_as.default  # gives back its argument, and does not say so
+        and not _views(node)
+    )
+
+
+def _views(node: fx.Node) -> bool:
+    """Whether the node's value may be a view of an argument."""
+    if node.op != "call_function":
+        return node.op != "output"
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return is_tensor(node)
+    return _UNSAFE in node.target.tags or any(item.alias_info is not None for item in node.target._schema.arguments)
+
+
+def _composite(node: fx.Node) -> bool:
+    """Whether torch makes the node's operator of others, and its value may be a view."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target in _KEPT:
+        return node.target is aten.reshape.default and -1 in node.args[1]  # type: ignore[operator]
+    return _views(node) and node.target._can_decompose()
+
+
+def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> None:
+    """The operators that the node's operator is made of take its place; ``sizes`` are nodes to be read by them."""
+    read = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(read, values, strict=True)).__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with next(arg.meta["val"] for arg in read if is_tensor(arg)).fake_mode, torch.no_grad():
+        traced = make_fx(call)(*[arg.meta["val"] for arg in read])
+    env = dict(zip(traced.graph.find_nodes(op="placeholder"), read, strict=True))
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op != "call_function":
+                continue
+            known = sizes.get(str(expression(inner.meta["val"]))) if is_symint(inner) else None
+            if known is not None:
+                env[inner] = known
+            else:
+                env[inner] = graph.node_copy(inner, env.__getitem__)
+                env[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    returned = traced.graph.output_node().args[0]
+    if isinstance(returned, fx.Node):
+        node.replace_all_uses_with(env[returned])
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(env[returned[user.args[1]]])
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _sizes_first(graph: fx.Graph) -> None:
+    """Sizes of the inputs are read in the inputs' order, whatever the model needs first."""
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]):
+        for node in reversed(inputs):
+            for axis in reversed(range(len(shape(node)) if is_tensor(node) else 0)):
+                if not isinstance(expression(shape(node)[axis]), int):
+                    graph.call_function(aten.sym_size.int, (node, axis)).meta = {"val": shape(node)[axis]}
