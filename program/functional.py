@@ -74,15 +74,15 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
-    """Readers of a tensor that has no views, and is changed here, read a new one from here on; others are left."""
+    """Readers of the tensor that is changed here read a new one from here on, if nobody reads it by another name."""
     changed = node.args[0]
-    if not isinstance(changed, fx.Node) or not _fresh(changed):
-        return
+    aliases = _aliases(changed) if isinstance(changed, fx.Node) else set()
     space, _, name = node.target._schema.name.partition("::")  # type: ignore[union-attr]
     packet = getattr(getattr(torch.ops, space), name[:-1], None)
     target = getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
     before = set(_before(graph, node))
-    if target is None or any(_views(user) for user in changed.users if user in before):
+    others = {user for alias in aliases & before - {changed} for user in alias.users}
+    if not aliases or target is None or not others <= {*before, node}:
         return
     values = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     with changed.meta["val"].fake_mode, torch.no_grad():
@@ -92,7 +92,7 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         made = graph.call_function(target, node.args, node.kwargs)
     made.meta = {**node.meta, "val": value}
-    changed.replace_all_uses_with(made, lambda user: user not in before and user is not made)
+    changed.replace_all_uses_with(made, lambda user: user not in before and user not in (node, made))
     node.replace_all_uses_with(made)
     graph.erase_node(node)
 
@@ -104,20 +104,26 @@ def _before(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
         yield other
 
 
-def _fresh(node: fx.Node) -> bool:
-    """Whether the node's value is a tensor of its own."""
-    return (
-        node.op == "call_function"
-        and isinstance(node.target, torch._ops.OpOverload)
-        and node.target is not aten.type_as.default  # gives back its argument, and does not say so
-        and not _views(node)
-    )
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose values share the node's memory, itself included; none if that is not the graph's own."""
+    root: Any = node
+    while isinstance(root, fx.Node) and root.op == "call_function" and _views(root):
+        root = root.args[0]
+    silent = aten.type_as.default  # gives back its argument, and does not say so
+    if not isinstance(root, fx.Node) or root.op != "call_function" or root.target is silent:
+        return set()
+    found, todo = {root}, [root]
+    while todo:
+        new = {user for user in todo.pop().users if _views(user)} - found
+        found |= new
+        todo += new
+    return found
 
 
 def _views(node: fx.Node) -> bool:
     """Whether the node's value may be a view of an argument."""
     if node.op != "call_function":
-        return node.op != "output"
+        return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return is_tensor(node)
     return _UNSAFE in node.target.tags or any(item.alias_info is not None for item in node.target._schema.arguments)
