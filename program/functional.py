@@ -75,11 +75,11 @@ def _in_place(node: fx.Node) -> bool:
 
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
     """Readers of the tensor that is changed here read a new one from here on, if nobody reads it by another name."""
-    changed = node.args[0]
-    aliases = _aliases(changed) if isinstance(changed, fx.Node) else set()
-    space, _, name = node.target._schema.name.partition("::")  # type: ignore[union-attr]
-    packet = getattr(getattr(torch.ops, space), name[:-1], None)
-    target = getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
+    changed: Any = node.args[0]
+    inplace: Any = node.target
+    space, _, name = inplace._schema.name.partition("::")
+    target = getattr(getattr(getattr(torch.ops, space), name[:-1], None), inplace._overloadname, None)
+    aliases = _aliases(changed)
     before = set(_before(graph, node))
     others = {user for alias in aliases & before - {changed} for user in alias.users}
     if not aliases or target is None or not others <= {*before, node}:
@@ -140,11 +140,11 @@ def _composite(node: fx.Node) -> bool:
 
 def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> None:
     """The operators that the node's operator is made of take its place; ``sizes`` are nodes to be read by them."""
-    read = node.all_input_nodes
+    read, whole = node.all_input_nodes, node.target
 
     def call(*values: Any) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(read, values, strict=True)).__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return whole(*args, **kwargs)  # type: ignore[operator]
 
     with next(arg.meta["val"] for arg in read if is_tensor(arg)).fake_mode, torch.no_grad():
         traced = make_fx(call)(*[arg.meta["val"] for arg in read])
@@ -159,7 +159,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> Non
             else:
                 env[inner] = graph.node_copy(inner, env.__getitem__)
                 env[inner].meta = {**node.meta, "val": inner.meta["val"]}
-    returned = traced.graph.output_node().args[0]
+    returned: Any = traced.graph.output_node().args[0]
     if isinstance(returned, fx.Node):
         node.replace_all_uses_with(env[returned])
     else:
