@@ -10,7 +10,8 @@ from transformers import BertConfig, BertModel
 import offramp
 from benchmarks._common import BUILD, report
 from offramp import zoo
-from offramp.bundle.manifest import MANIFEST_FILE, from_json
+from offramp.bundle.json_text import from_json
+from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.program.graph import storage_key
 
 

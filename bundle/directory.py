@@ -7,7 +7,8 @@ import os
 import stat
 from pathlib import Path, PurePosixPath
 
-from offramp.bundle.manifest import MANIFEST_FILE, File, Manifest, from_json
+from offramp.bundle.json_text import from_json
+from offramp.bundle.manifest import MANIFEST_FILE, File, Manifest
 from offramp.errors import BundleError
 
 

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle import directory
-from offramp.bundle.manifest import MANIFEST_FILE, Stack, to_json
+from offramp.bundle.json_text import to_json
+from offramp.bundle.manifest import MANIFEST_FILE, Stack
 from offramp.calibration.examples import FIT_SHARE, Examples, read
 from offramp.calibration.gates import Fit, Path, Thresholds, leaves, policy_of
 from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, stack_of, time_rows

@@ -15,7 +15,8 @@ import onnx
 import onnxruntime
 import torch
 
-from offramp.bundle.manifest import MANIFEST_FILE, Generation, from_json, section, to_json
+from offramp.bundle.json_text import from_json, section, to_json
+from offramp.bundle.manifest import MANIFEST_FILE, Generation
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
 from offramp.export.describe import Describer, Progress

@@ -18,7 +18,7 @@ from offramp.errors import InputError
 from offramp.runtime.engine.binding import bind_takers
 from offramp.runtime.engine.engine import Engine
 from offramp.runtime.engine.inputs import Inputs
-from offramp.runtime.engine.memory import DEVICES, Device, Host, Memory
+from offramp.runtime.engine.memory import Device, Host, Memory, device_of, read_back
 from offramp.runtime.engine.sessions import Providers, open_sessions
 from offramp.runtime.generation.beams import search
 from offramp.runtime.generation.cache_memory import fresh
@@ -26,7 +26,7 @@ from offramp.runtime.generation.generator import Generator, stream
 from offramp.runtime.generation.plan import GenerationPlan
 from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.speculation import in_last, refuse, verified
-from offramp.runtime.generation.stopping import TOKENIZER_FILE, Ends
+from offramp.runtime.generation.stopping import Ends, own_tokenizer
 from offramp.runtime.generation.tokens import Generated, Token
 from offramp.runtime.policies import builtin
 from offramp.runtime.policies.base import Function, Policy, State, listing
@@ -89,7 +89,7 @@ class Chain:
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
         self.policy = builtin.from_dict(manifest.policy) if manifest.policy else builtin.Never()
         self.policy.check(manifest.stacks)
-        device = _device or _device_of(providers)
+        device = _device or device_of(providers)
         files = dict.fromkeys(segment.file for segment in manifest.segments.values())
         if device:
             files |= dict.fromkeys(manifest.take.values())
@@ -97,7 +97,7 @@ class Chain:
         memory: Memory = Host(manifest.values, manifest.batch)
         if device:
             memory = Device(
-                manifest.values, manifest.batch, device, _read_back(manifest), bind_takers(manifest, sessions)
+                manifest.values, manifest.batch, device, read_back(manifest), bind_takers(manifest, sessions)
             )
         self._engine = Engine(manifest, sessions, memory)
         self._inputs = Inputs(manifest)
@@ -267,19 +267,9 @@ class Chain:
         if drafts and deferral not in ({}, _DEFER):
             raise InputError("drafts are checked by full depth, and bounded by their number", hint="Verify(drafts=...)")
         if sampling.stop_strings and tokenizer is None:
-            tokenizer = self._tokenizer()
+            tokenizer = own_tokenizer(self.manifest, self._root)
         ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
         return Session(plan, inputs, prompts, policy, sampling, ends, **deferral)
-
-    def _tokenizer(self) -> Any:
-        """The bundle's own tokenizer, None where it has none."""
-        if TOKENIZER_FILE not in self.manifest.files:
-            return None
-        try:
-            from tokenizers import Tokenizer
-        except ModuleNotFoundError as error:
-            raise InputError("stop_strings need the package tokenizers", hint="pip install tokenizers") from error
-        return Tokenizer.from_file(str(self._root / TOKENIZER_FILE))
 
     def _asked(self, policy: Policy | Callable[[State], Any] | None) -> Policy:
         if policy is None:
@@ -310,21 +300,3 @@ def _tokens(session: Session) -> Iterator[Token]:
 
 def _listed(values: Mapping[str, Value]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
-
-
-def _device_of(providers: Providers | None) -> tuple[str, int] | None:
-    """The device whose memory the first provider works in: ("cuda", its id); None for the host."""
-    if not providers:
-        return None
-    first = providers[0]
-    name, options = (first, {}) if isinstance(first, str) else first
-    return (DEVICES[name], int(options.get("device_id", 0))) if name in DEVICES else None
-
-
-def _read_back(manifest: Manifest) -> frozenset[str]:
-    """The values that only the host needs: scores and outputs that no segment reads."""
-    exits = [exit_ for stack in manifest.stacks.values() for exit_ in stack.exits]
-    found = set(manifest.outputs.values())
-    for exit_ in exits:
-        found.update(exit_.scores.values(), exit_.outputs.values())
-    return frozenset(found).difference(*(segment.inputs.values() for segment in manifest.segments.values()))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, parser
 
 from offramp.bundle import manifest as m
+from offramp.bundle.json_text import to_json
 
 LAYOUTS = ("first", "second", "folded", "none")
 LONGEST = 6
@@ -93,7 +94,7 @@ class Writer:
             files=listed(self.root),
             **(common | fields),
         )
-        (self.root / m.MANIFEST_FILE).write_text(m.to_json(found), encoding="utf-8")
+        (self.root / m.MANIFEST_FILE).write_text(to_json(found), encoding="utf-8")
         return self.root
 
 

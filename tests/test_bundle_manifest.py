@@ -16,6 +16,7 @@ import pytest
 
 from offramp.bundle import manifest as m
 from offramp.bundle import preprocessing
+from offramp.bundle.json_text import from_json, section, to_json
 from offramp.errors import BundleError
 
 SCHEMA = json.loads((Path(__file__).resolve().parents[1] / "docs/manifest.schema.json").read_text())
@@ -37,9 +38,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_text_and_back(data: dict[str, Any], two: dict[str, Any]) -> None:
     for one in (data, two):
-        manifest = m.from_json(json.dumps(one))
-        assert m.from_json(m.to_json(manifest)) == manifest
-        assert json.loads(m.to_json(manifest)) == one
+        manifest = from_json(json.dumps(one))
+        assert from_json(to_json(manifest)) == manifest
+        assert json.loads(to_json(manifest)) == one
     assert isinstance(manifest.stages, tuple)
     assert manifest.values["hidden1"] == m.Value("float32", ("batch", "tokens", 8))
 
@@ -121,7 +122,7 @@ def test_missing_and_mistyped_fields_are_named(data: dict[str, Any], path: str, 
     changed = copy.deepcopy(data)
     _set(path, item)(changed)
     with pytest.raises(BundleError) as caught:
-        m.from_json(json.dumps(changed))
+        from_json(json.dumps(changed))
     assert message in str(caught.value)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(changed, SCHEMA)
@@ -132,7 +133,7 @@ def test_all_problems_come_together(data: dict[str, Any]) -> None:
     for path, item, _ in MISTYPED[:2] + MISTYPED[4:5]:
         _set(path, item)(changed)
     with pytest.raises(BundleError) as caught:
-        m.from_json(json.dumps(changed))
+        from_json(json.dumps(changed))
     assert len(str(caught.value).splitlines()) == 3
     assert "inputs" in str(caught.value)
 
@@ -151,14 +152,14 @@ NONSENSE = [
 @pytest.mark.parametrize(("given", "said"), NONSENSE)
 def test_generation_of_a_user(given: Any, said: str) -> None:
     with pytest.raises(BundleError, match=said):
-        m.section(m.Generation, given)
+        section(m.Generation, given)
 
 
 def test_generation_takes_tuples_arrays_and_numbers_of_numpy() -> None:
     given = {"stop": np.array([1, 2]), "bad_words": ((3,), [4, 5]), "max_length": np.int64(9), "early_stopping": False}
-    found = m.section(m.Generation, given)
+    found = section(m.Generation, given)
     assert found == m.Generation(stop=(1, 2), bad_words=((3,), (4, 5)), max_length=9, early_stopping=False)
-    assert m.section(preprocessing.Preprocessing, {"audio": {"rate": np.int32(8)}}).audio == preprocessing.Audio(rate=8)
+    assert section(preprocessing.Preprocessing, {"audio": {"rate": np.int32(8)}}).audio == preprocessing.Audio(rate=8)
 
 
 EXIT1 = "stacks/encoder/exits/0"
@@ -216,7 +217,7 @@ def test_contradictions_are_named(data: dict[str, Any], path: str, item: Any, me
     changed = copy.deepcopy(data)
     _set(path, item)(changed)
     with pytest.raises(BundleError) as caught:
-        m.from_json(json.dumps(changed))
+        from_json(json.dumps(changed))
     assert message in str(caught.value)
 
 
@@ -224,22 +225,22 @@ def test_what_a_stack_makes_inside_is_not_seen_by_later_stages(two: dict[str, An
     changed = copy.deepcopy(two)
     _set("segments/bridge/inputs/hidden", "hidden2")(changed)
     with pytest.raises(BundleError, match="'hidden2' is not made before, where it is seen"):
-        m.from_json(json.dumps(changed))
+        from_json(json.dumps(changed))
     changed = copy.deepcopy(two)
     _set("stacks/encoder/exits/0/outputs", {"logits": "adapted1"})(changed)
     with pytest.raises(BundleError, match="has outputs, but other stages follow"):
-        m.from_json(json.dumps(changed))
+        from_json(json.dumps(changed))
 
 
 def test_other_texts_are_refused(data: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match="is not JSON"):
-        m.from_json("{")
+        from_json("{")
     with pytest.raises(BundleError, match="is not JSON"):
-        m.from_json("[" * 100_000)
+        from_json("[" * 100_000)
     for text in ("[]", '{"format": "other"}', "null"):
         with pytest.raises(BundleError, match="is not one of offramp"):
-            m.from_json(text)
+            from_json(text)
     with pytest.raises(BundleError, match=rf"format version {m.VERSION + 1}.*(\n.*)*pip install --upgrade offramp"):
-        m.from_json(json.dumps(data | {"version": m.VERSION + 1, "news": 1}))
+        from_json(json.dumps(data | {"version": m.VERSION + 1, "news": 1}))
     with pytest.raises(BundleError, match=rf"format version {m.VERSION - 1}.*(\n.*)*export the model again"):
-        m.from_json(json.dumps(data | {"version": m.VERSION - 1}))
+        from_json(json.dumps(data | {"version": m.VERSION - 1}))

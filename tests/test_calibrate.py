@@ -31,7 +31,7 @@ from offramp.runtime.card import CARD_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
-OWN = ("risk", "examples", "quality", "observe", "costs", "gates", "calibration", "judge")
+OWN = ("risk", "examples", "quality", "observe", "costs", "gates", "calibrator", "reporting")
 
 
 def ids(count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -385,13 +385,13 @@ def test_gates_are_paid_for_once() -> None:
 
 @pytest.mark.parametrize("module", OWN)
 def test_modules_import_without_torch(module: str) -> None:
-    finished = run_without_torch(f"import offramp.training.{module}; assert 'torch' not in sys.modules")
+    finished = run_without_torch(f"import offramp.calibration.{module}; assert 'torch' not in sys.modules")
     assert finished.returncode == 0, finished.stderr
 
 
 def test_a_calibration_needs_no_torch(root: Path) -> None:
     finished = run_without_torch(
-        "import numpy as np, offramp, offramp.training\n"
+        "import numpy as np, offramp, offramp.calibration\n"
         f"data = {{'ids': np.arange(900).reshape(300, 3) % {bundles.WORDS}}}\n"
         f"print(offramp.calibrate({str(root)!r}, data, keep=0.5).record['examples'])\n"
         "assert 'torch' not in sys.modules"

@@ -14,7 +14,8 @@ import tiny
 
 import offramp
 from offramp import models
-from offramp.bundle.manifest import MANIFEST_FILE, from_json
+from offramp.bundle.json_text import from_json
+from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.runtime.card import CARD_FILE, card
 
 SCORES = "insert-exits{after=1|2},insert-scores{measure=top1|margin}"

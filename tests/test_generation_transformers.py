@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 import offramp
 from offramp.bundle import directory
-from offramp.bundle.manifest import Generation, section
+from offramp.bundle.json_text import section
+from offramp.bundle.manifest import Generation
 from offramp.errors import InputError
 from offramp.runtime import Chain
 from offramp.runtime.generation.beams import search
-from offramp.runtime.generation.decoder import RowResult
 from offramp.runtime.generation.defaults import merged
 from offramp.runtime.generation.generator import stream
+from offramp.runtime.generation.results import RowResult, StepResult
 from offramp.runtime.generation.sampling import Chooser
-from offramp.runtime.generation.session import StepResult
 from offramp.runtime.generation.stopping import Ends
 
 WORDS, PAD = 41, 3

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 import offramp
-from offramp.bundle.manifest import from_json, to_json
+from offramp.bundle.json_text import from_json, to_json
 from offramp.errors import BundleError, InputError
 from offramp.passes import apply
 

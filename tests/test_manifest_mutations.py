@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import offramp
 from offramp.bundle import directory
-from offramp.bundle.manifest import MANIFEST_FILE, from_json
+from offramp.bundle.json_text import from_json
+from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.errors import BundleError, OfframpError
 from offramp.export.assemble import _take_place
 from offramp.passes import apply

@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import Segment, Value
+from offramp.bundle.manifest import Manifest, Segment, Value
+from offramp.runtime.engine.sessions import Providers
 
 Tensor: TypeAlias = Any
 Env: TypeAlias = dict[str, Tensor]
@@ -170,3 +171,21 @@ class Device:
             env.update(zip(outputs.values(), found, strict=True))
 
         return call
+
+
+def device_of(providers: Providers | None) -> tuple[str, int] | None:
+    """The device whose memory the first provider works in: ("cuda", its id); None for the host."""
+    if not providers:
+        return None
+    first = providers[0]
+    name, options = (first, {}) if isinstance(first, str) else first
+    return (DEVICES[name], int(options.get("device_id", 0))) if name in DEVICES else None
+
+
+def read_back(manifest: Manifest) -> frozenset[str]:
+    """The values that only the host needs: scores and outputs that no segment reads."""
+    exits = [exit_ for stack in manifest.stacks.values() for exit_ in stack.exits]
+    found = set(manifest.outputs.values())
+    for exit_ in exits:
+        found.update(exit_.scores.values(), exit_.outputs.values())
+    return frozenset(found).difference(*(segment.inputs.values() for segment in manifest.segments.values()))

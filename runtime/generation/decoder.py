@@ -4,41 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from offramp.bundle.manifest import Manifest
 from offramp.bundle.schedule import Branch
-from offramp.runtime.generation.batching import Array, Index, SlotRunner, Values, greatest
+from offramp.runtime.generation.batching import Index, SlotRunner, Values, greatest
 from offramp.runtime.generation.buffers import Store
 from offramp.runtime.generation.cache_memory import axis_of
 from offramp.runtime.generation.chunk_spans import ChunkSpan
-from offramp.runtime.generation.decision import Asked, Decision, Notes, Wanted, all_picked, decide, scores_asked
+from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_picked, decide, scores_asked
 from offramp.runtime.generation.groups import Group, joined
+from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.waiting import Waiting
 from offramp.runtime.policies.stack_policy import StackPolicy
 
 NOTHING = Wanted()
-
-
-class RowResult(NamedTuple):
-    """A row that has left the last stack with the model's outputs for its last token, or only with its next one.
-
-    ``pick`` is that token, where `Wanted.accepts` accepts what the exit picks; ``outputs`` are empty then. ``asked``
-    has what the exits of that stack said of the token, by ``after``. Where all tokens that got to full depth in this
-    step were wanted, ``deep`` are the next tokens that it picks for them if all will do, else ``whole`` are its
-    outputs, [tokens, ...].
-    """
-
-    slot: int
-    outputs: Mapping[str, Array]
-    exits: Mapping[str, int]
-    scores: Mapping[str, float]
-    asked: Mapping[int, Asked]
-    pick: int | None = None
-    whole: Mapping[str, Array] | None = None
-    deep: Sequence[int] | None = None
 
 
 @dataclass

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.runtime.generation.decoder import Decoder, RowResult
+from offramp.runtime.generation.decoder import Decoder
+from offramp.runtime.generation.results import RowResult
 from offramp.runtime.policies.base import Agreement, Policy
 
 

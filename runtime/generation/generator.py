@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from offramp.errors import InputError
 from offramp.runtime.generation.batching import Array
 from offramp.runtime.generation.decision import Wanted
+from offramp.runtime.generation.results import StepResult
 from offramp.runtime.generation.sampling import Chooser
-from offramp.runtime.generation.session import Session, StepResult
+from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Token
 from offramp.runtime.result import Timing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +15,16 @@ from offramp.errors import InputError
 from offramp.runtime.engine.engine import Ran
 from offramp.runtime.generation.batching import greatest, padded
 from offramp.runtime.generation.decision import Wanted
-from offramp.runtime.generation.decoder import NOTHING, Decoder, RowResult
+from offramp.runtime.generation.decoder import NOTHING, Decoder
 from offramp.runtime.generation.feedback import Feedback
 from offramp.runtime.generation.plan import GenerationPlan, Prompts
+from offramp.runtime.generation.results import RowResult, StepResult
 from offramp.runtime.generation.stopping import Ends
 from offramp.runtime.policies.base import Agreement, Policy
 from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
 
 _FIRST_CAPACITY = 64
-
-
-class StepResult(NamedTuple):
-    """What a step has made: rows in the order of slots, what ran, and how many waiting tokens went deeper."""
-
-    rows: list[RowResult]
-    trace: tuple[Timing, ...]
-    caught_up: int
 
 
 class Session:

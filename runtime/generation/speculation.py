@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from offramp.bundle.manifest import Exit
 from offramp.errors import PolicyError
 from offramp.runtime.generation.decision import Wanted
-from offramp.runtime.generation.decoder import RowResult
+from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.sampling import Chooser
 from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Token

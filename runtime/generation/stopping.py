@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from offramp.bundle.manifest import Manifest
 from offramp.errors import InputError
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -54,3 +56,14 @@ class Ends:
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def own_tokenizer(manifest: Manifest, root: Path) -> Any:
+    """The tokenizer in a bundle's directory, None where it has none."""
+    if TOKENIZER_FILE not in manifest.files:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ModuleNotFoundError as error:
+        raise InputError("stop_strings need the package tokenizers", hint="pip install tokenizers") from error
+    return Tokenizer.from_file(str(root / TOKENIZER_FILE))
