@@ -31,7 +31,6 @@ from offramp.runtime.card import CARD_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
-OWN = ("risk", "examples", "quality", "observe", "costs", "gates", "calibrator", "reporting")
 
 
 def ids(count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -381,12 +380,6 @@ def test_gates_are_paid_for_once() -> None:
 
 
 # Without torch
-
-
-@pytest.mark.parametrize("module", OWN)
-def test_modules_import_without_torch(module: str) -> None:
-    finished = run_without_torch(f"import offramp.calibration.{module}; assert 'torch' not in sys.modules")
-    assert finished.returncode == 0, finished.stderr
 
 
 def test_a_calibration_needs_no_torch(root: Path) -> None:
