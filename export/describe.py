@@ -16,8 +16,9 @@ from offramp.export.lowering.lower import Function, close
 from offramp.export.partition import Piece, Plan, StackPlan
 from offramp.export.write import Writer
 from offramp.passes.caches.outputs import vocabulary
+from offramp.program.exit import Exit
 from offramp.program.graph import expression, placeholders, results, shape
-from offramp.program.program import Exit, Program
+from offramp.program.program import Program
 
 Progress = Callable[[str, int, int], None]
 

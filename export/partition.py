@@ -14,6 +14,7 @@ from offramp.errors import ExportError, SpecError
 from offramp.export.lowering.merged_products import merged
 from offramp.passes.insert_scores import OF_LOGITS
 from offramp.program.analysis.stacks import Stack
+from offramp.program.exit import Exit
 from offramp.program.graph import (
     ancestors,
     dependents,
@@ -26,7 +27,7 @@ from offramp.program.graph import (
     shape,
     symbols,
 )
-from offramp.program.program import Exit, Program
+from offramp.program.program import Program
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,12 @@ def partition(program: Program, segments: int | None = None) -> Plan:
     returned = results(program.graph)
     if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:
         raise ExportError(f"the outputs {fixed} are weights, whatever the inputs are", hint="a model without them")
+    if strange := [item for item in program.records if item.graph_inputs and item is not program.cache]:
+        raise ExportError(
+            f"the {strange[0].kind} ({strange[0].summary(program)}) has the inputs {list(strange[0].graph_inputs)}, "
+            "and nothing feeds them when a bundle runs",
+            hint="leave out the pass that adds it",
+        )
     plan = _Partition(program, segments)
     last = plan.stacks[-1].name
     for item in program.exits:

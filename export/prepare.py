@@ -16,8 +16,9 @@ _log = logging.getLogger(__name__)
 def prepared(program: Program) -> Program:
     """The program as it is lowered: the same computation, with the operators that have an ONNX form of their own.
 
-    Names of cuts, exits, inputs and outputs stay. Only programs with caches change: theirs are run token by token,
-    where time goes by the number of operators. What looks like a rotation and is none is told to the log (debug).
+    Names of cuts, inputs and outputs stay, and the nodes that records pin. Only programs with caches change: theirs are
+    run token by token, where time goes by the number of operators. What looks like a rotation and is none is told to
+    the log (debug).
     """
     if program.cache is None:
         return program
@@ -25,6 +26,5 @@ def prepared(program: Program) -> Program:
     merge_products(editor)
     for note in fuse_rotary(editor):
         _log.debug("not one operator: %s", note)
-    cuts = {name for stack in program.stacks.values() for name in stack.cuts}
-    editor.drop_dead(keep=cuts | {name for item in program.exits for name in (item.hidden, item.state)})
+    editor.drop_dead(keep=program.pinned)
     return replace(editor.finish().program, history=program.history)

@@ -18,7 +18,7 @@ class Canonicalize(Pass):
     ``y = clone(x); a = f(y); b = f(x)``  becomes  ``a = b = f(x)``
 
     Requires: nothing (``capture`` has done it once already).
-    Ensures: a second run makes no edit. Cuts of stacks and states of exits keep their nodes.
+    Ensures: a second run makes no edit. Cuts of stacks and what records pin keep their nodes.
     Invalidates: names of merged weights.
     """
 
@@ -27,7 +27,5 @@ class Canonicalize(Pass):
     def run(self, program: Program) -> PassResult:
         """Canonicalise a copy of the graph."""
         editor = Editor(program, repr(self))
-        kept = {name for stack in program.stacks.values() for name in stack.cuts}
-        kept |= {name for item in program.exits for name in (item.hidden, item.state)}
-        editor.edits["erased"] += canonicalize(editor.module, kept)
+        editor.edits["erased"] += canonicalize(editor.module, program.pinned)
         return editor.finish()

@@ -13,8 +13,10 @@ from offramp.errors import SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.passes.insert_scores import OF_SHORT
+from offramp.program.exit import Exit
 from offramp.program.graph import aten, shape
 from offramp.program.program import Program
+from offramp.program.record import exchanged
 
 KINDS = ("identity", "linear", "norm-linear", "bottleneck", "mlp", "block")
 
@@ -89,7 +91,7 @@ class InsertAdapter(Pass):
                 adapted = self._small(editor, state, f"exits.{name}.{item.after}.adapter")
             editor.replace_uses(state, adapted, readers)
             exits.append(replace(item, state=adapted.name, adapter=self.kind))
-        return editor.finish(tuple(notes), exits=tuple(exits))
+        return editor.finish(tuple(notes), records=exchanged(program.records, Exit, exits))
 
     def _small(self, editor: Editor, state: fx.Node, prefix: str) -> fx.Node:
         features, dtype = int(shape(state)[-1]), state.meta["val"].dtype

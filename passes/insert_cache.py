@@ -20,8 +20,10 @@ from offramp.passes.infra.base import Pass, PassResult
 from offramp.program import ops
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.token_axes import Axes
+from offramp.program.cache import Cache
+from offramp.program.exit import Exit
 from offramp.program.graph import aten, expression, read_by, results, shape, symbols
-from offramp.program.program import Cache, Program
+from offramp.program.program import Program
 
 _LAYOUT = (
     aten.transpose.int,
@@ -123,9 +125,22 @@ class _Insertion:
         self.builder.build(hooks, after)
         new = {name: self.builder.value(node, "chunk") for name, node in results(graph).items()}
         self.builder.graph.output({**new, **self.returned})
-        self.builder.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+        pinned = self._pinned()
+        self.builder.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in pinned)
         self.builder.graph.lint()
         return PassResult(self._program(), dict(self.builder.edits))
+
+    def _pinned(self) -> frozenset[str]:
+        """The names that must be in the rebuilt graph; raises where a record's are not."""
+        made = {node.name for node in self.builder.graph.nodes}
+        for item in self.program.records:
+            if lost := [name for name in item.pinned_nodes if name not in made]:
+                raise PassError(
+                    f"insert-cache: the {item.kind} ({item.summary(self.program)}) needs the nodes {lost}, which "
+                    "depend on positions only: they are made anew, for the whole capacity",
+                    hint="insert-cache first, and the pass that adds the record after it",
+                )
+        return self.program.pinned
 
     def _check_axes(self) -> None:
         """Raise where no axis of the tokens' inputs counts rows, or what is implied has an axis of its own."""
@@ -154,10 +169,12 @@ class _Insertion:
         return f": see outputs {', '.join(names)}" if names else ""
 
     def _needed(self) -> set[fx.Node]:
-        """What generation reads the contents of: the logits, at all exits, and their scores."""
+        """What generation reads the contents of: logits and scores of all exits, and what other records name."""
         names = [self.logits]
         for item in self.program.exits:
             names += [*item.scores.values(), item.outputs.get(self.logits, self.logits)]
+        for record in self.program.records:
+            names += [] if isinstance(record, Exit) else record.graph_outputs
         returned = results(self.program.graph)
         return read_by([returned[name] for name in names])
 
@@ -203,7 +220,7 @@ class _Insertion:
             axes=axes,
             example_inputs=kept,
             history=(*program.history, self.text),
-            cache=cache,
+            records=(*program.records, cache),
         )
         return replace(made, example_inputs=made.fresh(kept, self.capacity))
 

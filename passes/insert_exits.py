@@ -10,8 +10,9 @@ from torch import fx
 from offramp.errors import PassError, SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
+from offramp.program.exit import Exit
 from offramp.program.graph import aten, results
-from offramp.program.program import Exit, Program
+from offramp.program.program import Program
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,7 +66,7 @@ class InsertExits(Pass):
             state = editor.call(aten.alias.default, hidden, at=hidden)
             outputs = {} if program.next_stack(name) else self._head(editor, program, name, after, state)
             added.append(Exit(name, after, hidden.name, state.name, self.head, outputs=outputs))
-        return editor.finish(tuple(notes), exits=(*program.exits, *added))
+        return editor.finish(tuple(notes), records=(*program.records, *added))
 
     def _head(self, editor: Editor, program: Program, name: str, after: int, state: fx.Node) -> dict[str, str]:
         """Apply the stack's tail to the exit's state; returns the graph's names of the model's outputs."""

@@ -14,8 +14,10 @@ from offramp.passes.infra.editor import Editor
 from offramp.passes.scores.candidates import short_list
 from offramp.passes.scores.score_builder import ScoreBuilder
 from offramp.passes.scores.short_head import ShortHead, find_head
+from offramp.program.exit import Exit
 from offramp.program.graph import dependents, expression, results, shape
-from offramp.program.program import Exit, Program
+from offramp.program.program import Program
+from offramp.program.record import exchanged
 
 OF_LOGITS = ("top1", "margin", "entropy", "prediction")
 OF_STATE = ("cosine", "learned")
@@ -159,10 +161,7 @@ class InsertScores(Pass):
         return tuple(m for m in self.measures if m in OF_LOGITS or (m in OF_SHORT and self._at_end(program)))
 
     def _candidates(self, program: Program) -> tuple[int, ...]:
-        ids = self.ids
-        if isinstance(ids, tuple) and len(ids) == 1 and isinstance(ids[0], str):  # as a pipeline's text gives it
-            ids = ids[0]
-        return short_list(program.example_outputs[self._logits(program)], self.candidates, ids)
+        return short_list(program.example_outputs[self._logits(program)], self.candidates, self.ids)
 
     def _logits(self, program: Program) -> str:
         returned = results(program.graph)
@@ -214,7 +213,7 @@ class InsertScores(Pass):
                     scores[measure] = f"{name}.{item.after}/{measure}"
                     editor.returns({scores[measure]: node})
             exits[at] = replace(item, scores=scores)
-        return editor.finish(tuple(notes), exits=tuple(exits))
+        return editor.finish(tuple(notes), records=exchanged(program.records, Exit, exits))
 
     def _score(self, editor: Editor, program: Program, item: Exit, measure: str, head: ShortHead | None) -> fx.Node:
         stack = program.stacks[item.stack]

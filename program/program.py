@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,53 +17,11 @@ from offramp.errors import StructureError
 from offramp.program.analysis.attention import AttentionSite, attention_sites, is_causal
 from offramp.program.analysis.stacks import Stack, find_stacks, name_stacks, why_none
 from offramp.program.analysis.token_axes import Axes, find_axes
+from offramp.program.cache import Cache
 from offramp.program.dropout import Trainable, keeps, strip
+from offramp.program.exit import Exit
 from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A place where a stack may be left, by names of graph nodes and of graph outputs.
-
-    ``hidden`` is the stack's hidden state after ``after`` blocks, ``state`` what stands for the stack's output
-    when it is left here (``hidden`` through the adapter). ``outputs`` maps the model's outputs to the graph
-    outputs that hold them for this exit (empty where another stack follows); ``scores`` maps measures to graph
-    outputs of shape [batch]. ``after`` equal to the number of blocks is full depth: it only carries scores.
-    """
-
-    stack: str
-    after: int
-    hidden: str
-    state: str
-    head: str = "shared"
-    adapter: str = "identity"
-    outputs: Mapping[str, str] = field(default_factory=dict)
-    scores: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """How a causal program runs on chunks of new tokens, by names of graph inputs and outputs.
-
-    ``tokens`` are the inputs that hold a chunk; ``lengths`` (int64 [batch]) says how many tokens each row has
-    already, ``places`` (int64 [capacity]: 0, 1, ...) how many the caches have room for. ``buffers`` maps an input
-    that holds the keys or values of those to the output that holds the chunk's too; ``axes`` says along which axis
-    of each the positions lie. ``implied`` are inputs of the model that follow from how many tokens there are
-    (padding masks: rows have lengths instead; positions): the rewritten graph makes them itself. ``limit`` is the
-    greatest number of tokens, None for no limit.
-    ``logits`` is the output that generation reads: of each token of the chunk, or of the last one. ``whole`` are the
-    outputs that mix tokens: those are right where one chunk holds all of them.
-    """
-
-    tokens: tuple[str, ...]
-    lengths: str
-    places: str
-    buffers: Mapping[str, str]
-    axes: Mapping[str, int]
-    implied: Mapping[str, Implied] = field(default_factory=dict)
-    limit: int | None = None
-    logits: str = ""
-    whole: tuple[str, ...] = ()
+from offramp.program.record import Record
 
 
 @dataclass(frozen=True)
@@ -72,7 +30,8 @@ class Program:
 
     ``graph_module`` takes tensors by name and returns a dictionary: the model's ``outputs``, and what passes
     added. ``example_inputs`` and ``example_outputs`` are what the model was captured with, and what eager torch
-    gave. ``history`` is the pipeline text that made it.
+    gave. ``records`` are what passes know of it beside the graph: exits, caches, and what packages outside add.
+    ``history`` is the pipeline text that made it.
     """
 
     graph_module: fx.GraphModule
@@ -81,14 +40,29 @@ class Program:
     stacks: Mapping[str, Stack]
     example_inputs: Mapping[str, torch.Tensor]
     example_outputs: Mapping[str, torch.Tensor]
-    exits: tuple[Exit, ...] = ()
+    records: tuple[Record, ...] = ()
     history: tuple[str, ...] = ()
-    cache: Cache | None = None
 
     @property
     def graph(self) -> fx.Graph:
         """The ``fx`` graph."""
         return self.graph_module.graph
+
+    @cached_property
+    def exits(self) -> tuple[Exit, ...]:
+        """The records of exits, in the order in which they were inserted."""
+        return tuple(item for item in self.records if isinstance(item, Exit))
+
+    @cached_property
+    def cache(self) -> Cache | None:
+        """The record of caches; None for a program that sees all tokens at once."""
+        return next((item for item in self.records if isinstance(item, Cache)), None)
+
+    @cached_property
+    def pinned(self) -> frozenset[str]:
+        """The nodes that stacks and records refer to: they survive every rewrite."""
+        cuts = (stack.cuts for stack in self.stacks.values())
+        return frozenset().union(*cuts, *(item.pinned_nodes for item in self.records))
 
     @cached_property
     def module(self) -> fx.GraphModule:
@@ -113,9 +87,11 @@ class Program:
                 name = renamed[name]
             return name
 
-        stacks = {key: replace(stack, cuts=tuple(map(now, stack.cuts))) for key, stack in self.stacks.items()}
-        exits = tuple(replace(item, hidden=now(item.hidden), state=now(item.state)) for item in self.exits)
-        return replace(self, graph_module=module, stacks=stacks, exits=exits)
+        names = {old: now(old) for old in renamed}
+        stacks = {key: stack.renamed(names) for key, stack in self.stacks.items()}
+        return replace(
+            self, graph_module=module, stacks=stacks, records=tuple(item.renamed(names) for item in self.records)
+        )
 
     @cached_property
     def nodes(self) -> Mapping[str, fx.Node]:
@@ -125,7 +101,7 @@ class Program:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of the inputs: the captured forward's parameters, without caches and lengths."""
-        own = {self.cache.lengths, self.cache.places, *self.cache.buffers} if self.cache else set()
+        own = {name for item in self.records for name in item.graph_inputs}
         return tuple(name for name in self.example_inputs if name not in own)
 
     def fresh(self, inputs: Mapping[str, torch.Tensor], capacity: int | None = None) -> dict[str, torch.Tensor]:
@@ -193,6 +169,10 @@ class Program:
     def exits_of(self, stack: str) -> list[Exit]:
         """The exits of a stack, shallowest first."""
         return sorted((item for item in self.exits if item.stack == stack), key=lambda item: item.after)
+
+    def exit_after(self, stack: str, after: int) -> Exit | None:
+        """The exit of a stack after so many blocks, None where there is none."""
+        return next((item for item in self.exits if (item.stack, item.after) == (stack, after)), None)
 
     def block_nodes(self, stack: Stack, index: int) -> list[fx.Node]:
         """The nodes of block ``index`` (0-based) that read the hidden state, in graph order."""

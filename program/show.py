@@ -9,6 +9,7 @@ from torch import fx
 from offramp.program.analysis.stacks import Stack
 from offramp.program.graph import ancestors, attribute, is_tensor, placeholders, results, shape, storage_key
 from offramp.program.program import Program
+from offramp.program.record import Record
 
 
 def render(program: Program) -> str:
@@ -29,6 +30,8 @@ def render(program: Program) -> str:
         lines.append("  no stack (program.require_stacks() says why)")
     for name in program.outputs:
         lines.append(f"  output  {name:<18} {_type(program, results(program.graph)[name])}")
+    for item in _records(program, None):
+        lines.append(f"  {item.kind:<7} {item.summary(program)}")
     if program.history:
         lines.append(f"  history {', '.join(program.history)}")
     return "\n".join(lines)
@@ -61,12 +64,16 @@ def _stack(program: Program, stack: Stack) -> list[str]:
         + (f", then stack {following}" if following else ""),
         f"            context    {', '.join(context) or 'none'}",
     ]
-    for item in program.exits_of(stack.name):
-        if item.after < stack.blocks or item.scores:
-            what = "full depth" if item.after == stack.blocks else f"head {item.head}, adapter {item.adapter}"
-            scores = f"; scores {', '.join(item.scores)}" if item.scores else ""
-            lines.append(f"            exit       after block {item.after}: {what}{scores}")
+    for item in _records(program, stack.name):
+        lines.append(f"            {item.kind:<10} {item.summary(program)}")
     return lines
+
+
+def _records(program: Program, section: str | None) -> list[Record]:
+    """The records of a stack, or of none, in the graph's order."""
+    order = {name: place for place, name in enumerate(program.nodes)}
+    found = [item for item in program.records if item.section == section]
+    return sorted(found, key=lambda item: min(map(order.__getitem__, item.pinned_nodes), default=0))
 
 
 def _own(program: Program, block: Iterable[fx.Node]) -> list[fx.Node]:

@@ -215,7 +215,7 @@ def test_a_result_that_lacks_an_exit_breaks_the_contract(encoder: tiny.Captured)
     step: Pass = InsertExits(after=(1, 2))
     result = step.run(encoder.program)
     step.ensures(encoder.program, result)
-    short = PassResult(replace(result.program, exits=result.program.exits[:1]))
+    short = PassResult(replace(result.program, records=result.program.exits[:1]))
     with pytest.raises(PassError, match=r"left out the exits after \[2\]"):
         step.ensures(encoder.program, short)
 

@@ -14,8 +14,8 @@ from offramp.passes import apply
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.verifier import CHECKS, verify
 from offramp.program import Exit, Program
+from offramp.program.cache import Cache
 from offramp.program.graph import aten, results
-from offramp.program.program import Cache
 
 FULL = "insert-exits,insert-adapter{kind=bottleneck},insert-scores{measure=top1|cosine}"
 
@@ -63,14 +63,14 @@ def _lost_score(program: Program) -> Program:
 
 def _with_cuts(program: Program, *cuts: str) -> Program:
     stack = program.stacks["encoder"]
-    return replace(program, stacks={"encoder": replace(stack, cuts=cuts)}, exits=())
+    return replace(program, stacks={"encoder": replace(stack, cuts=cuts)}, records=())
 
 
 def _bare(program: Program) -> Program:
     """Without exits and what they return."""
-    keys = [key for item in program.exits for key in (*item.outputs.values(), *item.scores.values())]
+    keys = [key for item in program.exits for key in item.graph_outputs]
     dropped = set(keys) - set(program.outputs)
-    return replace(_edited(program, lambda editor: editor.returns({}, dropped=dropped)), exits=())
+    return replace(_edited(program, lambda editor: editor.returns({}, dropped=dropped)), records=())
 
 
 def _lost_cut(program: Program) -> Program:
@@ -101,7 +101,7 @@ def _with_exit(program: Program, after: int, **changes: str) -> Program:
     def changed(item: Exit) -> Exit:
         return replace(item, **changes) if item.after == after else item  # type: ignore[arg-type]
 
-    return replace(program, exits=tuple(map(changed, program.exits)))
+    return replace(program, records=tuple(map(changed, program.exits)))
 
 
 def _wrong_place(program: Program) -> Program:
@@ -129,12 +129,17 @@ def _late_score(program: Program) -> Program:
 
 
 def _lost_cache(program: Program) -> Program:
-    return replace(program, cache=Cache(("input_ids",), "lengths", "places", {}, {}))
+    return replace(program, records=(*program.records, Cache(("input_ids",), "lengths", "places", {}, {})))
 
 
 def _other_cache(program: Program) -> Program:
     buffers = {"input_ids": "logits"}
-    return replace(program, cache=Cache(("input_ids",), "attention_mask", "attention_mask", buffers, {"input_ids": 1}))
+    cache = Cache(("input_ids",), "attention_mask", "attention_mask", buffers, {"input_ids": 1})
+    return replace(program, records=(*program.records, cache))
+
+
+def _lost_state(program: Program) -> Program:
+    return _with_exit(program, 2, state="gone")
 
 
 BROKEN: dict[str, tuple[Callable[[Program], Program], str, str]] = {
@@ -148,6 +153,7 @@ BROKEN: dict[str, tuple[Callable[[Program], Program], str, str]] = {
     "a cut in a branch": (_cut_inside_a_branch, "cuts-are-closed", "in block 0 of stack encoder and used after"),
     "a leak": (_a_leak, "cuts-are-closed", "is made in block 0 of stack encoder and used after"),
     "an exit elsewhere": (_wrong_place, "exits-are-early", "exit encoder.2 does not leave at its block"),
+    "a state is gone": (_lost_state, "records-have-their-nodes", r"after block 2: .* lost the nodes \['gone'\]"),
     "a late state": (_late_state, "exits-are-early", r"exit encoder.2 waits for \['add_\d+'\]"),
     "a late output": (_late_output, "exits-are-early", "exit encoder.2 waits for"),
     "a cache is gone": (_lost_cache, "caches-are-there", r"the graph has no inputs \['lengths', 'places'\]"),

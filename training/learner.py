@@ -18,15 +18,14 @@ Batch = Mapping[str, Tensor]
 class Learner(torch.nn.Module):
     """Computes what an objective wants of a batch, and no more: of exits that it does not ask for, nothing runs.
 
-    A batch may hold hidden states of the program under their nodes' names (see `remember`): what makes them does not
-    run, and inputs that only that would read may be left out.
+    A batch may hold values of the nodes that the program's stacks and records refer to, hidden states say, under the
+    nodes' names (see `remember`): what makes them does not run, and inputs that only that would read may be left out.
     """
 
     def __init__(self, program: Program, objective: Objective) -> None:
         super().__init__()
         self.module = program.module
         self.program, self.objective = program, objective
-        self._hidden = hidden_states(program)
         self._parts: dict[tuple[tuple[str, ...], ...], fx.GraphModule] = {}
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ class Learner(torch.nn.Module):
 
     def values(self, wanted: Iterable[str], batch: Batch) -> dict[str, Tensor]:
         """Outputs of the program, or values of nodes, by name."""
-        known = tuple(name for name in self._hidden if name in batch)
+        known = tuple(sorted(self.program.pinned & batch.keys()))
         part = self._part(tuple(sorted(set(wanted))), known)
         needed = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
         if missing := [name for name in needed if name not in batch]:
@@ -64,12 +63,6 @@ class Learner(torch.nn.Module):
         made = fx.GraphModule(self.module, graph, "Part")  # the same weights and dropout modules
         self._parts[wanted, known] = made
         return made
-
-
-def hidden_states(program: Program) -> tuple[str, ...]:
-    """The nodes of the hidden states that exits and full depth read."""
-    names = [item.hidden for item in program.exits] + [stack.output for stack in program.stacks.values()]
-    return tuple(dict.fromkeys(names))
 
 
 def remember(

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from offramp.errors import SpecError
 from offramp.passes.infra.base import stack_named
-from offramp.program.program import Exit, Program
+from offramp.program.exit import Exit
+from offramp.program.program import Program
 
 IGNORED = -100
 Values = Mapping[str, Tensor]

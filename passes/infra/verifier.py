@@ -45,10 +45,9 @@ def values_have_shapes(program: Program) -> str | None:
 
 
 def outputs_are_there(program: Program) -> str | None:
-    """The graph returns the model's outputs and everything that exits name."""
+    """The graph returns the model's outputs and everything that records name."""
     known = set(results(program.graph))
-    named = set(program.outputs).union(*[{*e.outputs.values(), *e.scores.values()} for e in program.exits])
-    named |= set(program.cache.buffers.values() if program.cache else ())
+    named = {*program.outputs}.union(*(item.graph_outputs for item in program.records))
     missing = sorted(named - known)
     unnamed = sorted(known - named)
     if missing or unnamed:
@@ -76,17 +75,24 @@ def cuts_are_closed(program: Program) -> str | None:
     return None
 
 
+def records_have_their_nodes(program: Program) -> str | None:
+    """Every node that a record pins is in the graph."""
+    for item in program.records:
+        if missing := [name for name in item.pinned_nodes if name not in program.nodes]:
+            return f"{item.kind} {item.summary(program)}: has lost the nodes {missing}"
+    return None
+
+
 def exits_are_early(program: Program) -> str | None:
     """An exit reads nothing that deeper blocks of its stack make."""
     for item in program.exits:
         stack = program.stacks[item.stack]
         if item.hidden != stack.cuts[item.after]:
             return f"exit {item.stack}.{item.after} does not leave at its block"
-        if item.after == stack.blocks:
+        if item.after == stack.blocks or item.state not in program.nodes:
             continue
         deeper = {program.nodes[name] for name in stack.cuts[item.after + 1 :]}
-        named = {*item.outputs.values(), *item.scores.values()}
-        made = [node for name, node in results(program.graph).items() if name in named]
+        made = [node for name, node in results(program.graph).items() if name in item.graph_outputs]
         late = ancestors([program.nodes[item.state], *made]) & deeper
         if late:
             return f"exit {item.stack}.{item.after} waits for {sorted(node.name for node in late)}"
@@ -114,6 +120,7 @@ CHECKS: dict[str, Check] = {
         values_have_shapes,
         outputs_are_there,
         cuts_are_closed,
+        records_have_their_nodes,
         exits_are_early,
         caches_are_there,
     )

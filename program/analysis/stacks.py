@@ -11,7 +11,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import networkx as nx
 from torch import fx
@@ -53,6 +53,10 @@ class Stack:
     def output(self) -> str:
         """The node of the hidden state that leaves the last block."""
         return self.cuts[-1]
+
+    def renamed(self, names: Mapping[str, str]) -> Stack:
+        """The stack where nodes have new names: ``names`` maps old ones to new ones, other nodes keep theirs."""
+        return replace(self, cuts=tuple(names.get(name, name) for name in self.cuts))
 
 
 @dataclass
