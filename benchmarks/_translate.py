@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 import offramp
 from benchmarks._common import BUILD, Known, Row, say, steps
 from examples.translation.train import captured, lines
-from offramp.bundle.manifest import PICK
+from offramp.bundle.measures import PICK
 from offramp.training.weights import load_weights
 from offramp.zoo import translator
 from offramp.zoo.translator import BEGIN, DECODER_BLOCKS, END, GENERATION, LONGEST, TOKENS

@@ -20,7 +20,7 @@ import offramp
 from benchmarks._common import BUILD, Row, report, rounds, say, shown, spread, steps
 from examples import train_language_adapters as recipe
 from offramp import zoo
-from offramp.bundle.manifest import PICK
+from offramp.bundle.measures import PICK
 from offramp.program import Program
 from offramp.runtime.policies.builtin import Verify
 from offramp.training.weights import load_weights

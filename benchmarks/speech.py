@@ -28,7 +28,8 @@ from benchmarks import _chains
 from benchmarks._common import BUILD, Known, Row, data, report, rounds, say, shown, spread, steps
 from examples import train_speech_adapters as recipe
 from offramp import zoo
-from offramp.bundle.manifest import PICK, Exit
+from offramp.bundle.manifest import Exit
+from offramp.bundle.measures import PICK
 from offramp.runtime.policies.base import Rows
 from offramp.runtime.policies.builtin import Verify
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample

@@ -12,6 +12,7 @@ from itertools import pairwise
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import GREATEST
 from offramp.bundle.manifest import DTYPES, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
+from offramp.bundle.measures import MEASURES, measure_named
 from offramp.bundle.options import OPTIONS, read
 from offramp.bundle.preprocessing import preprocessing_problems
 from offramp.errors import InputError
@@ -254,6 +255,9 @@ class _Flow:
                 continue  # which is said above
             rank, place = _kind(self._manifest, name)[1:]
             by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
+            dtype, expected = self._manifest.values[name].dtype, measure_named(measure).dtype
+            if measure in MEASURES and dtype != expected:
+                yield f"{where}, score {measure}: {name!r} is {dtype}, expected {expected}"
             if self._manifest.batch and (not (rank == 1 or by_token) or place != (0, 1)):
                 yield f"{where}, score {measure}: {name!r} is neither [{self._manifest.batch}] nor with tokens"
 

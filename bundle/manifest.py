@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offramp.bundle.expressions import multiple
+from offramp.bundle.measures import PICK
 from offramp.bundle.preprocessing import Preprocessing
 
 FORMAT = "offramp"
@@ -24,8 +25,6 @@ VERSION = 5
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 
-PICK = "prediction-short"
-SHORT = ("top1-short", "margin-short", PICK)  # scores that need no head of the whole vocabulary
 
 # The dtypes of values: numpy's names, and ONNX Runtime's.
 DTYPES: Mapping[str, str] = {

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from offramp.bundle.manifest import PICK, Exit, Manifest, Segment, Stack, Stage
+from offramp.bundle.manifest import Exit, Manifest, Segment, Stack, Stage
+from offramp.bundle.measures import PICK
 
 Names: TypeAlias = frozenset[str]
 

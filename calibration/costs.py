@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import PICK, Manifest, Stack
+from offramp.bundle.manifest import Manifest, Stack
+from offramp.bundle.measures import PICK
 from offramp.bundle.schedule import Schedule
 
 Numbers = NDArray[np.float64]

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Stack
+from offramp.bundle.measures import measure_named
 from offramp.calibration.costs import Costs
 from offramp.calibration.observe import Observed
 from offramp.calibration.risk import losses_of
@@ -42,7 +43,7 @@ class Scale:
     def threshold(self, measure: str, chance: float) -> float:
         """The score from which on there is at least that chance."""
         found = self.temperature * (np.log(chance) - np.log1p(-chance) - self.offset)
-        return float(-found if measure == "entropy" else _sigmoid(np.float64(found)))
+        return float(-found if measure_named(measure).surer == "less" else _sigmoid(np.float64(found)))
 
 
 def _sigmoid(x: Any) -> Numbers:
@@ -52,7 +53,7 @@ def _sigmoid(x: Any) -> Numbers:
 
 def evidence(measure: str, scores: NDArray[Any]) -> Numbers:
     """What grows with how sure a score is, without bounds."""
-    if measure == "entropy":
+    if measure_named(measure).surer == "less":
         return -np.asarray(scores, np.float64)
     clipped = np.clip(np.asarray(scores, np.float64), _CLOSE, 1 - _CLOSE)
     return np.log(clipped) - np.log1p(-clipped)
@@ -82,9 +83,9 @@ def leaves(measure: str, scores: NDArray[Any], thresholds: Thresholds) -> NDArra
     """Which exit each step leaves by, [steps], as the policies decide; full depth is the last."""
     out = np.zeros((scores.shape[0], scores.shape[1] + 1), np.bool_)
     out[:, -1] = True
+    reaches = np.less_equal if measure_named(measure).surer == "less" else np.greater_equal
     for at, threshold in thresholds.items():
-        column = scores[:, at]
-        out[:, at] = column <= threshold if measure == "entropy" else column >= threshold
+        out[:, at] = reaches(scores[:, at], threshold)
     taken: NDArray[np.int64] = out.argmax(1)
     return taken
 
@@ -92,7 +93,7 @@ def leaves(measure: str, scores: NDArray[Any], thresholds: Thresholds) -> NDArra
 def policy_of(stack: Stack, measure: str, thresholds: Thresholds, *, alone: bool) -> Policy:
     """The policy that has these thresholds; ``alone`` where the bundle has no other stack."""
     named = {stack.exits[at].after: threshold for at, threshold in thresholds.items()}
-    kind = Entropy if measure == "entropy" else Confidence
+    kind = Entropy if measure_named(measure).surer == "less" else Confidence
     policy = kind(measure=measure, thresholds=named)
     return policy if alone else Each({stack.name: policy})
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import PICK, Exit, Stack
+from offramp.bundle.manifest import Exit, Stack
+from offramp.bundle.measures import measure_named
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, together
 from offramp.calibration.quality import Quality, answers_of, graded, same_class
@@ -29,7 +30,6 @@ from offramp.runtime.policies.base import Rows
 from offramp.runtime.result import Timing
 
 Numbers = NDArray[np.float64]
-NO_GATE = ("prediction", PICK)  # scores that say what, not how surely
 _GREEDY = {"temperature": 0, "beams": 1}
 _TIMED = 48  # examples whose segments are timed
 _PERIOD = 8  # tokens until one goes deep and takes the others along, where that is timed
@@ -94,7 +94,7 @@ class _Periodic(Policy):
 
 def measures_of(exit_: Exit) -> tuple[str, ...]:
     """The scores of an exit that a threshold can be set for."""
-    return tuple(name for name in exit_.scores if name not in NO_GATE)
+    return tuple(name for name in exit_.scores if measure_named(name).gates)
 
 
 def stack_of(chain: Chain, name: str | None = None) -> Stack:

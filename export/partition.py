@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import fx
 
+from offramp.bundle.measures import OF_LOGITS
 from offramp.errors import ExportError, SpecError
 from offramp.export.lowering.merged_products import merged
-from offramp.passes.insert_scores import OF_LOGITS
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit
 from offramp.program.graph import (

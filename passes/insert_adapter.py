@@ -9,10 +9,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
+from offramp.bundle.measures import OF_SHORT
 from offramp.errors import SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
-from offramp.passes.insert_scores import OF_SHORT
 from offramp.program.exit import Exit
 from offramp.program.graph import aten, shape
 from offramp.program.program import Program

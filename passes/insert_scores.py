@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from offramp.bundle.manifest import PICK, SHORT
+from offramp.bundle.measures import MEASURES, OF_LOGITS, OF_SHORT, OF_STATE, Measure
 from offramp.errors import SpecError
 from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
@@ -18,11 +18,6 @@ from offramp.program.exit import Exit
 from offramp.program.graph import dependents, expression, results, shape
 from offramp.program.program import Program
 from offramp.program.record import exchanged
-
-OF_LOGITS = ("top1", "margin", "entropy", "prediction")
-OF_STATE = ("cosine", "learned")
-OF_SHORT = SHORT
-MEASURES = OF_LOGITS + OF_STATE + OF_SHORT
 
 
 @dataclass(frozen=True, repr=False)
@@ -180,7 +175,7 @@ class InsertScores(Pass):
         if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
             raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
         axes = len(shape(node)) - (self._tokens(program) is not None)
-        if {"prediction", PICK} & set(self.measures) and (axes > 2 or program.axes.batch is None):
+        if not all(MEASURES[measure].gates for measure in self.measures) and (axes > 2 or program.axes.batch is None):
             raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
         return name
 
@@ -209,24 +204,23 @@ class InsertScores(Pass):
                 if measure in scores:
                     notes.append(f"the exit after block {item.after} has {measure} already")
                 else:
-                    node = self._score(editor, program, item, measure, head)
+                    node = self._score(editor, program, item, MEASURES[measure], head)
                     scores[measure] = f"{name}.{item.after}/{measure}"
                     editor.returns({scores[measure]: node})
             exits[at] = replace(item, scores=scores)
         return editor.finish(tuple(notes), records=exchanged(program.records, Exit, exits))
 
-    def _score(self, editor: Editor, program: Program, item: Exit, measure: str, head: ShortHead | None) -> fx.Node:
+    def _score(self, editor: Editor, program: Program, item: Exit, measure: Measure, head: ShortHead | None) -> fx.Node:
         stack = program.stacks[item.stack]
         builder = ScoreBuilder(editor, program, self._tokens(program))
         hidden = editor[item.hidden]
-        if measure not in OF_STATE:
-            logits = results(editor.graph)[item.outputs[self._logits(program)]]
-            if head is not None and measure in OF_SHORT:
-                few = head.logits(builder, hidden, logits)
-                found = builder.of_logits(few, measure.removesuffix("-short"), builder.padding(stack.name))
-                return head.classes(builder, found) if measure == PICK else found
+        if measure.source == "hidden states":
+            return builder.cosine(editor[stack.cuts[item.after - 1]], hidden, builder.padding(stack.name))
+        if measure.source == "gate":
+            return builder.learned(hidden, builder.padding(stack.name), f"exits.{item.stack}.{item.after}.gate")
+        logits = results(editor.graph)[item.outputs[self._logits(program)]]
+        if head is None or measure.source == "logits":
             return builder.of_logits(logits, measure, builder.padding(stack.name))
-        valid = builder.padding(stack.name)
-        if measure == "cosine":
-            return builder.cosine(editor[stack.cuts[item.after - 1]], hidden, valid)
-        return builder.learned(hidden, valid, f"exits.{item.stack}.{item.after}.gate")
+        few = head.logits(builder, hidden, logits)
+        found = builder.of_logits(few, measure, builder.padding(stack.name))
+        return found if measure.gates else head.classes(builder, found)

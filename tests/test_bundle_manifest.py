@@ -208,6 +208,7 @@ CONTRADICTIONS = [
     (f"{EXIT1}/outputs", {"other": "logits1"}, "stacks.encoder.exits: their outputs differ"),
     (f"{EXIT1}/outputs/logits", "top11", "'top11' and 'logits4' differ in dtype, rank or place of rows"),
     (f"{EXIT1}/scores/top1", "logits1", "score top1: 'logits1' is neither [batch] nor with tokens"),
+    (f"{EXIT1}/scores/top1", "prediction1", "score top1: 'prediction1' is int64, expected float32"),
     (f"{EXIT1}/scores/top1", "top12", "scores: 'top12' is not made before"),
 ]
 

@@ -12,9 +12,9 @@ import torch
 from test_stacks import Flat
 from torch import Tensor, nn
 
+from offramp.bundle.measures import OF_LOGITS, OF_STATE
 from offramp.errors import SpecError
 from offramp.passes import InsertExits, InsertScores, apply
-from offramp.passes.insert_scores import OF_LOGITS, OF_STATE
 from offramp.program import Program, capture
 from offramp.program.program import evaluate
 

@@ -14,6 +14,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offramp.bundle.measures import OF_LOGITS, OF_STATE
 from offramp.errors import PassError, SpecError
 from offramp.passes import (
     Canonicalize,
@@ -29,7 +30,6 @@ from offramp.passes import (
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.spec import as_passes, parse, registry
 from offramp.passes.insert_adapter import KINDS
-from offramp.passes.insert_scores import OF_LOGITS, OF_STATE
 from offramp.program import Program
 
 # Text

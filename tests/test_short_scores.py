@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.bundle.manifest import Exit
+from offramp.bundle.measures import OF_SHORT
 from offramp.errors import SpecError
 from offramp.export import save
 from offramp.export.partition import partition
 from offramp.passes import InsertScores, apply
 from offramp.passes.infra.spec import parse
-from offramp.passes.insert_scores import OF_SHORT
 from offramp.program import Program, capture
 from offramp.program.graph import results
 from offramp.runtime.policies.base import Agreement, Cost, Policy, Rows, State

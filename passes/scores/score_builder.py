@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from offramp.bundle.measures import Measure
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.attention import HIDDEN, Mask, attention_sites, padding_mask
 from offramp.program.graph import aten, expression, shape
@@ -93,39 +94,40 @@ class ScoreBuilder:
                 node = self.call(aten.unsqueeze.default, node, axis)
         return node
 
-    def of_logits(self, logits: fx.Node, measure: str, valid: fx.Node | None) -> fx.Node:
-        """``top1``, ``margin``, ``entropy`` or ``prediction`` of logits whose last axis counts classes."""
-        if measure == "prediction":
-            best = self.call(aten.argmax.default, logits, -1)
-            if len(shape(best)) > 1 and self.token_axis(best) is None:  # of the last token, whose axis was kept
-                return self.per_row(best, aten.amax.default)
-            turned = self.tokens is not None and self.batch_axis(best) == 1
-            return self.call(aten.transpose.int, best, 0, 1) if turned else best
-        if measure == "entropy":
-            logs = self.call(aten.log_softmax.int, logits, -1, torch.float32)
-            chances = self.call(aten.exp.default, logs)
-            places = self.call(
-                aten.neg.default,
-                self.call(aten.sum.dim_IntList, self.call(aten.mul.Tensor, chances, logs), [-1]),
-            )
-        else:
-            chances = self.call(aten.softmax.int, logits, -1, torch.float32)
-            if measure == "top1":
-                places = self.call(aten.amax.default, chances, [-1])
-            else:
-                best = self.call(operator.getitem, self.call(aten.topk.default, chances, 2), 0)
-                first, second = (
-                    self.call(aten.select.int, best, -1, 0),
-                    self.call(aten.select.int, best, -1, 1),
-                )
-                places = self.call(aten.sub.Tensor, first, second)
+    def of_logits(self, logits: fx.Node, measure: Measure, valid: fx.Node | None) -> fx.Node:
+        """A measure of logits whose last axis counts classes."""
+        if not measure.gates:
+            return self._best(logits)
+        places = {"top1": self._top1, "margin": self._margin, "entropy": self._entropy}[measure.function](logits)
         if len(shape(places)) == 1 and self.batch_axis(places) is not None:
             return places
         real = self.spread(valid, places)
-        sure = 0.0 if measure == "entropy" else 1.0
+        sure, least_sure = (0.0, aten.amax.default) if measure.surer == "less" else (1.0, aten.amin.default)
         if real is not None:
             places = self.call(aten.where.ScalarOther, real, places, sure)
-        return self.per_row(places, aten.amax.default if measure == "entropy" else aten.amin.default)
+        return self.per_row(places, least_sure)
+
+    def _best(self, logits: fx.Node) -> fx.Node:
+        """The index of the greatest logit, [batch], or [batch, tokens]."""
+        best = self.call(aten.argmax.default, logits, -1)
+        if len(shape(best)) > 1 and self.token_axis(best) is None:  # of the last token, whose axis was kept
+            return self.per_row(best, aten.amax.default)
+        turned = self.tokens is not None and self.batch_axis(best) == 1
+        return self.call(aten.transpose.int, best, 0, 1) if turned else best
+
+    def _top1(self, logits: fx.Node) -> fx.Node:
+        return self.call(aten.amax.default, self.call(aten.softmax.int, logits, -1, torch.float32), [-1])
+
+    def _margin(self, logits: fx.Node) -> fx.Node:
+        chances = self.call(aten.softmax.int, logits, -1, torch.float32)
+        best = self.call(operator.getitem, self.call(aten.topk.default, chances, 2), 0)
+        first, second = (self.call(aten.select.int, best, -1, place) for place in (0, 1))
+        return self.call(aten.sub.Tensor, first, second)
+
+    def _entropy(self, logits: fx.Node) -> fx.Node:
+        logs = self.call(aten.log_softmax.int, logits, -1, torch.float32)
+        products = self.call(aten.mul.Tensor, self.call(aten.exp.default, logs), logs)
+        return self.call(aten.neg.default, self.call(aten.sum.dim_IntList, products, [-1]))
 
     def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None) -> fx.Node:
         """Similarity of two states, all values of a row (or of one of its tokens) as one vector."""

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import SHORT, Exit, Stack
+from offramp.bundle.manifest import Exit, Stack
+from offramp.bundle.measures import OF_SHORT
 from offramp.errors import PolicyError
 
 Rows: TypeAlias = NDArray[np.bool_]
@@ -108,7 +109,7 @@ class Policy:
 
         None runs the head over the whole vocabulary.
         """
-        return tuple(measure for measure in self.measures(stack, exit_) or () if measure in SHORT) or None
+        return tuple(measure for measure in self.measures(stack, exit_) or () if measure in OF_SHORT) or None
 
     def leave(self, state: State) -> Rows:
         """Which rows leave here: bool [rows]."""

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import PICK, Stack
+from offramp.bundle.manifest import Stack
+from offramp.bundle.measures import PICK, measure_named
 from offramp.errors import ExecutionError, PolicyError
 from offramp.runtime.policies.base import Cost, Policy, Rows, Scores, State, listing
 
@@ -83,10 +84,11 @@ class StackPolicy:
 
     def _score(self, after: int, measure: str, rows: int, array: NDArray[Any]) -> NDArray[Any]:
         if self._stack.role == "decoder" and array.ndim == 2:  # by token: the least sure one, or what follows the text
-            if measure.startswith("prediction"):
+            known = measure_named(measure)
+            if not known.gates:
                 array = array[:, -1]
             else:
-                array = array.max(1) if measure == "entropy" else array.min(1)
+                array = array.max(1) if known.surer == "less" else array.min(1)
         if array.size != rows:
             raise ExecutionError(
                 f"the score {measure!r} after {after} blocks of {self._stack.name!r} has the shape "

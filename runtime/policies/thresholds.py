@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from offramp.bundle.manifest import Exit, Stack
+from offramp.bundle.measures import measure_named
 from offramp.errors import PolicyError
 from offramp.runtime.policies.base import Policy, Rows, State, options, scored
 
@@ -200,7 +201,7 @@ def threshold_at(position: float) -> float:
 
 def check_learner(policy: Policy, measure: str, threshold: float) -> None:
     """Raise PolicyError where a threshold that learns cannot start, or a measure is not on its scale."""
-    if measure == "entropy" or measure.startswith("prediction"):
+    if not measure_named(measure).bounded:
         raise PolicyError(f"{policy!r}: {measure!r} does not go from 0, unsure, to 1", hint="measure=top1 or margin")
     if not 0 <= threshold <= 1:
         raise PolicyError(f"{policy!r}: the threshold to start with is from 0 to 1")
