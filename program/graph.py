@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from offramp.errors import PassError
 
 aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
@@ -196,6 +199,34 @@ def run(
             if not keep(arg):
                 values.pop(arg, None)
     return values
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The mode in which the shapes of the graph's values were computed.
+
+    Raises:
+        PassError: its nodes have no shapes.
+    """
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    raise PassError("the graph carries no shapes: capture it with offramp.capture")
+
+
+def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
+    """What a call of ``target`` would give, as shapes and dtypes: nodes among the arguments stand for their values."""
+    values, named = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+    with mode, torch.no_grad():
+        return target(*values, **named)
+
+
+def add_call(mode: FakeTensorMode, graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:
+    """A new call where the graph inserts nodes, whose value's shape and dtype are computed in ``mode``."""
+    value = fake_result(mode, target, args, kwargs)
+    node = graph.call_function(target, args, kwargs)
+    node.meta["val"] = value
+    return node
 
 
 def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from offramp.export.lowering.layouts import same_shape
 from offramp.export.lowering.node_builder import Builder
 from offramp.export.lowering.rotary import ROTARY
 from offramp.program import ops
+from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.graph import ancestors, aten, expression, shape
 
 Target = Literal["ort", "portable"]
@@ -52,7 +53,7 @@ def lower_attention(graph: fx.Graph, target: Target) -> None:
             with graph.inserting_before(node):
                 node.replace_all_uses_with(_rotated(builder, *node.args))
     graph.eliminate_dead_code()
-    _merge_equal(graph)
+    merge_equal(graph, _shared_key)
 
 
 def _bias(attention: fx.Node) -> list[fx.Node]:
@@ -242,16 +243,6 @@ def _as_float(b: Builder, bias: fx.Node) -> fx.Node:
     return b.call(aten.where.ScalarOther, bias, zero, float(torch.finfo(torch.float32).min))
 
 
-def _merge_equal(graph: fx.Graph) -> None:
-    """Blocks of one segment share what they compute from lengths."""
-    seen: dict[Any, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        if node.target.namespace == "onnx_symbolic":
-            continue
-        key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
+def _shared_key(node: fx.Node) -> Hashable | None:
+    """Blocks of one segment share what they compute from lengths; calls of ONNX's operators stay apart."""
+    return None if getattr(node.target, "namespace", "") == "onnx_symbolic" else call_key(node)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.onnx.ops import _dtype_mappings, _symbolic_impl
 
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import add_call, aten, expression, fake_mode, shape
 
 _KINDS = {dtype: kind for kind, dtype in _dtype_mappings.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
 
@@ -22,12 +22,7 @@ class Builder:
         self.graph = graph
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        mode = next(v for a in self.graph.nodes if isinstance(v := a.meta.get("val"), torch.Tensor)).fake_mode  # type: ignore[attr-defined]
-        with mode, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-        return node
+        return add_call(fake_mode(self.graph), self.graph, target, *args, **kwargs)
 
     def size(self, node: fx.Node, axis: int) -> Any:
         found = expression(shape(node)[axis])

@@ -29,6 +29,7 @@ from offramp.program.graph import (
     aten,
     attribute,
     expression,
+    fake_result,
     is_symint,
     is_tensor,
     placeholders,
@@ -132,13 +133,13 @@ class Rebuilder:
     def call(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
         """A new call at the end of the graph; its value's shape is computed."""
         name = name or f"{getattr(target, '__name__', 'size').split('.')[0]}_chunked"  # no name of an old node
-        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
-        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
         try:
-            with self.mode, enable_python_dispatcher(), torch.no_grad():
-                node.meta["val"] = target(*values[0], **values[1])
+            with enable_python_dispatcher():
+                value = fake_result(self.mode, target, args, kwargs)
         except Exception as error:
             raise self.refusal(f"{target} does not fit a chunk of new tokens: {error}".splitlines()[0]) from error
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta["val"] = value
         node.meta["provenance"] = {"pass": self.text, "from": self.origin.name if self.origin else ""}
         for key in ("nn_module_stack", "stack_trace"):
             if self.origin is not None and key in self.origin.meta:

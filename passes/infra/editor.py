@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offramp.errors import PassError
 from offramp.passes.infra.base import PassResult
-from offramp.program.graph import attribute, copied, results
+from offramp.program.graph import add_call, attribute, copied, fake_mode, results
 from offramp.program.program import Program
 
 
@@ -32,7 +31,7 @@ class Editor:
         self.module = fx.GraphModule(program.graph_module, self.graph, "Program")
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.graph.nodes}
         self.edits: Counter[str] = Counter()
-        self._fake = _fake_mode(program.graph)
+        self._fake = fake_mode(program.graph)
 
     def __getitem__(self, name: str) -> fx.Node:
         """The node of that name."""
@@ -64,11 +63,7 @@ class Editor:
     def call(self, target: Any, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:
         """A new call of ``target`` right after node ``at``; the value's shape is computed from the arguments'."""
         with self.graph.inserting_after(at):
-            node = self.graph.call_function(target, args, kwargs)
-        values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        with self._fake, torch.no_grad():
-            node.meta["val"] = target(*values[0], **values[1])
-        return self._made(node, at)
+            return self._made(add_call(self._fake, self.graph, target, *args, **kwargs), at)
 
     def clone(self, nodes: Iterable[fx.Node], mapping: dict[fx.Node, fx.Node], at: fx.Node) -> dict[fx.Node, fx.Node]:
         """Copies of ``nodes`` (in graph order) after ``at``, reading through ``mapping``, which is extended."""
@@ -131,11 +126,3 @@ class Editor:
         self.nodes[node.name] = node
         self.edits["inserted"] += 1
         return node
-
-
-def _fake_mode(graph: fx.Graph) -> FakeTensorMode:
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
-            return value.fake_mode
-    raise PassError("the graph carries no shapes: capture it with offramp.capture")

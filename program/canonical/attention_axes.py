@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import add_call, aten, expression, shape
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 
@@ -49,7 +49,7 @@ class _Layout:
     """The axes before tokens and features of one attention: of four axes they are rows and heads."""
 
     def __init__(self, graph: fx.Graph, attention: fx.Node, tensors: Sequence[fx.Node]) -> None:
-        self.graph = graph
+        self.graph, self._mode = graph, attention.meta["val"].fake_mode
         self.meta = {key: value for key, value in attention.meta.items() if key != "kept_dropout"}
         self.rank = max(len(shape(node)) - 2 for node in tensors)
         self.holders: list[tuple[fx.Node, int]] = []
@@ -111,8 +111,6 @@ class _Layout:
         return expression(size) if isinstance(expression(size), int) else self._call(aten.sym_size.int, node, axis)
 
     def _call(self, target: Any, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        values = fx.node.map_arg(args, lambda arg: arg.meta["val"])
-        with values[0].fake_mode:
-            node.meta = {**self.meta, "val": target(*values)}
+        node = add_call(self._mode, self.graph, target, *args)
+        node.meta = {**self.meta, "val": node.meta["val"]}
         return node

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from offramp.errors import CaptureError
-from offramp.program.graph import aten, attribute, shape_key, source
+from offramp.program.graph import add_call, aten, attribute, fake_mode, shape_key, source
 
 _REAL = {torch.complex32: torch.float16, torch.complex64: torch.float32, torch.complex128: torch.float64}
 
@@ -67,8 +66,7 @@ class _Rewriter:
         self.module, self.graph = module, module.graph
         self.pairs: dict[fx.Node, _Pair] = {}
         self.replaced: list[fx.Node] = []
-        tensors = (node.meta.get("val") for node in self.graph.nodes)
-        self._mode = next(value.fake_mode for value in tensors if isinstance(value, FakeTensor))
+        self._mode = fake_mode(self.graph)
         self._node: fx.Node
 
     def visit(self, node: fx.Node) -> None:
@@ -105,8 +103,9 @@ class _Rewriter:
                 leaf += "_"
             setattr(holder, f"{leaf}_{name}", kind(part.clone(memory_format=torch.contiguous_format)))
             target = f"{owner}.{leaf}_{name}" if owner else f"{leaf}_{name}"
-            fake = self._mode.from_tensor(part, static_shapes=True)
-            made.append(self._stamped(self.graph.create_node("get_attr", target), fake))
+            node = self.graph.create_node("get_attr", target)
+            node.meta["val"] = self._mode.from_tensor(part, static_shapes=True)
+            made.append(self._stamped(node))
         return _Pair(*made)
 
     def _call(self, node: fx.Node) -> Any:
@@ -158,14 +157,11 @@ class _Rewriter:
 
     def make(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call whose value's shape is computed."""
-        made = self.graph.call_function(target, args, kwargs)
-        values, named = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-        with self._mode, torch.no_grad():
-            return self._stamped(made, target(*values, **named))
+        return self._stamped(add_call(self._mode, self.graph, target, *args, **kwargs))
 
-    def _stamped(self, made: fx.Node, value: Any) -> fx.Node:
+    def _stamped(self, made: fx.Node) -> fx.Node:
         kept = ("nn_module_stack", "stack_trace")
-        made.meta = {**{key: self._node.meta[key] for key in kept if key in self._node.meta}, "val": value}
+        made.meta |= {key: self._node.meta[key] for key in kept if key in self._node.meta}
         return made
 
     def join(self, target: Any, a: Any, b: Any) -> Any:

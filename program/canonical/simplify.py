@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable
 from typing import Any
 
 import torch
 from torch import fx
 
 from offramp.program.canonical.attention_axes import four_axes
+from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.dropout import keeps
-from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, shape_key, storage_key
+from offramp.program.graph import (
+    aten,
+    expression,
+    fake_mode,
+    fake_result,
+    is_symint,
+    is_tensor,
+    shape,
+    shape_key,
+    storage_key,
+)
 
 _ASSERTIONS = ("_assert", "sym_constrain", "_check")
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -34,7 +45,7 @@ def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int
     edits += four_axes(graph)
     edits += _drop_identities(graph, frozenset(protected))
     edits += sizes_from_inputs(graph)
-    edits += _merge_equal(module, frozenset(protected))
+    edits += merge_equal(graph, lambda node: None if node.name in protected else _value_key(module, node))
     before = len(graph.nodes)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in protected)
     edits += before - len(graph.nodes)
@@ -148,12 +159,10 @@ def _sizes_not_tensors(graph: fx.Graph) -> int:
 
 def _refresh(graph: fx.Graph) -> None:
     """Compute every node's shape again, from those of the inputs."""
-    mode = next(node.meta["val"].fake_mode for node in graph.nodes if is_tensor(node))
+    mode = fake_mode(graph)
     for node in graph.nodes:
         if node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
-            with mode, torch.no_grad():
-                node.meta["val"] = node.target(*args, **kwargs)
+            node.meta["val"] = fake_result(mode, node.target, node.args, node.kwargs)
 
 
 def _same(node: fx.Node) -> bool:
@@ -249,42 +258,11 @@ def sizes_from_inputs(graph: fx.Graph) -> int:
     return edits
 
 
-def _merge_equal(module: fx.GraphModule, protected: frozenset[str]) -> int:
-    """Merge nodes that compute the same from the same; weights are the same when their storage is."""
-    graph = module.graph
-    seen: dict[Any, fx.Node] = {}
-    edits = 0
-    for node in list(graph.nodes):
-        if node.name in protected:
-            continue
-        if node.op == "get_attr":
-            value = module
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-            key: Any = ("get_attr", storage_key(value)) if isinstance(value, torch.Tensor) else node
-        elif node.op == "call_function" and _pure(node):
-            key = (node.target, _frozen(node.args), _frozen(node.kwargs))
-        else:
-            continue
-        first = seen.setdefault(key, node)
-        if first is not node:
-            node.replace_all_uses_with(first)
-            graph.erase_node(node)
-            edits += 1
-    return edits
-
-
-def _pure(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return torch.Tag.nondeterministic_seeded not in node.target.tags and not node.target._schema.is_mutable
-    return getattr(node.target, "__module__", "") == operator.add.__module__
-
-
-def _frozen(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return (type(value).__name__, *map(_frozen, value))
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in sorted(value.items()))
-    if isinstance(value, slice):
-        return ("slice", _frozen(value.start), _frozen(value.stop), _frozen(value.step))
-    return (type(value).__name__, value)
+def _value_key(module: fx.GraphModule, node: fx.Node) -> Hashable | None:
+    """Equal where two nodes hold one value; weights do when their storage is the same."""
+    if node.op != "get_attr":
+        return call_key(node)
+    value = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return ("get_attr", storage_key(value)) if isinstance(value, torch.Tensor) else None
