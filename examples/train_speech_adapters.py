@@ -35,7 +35,8 @@ from offramp.program import Program
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 from offramp.training.learner import Batch, Learner, remember
 from offramp.training.loop import Point, fit
-from offramp.training.objectives import IGNORED, Objective, SelfDistillation, Values
+from offramp.training.losses import IGNORED, Values
+from offramp.training.objectives import Objective, SelfDistillation
 from offramp.training.weights import save_weights
 
 WEIGHTS = Path(__file__).with_name("speech_adapters.safetensors")

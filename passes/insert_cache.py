@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
 
 from offramp.errors import PassError, SpecError
+from offramp.passes.caches.cached_sites import CachedSites
 from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
+from offramp.passes.caches.chunk_graph import LENGTHS, PLACES
 from offramp.passes.caches.chunks import check_chunks
-from offramp.passes.caches.contents import ContentMasks, product_of
-from offramp.passes.caches.incremental import LENGTHS, PLACES, Rebuilder
+from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.outputs import last_places, logits_of
 from offramp.passes.infra.base import Pass, PassResult
-from offramp.program import ops
-from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.cache import Cache
 from offramp.program.exit import Exit
-from offramp.program.graph import aten, expression, read_by, results, shape, symbols
+from offramp.program.graph import aten, expression, read_by, results, shape
 from offramp.program.program import Program
-
-_LAYOUT = (
-    aten.transpose.int,
-    aten.permute.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.reshape.default,
-    aten.squeeze.dim,
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,44 +82,36 @@ class _Insertion:
         wanted = self.facts.example + 7
         self.capacity = wanted if self.facts.limit is None else min(wanted, self.facts.limit)
         self.builder = Rebuilder(program, text, self.facts, self.capacity)
-        self.masks = ContentMasks(self.facts, self.builder, self._keyed)
-        self.buffers: dict[str, str] = {}
-        self.axes: dict[str, int] = {}
-        self.returned: dict[str, fx.Node] = {}
+        self.cached = CachedSites(self.facts, self.builder)
         self.builder.last = last_places(self.facts)
         self.logits = logits_of(self.facts, self.builder.last)
 
     def result(self) -> PassResult:
         """The rebuilt program."""
-        facts, graph = self.facts, self.program.graph
-        hooks: dict[fx.Node, Callable[[fx.Node], fx.Node]] = {}
-        after: dict[fx.Node, list[Callable[[fx.Node], None]]] = {}
+        facts, builder, graph, new = self.facts, self.builder, self.program.graph, self.builder.new.graph
         needed = self._needed()
-        self.builder.loose = {node for node in graph.nodes if node not in needed}
-        self.builder.mixed |= {site.output for site in facts.sites if site.output not in needed}
-        sites = list(filter(facts.attends_to_tokens, [site for site in facts.sites if site.output in needed]))
-        self.builder.skipped = self.masks.only(sites)
-        for site in sites:
-            if site.form == "sdpa":
-                hooks[site.output] = partial(self._attention, site)
-            else:
-                self._decomposed(site, after)
-                hooks |= self.masks.readers(site)
-        for node in graph.find_nodes(op="call_function", target=aten.cumsum.default):
-            counts = facts.kinds[node] == DATA and expression(shape(node)[node.args[1]]) == facts.tokens
-            if counts and node in needed:
-                hooks[node] = self._cumulative
-        self.builder.build(hooks, after)
-        new = {name: self.builder.value(node, "chunk") for name, node in results(graph).items()}
-        self.builder.graph.output({**new, **self.returned})
+        builder.loose = {node for node in graph.nodes if node not in needed}
+        builder.mixed |= {site.output for site in facts.sites if site.output not in needed}
+        sums = graph.find_nodes(op="call_function", target=aten.cumsum.default)
+        self.cached.visit(
+            [site for site in facts.sites if site.output in needed and facts.attends_to_tokens(site)],
+            [node for node in sums if node in needed and self._sums_tokens(node)],
+        )
+        builder.build(self.cached.hooks, self.cached.after)
+        returned = {name: builder.value(node, "chunk") for name, node in results(graph).items()}
+        new.output({**returned, **self.cached.returned})
         pinned = self._pinned()
-        self.builder.graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in pinned)
-        self.builder.graph.lint()
-        return PassResult(self._program(), dict(self.builder.edits))
+        new.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in pinned)
+        new.lint()
+        return PassResult(self._program(), dict(builder.new.edits))
+
+    def _sums_tokens(self, node: fx.Node) -> bool:
+        """Whether a cumulative sum is one over tokens."""
+        return self.facts.kinds[node] == DATA and expression(shape(node)[node.args[1]]) == self.facts.tokens
 
     def _pinned(self) -> frozenset[str]:
         """The names that must be in the rebuilt graph; raises where a record's are not."""
-        made = {node.name for node in self.builder.graph.nodes}
+        made = {node.name for node in self.builder.new.graph.nodes}
         for item in self.program.records:
             if lost := [name for name in item.pinned_nodes if name not in made]:
                 raise PassError(
@@ -193,8 +172,8 @@ class _Insertion:
 
     def _program(self) -> Program:
         program, facts = self.program, self.facts
-        renamed = self.builder.renamed
-        capacity = expression(self.builder.capacity)
+        renamed = self.builder.new.renamed
+        capacity = expression(self.builder.new.capacity)
         axes = Axes(
             {renamed[old]: name for old, name in program.axes.names.items() if old in renamed} | {capacity: "capacity"},
             renamed.get(program.axes.batch),
@@ -206,8 +185,8 @@ class _Insertion:
             tuple(str(node.target) for node in facts.own if node not in facts.implied),
             LENGTHS,
             PLACES,
-            self.buffers,
-            self.axes,
+            self.cached.buffers,
+            self.cached.axes,
             {str(node.target): item for node, item in facts.implied.items()},
             facts.limit,
             self.logits,
@@ -216,116 +195,10 @@ class _Insertion:
         kept = {name: value for name, value in program.example_inputs.items() if name not in cache.implied}
         made = replace(
             program,
-            graph_module=fx.GraphModule(program.graph_module, self.builder.graph, "Program"),
+            graph_module=fx.GraphModule(program.graph_module, self.builder.new.graph, "Program"),
             axes=axes,
             example_inputs=kept,
             history=(*program.history, self.text),
             records=(*program.records, cache),
         )
         return replace(made, example_inputs=made.fresh(kept, self.capacity))
-
-    def _cache(self, kind: str, value: fx.Node, axis: int) -> tuple[fx.Node, str]:
-        """A new input for earlier values like ``value``, and the name of the output that replaces it."""
-        name = f"{kind}_cache_{sum(known.startswith(kind) for known in self.buffers)}"
-        sizes = list(shape(value))
-        if self.program.axes.batch is not None and expression(self.builder.batch) not in symbols(sizes[0]):
-            raise self.builder.refusal("insert-cache: rows do not lie on the first axis of keys or values")
-        sizes[axis] = self.builder.capacity
-        self.axes[name] = axis
-        self.buffers[name] = f"{name}_new"
-        return self.builder.placeholder(name, sizes, value.meta["val"].dtype), self.buffers[name]
-
-    def _attention(self, site: AttentionSite, node: fx.Node) -> fx.Node:
-        """A fused attention becomes the one that keeps keys and values."""
-        builder, window = self.builder, self.facts.window(site)
-        query = builder.value(site.query)
-        key, value = (self._ungrouped(arg) for arg in (site.key, site.value))
-        if len(shape(query)) != 4:
-            raise builder.refusal(f"attention over {len(shape(query))} axes; expected rows, heads, tokens, features")
-        bias = None
-        if window is None:
-            contents, mask = self.facts.contents(site), site.masks[0].node
-            wanted = [*shape(query)[:-1], builder.capacity]
-            bias = self.masks.bias(mask, contents[mask]) if contents else builder.aligned(builder.value(mask), wanted)
-        places = builder.places(shape(query)[0])  # of each row: heads, where the model counts rows and heads together
-        if places > 1:
-            query, key, value = (self._regrouped(item, places, 1) for item in (query, key, value))
-            bias = bias if bias is None or expression(shape(bias)[0]) == 1 else self._regrouped(bias, places, 1)
-        keys, values = self._cache("key", key, 2), self._cache("value", value, 2)
-        lengths = builder.inputs[LENGTHS]
-        called = builder.call(
-            ops.ATTENTION, query, key, value, keys[0], values[0], lengths, bias, site.scale, window or 0
-        )
-        builder.edits["replaced"] += 1
-        for at, (_, output) in enumerate((keys, values), 1):
-            self.returned[output] = builder.call(operator.getitem, called, at)
-        if places == 1:
-            return builder.call(operator.getitem, called, 0, name=node.name)
-        return self._regrouped(builder.call(operator.getitem, called, 0), 1, places, name=node.name)
-
-    def _regrouped(self, node: fx.Node, old: int, new: int, name: str | None = None) -> fx.Node:
-        """[old * rows, heads, tokens, features] as [new * rows, heads * old / new, tokens, features]."""
-        builder, (_, heads, _, features) = self.builder, shape(node)
-        rows = builder.sizer(builder.batch)
-        rows = rows if new == 1 else builder.call(operator.mul, rows, new)
-        last = builder.sizer(features) if expression(features) == expression(builder.capacity) else int(features)
-        sizes = [rows, int(heads) * old // new, builder.sizer(builder.chunk), last]
-        return builder.call(aten.reshape.default, node, sizes, name=name)
-
-    def _keyed(self, value: fx.Node, axis: int) -> fx.Node:
-        """What a mask says of keys, those of earlier tokens too."""
-        cache, output = self._cache("mask", value, axis)
-        self.returned[output] = whole = self.builder.appended(value, axis, cache)
-        return whole
-
-    def _ungrouped(self, node: fx.Node) -> fx.Node:
-        """Keys or values before they are repeated for every query head of a group."""
-        spread = node.args[0] if node.target is aten.reshape.default else None
-        if isinstance(spread, fx.Node) and spread.target is aten.expand.default:
-            inner = spread.args[0]
-            if isinstance(inner, fx.Node) and inner.target is aten.unsqueeze.default and inner.args[1] in (2, -3):
-                return self.builder.value(inner.args[0])  # type: ignore[arg-type]
-        return self.builder.value(node)
-
-    def _decomposed(self, site: AttentionSite, after: dict[fx.Node, list[Callable[[fx.Node], None]]]) -> None:
-        """Keys and values are appended; all between them stays as it is, with the capacity as the axis of keys."""
-        for operand, reader, kind in ((site.key, product_of(site), "key"), (site.value, site.output, "value")):
-            start, path = self._append_point(operand)
-            after.setdefault(start, []).append(partial(self._append, [*path, reader][0], kind))
-
-    def _append(self, reader: fx.Node, kind: str, node: fx.Node) -> None:
-        builder = self.builder
-        new = builder.value(node)
-        axes = [i for i, size in enumerate(shape(new)) if expression(size) == expression(builder.chunk)]
-        if len(axes) != 1:
-            raise builder.refusal("keys or values have no axis of tokens")
-        cache, output = self._cache(kind, new, axes[0])
-        self.returned[output] = builder.edges[reader, node] = builder.appended(new, axes[0], cache)
-
-    def _cumulative(self, node: fx.Node) -> fx.Node:
-        """A sum over all tokens so far: its terms are kept, and summed again."""
-        builder = self.builder
-        new, axis = builder.value(node.args[0]), int(node.args[1])  # type: ignore[arg-type]
-        if len(shape(new)) != 2:
-            raise builder.refusal("a cumulative sum over more than rows and tokens")
-        cache, output = self._cache("sum", new, axis)
-        whole = self.returned[output] = builder.appended(new, axis, cache)
-        total = builder.call(aten.cumsum.default, whole, axis)
-        return builder.call(aten.gather.default, total, axis, builder.positions(), name=node.name)
-
-    def _append_point(self, operand: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
-        """Where keys or values are appended: up the views of the operand, to rows, heads, tokens, features."""
-        batch = self.program.axes.batch
-        path: list[fx.Node] = []
-        best: tuple[fx.Node, list[fx.Node]] | None = None
-        node = operand
-        while True:
-            sizes = [expression(size) for size in shape(node)]
-            if len(sizes) == 4 and sizes[0] == batch and sizes[2] == self.facts.tokens:
-                best = node, list(path)
-            above = node.args[0] if node.target in _LAYOUT else None
-            if not isinstance(above, fx.Node) or len(above.users) > 1 or self.facts.kinds[above] != DATA:
-                break
-            path.insert(0, node)
-            node = above
-        return best or (operand, [])

@@ -14,8 +14,10 @@ from offramp.bundle.expressions import evaluate as evaluate_size
 from offramp.bundle.implied import fill
 from offramp.bundle.manifest import Implied
 from offramp.errors import StructureError
-from offramp.program.analysis.attention import AttentionSite, attention_sites, is_causal
-from offramp.program.analysis.stacks import Stack, find_stacks, name_stacks, why_none
+from offramp.program.analysis.attention import AttentionSite, is_causal
+from offramp.program.analysis.attention_search import attention_sites
+from offramp.program.analysis.stack_names import name_stacks
+from offramp.program.analysis.stacks import Stack, find_stacks, why_none
 from offramp.program.analysis.token_axes import Axes, find_axes
 from offramp.program.cache import Cache
 from offramp.program.dropout import Trainable, keeps, strip

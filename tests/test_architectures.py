@@ -16,7 +16,7 @@ from offramp.export import save
 from offramp.export.validation import TOLERANCE, eager, worst
 from offramp.passes import InsertExits, Truncate, apply
 from offramp.program import capture
-from offramp.program.capture import named_outputs
+from offramp.program.forward import named_outputs
 
 FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **architectures.REFUSED}
 CHEAP = ("torch_encoder_post", "einsum_encoder", "looped_block")

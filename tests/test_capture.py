@@ -235,7 +235,7 @@ class OneRow(Layer):
 
 
 def test_a_model_that_takes_one_row_only_is_captured_with_one(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "offramp.program.capture"):
+    with caplog.at_level(logging.INFO, "offramp.program.forward"):
         program = capture(OneRow(), X[:1])
     assert program.example_inputs["x"].shape == (1, 4)
     assert "a batch of two rows does not run" in caplog.text

@@ -13,8 +13,8 @@ from offramp.errors import CaptureError, PassError
 from offramp.passes import apply
 from offramp.passes.caches.chunks import cached_stacks
 from offramp.program import Program, capture
-from offramp.program.analysis.attention import attention_sites
-from offramp.program.capture import named_outputs
+from offramp.program.analysis.attention_search import attention_sites
+from offramp.program.forward import named_outputs
 from offramp.program.graph import expression, placeholders, shape
 from offramp.program.program import evaluate
 

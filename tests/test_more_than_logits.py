@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import offramp
-from offramp.program.capture import named_outputs
+from offramp.program.forward import named_outputs
 
 WORDS, NEW = tiny.WORDS, 6
 PROMPTS = [[3], [1, 2, 5, 4], [7, 7], [2, 9, 8]]

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import offramp
 from offramp.errors import SpecError
 from offramp.training.learner import Learner
+from offramp.training.losses import IGNORED, aligned
 from offramp.training.objectives import (
-    IGNORED,
     CrossEntropy,
     DeepSupervision,
     DepthWeighted,
@@ -25,7 +25,6 @@ from offramp.training.objectives import (
     Objective,
     SelfDistillation,
     Together,
-    aligned,
 )
 
 PIPELINE = "insert-exits{after=1|2},insert-adapter{kind=linear},insert-scores{measure=learned}"

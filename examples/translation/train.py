@@ -24,7 +24,8 @@ import offramp
 from examples._data import data
 from offramp.program import Program
 from offramp.training.loop import Point, fit
-from offramp.training.objectives import IGNORED, CrossEntropy, DeepSupervision
+from offramp.training.losses import IGNORED
+from offramp.training.objectives import CrossEntropy, DeepSupervision
 from offramp.training.weights import save_weights
 from offramp.zoo.translator import (
     BEGIN,

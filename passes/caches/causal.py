@@ -12,7 +12,8 @@ from offramp.errors import PassError
 from offramp.passes.caches.implied_inputs import Meaning, looked_up
 from offramp.passes.caches.masks import plain_window
 from offramp.passes.caches.roles import Roles, leaves, roles_of
-from offramp.program.analysis.attention import AttentionSite, attention_sites, is_causal
+from offramp.program.analysis.attention import AttentionSite, is_causal
+from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
 from offramp.program.program import Program, as_tensor, evaluate
 from offramp.program.sizes import resized

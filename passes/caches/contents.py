@@ -14,7 +14,8 @@ from torch import fx
 
 from offramp.errors import PassError
 from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
-from offramp.passes.caches.incremental import PLACES, Rebuilder
+from offramp.passes.caches.chunk_graph import PLACES
+from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.roles import KEY, QUERY, Roles, arguments, broadcasts, is_leaf
 from offramp.program.analysis.attention import SOFTMAX, AttentionSite
 from offramp.program.graph import (
@@ -76,29 +77,30 @@ class ContentMasks:
 
     def _hide_later(self, weights: fx.Node) -> fx.Node:
         """Later places get no weight, also from a query that sees nothing, to which all keys are the same."""
-        builder = self.builder
+        builder, new = self.builder, self.builder.new
         scores: Any = builder.value(weights.args[0])  # type: ignore[arg-type]
         sizes = shape(scores)
-        if [expression(size) for size in sizes[-2:]] != [expression(builder.chunk), expression(builder.capacity)]:
+        if [expression(size) for size in sizes[-2:]] != [expression(new.chunk), expression(new.capacity)]:
             return builder.same(weights)
-        here = builder.call(aten.unsqueeze.default, builder.positions(), -1)
-        later = builder.call(aten.gt.Tensor, builder.inputs[PLACES], here)
+        here = new.call(aten.unsqueeze.default, builder.rows.positions(), -1)
+        later = new.call(aten.gt.Tensor, new.inputs[PLACES], here)
         for _ in range(len(sizes) - 3):
-            later = builder.call(aten.unsqueeze.default, later, 1)
-        if len(sizes) == 3 and builder.places(sizes[0]) > 1:
-            later = builder.call(aten.repeat_interleave.self_int, later, builder.places(sizes[0]), 0)
-        hidden = builder.call(aten.masked_fill.Scalar, scores, later, -torch.inf)
+            later = new.call(aten.unsqueeze.default, later, 1)
+        if len(sizes) == 3 and new.places(sizes[0]) > 1:
+            later = new.call(aten.repeat_interleave.self_int, later, new.places(sizes[0]), 0)
+        hidden = new.call(aten.masked_fill.Scalar, scores, later, -torch.inf)
         builder.edges[weights, weights.args[0]] = hidden  # type: ignore[index]
         return builder.same(weights)
 
     def bias(self, mask: fx.Node, roles: Roles) -> fx.Node:
         """The mask of a fused attention, for each query of the chunk."""
+        new = self.builder.new
         bias = ContentMask(self.builder, self.append).make(mask, roles)
         for _ in range(4 - len(shape(bias))):
-            bias = self.builder.call(aten.unsqueeze.default, bias, 0)
+            bias = new.call(aten.unsqueeze.default, bias, 0)
         if expression(shape(bias)[2]) != 1:
             return bias
-        return self.builder.call(aten.expand.default, bias, [-1, -1, self.builder.sizer(self.builder.chunk), -1])
+        return new.call(aten.expand.default, bias, [-1, -1, new.sizer(new.chunk), -1])
 
 
 def product_of(site: AttentionSite) -> fx.Node:
@@ -123,23 +125,23 @@ class ContentMask:
     """One mask of one attention, made anew."""
 
     def __init__(self, builder: Rebuilder, append: Callable[[fx.Node, int], fx.Node]) -> None:
-        self.builder, self.append = builder, append
+        self.builder, self.new, self.append = builder, builder.new, append
         self._made: dict[tuple[fx.Node, Roles], fx.Node] = {}
 
     def make(self, node: fx.Node, roles: Roles) -> fx.Node:
         """The mask with the chunk along its axis of queries and the capacity along that of keys."""
         if (node, roles) not in self._made:
-            self._made[node, roles] = self._new(node, roles)
+            self._made[node, roles] = self._remade(node, roles)
         return self._made[node, roles]
 
-    def _new(self, node: fx.Node, roles: Roles) -> fx.Node:
+    def _remade(self, node: fx.Node, roles: Roles) -> fx.Node:
         builder, kinds = self.builder, self.builder.kinds
         if node.target in FILLED:
-            return builder.filled(node, [builder.capacity if role == KEY else builder.chunk for role in roles])
+            return builder.filled(node, [self.new.capacity if role == KEY else self.new.chunk for role in roles])
         if kinds[node] == CHUNK:
-            raise builder.refusal("a mask reads places that are counted over all rows")
+            raise self.new.refusal("a mask reads places that are counted over all rows")
         if kinds[node] == POSITIONAL:
-            return builder.aligned(builder.value(node), self._sizes(node, roles))
+            return builder.rows.aligned(builder.value(node), self._sizes(node, roles))
         if kinds[node] != DATA:
             return builder.value(node)
         if is_leaf(node, roles, self._is_data):
@@ -159,33 +161,32 @@ class ContentMask:
         def argument(arg: fx.Node) -> fx.Node:
             if arg in made:
                 return made[arg]
-            if arg.graph is builder.graph:
+            if arg.graph is self.new.graph:
                 return arg
             return builder.size(arg, "chunk") if is_symint(arg) else builder.value(arg)
 
         given: Any = fx.node.map_arg((tuple(args), node.kwargs), argument)
-        return builder.call(node.target, *given[0], **given[1])
+        return self.new.call(node.target, *given[0], **given[1])
 
     def _argument(self, node: fx.Node, arg: fx.Node, roles: Roles, inner: Roles) -> fx.Node:
         if self.builder.kinds[arg] == POSITIONAL and QUERY in inner and broadcasts(node):
-            return self.builder.aligned(self.builder.value(arg), self._sizes(node, roles))
+            return self.builder.rows.aligned(self.builder.value(arg), self._sizes(node, roles))
         return self.make(arg, inner)
 
     def _sizes(self, node: fx.Node, roles: Roles) -> list[Any]:
         """The sizes of a mask in the new graph, None where they do not matter."""
-        builder = self.builder
-        known = {KEY: builder.capacity, QUERY: builder.chunk}
+        known = {KEY: self.new.capacity, QUERY: self.new.chunk}
         return [known.get(role) or self._rows(size) for size, role in zip(shape(node), roles, strict=True)]
 
     def _rows(self, size: Any) -> Any:
-        value = self.builder.size_value(size, self.builder.chunk)
-        return value if self.builder.batch is not None and expression(self.builder.batch) in symbols(value) else None
+        value = self.new.size_value(size, self.new.chunk)
+        return value if self.new.batch is not None and expression(self.new.batch) in symbols(value) else None
 
     def _length(self, size: Any, role: str) -> Any:
         builder = self.builder
         if not isinstance(size, fx.Node):
             return size
-        if builder.tokens not in symbols(size.meta["val"]):
+        if self.new.tokens not in symbols(size.meta["val"]):
             return builder.size(size, "chunk")
         return builder.size(size, "capacity" if role == KEY else "chunk")
 

@@ -11,7 +11,8 @@ from torch import fx
 
 from offramp.bundle.measures import Measure
 from offramp.passes.infra.editor import Editor
-from offramp.program.analysis.attention import HIDDEN, Mask, attention_sites, padding_mask
+from offramp.program.analysis.attention import HIDDEN, Mask, padding_mask
+from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import aten, expression, shape
 from offramp.program.program import Program
 

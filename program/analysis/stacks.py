@@ -8,21 +8,14 @@ with at least one attention in each repetition. Module paths only give names.
 from __future__ import annotations
 
 import itertools
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-import networkx as nx
 from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.dropout import keeps
-from offramp.program.graph import data_inputs, is_tensor, read_by, results, shape, shape_key, weights
-
-_GENERIC = re.compile(
-    r"\d+|(hidden_)?(layers?|blocks?|h|stages?|groups?|modules?|model|transformer|net|network)(_\w+)?"
-)
+from offramp.program.analysis.chains import Chain, chains_of
+from offramp.program.graph import is_tensor, results, shape, shape_key, weights
 
 
 @dataclass(frozen=True)
@@ -60,14 +53,6 @@ class Stack:
 
 
 @dataclass
-class _Chain:
-    """Nodes that dominate each other, and what lies between: ``pieces[i]`` ends in ``nodes[i]``."""
-
-    nodes: list[fx.Node]
-    pieces: list[list[fx.Node]] = field(default_factory=list)
-
-
-@dataclass
 class Found:
     """A stack before it has a name: its hidden states, and the nodes of every block."""
 
@@ -83,97 +68,12 @@ def find_stacks(
     order = {node: i for i, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     found: list[Found] = []
-    for chain in _chains(graph, outputs or list(results(graph).values()), attentions, order):
+    for chain in chains_of(graph, outputs or list(results(graph).values()), attentions, order):
         for stack in _runs(chain, attentions, order):
             if not taken & {node for block in stack.blocks for node in block}:
                 taken |= {node for block in stack.blocks for node in block}
                 found.append(stack)
     return sorted(found, key=lambda stack: order[stack.cuts[0]])
-
-
-def _chains(
-    graph: fx.Graph, outputs: Sequence[fx.Node], attentions: set[fx.Node], order: Mapping[fx.Node, int]
-) -> list[_Chain]:
-    """The paths of the post-dominator tree, longest first, each with the pieces between its nodes.
-
-    Where paths join, the one goes on that the others read from (a residual stream, not the branch that
-    is added to it), unless a branch holds a whole stack more (the stream then feeds its blocks from aside).
-    """
-    sink = graph.output_node()
-    flow: nx.DiGraph = nx.DiGraph([(sink, node) for node in outputs])
-    live = sorted(read_by(outputs), key=order.__getitem__)
-    flow.add_edges_from((node, arg) for node in live for arg in data_inputs(node))
-    parents = nx.immediate_dominators(flow, sink)
-    children: dict[fx.Node, list[fx.Node]] = {}
-    reads: dict[fx.Node, int] = {}
-    depth: dict[fx.Node, int] = {}
-    mixed: dict[fx.Node, int] = {}
-    onward: dict[fx.Node, fx.Node] = {}
-    for node in live:
-        reads[node] = 1 << order[node]
-        for arg in data_inputs(node):
-            reads[node] |= reads[arg]
-        branches = children.get(node, [])
-        streams = [c for c in branches if is_tensor(node) and is_tensor(c) and shape_key(c) == shape_key(node)]
-        streams = streams or branches
-        apart = [c for c in streams if not any(reads[c] >> order[other] & 1 for other in streams if other is not c)]
-        best = max(apart, key=lambda c: depth[c], default=None)
-        rival = max(streams, key=lambda c: mixed[c], default=None)
-        if best is not None and rival is not None:
-            onward[node] = rival if mixed[rival] > mixed[best] + 1 else best
-        before = onward.get(node)
-        depth[node] = 1 + (depth[before] if before else 0)
-        mixed[node] = (mixed[before] if before else 0) + (
-            node in attentions
-            or _mixes_aside([c for c in branches if c is not before], attentions, reads[before] if before else 0, order)
-        )
-        children.setdefault(parents[node], []).append(node)
-    chains = []
-    for node in live:
-        if onward.get(parents[node]) is node:
-            continue
-        path = [node]
-        while path[-1] in onward:
-            path.append(onward[path[-1]])
-        if len(path) > 2:
-            chains.append(_pieces(_Chain(path[::-1]), order))
-    return sorted(chains, key=lambda chain: -len(chain.nodes))
-
-
-def _mixes_aside(
-    branches: Sequence[fx.Node], attentions: set[fx.Node], stream: int, order: Mapping[fx.Node, int]
-) -> bool:
-    """Whether an attention lies on one of the branches, before they meet what the stream reads (a bit set)."""
-    todo, seen = list(branches), set()
-    while todo:
-        here = todo.pop()
-        if here in attentions:
-            return True
-        if here not in seen and not stream >> order[here] & 1:
-            seen.add(here)
-            todo += data_inputs(here)
-    return False
-
-
-def _pieces(chain: _Chain, order: Mapping[fx.Node, int]) -> _Chain:
-    """Piece i: the nodes that read the contents of node i-1 of the chain but not yet of node i, and node i."""
-    position = {node: i for i, node in enumerate(chain.nodes)}
-    last = chain.nodes[-1]
-    reach: dict[fx.Node, int] = {chain.nodes[0]: 0}
-    chain.pieces = [[] for _ in chain.nodes]
-    chain.pieces[0].append(chain.nodes[0])
-    for node in order:
-        if order[node] > order[last]:
-            break
-        deepest = max((reach[arg] for arg in data_inputs(node) if arg in reach), default=-1)
-        if node in position and position[node] > 0:
-            chain.pieces[position[node]].append(node)
-            reach[node] = position[node]
-        elif deepest >= 0 and node not in reach:
-            reach[node] = deepest
-            if deepest + 1 < len(chain.nodes):
-                chain.pieces[deepest + 1].append(node)
-    return chain
 
 
 def signature(piece: Sequence[fx.Node], attentions: set[fx.Node]) -> str:
@@ -188,7 +88,7 @@ def signature(piece: Sequence[fx.Node], attentions: set[fx.Node]) -> str:
     return ";".join(parts)
 
 
-def _runs(chain: _Chain, attentions: set[fx.Node], order: Mapping[fx.Node, int]) -> list[Found]:
+def _runs(chain: Chain, attentions: set[fx.Node], order: Mapping[fx.Node, int]) -> list[Found]:
     """The periodic runs of a chain, longest first, then what lies left and right of them."""
     labels = [signature(piece, attentions) for piece in chain.pieces]
     heavy = [i for i, label in enumerate(labels) if label and i > 0]
@@ -225,7 +125,7 @@ def _best_run(labels: Sequence[str]) -> tuple[int, int, int] | None:
     return best[1] if best else None
 
 
-def _cut(chain: _Chain, heavy: Sequence[int], start: int, period: int, count: int) -> list[Found]:
+def _cut(chain: Chain, heavy: Sequence[int], start: int, period: int, count: int) -> list[Found]:
     """Place the cuts: light nodes (no weights) between blocks go where they go in every other gap."""
     firsts = [heavy[start + period * k] for k in range(count)]
     lasts = [heavy[start + period * (k + 1) - 1] for k in range(count)]
@@ -265,7 +165,7 @@ def _cut(chain: _Chain, heavy: Sequence[int], start: int, period: int, count: in
     ]
 
 
-def _stream(chain: _Chain, start: int) -> fx.Node | None:
+def _stream(chain: Chain, start: int) -> fx.Node | None:
     """What enters the first block where the chain begins inside of it.
 
     That is the value that its first node reads where the first node of the second block (number ``start``)
@@ -314,55 +214,3 @@ def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]
         f"no stack: the model has {len(sites)} attentions, but the pieces between its residual joins do not repeat",
         "blocks whose weights have equal shapes, each reading the hidden state that the one before made",
     )
-
-
-def name_stacks(found: Sequence[Found], causal: Sequence[bool]) -> dict[str, Stack]:
-    """Names from module paths (``encoder`` where a path says so or none does), numbered where they agree."""
-    paths = [_path(stack) for stack in found]
-    roles = ["decoder" if flag else "encoder" for flag in causal]
-    named = [_name(path, role) for path, role in zip(paths, roles, strict=True)]
-    for i, name in enumerate(named):
-        if named.count(name) > 1:  # tell them apart by the module above, if that does
-            words = [word for word in paths[i].split(".") if word != name and not _GENERIC.fullmatch(word)]
-            others = {path for j, path in enumerate(paths) if j != i}
-            telling = [word for word in words if not any(word in other.split(".") for other in others)]
-            named[i] = telling[-1] if telling else name
-    total = Counter(named)
-    counts: Counter[str] = Counter()
-    stacks: dict[str, Stack] = {}
-    for stack, path, role, name in zip(found, paths, roles, named, strict=True):
-        numbered = f"{name}{counts[name]}" if total[name] > 1 or name == "stack" else name
-        counts[name] += 1
-        stacks[numbered] = Stack(numbered, role, tuple(node.name for node in stack.cuts), path)
-    return stacks
-
-
-def _name(path: str, role: str) -> str:
-    if not path:
-        return "stack"
-    told = [word for word in path.split(".") if re.search("encoder|decoder", word)]
-    return told[-1] if told else role
-
-
-def _path(stack: Found) -> str:
-    """The module path that holds the blocks: the longest prefix that most nodes of all blocks share."""
-    paths = []
-    for block in stack.blocks:
-        counts: Counter[str] = Counter()
-        for node in block:
-            modules = [] if keeps(node) else list((node.meta.get("nn_module_stack") or {}).values())
-            for weight in weights(node):
-                counts[str(weight.target).rpartition(".")[0]] += 1
-            if modules:
-                counts[str(modules[-1][0])] += 1
-        paths += [path for path, _ in counts.most_common()]
-    if not paths:
-        return ""
-    split = [path.split(".") for path in paths if path]
-    prefix = []
-    for level in range(max(map(len, split), default=0)):
-        word, count = Counter(parts[level] for parts in split if len(parts) > level).most_common(1)[0]
-        if count < 0.9 * len(split) or word.isdigit():
-            break
-        prefix.append(word)
-    return ".".join(prefix)

@@ -25,7 +25,8 @@ from offramp.passes.caches.chunks import cached_stacks, check_chunks
 from offramp.passes.default import with_caches
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
-from offramp.program.capture import ExampleInputs, named_outputs
+from offramp.program.capture import ExampleInputs
+from offramp.program.forward import named_outputs
 from offramp.program.sizes import other_sizes
 from offramp.program.unwrap import as_captured, plain
 from offramp.runtime import Chain, Depth, Never, Policy, load

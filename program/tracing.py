@@ -1,0 +1,129 @@
+"""A forward becomes one flat ``fx`` graph: ``torch.export``, then weights as attributes, inputs and outputs by name."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
+
+from offramp.errors import CaptureError
+from offramp.program.forward import eager
+from offramp.program.functional import functional
+from offramp.program.silence import quiet
+
+log = logging.getLogger(__name__)
+
+Dynamic = Mapping[str, Mapping[int, str]]
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: Dynamic | None) -> ExportedProgram:
+    """The functional graph of the module's forward, with as many free axes as the model lets vary.
+
+    Raises:
+        CaptureError: torch.export refuses the forward.
+        ForwardError: the forward fails on the inputs by itself.
+    """
+    if dynamic is not None:
+        attempts = [{name: dict.fromkeys(dynamic.get(name, {}), Dim.AUTO) for name in inputs}]
+    else:
+        # of four axes and more (images) only the first is free, and what has the size of another input's tokens (masks)
+        lengths = {size for value in inputs.values() if value.dim() < 4 for size in value.shape[1:] if size > 1}
+        free = {
+            name: {i: Dim.AUTO for i, size in enumerate(value.shape) if value.dim() < 4 or not i or size in lengths}
+            for name, value in inputs.items()
+        }
+        rows = {value.shape[0] for value in inputs.values() if value.dim()}
+        joint = {size: Dim(f"rows{size}") for size in rows if sum(v.shape[:1] == (size,) for v in inputs.values()) > 1}
+        shared = {
+            name: {axis: joint.get(inputs[name].shape[0], d) if axis == 0 else d for axis, d in dims.items()}
+            for name, dims in free.items()
+        }
+        only_rows = {name: {axis: d for axis, d in dims.items() if axis == 0} for name, dims in free.items()}
+        attempts = [shared, free, only_rows] if joint else [free, only_rows]
+    first: Exception | None = None
+    for dims in attempts:
+        try:
+            with quiet():
+                return _functional(module, inputs, dims)
+        except GuardOnDataDependentSymNode as error:
+            first = error
+            break
+        except Exception as error:  # noqa: BLE001 (whatever the model raises; the first is reported below)
+            log.info("torch.export failed with %s: %s", dims, error)
+            first = first or error
+    assert first is not None
+    was_training = module.training
+    module.eval()
+    eager(module, inputs)  # what the model itself refuses is not a matter of capture
+    module.train(was_training)
+    text = str(first).strip() or type(first).__name__
+    place = next((line.strip() for line in text.splitlines() if "File " in line), "")
+    raise CaptureError(
+        f"torch.export cannot capture {type(module).__name__}: {text.splitlines()[0]}{' at ' + place if place else ''}",
+        hint="Python control flow must not depend on the contents of tensors, and the forward must run "
+        "without a cache (use_cache=False); see the cause above this error",
+    ) from first
+
+
+class _Detaching(TorchFunctionMode):
+    """``x.data`` is ``x.detach()``: torch.export takes the former for a constant that nothing made."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
+    with _Detaching():
+        traced: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+    return functional(traced)
+
+
+def flattened(traced: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:
+    """The exported graph with weights as attributes, tensor inputs by name, and a dictionary of outputs."""
+    signature = traced.graph_signature
+    changed = [spec.target for spec in signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
+    if changed:
+        raise CaptureError(
+            f"the forward changes its own state or inputs: {changed}",
+            hint="offramp captures pure forwards; keep such buffers out of the eval forward",
+        )
+    attributes: dict[str, Any] = {}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    specs = dict(zip(traced.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
+    for node in traced.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node]
+            if spec.kind == InputKind.USER_INPUT:
+                if node.name in inputs:
+                    env[node] = graph.placeholder(node.name)
+                    env[node].meta = dict(node.meta)
+                continue
+            target = str(spec.target)
+            tensors = traced.constants if spec.target in traced.constants else traced.state_dict
+            attributes[target] = tensors[target]
+            env[node] = graph.create_node("get_attr", target, name=node.name)
+            env[node].meta = dict(node.meta)
+        elif node.op == "output":
+            returned = [arg for arg in node.args[0] if isinstance(arg, fx.Node)]
+            graph.output({name: env[arg] for name, arg in zip(names, returned, strict=True)})
+        else:
+            if node.op == "get_attr":  # the body of a wrapper, inlined by canonicalize
+                attributes[str(node.target)] = getattr(traced.graph_module, str(node.target))
+            env[node] = graph.node_copy(node, env.__getitem__)
+    graph_module = fx.GraphModule(attributes, graph, "Program")
+    for name, tensor in attributes.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            owner, _, leaf = name.rpartition(".")
+            setattr(graph_module.get_submodule(owner), leaf, tensor)
+    return graph_module
