@@ -22,8 +22,8 @@ from examples._data import wikitext
 from examples.train_speech_adapters import Among
 from offramp import zoo
 from offramp.program import Program
-from offramp.training.learner import Batch, Learner, remember
-from offramp.training.loop import Point, fit
+from offramp.training.fitting import CurvePoint, fit
+from offramp.training.objective_module import Batch, ObjectiveModule, remember
 from offramp.training.objectives import Objective
 from offramp.training.weights import save_weights
 
@@ -61,7 +61,7 @@ def program() -> Program:
 
 def by_depth(program: Program, batches: Sequence[Batch]) -> dict[int, tuple[float, float]]:
     """Perplexity, and how often the likeliest token is full depth's, at each exit and at full depth."""
-    learner = Learner(program, Objective())
+    model = ObjectiveModule(program, Objective())
     (stack,) = program.stacks.values()
     outputs = {item.after: item.outputs["logits"] for item in program.exits_of(stack.name)} | {stack.blocks: "logits"}
     losses, same, count = dict.fromkeys(outputs, 0.0), dict.fromkeys(outputs, 0), 0
@@ -69,7 +69,7 @@ def by_depth(program: Program, batches: Sequence[Batch]) -> dict[int, tuple[floa
         targets = batch["input_ids"][:, 1:]
         count += targets.numel()
         with torch.inference_mode():
-            values = learner.values(outputs.values(), batch)
+            values = model.values(outputs.values(), batch)
         best = values["logits"].argmax(-1)
         for after, name in outputs.items():
             logits: Tensor = values[name]
@@ -78,7 +78,7 @@ def by_depth(program: Program, batches: Sequence[Batch]) -> dict[int, tuple[floa
     return {after: (float(torch.tensor(losses[after] / count).exp()), same[after] / count) for after in outputs}
 
 
-def show(point: Point) -> None:
+def show(point: CurvePoint) -> None:
     losses = ", ".join(f"{name} {value:.3f}" for name, value in point.losses.items())
     print(f"step {point.step:5} epoch {point.epoch:5.1f}  {losses}  {point.seconds:5.0f} s", flush=True)
 

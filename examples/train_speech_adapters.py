@@ -33,9 +33,9 @@ from examples._data import data, wikitext
 from offramp import zoo
 from offramp.program import Program
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
-from offramp.training.learner import Batch, Learner, remember
-from offramp.training.loop import Point, fit
+from offramp.training.fitting import CurvePoint, fit
 from offramp.training.losses import IGNORED, Values
+from offramp.training.objective_module import Batch, ObjectiveModule, remember
 from offramp.training.objectives import Objective, SelfDistillation
 from offramp.training.weights import save_weights
 
@@ -244,20 +244,20 @@ def program(passes: str | None = None) -> Program:
 
 def agreement(program: Program, batches: Sequence[Batch]) -> dict[int, float]:
     """How often each exit prefers what Whisper wrote, given what it wrote before."""
-    learner = Learner(program, Objective())
+    model = ObjectiveModule(program, Objective())
     outputs = {item.after: item.outputs["logits"] for item in program.exits_of("decoder")}
     right, count = dict.fromkeys(outputs, 0), 0
     for batch in batches:
         counts = batch["labels"] != IGNORED
         count += int(counts.sum())
         with torch.inference_mode():
-            values = learner.values(outputs.values(), batch)
+            values = model.values(outputs.values(), batch)
         for after, name in outputs.items():
             right[after] += int((values[name].argmax(-1) == batch["labels"])[counts].sum())
     return {after: number / count for after, number in right.items()}
 
 
-def show(point: Point) -> None:
+def show(point: CurvePoint) -> None:
     losses = ", ".join(f"{name} {value:.3f}" for name, value in point.losses.items())
     print(f"step {point.step:5} epoch {point.epoch:5.1f}  {losses}  {point.seconds:5.0f} s", flush=True)
 

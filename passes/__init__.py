@@ -1,7 +1,7 @@
 """Program -> Program: one file per rewrite, and what they share in ``infra``."""
 
 from offramp.passes.canonicalize import Canonicalize
-from offramp.passes.infra.base import Pass, PassResult
+from offramp.passes.infra.contract import Pass, PassResult
 from offramp.passes.infra.pipeline import apply
 from offramp.passes.insert_adapter import InsertAdapter
 from offramp.passes.insert_cache import InsertCache

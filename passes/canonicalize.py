@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from offramp.passes.infra.base import Pass, PassResult
+from offramp.passes.infra.contract import Pass, PassResult
 from offramp.passes.infra.editor import Editor
 from offramp.program.canonical.simplify import canonicalize
 from offramp.program.program import Program

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from offramp.errors import OfframpError
-from offramp.passes.caches.outputs import why_mute
+from offramp.passes.caches.outputs import why_no_generation
 from offramp.passes.infra.pipeline import apply
 from offramp.program.program import Program
 
@@ -19,5 +19,5 @@ def with_caches(program: Program) -> tuple[Program, str | None]:
         made = apply(program, "insert-cache")
     except OfframpError as error:
         return program, error.reason if error.hint is None else f"{error.reason}; try: {error.hint}"
-    reason = why_mute(made)
+    reason = why_no_generation(made)
     return (made, None) if reason is None else (program, reason)

@@ -11,7 +11,7 @@ from torch import fx
 
 from offramp.bundle.measures import OF_SHORT
 from offramp.errors import SpecError
-from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
+from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.exit import Exit
 from offramp.program.graph import aten, shape

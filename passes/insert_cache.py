@@ -14,7 +14,7 @@ from offramp.passes.caches.chunk_graph import LENGTHS, PLACES
 from offramp.passes.caches.chunks import check_chunks
 from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.outputs import last_places, logits_of
-from offramp.passes.infra.base import Pass, PassResult
+from offramp.passes.infra.contract import Pass, PassResult
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.cache import Cache
 from offramp.program.exit import Exit
@@ -90,7 +90,7 @@ class _Insertion:
         """The rebuilt program."""
         facts, builder, graph, new = self.facts, self.builder, self.program.graph, self.builder.new.graph
         needed = self._needed()
-        builder.loose = {node for node in graph.nodes if node not in needed}
+        builder.unneeded = {node for node in graph.nodes if node not in needed}
         builder.mixed |= {site.output for site in facts.sites if site.output not in needed}
         sums = graph.find_nodes(op="call_function", target=aten.cumsum.default)
         self.cached.visit(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import fx
 
 from offramp.errors import PassError, SpecError
-from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
+from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.exit import Exit
 from offramp.program.graph import aten, results

@@ -9,7 +9,7 @@ from torch import fx
 
 from offramp.bundle.measures import MEASURES, OF_LOGITS, OF_SHORT, OF_STATE, Measure
 from offramp.errors import SpecError
-from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
+from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.passes.scores.candidates import short_list
 from offramp.passes.scores.score_builder import ScoreBuilder

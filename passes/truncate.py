@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from offramp.errors import PassError, SpecError
-from offramp.passes.infra.base import Pass, PassResult, blocks_named, stack_named
+from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import results
 from offramp.program.program import Program

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from offramp.passes.infra.base import Pass, PassResult, stack_named
+from offramp.passes.infra.contract import Pass, PassResult, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import aten
 from offramp.program.program import Program

@@ -15,7 +15,7 @@ from torch import nn
 
 from offramp.errors import PassError, SpecError
 from offramp.passes import InsertExits, PassResult, Truncate, apply
-from offramp.passes.infra.base import Pass
+from offramp.passes.infra.contract import Pass
 from offramp.program import Exit, Program
 from offramp.program.graph import results
 

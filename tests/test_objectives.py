@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.errors import SpecError
-from offramp.training.learner import Learner
 from offramp.training.losses import IGNORED, aligned
+from offramp.training.objective_module import ObjectiveModule
 from offramp.training.objectives import (
     CrossEntropy,
     DeepSupervision,
@@ -49,7 +49,7 @@ def batch(*, ignored: int = 2) -> dict[str, Tensor]:
 
 
 def losses(made: offramp.Program, objective: Objective, step: int = 0, **changes: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = Learner(made, objective)({**batch(), **changes}, step)
+    found: dict[str, Tensor] = ObjectiveModule(made, objective)({**batch(), **changes}, step)
     return found
 
 
@@ -104,7 +104,7 @@ def test_depth_weighted_cross_entropy() -> None:
 def test_layers_follow_those_spread_over_the_stack_which_do_not_follow_them() -> None:
     made = program()
     cuts = made.stacks["decoder"].cuts
-    hidden = Learner(made, Objective()).values(cuts, batch())
+    hidden = ObjectiveModule(made, Objective()).values(cuts, batch())
     expected = (F.mse_loss(hidden[cuts[1]], hidden[cuts[2]]) + F.mse_loss(hidden[cuts[2]], hidden[cuts[4]])) / 2
     found = losses(made, DepthWeighted(alpha=0.5, align="unif"))["layers"]
     torch.testing.assert_close(found, 0.5 * expected)
@@ -141,7 +141,7 @@ def test_self_distillation_is_the_divergence_and_teaches_exits_only() -> None:
 
 
 def test_self_distillation_needs_no_labels() -> None:
-    found = Learner(program(), SelfDistillation())({"input_ids": tiny.ids()}, 0)
+    found = ObjectiveModule(program(), SelfDistillation())({"input_ids": tiny.ids()}, 0)
     assert all(torch.isfinite(loss) for loss in found.values())
 
 
@@ -198,4 +198,4 @@ def test_what_the_program_lacks_is_named(objective: Objective, match: str) -> No
 def test_labels_that_do_not_fit_are_named(labels: Tensor | None) -> None:
     given = {"input_ids": tiny.ids()} | ({} if labels is None else {"labels": labels})
     with pytest.raises(SpecError, match="labels of shape"):
-        Learner(program(), DeepSupervision())(given, 0)
+        ObjectiveModule(program(), DeepSupervision())(given, 0)

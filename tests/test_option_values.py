@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.passes.infra import spec
-from offramp.passes.infra.base import Pass
+from offramp.passes.infra.contract import Pass
 from offramp.passes.infra.option_values import hints, read
 
 

@@ -46,10 +46,11 @@ def test_the_pass_of_contributing_works(encoder: object) -> None:
     header = """
         from dataclasses import dataclass, replace
         from typing import ClassVar
-        from offramp.passes.infra.base import Pass, PassResult, stack_named
+        from offramp.passes.infra.contract import Pass, PassResult, stack_named
         from offramp.passes.infra.editor import Editor
-        from offramp.program import Program
+        from offramp.program import Exit, Program
         from offramp.program.graph import aten
+        from offramp.program.record import exchanged
         from offramp.errors import SpecError
     """
     names: dict[str, type[offramp.passes.Pass]] = {"__name__": "__main__"}  # type: ignore[dict-item]

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import offramp
 from offramp.errors import SpecError, TrainingError
-from offramp.training.learner import Learner, remember
-from offramp.training.loop import Point, fit
+from offramp.training.fitting import CurvePoint, fit
+from offramp.training.objective_module import ObjectiveModule, remember
 from offramp.training.objectives import CrossEntropy, DeepSupervision, LearnedGates, SelfDistillation
 from offramp.training.weights import added, load_weights, save_weights
 
@@ -133,7 +133,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(tmp_path: Path, cut: in
     assert [(p.step, p.loss, p.rate) for p in curve] == [(p.step, p.loss, p.rate) for p in expected]
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(again)[name]), name
-    written = [Point(**json.loads(line)) for line in (tmp_path / "cut" / "curve.jsonl").read_text().splitlines()]
+    written = [CurvePoint(**json.loads(line)) for line in (tmp_path / "cut" / "curve.jsonl").read_text().splitlines()]
     assert tuple(written) == curve
     assert sorted(path.name for path in (tmp_path / "cut").glob("step-*")) == ["step-16", "step-18"]
 
@@ -178,9 +178,9 @@ def test_accumulated_batches_make_the_step_of_one_large_batch() -> None:
 
 def test_exits_that_are_not_drawn_do_not_run() -> None:
     made = program()
-    learner = Learner(made, DeepSupervision(sample=1))
-    learner(batches(1)[0], 0)
-    (part,) = learner._parts.values()
+    model = ObjectiveModule(made, DeepSupervision(sample=1))
+    model(batches(1)[0], 0)
+    (part,) = model._parts.values()
     assert len(part.graph.nodes) < len(made.graph.nodes)
     assert len(part.graph.output_node().args[0]) == 2  # type: ignore[arg-type]
 
@@ -202,7 +202,7 @@ def test_gates_learn_where_exits_agree() -> None:
 
 
 def test_progress_hears_every_point() -> None:
-    heard: list[Point] = []
+    heard: list[CurvePoint] = []
     curve = fit(program(), batches(), SelfDistillation(), epochs=2, log_every=5, progress=heard.append)
     assert tuple(heard) == curve
     assert [point.step for point in heard] == [5, 10, 12]
@@ -266,7 +266,7 @@ import sys
 import tiny
 import torch
 from test_training_fit import batches, program, weights
-from offramp.training.loop import fit
+from offramp.training.fitting import fit
 from offramp.training.objectives import DeepSupervision
 
 made = program()

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from offramp._lazy import names_of
 
 if TYPE_CHECKING:
-    from offramp.training.learner import remember
-    from offramp.training.loop import Point, fit
+    from offramp.training.fitting import CurvePoint, fit
+    from offramp.training.objective_module import remember
     from offramp.training.objectives import (
         CrossEntropy,
         DeepSupervision,
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CrossEntropy",
+    "CurvePoint",
     "DeepSupervision",
     "DepthWeighted",
     "LearnedGates",
     "Objective",
-    "Point",
     "SelfDistillation",
     "Together",
     "fit",
@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "learner": ("remember",),
-    "loop": ("Point", "fit"),
+    "objective_module": ("remember",),
+    "fitting": ("CurvePoint", "fit"),
     "objectives": (
         "CrossEntropy",
         "DeepSupervision",

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.errors import SpecError
-from offramp.passes.infra.base import stack_named
+from offramp.passes.infra.contract import stack_named
 from offramp.program.exit import Exit
 from offramp.program.program import Program
 from offramp.training.losses import Values, aligned, counted, cross_entropy

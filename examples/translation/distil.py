@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 import offramp
 from examples.translation.train import Batches, program, show
-from offramp.training.loop import fit
+from offramp.training.fitting import fit
 from offramp.training.objectives import DeepSupervision, SelfDistillation, Together
 from offramp.training.weights import load_weights, save_weights
 from offramp.zoo.translator import BEGIN, END, LONGEST

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import offramp
 from examples._data import data
 from offramp.program import Program
-from offramp.training.loop import Point, fit
+from offramp.training.fitting import CurvePoint, fit
 from offramp.training.losses import IGNORED
 from offramp.training.objectives import CrossEntropy, DeepSupervision
 from offramp.training.weights import save_weights
@@ -115,7 +115,7 @@ def program(exits: Sequence[int] = range(1, DECODER_BLOCKS)) -> Program:
     return with_exits(captured(), exits) if exits else captured()
 
 
-def show(point: Point) -> None:
+def show(point: CurvePoint) -> None:
     """Print a point of the curve."""
     print(f"step {point.step:6} epoch {point.epoch:6.2f} loss {point.loss:.3f} {point.seconds:6.0f} s", flush=True)
 

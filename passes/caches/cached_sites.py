@@ -11,7 +11,7 @@ from torch import fx
 
 from offramp.passes.caches.causal import DATA, Causal
 from offramp.passes.caches.chunk_graph import LENGTHS
-from offramp.passes.caches.contents import ContentMasks, product_of
+from offramp.passes.caches.content_masks import ContentMasks, product_of
 from offramp.passes.caches.incremental import Rebuilder
 from offramp.program import ops
 from offramp.program.analysis.attention import AttentionSite

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.blind import settled
+from offramp.passes.caches.fully_masked import comparable_outputs
 from offramp.program.graph import dependents, expression, placeholders, results, shape
 from offramp.program.program import Program
 
@@ -25,7 +25,8 @@ def check_chunks(before: Program, after: Program) -> float:
     """The largest relative error of the incremental program against one pass of ``before``.
 
     All its outputs in one pass with empty caches, and those of each token in random chunks; logits of the last token
-    alone at the end of every chunk, against as many tokens in one pass; tokens that see nothing as in `settled`.
+    alone at the end of every chunk, against as many tokens in one pass; tokens that see nothing as in
+    `comparable_outputs`.
 
     Raises:
         PassError: it is above 1e-4.
@@ -46,7 +47,7 @@ def check_chunks(before: Program, after: Program) -> float:
         try:
             errors += [_error(name, how, value, expected[name]) for name, value in values.items()]
         except PassError:
-            pair = settled(before, {**inputs, **after.implied(inputs)}, expected, values)
+            pair = comparable_outputs(before, {**inputs, **after.implied(inputs)}, expected, values)
             if pair is None:
                 raise
             errors += [_error(name, how, pair[1][name], pair[0][name], _BLIND) for name in values]

@@ -38,7 +38,7 @@ class Rebuilder:
         #: Nodes of the given graph that only masks are made of which are made otherwise.
         self.skipped: set[fx.Node] = set()
         #: Nodes that generation does not need: they may mix tokens, and those that do are in ``mixed``.
-        self.loose: set[fx.Node] = set()
+        self.unneeded: set[fx.Node] = set()
         self.mixed: set[fx.Node] = set()
         #: Nodes that take the last token's place, which is the chunk's last.
         self.last: set[fx.Node] = set()
@@ -67,16 +67,16 @@ class Rebuilder:
             for follow in after.get(node, ()):
                 follow(node)
 
-    def value(self, node: fx.Node, world: str = "") -> fx.Node:
+    def value(self, node: fx.Node, extent: str = "") -> fx.Node:
         """The new value of a tensor node; a positional one for the ``"capacity"`` or the ``"chunk"``."""
         if self.kinds[node] not in (POSITIONAL, CHUNK):
             return self.values[node, ""]
-        world = "chunk" if self.kinds[node] == CHUNK else world or "capacity"
-        if (node, world) not in self.values:
+        extent = "chunk" if self.kinds[node] == CHUNK else extent or "capacity"
+        if (node, extent) not in self.values:
             before, self.new.origin = self.new.origin, node
-            self.values[node, world] = self._positional(node, world)
+            self.values[node, extent] = self._positional(node, extent)
             self.new.origin = before
-        return self.values[node, world]
+        return self.values[node, extent]
 
     def same(self, node: fx.Node) -> fx.Node:
         """The node on the chunk."""
@@ -93,7 +93,7 @@ class Rebuilder:
         if self.kinds[node] != DATA:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
             return self.copied(node, args, kwargs)
-        if node in self.last or (node in self.loose and self._mixes(node)):
+        if node in self.last or (node in self.unneeded and self._mixes(node)):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, "chunk"))
             return self.copied(node, args, kwargs)
         args, kwargs = self.data_arguments(node)
@@ -126,13 +126,13 @@ class Rebuilder:
         self.new.edits["inserted"] -= 1
         return made
 
-    def _positional(self, node: fx.Node, world: str) -> fx.Node:
+    def _positional(self, node: fx.Node, extent: str) -> fx.Node:
         if node.op == "placeholder":
-            return self._made(node, world)
+            return self._made(node, extent)
         if node.target in FILLED and node.args[0] in self.skipped:
-            return self.filled(node, [self.new.capacity if world == "capacity" else self.new.chunk] * len(shape(node)))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, world))
-        return self.copied(node, args, kwargs, name=f"{node.name}_{world}")
+            return self.filled(node, [self.new.capacity if extent == "capacity" else self.new.chunk] * len(shape(node)))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, extent))
+        return self.copied(node, args, kwargs, name=f"{node.name}_{extent}")
 
     def filled(self, node: fx.Node, tokens: Sequence[Any]) -> fx.Node:
         """A tensor of one number, with ``tokens[axis]`` tokens along each axis of tokens."""
@@ -143,10 +143,10 @@ class Rebuilder:
         ]
         return self.new.call(aten.full.default, sizes, number, dtype=node.meta["val"].dtype)
 
-    def _made(self, node: fx.Node, world: str) -> fx.Node:
+    def _made(self, node: fx.Node, extent: str) -> fx.Node:
         """An input that follows from the number of tokens."""
         item, dtype = self.implied[node], node.meta["val"].dtype
-        size = self.new.capacity if world == "capacity" else self.new.chunk
+        size = self.new.capacity if extent == "capacity" else self.new.chunk
         sizes = [self.new.sizer(self.new.size_value(s, size)) for s in shape(node)]
         if item.axis is None:
             whole = self.new.call(aten.full.default, sizes, _number(item.value, dtype), dtype=dtype)
@@ -156,7 +156,7 @@ class Rebuilder:
             past = self.new.call(aten.ge.Tensor, self.new.call(aten.unsqueeze.default, places, 1), places)
             hidden = self.new.call(aten.full.default, [], _number(item.hidden, dtype), dtype=dtype)
             return self.new.call(aten.where.self, past, whole, hidden)
-        if world == "capacity":
+        if extent == "capacity":
             places = self.new.call(aten.arange.default, sizes[item.axis])
         elif item.axis == 1 and len(sizes) == 2 and self.new.counts_rows(self.new.size_value(shape(node)[0], size)):
             places = self.rows.positions()
@@ -167,21 +167,21 @@ class Rebuilder:
             )
         places = self.new.call(aten.add.Tensor, places, int(item.value))
         places = self.new.call(aten._to_copy.default, places, dtype=dtype) if dtype != torch.int64 else places
-        if world == "chunk":
+        if extent == "chunk":
             return places
         wide = self.new.call(
             aten.reshape.default, places, [-1 if axis == item.axis else 1 for axis in range(len(sizes))]
         )
         return self.new.call(aten.expand.default, wide, sizes)
 
-    def _plain(self, arg: fx.Node, world: str) -> fx.Node:
-        return self.size(arg, world) if is_symint(arg) else self.value(arg, world)
+    def _plain(self, arg: fx.Node, extent: str) -> fx.Node:
+        return self.size(arg, extent) if is_symint(arg) else self.value(arg, extent)
 
     # sizes
 
-    def size(self, node: fx.Node, world: str) -> Any:
+    def size(self, node: fx.Node, extent: str) -> Any:
         """A size of the given graph, with the token axis as the ``"chunk"`` or the ``"capacity"``."""
-        tokens = self.new.capacity if world == "capacity" else self.new.chunk
+        tokens = self.new.capacity if extent == "capacity" else self.new.chunk
         value = self.new.size_value(node.meta["val"], tokens)
         if isinstance(value, torch.SymInt):
             for other in self.new.inputs.values():
@@ -191,11 +191,11 @@ class Rebuilder:
         if isinstance(expression(value), int):
             return expression(value)
         if node.target is aten.sym_size.int:
-            return self.new.call(aten.sym_size.int, self.value(node.args[0], world), node.args[1])  # type: ignore[arg-type]
-        args = fx.node.map_arg(node.args, lambda arg: self._plain(arg, world))
+            return self.new.call(aten.sym_size.int, self.value(node.args[0], extent), node.args[1])  # type: ignore[arg-type]
+        args = fx.node.map_arg(node.args, lambda arg: self._plain(arg, extent))
         return self.new.call(node.target, *args)
 
-    def _worlds(self, node: fx.Node, first: fx.Node) -> Callable[[int], str]:
+    def _extents(self, node: fx.Node, first: fx.Node) -> Callable[[int], str]:
         """For the sizes that a data node is called with: whether the i-th over tokens means keys or the chunk."""
         labels = [self.new.label(size) for size in shape(first)]
         along = [label for label in labels if label]
@@ -221,14 +221,14 @@ class Rebuilder:
         tensors = [arg for arg in node.all_input_nodes if is_tensor(arg)]
         read = {arg: self.edges.get((node, arg)) or self.value(arg) for arg in tensors}
         data = [read[arg] for arg in tensors if self.kinds[arg] in (DATA, MEMORY) or (node, arg) in self.edges]
-        world = self._worlds(node, data[0]) if data else lambda i: "chunk"
+        extent = self._extents(node, data[0]) if data else lambda i: "chunk"
         counted = Counter[str]()
 
         def argument(arg: fx.Node) -> Any:
             if is_symint(arg):
                 if self.new.tokens in symbols(arg.meta["val"]):
                     counted["sizes"] += 1
-                    return self.size(arg, world(counted["sizes"] - 1))
+                    return self.size(arg, extent(counted["sizes"] - 1))
                 return self.size(arg, "chunk")
             if not is_tensor(arg):
                 return self.values[arg, ""]

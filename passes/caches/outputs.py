@@ -58,7 +58,7 @@ def vocabulary(inputs: Sequence[fx.Node]) -> int | None:
     return min((int(shape(table)[0]) for table in tables if isinstance(table, fx.Node)), default=None)
 
 
-def why_mute(program: Program) -> str | None:
+def why_no_generation(program: Program) -> str | None:
     """Why a program with caches does not generate text: all that ``save`` refuses; None where it does.
 
     A caller who has not asked for caches wants them only where ``logits`` have a class for (about) every token id.

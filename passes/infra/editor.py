@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.infra.base import PassResult
+from offramp.passes.infra.contract import PassResult
 from offramp.program.graph import add_call, attribute, copied, fake_mode, results
 from offramp.program.program import Program
 

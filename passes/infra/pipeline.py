@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from offramp.errors import OfframpError, PassError
-from offramp.passes.infra.base import Pass, PassResult
+from offramp.passes.infra.contract import Pass, PassResult
 from offramp.passes.infra.spec import as_passes
 from offramp.passes.infra.verifier import verify
 from offramp.program.program import Program

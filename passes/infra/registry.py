@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from offramp.errors import SpecError
-from offramp.passes.infra.base import Pass
+from offramp.passes.infra.contract import Pass
 
 GROUP = "offramp.passes"
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from offramp.errors import SpecError
-from offramp.passes.infra.base import Pass
+from offramp.passes.infra.contract import Pass
 from offramp.passes.infra.option_values import hints, read
 from offramp.passes.infra.registry import pass_named
 

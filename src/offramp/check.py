@@ -20,8 +20,8 @@ from offramp.errors import OfframpError
 from offramp.export import save
 from offramp.export.validation import TOLERANCE, Arrays, eager, stepwise, worst
 from offramp.passes import InsertExits, Truncate, apply
-from offramp.passes.caches.blind import settled
 from offramp.passes.caches.chunks import cached_stacks, check_chunks
+from offramp.passes.caches.fully_masked import comparable_outputs
 from offramp.passes.default import with_caches
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
@@ -228,12 +228,12 @@ class Check:
 def _settled(
     captured: Program, program: Program, inputs: Mapping[str, Tensor], found: Arrays, expected: Mapping[str, Tensor]
 ) -> tuple[Arrays, Mapping[str, Tensor]]:
-    """What is compared: of tokens that see nothing what `settled` says, where a program with caches differs."""
+    """What is compared: of tokens that see nothing as in `comparable_outputs`, where a program with caches differs."""
     if program.cache is None or worst(found, expected) <= TOLERANCE:
         return found, expected
     tensors = {name: torch.tensor(value) for name, value in found.items()}
     for behind in (True, False):
-        pair = settled(captured, inputs, expected, tensors, behind=behind)
+        pair = comparable_outputs(captured, inputs, expected, tensors, behind=behind)
         if pair is not None and worst(_arrays(pair[1]), pair[0]) <= TOLERANCE:
             return _arrays(pair[1]), pair[0]
     return found, expected

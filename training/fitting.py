@@ -21,7 +21,7 @@ from torch import Tensor
 from offramp.errors import SpecError, TrainingError
 from offramp.program.program import Program
 from offramp.training.checkpoints import Checkpoints
-from offramp.training.learner import Batch, Learner
+from offramp.training.objective_module import Batch, ObjectiveModule
 from offramp.training.objectives import Objective
 from offramp.training.weights import added
 
@@ -29,7 +29,7 @@ _CURVE = "curve.jsonl"
 
 
 @dataclass(frozen=True)
-class Point:
+class CurvePoint:
     """One point of the curve: means since the point before.
 
     Attributes:
@@ -65,10 +65,10 @@ def fit(
     accumulate: int = 1,
     folder: str | os.PathLike[str] | None = None,
     every: int = 500,
-    progress: Callable[[Point], None] | None = None,
+    progress: Callable[[CurvePoint], None] | None = None,
     log_every: int = 50,
     seed: int = 0,
-) -> tuple[Point, ...]:
+) -> tuple[CurvePoint, ...]:
     """Train a rewritten program in place; the captured model shares its weights.
 
     Args:
@@ -111,24 +111,24 @@ def fit(
     )
     length = len(batches) // accelerator.num_processes if isinstance(batches, Sized) else 0
     total = _total(length, epochs, steps, accumulate)
-    learner = Learner(program, objective)
+    model = ObjectiveModule(program, objective)
     asked = [(weight, weight.requires_grad) for weight in program.graph_module.parameters()]
-    weights = _chosen(program, learner, train)
-    home = next(learner.parameters()).device
+    weights = _chosen(program, model, train)
+    home = next(model.parameters()).device
     made = optimizer(list(weights.values())) if optimizer else torch.optim.AdamW(weights.values(), rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _schedule(step, warmup, total))
-    module, stepper, paced = accelerator.prepare(learner, made, schedule)
+    module, stepper, paced = accelerator.prepare(model, made, schedule)
     checkpoints = Checkpoints(Path(folder), accelerator, weights) if folder else None
     run = _Run(accelerator, module, stepper, paced, weights, checkpoints, every, log_every, progress, clip, length)
-    learner.train(train == "all")
+    model.train(train == "all")
     try:
         run.through(batches, total, seed)
     finally:
-        learner.eval()
+        model.eval()
         for weight, wanted in asked:
             weight.requires_grad_(wanted)
         accelerator.free_memory()
-        learner.to(home)
+        model.to(home)
     return tuple(run.curve)
 
 
@@ -146,11 +146,11 @@ def _schedule(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-def _chosen(program: Program, learner: Learner, train: str) -> dict[str, torch.nn.Parameter]:
+def _chosen(program: Program, model: ObjectiveModule, train: str) -> dict[str, torch.nn.Parameter]:
     """The weights that are trained; no other gets a gradient."""
     if train not in ("added", "all"):
         raise SpecError(f"train={train!r}: there are added and all")
-    every = dict(learner.module.named_parameters())
+    every = dict(model.module.named_parameters())
     chosen = added(program) if train == "added" else every
     if not chosen:
         raise SpecError(
@@ -168,23 +168,23 @@ class _Run:
     def __init__(
         self,
         accelerator: Accelerator,
-        learner: torch.nn.Module,
+        model: torch.nn.Module,
         optimizer: Any,
         schedule: Any,
         weights: Mapping[str, torch.nn.Parameter],
         checkpoints: Checkpoints | None,
         every: int,
         log_every: int,
-        progress: Callable[[Point], None] | None,
+        progress: Callable[[CurvePoint], None] | None,
         clip: float,
         length: int,
     ) -> None:
-        self.accelerator, self.learner, self.optimizer, self.schedule = accelerator, learner, optimizer, schedule
+        self.accelerator, self.model, self.optimizer, self.schedule = accelerator, model, optimizer, schedule
         self.weights, self.checkpoints, self.every, self.log_every = weights, checkpoints, every, log_every
         self.progress, self.clip, self.length = progress, clip, length
         self.step = self.epoch = self.batch = 0
         self.before = 0.0  # seconds of earlier runs
-        self.curve: list[Point] = []
+        self.curve: list[CurvePoint] = []
 
     def through(self, batches: Iterable[Batch], total: int, seed: int) -> None:
         """Train to the end, from the last checkpoint on."""
@@ -230,8 +230,8 @@ class _Run:
     def _one(self, batch: Batch) -> dict[str, float]:
         """Forward, backward, and a step where enough batches have been accumulated."""
         accelerator = self.accelerator
-        with accelerator.accumulate(self.learner):
-            losses: dict[str, Tensor] = self.learner(batch, self.step)
+        with accelerator.accumulate(self.model):
+            losses: dict[str, Tensor] = self.model(batch, self.step)
             values = {name: float(loss.detach()) for name, loss in losses.items()}
             if not all(map(math.isfinite, values.values())):
                 raise self._broken(f"the loss is not finite: {values}")
@@ -257,7 +257,7 @@ class _Run:
         means = {name: total / seen for name, total in sums.items()}
         rate = float(self.schedule.get_last_lr()[0])
         seconds = self.before + time.perf_counter() - started
-        point = Point(self.step, round(epoch, 4), sum(means.values()), means, rate, round(seconds, 3))
+        point = CurvePoint(self.step, round(epoch, 4), sum(means.values()), means, rate, round(seconds, 3))
         self.curve.append(point)
         if not self.accelerator.is_main_process:
             return
@@ -277,7 +277,7 @@ class _Run:
             self.step, self.epoch, self.batch = about["step"], about["epoch"], about["batch"]
             self.before = about["seconds"]
         file = self.checkpoints.folder / _CURVE
-        points = [Point(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+        points = [CurvePoint(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
         self.curve = [point for point in points if point.step <= self.step]
         if points and self.accelerator.is_main_process:
             file.write_text("".join(json.dumps(asdict(point)) + "\n" for point in self.curve))

@@ -17,7 +17,7 @@ from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, evaluate
 
 
-def settled(
+def comparable_outputs(
     program: Program,
     inputs: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
@@ -38,13 +38,13 @@ def settled(
         behind: Whether the other tokens behind such a one are compared.
     """
     facts = Causal(program)
-    blind = _blind(facts, inputs)
-    if blind is None or not blind.any():
+    masked = _fully_masked(facts, inputs)
+    if masked is None or not masked.any():
         return None
     made = results(program.graph)
     names = [name for name, value in expected.items() if name in found and _by_token(facts, made[name])]
     wanted, others = ({name: values[name].clone() for name in names} for values in (expected, found))
-    first = blind & (blind.cumsum(1) == 1)
+    first = masked & (masked.cumsum(1) == 1)
     for at in first.any(0).nonzero().flatten().tolist():
         with torch.no_grad():
             prefix = program.module(**{name: _first(facts, name, value, at + 1) for name, value in inputs.items()})
@@ -52,7 +52,7 @@ def settled(
             wanted[name][first[:, at], at] = prefix[name][first[:, at], at]
     for values in (wanted, others):
         for value in values.values():
-            value[(blind if behind else blind.cumsum(1) > 0) & ~first] = 0
+            value[(masked if behind else masked.cumsum(1) > 0) & ~first] = 0
     return {**expected, **wanted}, {**found, **others}
 
 
@@ -69,7 +69,7 @@ def _by_token(facts: Causal, node: fx.Node) -> bool:
     return list(map(expression, shape(node)))[:2] == [facts.program.axes.batch, facts.tokens]
 
 
-def _blind(facts: Causal, inputs: Mapping[str, Tensor]) -> Tensor | None:
+def _fully_masked(facts: Causal, inputs: Mapping[str, Tensor]) -> Tensor | None:
     """Which tokens see nothing in some attention, bool [rows, tokens]; None where no mask depends on contents."""
     sites = [site for site in facts.sites if facts.kinds[site.output] == DATA and facts.contents(site)]
     values = evaluate(facts.program.graph_module, [mask.node for site in sites for mask in site.masks], inputs)

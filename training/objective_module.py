@@ -15,7 +15,7 @@ from offramp.training.objectives import Objective
 Batch = Mapping[str, Tensor]
 
 
-class Learner(torch.nn.Module):
+class ObjectiveModule(torch.nn.Module):
     """Computes what an objective wants of a batch, and no more: of exits that it does not ask for, nothing runs.
 
     A batch may hold values of the nodes that the program's stacks and records refer to, hidden states say, under the
@@ -73,13 +73,13 @@ def remember(
     A frozen model makes the same of the same batch at every epoch: it runs once, here, in eval mode. Of the batches'
     own tensors those named in ``keep`` and ``labels`` stay. ``dtype`` is what floats are stored as.
     """
-    learner = Learner(program, Objective())
-    learner.eval()
+    model = ObjectiveModule(program, Objective())
+    model.eval()
     names = [item.hidden for item in program.exits_of(stack)] + [program.stacks[stack].output]
     found = []
     for batch in batches:
         with torch.no_grad():
-            states = learner.values(names, batch)
+            states = model.values(names, batch)
         kept = {name: value for name, value in batch.items() if name in keep or name == "labels"}
         found.append({**kept, **{name: value.to(dtype) if dtype else value for name, value in states.items()}})
     return found
