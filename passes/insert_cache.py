@@ -107,7 +107,8 @@ class _Insertion:
 
     def _sums_tokens(self, node: fx.Node) -> bool:
         """Whether a cumulative sum is one over tokens."""
-        return self.facts.kinds[node] == DATA and expression(shape(node)[node.args[1]]) == self.facts.tokens
+        axis: Any = node.args[1]
+        return self.facts.kinds[node] == DATA and expression(shape(node)[axis]) == self.facts.tokens
 
     def _pinned(self) -> frozenset[str]:
         """The names that must be in the rebuilt graph; raises where a record's are not."""

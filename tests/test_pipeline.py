@@ -28,7 +28,8 @@ from offramp.passes import (
     apply,
 )
 from offramp.passes.infra.editor import Editor
-from offramp.passes.infra.spec import as_passes, parse, registry
+from offramp.passes.infra.registry import registry
+from offramp.passes.infra.spec import as_passes, parse
 from offramp.passes.insert_adapter import KINDS
 from offramp.program import Program
 

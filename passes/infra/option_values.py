@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 _PATTERNS: dict[Any, re.Pattern[str]] = {
     int: re.compile(r"[+-]?[0-9]+"),
     float: re.compile(r"[+-]?(([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf)", re.IGNORECASE),
-    str: re.compile(r".+"),
+    str: re.compile(r".*"),
 }
 _BOOLS = {"true": True, "false": False}
 _WORDS: dict[Any, str] = {

@@ -25,8 +25,7 @@ from offramp.passes.caches.fully_masked import comparable_outputs
 from offramp.passes.default import with_caches
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
-from offramp.program.capture import ExampleInputs
-from offramp.program.forward import named_outputs
+from offramp.program.forward import ExampleInputs, named_outputs
 from offramp.program.sizes import other_sizes
 from offramp.program.unwrap import as_captured, plain
 from offramp.runtime import Chain, Depth, Never, Policy, load
