@@ -17,7 +17,7 @@ def prepared(program: Program) -> Program:
     """The program as it is lowered: the same computation, with the operators that have an ONNX form of their own.
 
     Names of cuts, inputs and outputs stay, and the nodes that records pin. Only programs with caches change: theirs are
-    run token by token, where time goes by the number of operators. What looks like a rotation and is none is told to
+    run token by token, where time goes by the number of operators. What looks like a rotation and is none is written to
     the log (debug).
     """
     if program.cache is None:
