@@ -221,7 +221,7 @@ def test_tails_that_end_in_no_such_product_are_refused(form: str, reason: str) -
         ("measure=top1-short", "candidates=512: from 2 to 10, of 11 classes"),
         ("measure=top1-short,candidates=11", "candidates=11: from 2 to 10"),
         ("measure=top1-short,candidates=1", "candidates=1: from 2"),
-        ("measure=top1-short,candidates=few", "candidates=few: from 2"),
+        ("measure=top1-short,candidates=few", "candidates=few is not None or a whole number"),
         ("measure=top1-short,candidates=4,ids=1|2|3", "candidates=4: from 2 to 3"),
         ("measure=top1-short,ids=1", "ids: 1 of them"),
         ("measure=top1-short,ids=1|2|1", "ids: 3 of them, 2 different"),
