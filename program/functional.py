@@ -16,6 +16,11 @@ from offramp.program.graph import aten, expression, is_symint, is_tensor, shape
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # regions whose bodies are graphs of their own
 #: They stay: canonical form has them, or drops them.
 _KEPT = (aten.reshape.default, aten.contiguous.default, aten.detach_.default, aten.dropout.default)
+#: What writes to a part of a tensor, by what reads it.
+_SCATTERS: dict[Any, Any] = {
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.select.int: aten.select_scatter.default,
+}
 _UNSAFE = torch.Tag.maybe_aliasing_or_mutating
 
 
@@ -74,27 +79,48 @@ def _in_place(node: fx.Node) -> bool:
 
 
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
-    """Readers of the tensor that is changed here read a new one from here on, if nobody reads it by another name."""
+    """Readers of the tensor that is changed here read a new one from here on, if nobody reads it by another name.
+
+    ``fill_(select(x, ...))`` becomes ``y = fill(select(x, ...))`` and ``select_scatter(x, y, ...)``.
+    """
     changed: Any = node.args[0]
     inplace: Any = node.target
     space, _, name = inplace._schema.name.partition("::")
     target = getattr(getattr(getattr(torch.ops, space), name[:-1], None), inplace._overloadname, None)
+    views: list[Any] = []
+    whole = changed
+    while whole.target in _SCATTERS:
+        views.append(whole)
+        whole = whole.args[0]
     aliases = _aliases(changed)
     before = set(_before(graph, node))
-    others = {user for alias in aliases & before - {changed} for user in alias.users}
+    others = {user for alias in aliases & before - {changed, whole} for user in alias.users}
     if not aliases or target is None or not others <= {*before, node}:
         return
-    values = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
-    with changed.meta["val"].fake_mode, torch.no_grad():
-        value = target(*values[0], **values[1])
-    if value.dtype != changed.meta["val"].dtype or len(value.shape) != len(changed.meta["val"].shape):
-        return
     with graph.inserting_before(node):
-        made = graph.call_function(target, node.args, node.kwargs)
-    made.meta = {**node.meta, "val": value}
-    changed.replace_all_uses_with(made, lambda user: user not in before and user not in (node, made))
+        made = _called(graph, node, target, *node.args, **node.kwargs)
+        if [str(made.meta["val"].dtype), len(shape(made))] != [str(changed.meta["val"].dtype), len(shape(changed))]:
+            graph.erase_node(made)
+            return
+        written = [(changed, made)]
+        for view in views:
+            old, new = view.args[0], written[-1][1]
+            written.append((old, _called(graph, node, _SCATTERS[view.target], old, new, *view.args[1:])))
+    after = {*graph.nodes} - before - {node} - {new for _, new in written}
+    for old, new in (written[0], written[-1]):
+        old.replace_all_uses_with(new, after.__contains__)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def _called(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in the place of a node."""
+    made = graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+    mode = next(arg.meta["val"].fake_mode for arg in made.all_input_nodes if is_tensor(arg))
+    with mode, torch.no_grad():
+        made.meta = {**node.meta, "val": target(*values[0], **values[1])}
+    return made
 
 
 def _before(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
