@@ -15,7 +15,7 @@ demo: $(STAMP)
 	$(BIN)/offramp demo speech
 
 test: $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
