@@ -198,6 +198,165 @@ def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> Non
 
 def _sizes_first(graph: fx.Graph) -> None:
     """Sizes of the inputs are read in the inputs' order, whatever the model needs first."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if is_tensor(node)]
+    last = graph.find_nodes(op="placeholder")[-1]
+    for node in inputs:
+        first = next(iter(node.users), node)  # says where in the model the input is read
+        for axis, size in enumerate(shape(node)):
+            if isinstance(expression(size), int):
+                continue
+            with graph.inserting_after(last):
+                last = graph.call_function(aten.sym_size.int, (node, axis))
+            last.meta = {**first.meta, "val": size}
+
+
+def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
+    """The graph, and those of the regions in it."""
+    yield module.graph
+    for node in module.graph.find_nodes(op="get_attr"):
+        inner = getattr(module, str(node.target), None)
+        if isinstance(inner, fx.GraphModule):
+            yield from _graphs(inner)
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether the node leaves its arguments alone, and its operator says all that it does."""
+    if node.op != "call_function" or node.target in _KEPT:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        regions = isinstance(node.target, torch._ops.HigherOrderOperator)
+        return not regions or getattr(node.target, "__name__", "") in _WRAPPERS
+    return not node.target._schema.is_mutable and _UNSAFE not in node.target.tags
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Whether the node changes its first argument, and is made for that."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target in _KEPT:
+        return False
+    changed = [argument.is_write for argument in node.target._schema.arguments if argument.alias_info is not None]
+    return changed == [True] and node.target._schema.name.endswith("_")
+
+
+def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
+    """Readers of the tensor that is changed here read a new one from here on, if nobody reads it by another name.
+
+    ``fill_(select(x, ...))`` becomes ``y = fill(select(x, ...))`` and ``select_scatter(x, y, ...)``.
+    """
+    changed: Any = node.args[0]
+    inplace: Any = node.target
+    space, _, name = inplace._schema.name.partition("::")
+    target = getattr(getattr(getattr(torch.ops, space), name[:-1], None), inplace._overloadname, None)
+    views: list[Any] = []
+    whole = changed
+    while whole.target in _SCATTERS:
+        views.append(whole)
+        whole = whole.args[0]
+    aliases = _aliases(changed)
+    before = set(_before(graph, node))
+    others = {user for alias in aliases & before - {changed, whole} for user in alias.users}
+    if not aliases or target is None or not others <= {*before, node}:
+        return
+    with graph.inserting_before(node):
+        made = _called(graph, node, target, *node.args, **node.kwargs)
+        if [str(made.meta["val"].dtype), len(shape(made))] != [str(changed.meta["val"].dtype), len(shape(changed))]:
+            graph.erase_node(made)
+            return
+        written = [(changed, made)]
+        for view in views:
+            old, new = view.args[0], written[-1][1]
+            written.append((old, _called(graph, node, _SCATTERS[view.target], old, new, *view.args[1:])))
+    after = {*graph.nodes} - before - {node} - {new for _, new in written}
+    for old, new in (written[0], written[-1]):
+        old.replace_all_uses_with(new, after.__contains__)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _called(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call in the place of a node."""
+    made = graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+    mode = next(arg.meta["val"].fake_mode for arg in made.all_input_nodes if is_tensor(arg))
+    with mode, torch.no_grad():
+        made.meta = {**node.meta, "val": target(*values[0], **values[1])}
+    return made
+
+
+def _before(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
+    for other in graph.nodes:
+        if other is node:
+            return
+        yield other
+
+
+def _aliases(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose values share the node's memory, itself included; none if that is not the graph's own."""
+    root: Any = node
+    while isinstance(root, fx.Node) and root.op == "call_function" and _views(root):
+        root = root.args[0]
+    silent = aten.type_as.default  # gives back its argument, and does not say so
+    if not isinstance(root, fx.Node) or root.op != "call_function" or root.target is silent:
+        return set()
+    found, todo = {root}, [root]
+    while todo:
+        new = {user for user in todo.pop().users if _views(user)} - found
+        found |= new
+        todo += new
+    return found
+
+
+def _views(node: fx.Node) -> bool:
+    """Whether the node's value may be a view of an argument."""
+    if node.op != "call_function":
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return is_tensor(node)
+    return _UNSAFE in node.target.tags or any(item.alias_info is not None for item in node.target._schema.arguments)
+
+
+def _composite(node: fx.Node) -> bool:
+    """Whether torch makes the node's operator of others, and its value may be a view."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target in _KEPT:
+        return node.target is aten.reshape.default and -1 in node.args[1]  # type: ignore[operator]
+    return _views(node) and node.target._can_decompose()
+
+
+def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> None:
+    """The operators that the node's operator is made of take its place; ``sizes`` are nodes to be read by them."""
+    read, whole = node.all_input_nodes, node.target
+
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(read, values, strict=True)).__getitem__)
+        return whole(*args, **kwargs)  # type: ignore[operator]
+
+    with next(arg.meta["val"] for arg in read if is_tensor(arg)).fake_mode, torch.no_grad():
+        traced = make_fx(call)(*[arg.meta["val"] for arg in read])
+    env = dict(zip(traced.graph.find_nodes(op="placeholder"), read, strict=True))
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op != "call_function":
+                continue
+            known = sizes.get(str(expression(inner.meta["val"]))) if is_symint(inner) else None
+            if known is not None:
+                env[inner] = known
+            else:
+                env[inner] = graph.node_copy(inner, env.__getitem__)
+                env[inner].meta = {**node.meta, "val": inner.meta["val"]}
+    returned: Any = traced.graph.output_node().args[0]
+    if isinstance(returned, fx.Node):
+        node.replace_all_uses_with(env[returned])
+    else:
+        for user in list(node.users):
+            assert user.target is operator.getitem
+            user.replace_all_uses_with(env[returned[user.args[1]]])
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _sizes_first(graph: fx.Graph) -> None:
+    """Sizes of the inputs are read in the inputs' order, whatever the model needs first."""
     inputs = graph.find_nodes(op="placeholder")
     with graph.inserting_after(inputs[-1]):
         for node in reversed(inputs):
