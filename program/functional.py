@@ -36,6 +36,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         for node in list(graph.nodes):
             if _in_place(node):
                 _out_of_place(graph, node)
+            elif node.target is aten.batch_norm.default:
+                _without_statistics(graph, node)
     if not all(_known(node) for graph in graphs for node in graph.nodes):
         exported.graph_module.recompile()
         made: ExportedProgram = exported.run_decompositions({})
@@ -110,6 +112,20 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
     for old, new in (written[0], written[-1]):
         old.replace_all_uses_with(new, after.__contains__)
     node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _without_statistics(graph: fx.Graph, node: fx.Node) -> None:
+    """A batch norm that only reads what training has counted; one that counts is left."""
+    value, weight, bias, mean, variance, counts, momentum, epsilon, _ = node.args
+    if counts is not False or mean is None:
+        return
+    target = aten._native_batch_norm_legit_no_training.default
+    with graph.inserting_before(node):
+        made = _called(graph, node, target, value, weight, bias, mean, variance, momentum, epsilon)
+        normed = graph.call_function(operator.getitem, (made, 0))
+    normed.meta = dict(node.meta)
+    node.replace_all_uses_with(normed)
     graph.erase_node(node)
 
 

@@ -86,12 +86,16 @@ def narrower(x: Tensor, table: Tensor) -> Tensor:
     return (x * table).add_(x.to(torch.float64))
 
 
-def batch_norm(x: Tensor, table: Tensor) -> Tensor:
-    return nn.functional.batch_norm(x, table, table.abs(), training=False)
+def read_statistics(x: Tensor, table: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, table, table.abs(), weight=table, training=False)
 
 
-LOCAL = (composites, fresh, views, parts, before_and_after, regions)
-WHOLE = (view_read_later, base_read_later, narrower, batch_norm)
+def own_statistics(x: Tensor, table: Tensor) -> Tensor:
+    return nn.functional.batch_norm(x, None, None, training=True) * table
+
+
+LOCAL = (composites, fresh, views, parts, before_and_after, regions, read_statistics)
+WHOLE = (view_read_later, base_read_later, narrower, own_statistics)
 
 
 @pytest.mark.parametrize("function", [*LOCAL, *WHOLE], ids=lambda function: function.__name__)

@@ -80,7 +80,8 @@ def test_transcripts_are_those_of_transformers(name: str, tmp_path: Path) -> Non
     clips = _clips()
     module, chain, _ = _bundle(name, tmp_path)
     assert len(clips) == 8
-    how, alone = dict(zoo.generation(name)), []
+    how: dict[str, Any] = dict(zoo.generation(name))
+    alone: list[list[int]] = []
     for clip, features, _ in clips:
         found = chain.generate({"input_features": features}).tokens[0].tolist()
         assert found == _best(module, features, how, found), clip
