@@ -32,6 +32,11 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
     Sizes that the graph cannot run in torch (a convolution's output must fit a table of positions, say) are
     left out.
     """
+    return [inputs for inputs, _ in at_other_sizes(program)]
+
+
+def at_other_sizes(program: Program) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """The inputs of `other_sizes`, each with the model's outputs that the graph gives for them in torch."""
     axes = program.axes
     example: dict[Any, int] = {}
     nodes = placeholders(program.graph)
@@ -47,16 +52,17 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
         choices.append({symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in rest.items()})
         longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in rest.items()}
         choices.append(longer | ({axes.batch: 1} if axes.batch in example else {}))
-    return [inputs for inputs in (resized(program, sizes) for sizes in choices) if _runs(program, inputs)]
+    found = [(inputs, _outputs(program, inputs)) for inputs in (resized(program, sizes) for sizes in choices)]
+    return [(inputs, outputs) for inputs, outputs in found if outputs is not None]
 
 
-def _runs(program: Program, inputs: Mapping[str, torch.Tensor]) -> bool:
+def _outputs(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
     try:
         with torch.no_grad():
-            program.module(**program.fresh(inputs))
+            returned = program.module(**program.fresh(inputs))
     except (RuntimeError, IndexError, ValueError):
-        return False
-    return True
+        return None
+    return {name: returned[name] for name in program.outputs}
 
 
 def _within(limits: tuple[int, int | None] | None, size: int) -> int:

@@ -169,4 +169,7 @@ def test_a_figure_above_the_tolerance_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     report = checker.run()
     assert (report.ok, report.stage) == (False, "run")
     assert report.reason == "the chain at full depth differs from torch: relative error 5.0e-01, allowed 1e-04"
-    assert report.max_error == {"graph": 0.0, "chain": 0.5, "exits": 1e-6, "cache": None, "other_shapes": 1e-6}
+    exits = report.max_error.pop("exits")  # these are compared before the bundle gets its name
+    assert exits is not None
+    assert 0 <= exits < 1e-5
+    assert report.max_error == {"graph": 0.0, "chain": 0.5, "cache": None, "other_shapes": 1e-6}
