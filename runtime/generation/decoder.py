@@ -95,7 +95,7 @@ class Decoder:
         """Run rows from a span on until all have left its stack; where the next begins, and what goes on there."""
         onward: list[Group] = []
         behind = at
-        while group.slots.size and at < len(self.spans):
+        while at < len(self.spans):
             span = self.spans[at]
             group = self._span(at, group, step.new)
             at += 1
@@ -103,8 +103,12 @@ class Decoder:
                 continue
             behind = self._ends[at - 1]
             decision = self._decide(span, span.branch, group, step)
-            if span.branch.full or decision.leave.any():
-                onward += self._leave(at, span, span.branch, group, decision, step)
+            go = np.arange(group.slots.size) if span.branch.full else decision.leave.nonzero()[0]
+            if go.size:
+                onward += self._leave(at, span, span.branch, group, decision, go, step)
+            if go.size == group.slots.size:
+                break
+            if go.size:
                 group = self._staying(span, group, decision, step)
         return behind, onward
 
@@ -123,12 +127,11 @@ class Decoder:
     # exits
 
     def _decide(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> Decision:
-        """Who leaves: those for whom the policy says so, and everybody at full depth."""
+        """What the policy says of the rows; nobody leaves where it is not asked."""
         policy = step.policies[span.stack or ""] if step.policies else None
         asked = scores_asked(branch, policy, picks=step.wanted.accepts is not None)
-        everybody = np.full(group.slots.size, branch.full)
         if policy is None or asked is None:
-            return Decision(everybody)
+            return Decision(np.zeros(group.slots.size, np.bool_))
         made = group.last_tokens(self._along)
         if not branch.free.issuperset(asked):
             made = made | self._through(span, group.slots, made)
@@ -136,10 +139,9 @@ class Decoder:
         return decide(branch, policy, asked, made, self.rows[group.slots], notes)
 
     def _leave(
-        self, at: int, span: ChunkSpan, branch: Branch, group: Group, decision: Decision, step: _Step
+        self, at: int, span: ChunkSpan, branch: Branch, group: Group, decision: Decision, go: Index, step: _Step
     ) -> list[Group]:
         """Note the rows that leave, with their results, or let them go on to the next stack; the skipped spans wait."""
-        (go,) = np.ones(group.slots.size, np.bool_).nonzero() if branch.full else decision.leave.nonzero()
         for row in go.tolist():
             slot = int(group.slots[row])
             step.notes[slot].exits[span.stack or ""] = branch.after
@@ -167,15 +169,15 @@ class Decoder:
         found = []
         for row in go:
             slot = int(group.slots[row])
-            notes = step.notes[slot]
-            result = RowResult(slot, {}, notes.exits, notes.scores, notes.asked, picked.get(row))
+            notes, outputs, all_ = step.notes[slot], {}, None
             if whole:
                 all_ = {name: made[value][row, : group.counts[row]] for name, value in branch.results.items()}
-                result = result._replace(outputs={name: array[-1:] for name, array in all_.items()}, whole=all_)
+                outputs = {name: array[-1:] for name, array in all_.items()}
             elif row not in picked:
                 place = answered.index(row)
-                result = result._replace(outputs={name: made[value][place] for name, value in branch.results.items()})
-            found.append(result if deep is None else result._replace(deep=deep[row]))
+                outputs = {name: made[value][place] for name, value in branch.results.items()}
+            pick, late = picked.get(row), None if deep is None else deep[row]
+            found.append(RowResult(slot, outputs, notes.exits, notes.scores, notes.asked, pick, all_, late))
         return found
 
     def _all_picked(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> list[list[int]] | None:
@@ -186,11 +188,9 @@ class Decoder:
         return all_picked(branch, policy, asked, group.values, self.rows[group.slots], group.counts)
 
     def _staying(self, span: ChunkSpan, group: Group, decision: Decision, step: _Step) -> Group:
-        """The rows that have not left; nobody at full depth."""
+        """The rows that have not left."""
         (stay,) = np.nonzero(~decision.leave)
-        if span.branch is not None and span.branch.full:
-            stay = stay[:0]
-        if stay.size and step.policies is not None:
+        if step.policies is not None:
             step.policies[span.stack or ""].keep(stay)
         return group.rows(stay, self._along)
 

@@ -34,6 +34,7 @@ class Generator:
         self._run = [0] * len(self._texts)
         self._ran: StepResult | None = None
         self._ended: list[int] = []  # slots, which are emptied before the next step
+        self._wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
         if session.sampling.max_new_tokens == 0:
             session.drop(list(range(len(session.rows))))
 
@@ -94,7 +95,7 @@ class Generator:
         if not session.rows:
             return []
         started = perf_counter()
-        ran = self._ran or self._forward(Wanted(accepts=self._accepts if self._chooser.batched else None))
+        ran = self._ran or self._forward(self._wanted)
         chosen = self._chosen(ran)
         milliseconds = (perf_counter() - started) * 1e3
         self._ran = None
@@ -141,8 +142,9 @@ class Generator:
 
     def _settle(self) -> None:
         """Take out the rows that have ended."""
-        self._session.drop(self._ended)
-        self._ended = []
+        if self._ended:
+            self._session.drop(self._ended)
+            self._ended = []
 
     def _back(self, lengths: Mapping[int, int]) -> None:
         """Forget what was run of rows behind so many tokens."""
@@ -177,8 +179,8 @@ class Generator:
 def stream(session: Session) -> Iterator[Token]:
     """Generate token by token until every row has ended."""
     generator = Generator(session)
-    while generator.rows:
-        yield from generator.next()
+    while found := generator.next():
+        yield from found
 
 
 def _stacked(arrays: Sequence[Array]) -> Array:

@@ -22,8 +22,6 @@ class Group(NamedTuple):
 
     def rows(self, rows: Index, along: frozenset[str]) -> Group:
         """Some rows, no wider than their tokens."""
-        if not rows.size:
-            return Group(self.slots[:0], {}, self.counts[:0])
         counts = self.counts[rows]
         widest = greatest(counts)
         values = {name: array[rows, :widest] if name in along else array[rows] for name, array in self.values.items()}

@@ -93,10 +93,10 @@ class Session:
         self.reserve(greatest(lengths + counts), greatest(lengths) + greatest(counts))
         name, slots = self.plan.cache.tokens[0], np.arange(count)
         chunk = padded(tokens).astype(self.plan.manifest.values[name].dtype, copy=False)
-        alone, several = slots[counts == 1], slots[counts > 1]
         results: list[RowResult] = []
-        caught_up = 0
-        if several.size:  # apart, so that each row gets what it gets alone
+        caught_up, alone = 0, slots
+        if greatest(counts) > 1:  # apart, so that each row gets what it gets alone
+            alone, several = slots[counts == 1], slots[counts > 1]
             results = self.decoder.step(several, {name: chunk[several]}, counts[several], None)
             caught_up = self.decoder.caught_up
         if alone.size:
@@ -106,15 +106,16 @@ class Session:
                 policy.restart(self._steps)
             if wanted.whole is None and self._feedback is not None:
                 wanted = replace(wanted, whole=self._feedback.wants)
-            chunk = chunk if alone.size == count else chunk[alone, :1]
-            asked = self.decoder.step(alone, {name: chunk}, counts[alone], policies, wanted)
+            if alone.size < count:
+                chunk, counts = chunk[alone, :1], counts[alone]
+            asked = self.decoder.step(alone, {name: chunk}, counts, policies, wanted)
             caught_up += self.decoder.caught_up
             results = asked if count == 1 else sorted(results + asked, key=lambda item: item.slot)
             milliseconds = (perf_counter() - started) * 1e3
             for stack, policy in policies.items():
                 policy.report([item.exits[stack] for item in asked], milliseconds)
         if self._feedback is not None:
-            self._feedback.see(results, counts.tolist())
+            self._feedback.see(results, [row.size for row in tokens])
         return StepResult(results, self.decoder.runner.trace(), caught_up)
 
     def end(self) -> None:
