@@ -12,7 +12,7 @@ from typing import Literal
 #: What a score is made of: the exit's logits, those of a short list of candidates, hidden states, or a trained gate.
 Source = Literal["logits", "short head", "hidden states", "gate", "bundle"]
 #: What is computed of the source; the measures of a short head are those of logits, of the candidates' alone.
-Function = Literal["top1", "margin", "entropy", "prediction", "cosine", "learned", "unknown"]
+Computation = Literal["top1", "margin", "entropy", "prediction", "cosine", "learned", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Measure:
     Attributes:
         name: What pipelines, bundles and policies call it.
         source: What it is made of, hence what has to run to ask for it.
-        function: What is computed of that.
+        computes: What is computed of that.
         surer: Which scores are surer, greater ones (from 0 to 1) or lesser ones (from 0, without bound); None where the
             score says what the exit would answer, not how surely.
         dtype: Of the values that a bundle's segments make.
@@ -30,7 +30,7 @@ class Measure:
 
     name: str
     source: Source
-    function: Function
+    computes: Computation
     surer: Literal["greater", "less"] | None = "greater"
     dtype: Literal["float32", "int64"] = "float32"
 

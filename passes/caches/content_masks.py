@@ -66,13 +66,13 @@ class ContentMasks:
             return {}
         scores = dependents([product_of(site)], self.facts.program.graph) & ancestors([site.weights])
 
-        def meet(reader: fx.Node) -> fx.Node:
+        def with_masks(reader: fx.Node) -> fx.Node:
             for mask in masks.keys() & set(reader.all_input_nodes):
                 made = ContentMask(self.builder, self.append).make(mask, masks[mask])
                 self.builder.edges[reader, mask] = made
             return self.builder.same(reader)
 
-        found = {reader: meet for mask in masks for reader in mask.users if reader in scores}
+        found = {reader: with_masks for mask in masks for reader in mask.users if reader in scores}
         return found | ({site.weights: self._hide_later} if site.weights.target in SOFTMAX else {})
 
     def _hide_later(self, weights: fx.Node) -> fx.Node:

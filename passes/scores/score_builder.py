@@ -99,7 +99,7 @@ class ScoreBuilder:
         """A measure of logits whose last axis counts classes."""
         if not measure.gates:
             return self._best(logits)
-        places = {"top1": self._top1, "margin": self._margin, "entropy": self._entropy}[measure.function](logits)
+        places = {"top1": self._top1, "margin": self._margin, "entropy": self._entropy}[measure.computes](logits)
         if len(shape(places)) == 1 and self.batch_axis(places) is not None:
             return places
         real = self.spread(valid, places)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.analysis.chains import Chain, chains_of
+from offramp.program.analysis.tree_paths import TreePath, tree_paths
 from offramp.program.graph import is_tensor, results, shape, shape_key, weights
 
 
@@ -68,8 +68,8 @@ def find_stacks(
     order = {node: i for i, node in enumerate(graph.nodes)}
     taken: set[fx.Node] = set()
     found: list[Found] = []
-    for chain in chains_of(graph, outputs or list(results(graph).values()), attentions, order):
-        for stack in _runs(chain, attentions, order):
+    for path in tree_paths(graph, outputs or list(results(graph).values()), attentions, order):
+        for stack in _runs(path, attentions, order):
             if not taken & {node for block in stack.blocks for node in block}:
                 taken |= {node for block in stack.blocks for node in block}
                 found.append(stack)
@@ -88,9 +88,9 @@ def signature(piece: Sequence[fx.Node], attentions: set[fx.Node]) -> str:
     return ";".join(parts)
 
 
-def _runs(chain: Chain, attentions: set[fx.Node], order: Mapping[fx.Node, int]) -> list[Found]:
-    """The periodic runs of a chain, longest first, then what lies left and right of them."""
-    labels = [signature(piece, attentions) for piece in chain.pieces]
+def _runs(path: TreePath, attentions: set[fx.Node], order: Mapping[fx.Node, int]) -> list[Found]:
+    """The periodic runs of a path, longest first, then what lies left and right of them."""
+    labels = [signature(piece, attentions) for piece in path.pieces]
     heavy = [i for i, label in enumerate(labels) if label and i > 0]
     found: list[Found] = []
     todo = [(0, len(heavy))]
@@ -102,7 +102,7 @@ def _runs(chain: Chain, attentions: set[fx.Node], order: Mapping[fx.Node, int]) 
         start, period, count = best
         start += low
         todo += [(low, start), (start + period * count, high)]
-        found += _cut(chain, heavy, start, period, count)
+        found += _cut(path, heavy, start, period, count)
     return found
 
 
@@ -125,14 +125,14 @@ def _best_run(labels: Sequence[str]) -> tuple[int, int, int] | None:
     return best[1] if best else None
 
 
-def _cut(chain: Chain, heavy: Sequence[int], start: int, period: int, count: int) -> list[Found]:
+def _cut(path: TreePath, heavy: Sequence[int], start: int, period: int, count: int) -> list[Found]:
     """Place the cuts: light nodes (no weights) between blocks go where they go in every other gap."""
     firsts = [heavy[start + period * k] for k in range(count)]
     lasts = [heavy[start + period * (k + 1) - 1] for k in range(count)]
     gaps = [list(range(end + 1, begin)) for end, begin in zip(lasts, firsts[1:], strict=False)]
     lead = list(range(heavy[start - 1] + 1 if start > 0 else 0, firsts[0]))
-    following = heavy[start + period * count] if start + period * count < len(heavy) else len(chain.nodes)
-    light = [[_op(chain.nodes[i]) for i in gap] for gap in (lead, gaps[0], range(lasts[-1] + 1, following))]
+    following = heavy[start + period * count] if start + period * count < len(heavy) else len(path.nodes)
+    light = [[_op(path.nodes[i]) for i in gap] for gap in (lead, gaps[0], range(lasts[-1] + 1, following))]
     # a gap is the end of a block, which the last block has too, then the start of the next
     opening = _common_suffix(light[0], light[1])
     closing = len(gaps[0]) - opening
@@ -142,12 +142,12 @@ def _cut(chain: Chain, heavy: Sequence[int], start: int, period: int, count: int
     ends = [end + closing for end in lasts]
     entry = firsts[0] - 1 - opening
     if entry >= 0:
-        entered = chain.nodes[entry]
-    elif entry == -1 and (found := _stream(chain, ends[0] + 1)) is not None:
+        entered = path.nodes[entry]
+    elif entry == -1 and (found := _stream(path, ends[0] + 1)) is not None:
         entered = found
     else:
         return []
-    nodes = [entered, *(chain.nodes[i] for i in ends)]
+    nodes = [entered, *(path.nodes[i] for i in ends)]
     spans = list(zip([entry, *ends], ends, strict=False))
     groups: list[list[int]] = [[]]
     for k, (here, there) in enumerate(itertools.pairwise(nodes)):
@@ -158,20 +158,20 @@ def _cut(chain: Chain, heavy: Sequence[int], start: int, period: int, count: int
     return [
         Found(
             [nodes[group[0]], *(nodes[k + 1] for k in group)],
-            [[node for i in range(spans[k][0] + 1, spans[k][1] + 1) for node in chain.pieces[i]] for k in group],
+            [[node for i in range(spans[k][0] + 1, spans[k][1] + 1) for node in path.pieces[i]] for k in group],
         )
         for group in groups
         if len(group) > 1
     ]
 
 
-def _stream(chain: Chain, start: int) -> fx.Node | None:
-    """What enters the first block where the chain begins inside of it.
+def _stream(path: TreePath, start: int) -> fx.Node | None:
+    """What enters the first block where the path begins inside of it.
 
     That is the value that its first node reads where the first node of the second block (number ``start``)
     reads the hidden state.
     """
-    first, second, hidden = chain.nodes[0], chain.nodes[start], chain.nodes[start - 1]
+    first, second, hidden = path.nodes[0], path.nodes[start], path.nodes[start - 1]
     for mine, other in zip(first.args, second.args, strict=False):
         if other is hidden and isinstance(mine, fx.Node) and is_tensor(mine):
             return mine

@@ -12,16 +12,16 @@ from offramp.program.graph import data_inputs, is_tensor, read_by, shape_key
 
 
 @dataclass
-class Chain:
+class TreePath:
     """Nodes that dominate each other, and what lies between: ``pieces[i]`` ends in ``nodes[i]``."""
 
     nodes: list[fx.Node]
     pieces: list[list[fx.Node]] = field(default_factory=list)
 
 
-def chains_of(
+def tree_paths(
     graph: fx.Graph, outputs: Sequence[fx.Node], attentions: set[fx.Node], order: Mapping[fx.Node, int]
-) -> list[Chain]:
+) -> list[TreePath]:
     """The paths of the post-dominator tree, longest first, each with the pieces between its nodes.
 
     Where paths join, the one goes on that the others read from (a residual stream, not the branch that
@@ -56,7 +56,7 @@ def chains_of(
             or _mixes_aside([c for c in branches if c is not before], attentions, reads[before] if before else 0, order)
         )
         children.setdefault(parents[node], []).append(node)
-    chains = []
+    paths = []
     for node in live:
         if onward.get(parents[node]) is node:
             continue
@@ -64,8 +64,8 @@ def chains_of(
         while path[-1] in onward:
             path.append(onward[path[-1]])
         if len(path) > 2:
-            chains.append(_pieces(Chain(path[::-1]), order))
-    return sorted(chains, key=lambda chain: -len(chain.nodes))
+            paths.append(_pieces(TreePath(path[::-1]), order))
+    return sorted(paths, key=lambda path: -len(path.nodes))
 
 
 def _mixes_aside(
@@ -83,22 +83,22 @@ def _mixes_aside(
     return False
 
 
-def _pieces(chain: Chain, order: Mapping[fx.Node, int]) -> Chain:
-    """Piece i: the nodes that read the contents of node i-1 of the chain but not yet of node i, and node i."""
-    position = {node: i for i, node in enumerate(chain.nodes)}
-    last = chain.nodes[-1]
-    reach: dict[fx.Node, int] = {chain.nodes[0]: 0}
-    chain.pieces = [[] for _ in chain.nodes]
-    chain.pieces[0].append(chain.nodes[0])
+def _pieces(path: TreePath, order: Mapping[fx.Node, int]) -> TreePath:
+    """Piece i: the nodes that read the contents of node i-1 of the path but not yet of node i, and node i."""
+    position = {node: i for i, node in enumerate(path.nodes)}
+    last = path.nodes[-1]
+    reach: dict[fx.Node, int] = {path.nodes[0]: 0}
+    path.pieces = [[] for _ in path.nodes]
+    path.pieces[0].append(path.nodes[0])
     for node in order:
         if order[node] > order[last]:
             break
         deepest = max((reach[arg] for arg in data_inputs(node) if arg in reach), default=-1)
         if node in position and position[node] > 0:
-            chain.pieces[position[node]].append(node)
+            path.pieces[position[node]].append(node)
             reach[node] = position[node]
         elif deepest >= 0 and node not in reach:
             reach[node] = deepest
-            if deepest + 1 < len(chain.nodes):
-                chain.pieces[deepest + 1].append(node)
-    return chain
+            if deepest + 1 < len(path.nodes):
+                path.pieces[deepest + 1].append(node)
+    return path
