@@ -27,8 +27,8 @@ def chain(path: Path, *, single: bool = False) -> Worker:
 
 def write_single(program: offramp.Program, bundle: Path) -> None:
     """Put one file into the folder of a bundle that has all that its chunks run, lowered as its segments are."""
-    from offramp.export.lowering.lower import close
-    from offramp.export.partition import Piece, partition
+    from offramp.export.lowering.lower import lower
+    from offramp.export.partition import Subgraph, partition
     from offramp.export.prepare import prepared
     from offramp.export.write import Writer
     from offramp.program.graph import is_tensor, results
@@ -51,7 +51,7 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
     folder = bundle / "single"
     folder.mkdir(exist_ok=True)
     writer = Writer(folder, program.graph_module)
-    function = close(Piece("single", tuple(inputs), tuple(outputs.values()), tuple(nodes)))
+    function = lower(Subgraph("single", tuple(inputs), tuple(outputs.values()), tuple(nodes)))
     writer.segment(function, "single")
     writer.close()
     names = {f"in{i}": _name(program, node) for i, node in enumerate(function.inputs)}

@@ -21,7 +21,7 @@ from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
 from offramp.export.describe import Describer, Progress
 from offramp.export.lowering.cached_attention import TARGETS, Target
-from offramp.export.lowering.lower import OPSET
+from offramp.export.lowering.exporter import OPSET
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
 from offramp.export.validation import validate

@@ -12,8 +12,8 @@ from offramp.bundle import manifest as m
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import LOWEST
 from offramp.export.lowering.cached_attention import Target
-from offramp.export.lowering.lower import Function, close
-from offramp.export.partition import Piece, Plan, StackPlan
+from offramp.export.lowering.lower import Lowered, lower
+from offramp.export.partition import Plan, StackPlan, Subgraph
 from offramp.export.write import Writer
 from offramp.passes.caches.outputs import vocabulary
 from offramp.program.exit import Exit
@@ -35,6 +35,7 @@ class Describer:
         self.segments: dict[str, m.Segment] = {}
         self.origin: dict[str, fx.Node] = {}
         self.unsaid: dict[str, str] = {}
+        self._lowered: Lowered = {}
         self.returned = results(program.graph)
         self.names = {node: name for name, node in placeholders(program.graph).items()}
         for stack in program.stacks.values():
@@ -188,19 +189,19 @@ class Describer:
                 scores[measure] = made[self.returned[full.scores[measure]]]
         return m.Exit(item.after, tuple(segments), state, outputs, scores, item.head, item.adapter)
 
-    def _segment(self, piece: Piece, renamed: Mapping[fx.Node, str] | None = None, name: str | None = None) -> str:
+    def _segment(self, piece: Subgraph, renamed: Mapping[fx.Node, str] | None = None, name: str | None = None) -> str:
         """Lower a piece (or use its file again) and bind it to values; returns the segment's name."""
         name = name or piece.name
         if name in self.segments:
             return name
         self.progress(name, len(self.segments), self._total)
-        function: Function = close(piece, self.target)
-        file = self.writer.segment(function, piece.name)
+        computation = lower(piece, self.target, self._lowered)
+        file = self.writer.segment(computation, piece.name)
         renamed = renamed or {}
         inputs, outputs = {}, {}
-        for i, node in enumerate(function.inputs):
+        for i, node in enumerate(computation.inputs):
             inputs[f"in{i}"] = renamed.get(node) or self.names[node]
-        for i, node in enumerate(function.outputs):
+        for i, node in enumerate(computation.outputs):
             value = renamed.get(node) or self.names.setdefault(node, node.name)
             outputs[f"out{i}"] = value
             self._value(value, node)
@@ -225,7 +226,7 @@ class Describer:
 
     def _batch(self) -> bool:
         """Whether rows can be taken out of every value that crosses segments."""
-        pieces: Sequence[Piece | None] = [
+        pieces: Sequence[Subgraph | None] = [
             *self._outside,
             *(piece for s in self.plan.stacks for _, piece in s.blocks),
         ]  # fmt: skip

@@ -31,7 +31,7 @@ from offramp.program.program import Program
 
 
 @dataclass(frozen=True)
-class Piece:
+class Subgraph:
     """A segment before it is lowered: computes ``outputs`` from ``inputs`` (tensors) by ``nodes``."""
 
     name: str
@@ -45,9 +45,9 @@ class StackPlan:
     """The pieces of one stack: blocks by the depth they reach, and what each exit runs."""
 
     stack: Stack
-    blocks: list[tuple[int, Piece]] = field(default_factory=list)
-    adapters: dict[int, Piece] = field(default_factory=dict)
-    heads: dict[int, list[Piece]] = field(default_factory=dict)
+    blocks: list[tuple[int, Subgraph]] = field(default_factory=list)
+    adapters: dict[int, Subgraph] = field(default_factory=dict)
+    heads: dict[int, list[Subgraph]] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,11 +62,11 @@ class Plan:
     stack needs it.
     """
 
-    before: list[Piece | None]
-    tables: list[Piece | None]
-    enter: list[Piece | None]
+    before: list[Subgraph | None]
+    tables: list[Subgraph | None]
+    enter: list[Subgraph | None]
     stacks: list[StackPlan]
-    tails: list[Piece]
+    tails: list[Subgraph]
 
 
 def partition(program: Program, segments: int | None = None) -> Plan:
@@ -105,12 +105,12 @@ def partition(program: Program, segments: int | None = None) -> Plan:
     return plan.plan()
 
 
-def whole(program: Program) -> Piece:
+def whole(program: Program) -> Subgraph:
     """The model's outputs as one piece, uncut: what one session for the whole model would run."""
     outputs = _unique(results(program.graph)[name] for name in program.outputs)
     inside = {node for node in ancestors(outputs) if node.op == "call_function" and not is_symint(node)}
     inputs = tuple(node for node in program.graph.nodes if node.op == "placeholder" and set(node.users))
-    return Piece("model", inputs, tuple(outputs), tuple(node for node in program.graph.nodes if node in inside))
+    return Subgraph("model", inputs, tuple(outputs), tuple(node for node in program.graph.nodes if node in inside))
 
 
 class _Partition:
@@ -330,7 +330,7 @@ class _Partition:
         wanted: dict[tuple[str, str, int], tuple[list[fx.Node], set[fx.Node]]],
         shared: set[fx.Node],
     ) -> Plan:
-        pieces: dict[tuple[str, str, int], Piece] = {}
+        pieces: dict[tuple[str, str, int], Subgraph] = {}
         crossing: set[fx.Node] = set()
         once: set[fx.Node] = set()
         for key, (outputs, cuts) in wanted.items():
@@ -347,7 +347,7 @@ class _Partition:
             tails.append(self._piece(name, [node for node in finals if node not in early], (cuts | shared) - late))
             crossing |= {*early, *(node for node in tails[-1].inputs if node in shared)}
             once |= set(early)
-        before: list[tuple[Piece | None, ...]] = []
+        before: list[tuple[Subgraph | None, ...]] = []
         for index in range(last - 1, -1, -1):
             stack = self.stacks[index]
             here = sorted((node for node in crossing if self.level[node] == index), key=self.order.__getitem__)
@@ -356,7 +356,7 @@ class _Partition:
             known = {node for node in shared if (self.level[node] or 0) < index}
             others = self.cuts - set(entering)
             outputs = [node for node in outputs if node.op == "call_function" and node not in others]
-            made: list[Piece | None] = []
+            made: list[Subgraph | None] = []
             for name, group in (
                 ("before", [n for n in outputs if n not in self.chunked and n not in self.sized]),
                 ("tables", [n for n in outputs if n in self.sized]),
@@ -388,7 +388,7 @@ class _Partition:
         return Plan(ahead, tables, enter, plans, [piece for piece in tails if piece.nodes])
 
     def _join(
-        self, enter: Piece, stack: Stack, pieces: dict[tuple[str, str, int], Piece], tails: Sequence[Piece]
+        self, enter: Subgraph, stack: Stack, pieces: dict[tuple[str, str, int], Subgraph], tails: Sequence[Subgraph]
     ) -> None:
         """Make what enters a stack part of its first piece, which spares every chunk a session's call."""
         first = next(key for key in pieces if key[:2] == ("block", stack.name))
@@ -397,13 +397,13 @@ class _Partition:
         kept = [node for node in enter.outputs if node in read]
         nodes = sorted({*enter.nodes, *block.nodes}, key=self.order.__getitem__)
         inputs = [node for node in _unique([*enter.inputs, *block.inputs]) if node not in enter.nodes]
-        pieces[first] = Piece(block.name, tuple(inputs), (*block.outputs, *kept), tuple(nodes))
+        pieces[first] = Subgraph(block.name, tuple(inputs), (*block.outputs, *kept), tuple(nodes))
 
     def _label(self, key: tuple[str, str, int]) -> str:
         kind, name, depth = key
         return f"{name}.{depth}" if kind == "block" else f"{name}.{depth}-{kind}"
 
-    def _piece(self, name: str, outputs: Sequence[fx.Node], stop: set[fx.Node]) -> Piece:
+    def _piece(self, name: str, outputs: Sequence[fx.Node], stop: set[fx.Node]) -> Subgraph:
         made = [node for node in _unique(outputs) if node.op == "call_function"]
         inside = self._slice(made, stop - set(made))
         calls = sorted((node for node in inside if not is_symint(node)), key=self.order.__getitem__)
@@ -413,7 +413,7 @@ class _Partition:
             for arg in node.all_input_nodes
             if is_tensor(arg) and arg not in inside and arg.op != "get_attr"
         )
-        return Piece(name, tuple(inputs), tuple(made), tuple(calls))
+        return Subgraph(name, tuple(inputs), tuple(made), tuple(calls))
 
 
 def _unique(nodes: Iterable[fx.Node]) -> list[fx.Node]:

@@ -14,29 +14,30 @@ import onnxscript
 import torch
 from google.protobuf.message import DecodeError
 
-from offramp.export.lowering.lower import Function, translate
+from offramp.export.lowering.lower import translate
+from offramp.export.lowering.outline import Computation
 
 _log = logging.getLogger(__name__)
 _KEPT = 4000  # files; a model's are a few, of some 10 kB
 
 
-def translated(function: Function, name: str) -> onnx.ModelProto:
-    """`translate`, or what it gave for an equal function before.
+def translated(computation: Computation, name: str) -> onnx.ModelProto:
+    """`translate`, or what it gave for an equal computation before.
 
     Translations lie in ``$OFFRAMP_CACHE``, else in ``$XDG_CACHE_HOME/offramp`` or ``~/.cache/offramp``; with
-    ``OFFRAMP_CACHE=`` (empty) none are kept. They go by the function's key, by offramp's own lowering and by the
+    ``OFFRAMP_CACHE=`` (empty) none are kept. They go by the computation's key, by offramp's own lowering and by the
     versions of what it uses. Processes may share the folder. Raises as `translate` does.
     """
     folder = _folder()
     if folder is None:
-        return translate(function, name)
-    path = folder / f"{hashlib.sha256(f'{_lowering()}{function.key}'.encode()).hexdigest()}.onnx"
+        return translate(computation, name)
+    path = folder / f"{hashlib.sha256(f'{_lowering()}{computation.key}'.encode()).hexdigest()}.onnx"
     model = onnx.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
         os.utime(path)  # the oldest go first
     except (OSError, DecodeError):
-        model = translate(function, name)
+        model = translate(computation, name)
         _keep(path, model.SerializeToString(deterministic=True))
     return model
 
@@ -51,7 +52,7 @@ def _folder() -> Path | None:
 
 @cache
 def _lowering() -> str:
-    """What a translation depends on beside the function: the sources of this room, and versions."""
+    """What a translation depends on beside the computation: the sources of this room, and versions."""
     digest = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {onnxscript.__version__}".encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())

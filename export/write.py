@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 
 from offramp.bundle.manifest import WEIGHTS_FILE, File
 from offramp.errors import ExportError
-from offramp.export.lowering.lower import OPSET, Function
+from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.merged_products import merged
+from offramp.export.lowering.outline import Computation
 from offramp.export.translations import translated
 from offramp.program.graph import attribute, storage_key
 
@@ -37,7 +38,7 @@ _ELEMENTS: dict[torch.dtype, int] = {
 class Writer:
     """Writes ONNX files and the weights file into a directory.
 
-    A function that was translated once is not translated again: another use of the same structure gets a copy
+    A computation that was translated once is not translated again: another use of the same structure gets a copy
     with its own weights bound, and the very same weights get the very same file.
     """
 
@@ -51,17 +52,17 @@ class Writer:
         self._files: dict[Any, str] = {}
         self._operators: dict[str, set[str]] = {}
 
-    def segment(self, function: Function, name: str) -> str:
-        """Write the ONNX file of a function, if there is none yet; returns the file's name."""
-        tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in function.weights]
+    def segment(self, computation: Computation, name: str) -> str:
+        """Write the ONNX file of a computation, if there is none yet; returns the file's name."""
+        tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in computation.weights]
         places = [self._place(parts) for parts in tensors]
-        identity = (function.key, tuple(places))
+        identity = (computation.key, tuple(places))
         if identity not in self._files:
-            if function.key not in self._models:
-                self._models[function.key] = translated(function, name)
+            if computation.key not in self._models:
+                self._models[computation.key] = translated(computation, name)
                 self.translations += 1
             model = onnx.ModelProto()
-            model.CopyFrom(self._models[function.key])
+            model.CopyFrom(self._models[computation.key])
             _bind(model, tensors, places)
             self._files[identity] = f"{name.replace('/', '-')}.onnx"
             self._operators[self._files[identity]] = {node.op_type for node in model.graph.node}

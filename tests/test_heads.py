@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import offramp
-from offramp.export.lowering.lower import close, translate
-from offramp.export.partition import Piece
+from offramp.export.lowering.lower import lower, translate
+from offramp.export.partition import Subgraph
 from offramp.program import capture
 from offramp.program.canonical.simplify import canonicalize
 from offramp.program.graph import aten, attribute, results, shape
@@ -84,7 +84,7 @@ def test_any_axes(name: str) -> None:
     assert [len(shape(arg)) for arg in node.args[:3] if isinstance(arg, fx.Node)] == [4, 4, 4]
     inner = [item for item in program.graph.nodes if item.op == "call_function"]
     used = [item for item in program.graph.find_nodes(op="placeholder") if item.users]
-    function = close(Piece("whole", tuple(used), (results(program.graph)["output"],), tuple(inner)))
+    function = lower(Subgraph("whole", tuple(used), (results(program.graph)["output"],), tuple(inner)))
     session = onnxruntime.InferenceSession(translate(function, "whole").SerializeToString(), session_options())
     weights = {
         f"w{i}": attribute(program.module, str(w.target)).detach().numpy() for i, w in enumerate(function.weights)

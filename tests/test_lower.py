@@ -21,8 +21,10 @@ from torch import Tensor, fx, nn
 
 from offramp.errors import ExportError
 from offramp.export import partition, write
-from offramp.export.lowering.lower import OPSET, Function, close, translate
-from offramp.export.partition import Piece, Plan
+from offramp.export.lowering.exporter import OPSET
+from offramp.export.lowering.lower import lower, translate
+from offramp.export.lowering.outline import Computation
+from offramp.export.partition import Plan, Subgraph
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
@@ -30,18 +32,18 @@ from offramp.program.sizes import other_sizes
 from offramp.runtime.engine.sessions import session_options
 
 
-def pieces(plan: Plan) -> list[Piece]:
+def pieces(plan: Plan) -> list[Subgraph]:
     found = [*plan.before, *(block for stack in plan.stacks for _, block in stack.blocks), *plan.tails]
     return [piece for piece in found if piece is not None]
 
 
-def piece(program: Program, name: str) -> Piece:
+def piece(program: Program, name: str) -> Subgraph:
     (found,) = (piece for piece in pieces(partition(program)) if piece.name == name)
     return found
 
 
 def assert_translated(
-    program: Program, function: Function, model: onnx.ModelProto, inputs: Mapping[str, Tensor]
+    program: Program, function: Computation, model: onnx.ModelProto, inputs: Mapping[str, Tensor]
 ) -> None:
     """ONNX Runtime computes from the function's inputs what torch does."""
     wanted = evaluate(program.graph_module, [*function.inputs, *function.weights, *function.outputs], inputs)
@@ -54,10 +56,10 @@ def assert_translated(
 
 
 @pytest.fixture(scope="module")
-def translated(encoder: tiny.Captured) -> dict[str, tuple[Function, onnx.ModelProto]]:
+def translated(encoder: tiny.Captured) -> dict[str, tuple[Computation, onnx.ModelProto]]:
     """The three kinds of pieces of a small encoder."""
     names = ("before-encoder", "encoder.2", "tail")
-    functions = {name: close(piece(encoder.program, name)) for name in names}
+    functions = {name: lower(piece(encoder.program, name)) for name in names}
     return {name: (function, translate(function, name)) for name, function in functions.items()}
 
 
@@ -67,7 +69,7 @@ def translated(encoder: tiny.Captured) -> dict[str, tuple[Function, onnx.ModelPr
 def _translations(program: Program, root: Path) -> int:
     writer = write.Writer(root, program.graph_module)
     for each in pieces(partition(program)):
-        writer.segment(close(each), each.name)
+        writer.segment(lower(each), each.name)
     writer.close()
     return writer.translations
 
@@ -88,11 +90,11 @@ def test_equal_blocks_are_translated_once(blocks: int, tmp_path: Path, monkeypat
 
 
 def test_a_translation_serves_every_equal_block(
-    encoder: tiny.Captured, translated: Mapping[str, tuple[Function, onnx.ModelProto]]
+    encoder: tiny.Captured, translated: Mapping[str, tuple[Computation, onnx.ModelProto]]
 ) -> None:
     _, model = translated["encoder.2"]
     for depth in range(1, tiny.BLOCKS + 1):
-        assert_translated(encoder.program, close(piece(encoder.program, f"encoder.{depth}")), model, encoder.inputs)
+        assert_translated(encoder.program, lower(piece(encoder.program, f"encoder.{depth}")), model, encoder.inputs)
 
 
 class _Scaled(tiny.Encoder):
@@ -106,7 +108,7 @@ class _Scaled(tiny.Encoder):
 
 def test_blocks_that_differ_in_a_constant_are_not_equal() -> None:
     plan = partition(tiny.captured(_Scaled, tiny.text()).program)
-    keys = {close(block).key for _, block in plan.stacks[0].blocks}
+    keys = {lower(block).key for _, block in plan.stacks[0].blocks}
     assert len(keys) == tiny.BLOCKS
 
 
@@ -115,11 +117,11 @@ def test_blocks_that_differ_in_a_constant_are_not_equal() -> None:
 
 def test_sizes_are_read_from_own_inputs(encoder: tiny.Captured) -> None:
     for each in pieces(partition(encoder.program)):
-        function = close(each)
+        function = lower(each)
         names = [node.name for node in function.graph.find_nodes(op="placeholder")]
         assert names == [f"in{i}" for i in range(len(each.inputs))] + [f"w{i}" for i in range(len(function.weights))]
         assert function.inputs == each.inputs
-    block = close(piece(encoder.program, "encoder.3"))
+    block = lower(piece(encoder.program, "encoder.3"))
     read = {node.args[0] for node in block.graph.find_nodes(op="call_function", target=aten.sym_size.int)}
     assert block.graph.find_nodes(op="placeholder", target="in0")[0] in read
 
@@ -140,7 +142,7 @@ def test_a_size_that_no_input_has_brings_its_tensor_along() -> None:
     each = piece(program, "encoder.2")
     source = program.nodes["source_ids"]
     assert source not in each.inputs
-    function = close(each)
+    function = lower(each)
     assert function.inputs == (*each.inputs, source)
     module = fx.GraphModule({}, function.graph)
     for sizes in [inputs, *other_sizes(program)]:
@@ -153,7 +155,7 @@ def test_a_size_that_no_input_has_brings_its_tensor_along() -> None:
 
 @pytest.mark.parametrize("name", ["before-encoder", "encoder.2", "tail"])
 def test_a_translation_holds_at_other_sizes(
-    encoder: tiny.Captured, translated: Mapping[str, tuple[Function, onnx.ModelProto]], name: str
+    encoder: tiny.Captured, translated: Mapping[str, tuple[Computation, onnx.ModelProto]], name: str
 ) -> None:
     for inputs in [encoder.inputs, *other_sizes(encoder.program)]:
         assert_translated(encoder.program, *translated[name], inputs)
@@ -161,7 +163,7 @@ def test_a_translation_holds_at_other_sizes(
 
 def test_a_mask_of_one_row_gets_a_row_for_every_query(encoder: tiny.Captured, labeller: tiny.Captured) -> None:
     for captured in (encoder, labeller):
-        function = close(piece(captured.program, "encoder.2"))
+        function = lower(piece(captured.program, "encoder.2"))
         (attention,) = function.graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
         query, mask = attention.args[0], attention.args[3]
         assert isinstance(query, fx.Node)
@@ -178,14 +180,14 @@ def test_the_order_of_inputs_does_not_matter() -> None:
     program = capture(module, inputs)
     block = piece(program, "encoder.2")
     for order in (block.inputs, block.inputs[::-1]):
-        function = close(replace(block, inputs=order))
+        function = lower(replace(block, inputs=order))
         assert_translated(program, function, translate(function, "encoder.2"), inputs)
 
 
 # The ONNX model
 
 
-def test_models_are_plain(translated: Mapping[str, tuple[Function, onnx.ModelProto]]) -> None:
+def test_models_are_plain(translated: Mapping[str, tuple[Computation, onnx.ModelProto]]) -> None:
     assert OPSET >= 23
     for function, model in translated.values():
         onnx.checker.check_model(model)
@@ -200,7 +202,7 @@ def test_models_are_plain(translated: Mapping[str, tuple[Function, onnx.ModelPro
             assert word not in content
 
 
-def test_an_attention_stays_one_operator(translated: Mapping[str, tuple[Function, onnx.ModelProto]]) -> None:
+def test_an_attention_stays_one_operator(translated: Mapping[str, tuple[Computation, onnx.ModelProto]]) -> None:
     _, model = translated["encoder.2"]
     operators = [node.op_type for node in model.graph.node]
     assert operators.count("Attention") == 1
@@ -221,7 +223,7 @@ def test_a_constant_may_cross() -> None:
     program = tiny.captured(_Window, inputs, dynamic={"x": {0: "batch"}}).program
     before = piece(program, "before-encoder")
     assert before.inputs == ()
-    function = close(before)
+    function = lower(before)
     assert_translated(program, function, translate(function, "before"), inputs)
 
 
@@ -233,12 +235,12 @@ def test_what_comes_out_as_it_came_in(encoder: tiny.Captured) -> None:
     same = graph.call_function(aten.clone.default, (given,))
     same.meta["val"] = hidden.meta["val"]
     graph.output((same,))
-    function = Function(graph, (hidden,), (), (hidden,), "")
+    function = Computation(graph, (hidden,), (), (hidden,), "")
     assert_translated(encoder.program, function, translate(function, "same"), encoder.inputs)
 
 
 def test_translating_says_nothing(encoder: tiny.Captured, capfd: pytest.CaptureFixture[str]) -> None:
-    translate(close(piece(encoder.program, "tail")), "tail")
+    translate(lower(piece(encoder.program, "tail")), "tail")
     assert capfd.readouterr() == ("", "")
 
 
@@ -270,7 +272,7 @@ class _Odd(tiny.Encoder):
 def test_a_refusal_names_the_operator_and_its_place() -> None:
     program = tiny.captured(_Odd, tiny.text()).program
     with pytest.raises(ExportError) as caught:
-        translate(close(piece(program, "encoder.2")), "encoder.2")
+        translate(lower(piece(program, "encoder.2")), "encoder.2")
     lines, first = inspect.getsourcelines(_Twisted.forward)
     text = caught.value.reason
     assert text.startswith(f"segment encoder.2: offramp_tests.twist.default cannot be lowered to ONNX opset {OPSET} (")
@@ -280,7 +282,7 @@ def test_a_refusal_names_the_operator_and_its_place() -> None:
     assert caught.value.hint is not None
 
 
-def _swapped(function: Function, old: Any, new: Callable[..., Any]) -> Function:
+def _swapped(function: Computation, old: Any, new: Callable[..., Any]) -> Computation:
     """A function with another operator in the place of one."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(function.graph, {}))
@@ -292,7 +294,7 @@ def _swapped(function: Function, old: Any, new: Callable[..., Any]) -> Function:
 
 def test_an_operator_that_torch_decomposes_first_is_named_too(encoder: tiny.Captured) -> None:
     """special_i1 becomes prims.bessel_i1, which is what the exporter then complains of."""
-    function = _swapped(close(piece(encoder.program, "encoder.2")), aten.gelu.default, aten.special_i1.default)
+    function = _swapped(lower(piece(encoder.program, "encoder.2")), aten.gelu.default, aten.special_i1.default)
     with pytest.raises(ExportError) as caught:
         translate(function, "encoder.2")
     assert "_i1" in caught.value.reason
@@ -305,7 +307,7 @@ def test_any_other_failure_is_told_in_plain_words(encoder: tiny.Captured, monkey
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(ExportError) as caught:
-        translate(close(piece(encoder.program, "tail")), "tail")
+        translate(lower(piece(encoder.program, "tail")), "tail")
     text = str(caught.value)
     assert text.startswith(f"segment tail cannot be lowered to ONNX opset {OPSET}: ")
     assert "no room for a stride" in text

@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from offramp.export.lowering.cached_attention import TARGETS
-from offramp.export.lowering.lower import OPSET, OPSET_OF_CACHES, Function, close, translate
-from offramp.export.partition import Piece
+from offramp.export.lowering.exporter import OPSET
+from offramp.export.lowering.lower import OPSET_OF_CACHES, lower, translate
+from offramp.export.lowering.outline import Computation
+from offramp.export.partition import Subgraph
 from offramp.program import ops
 from offramp.runtime.engine.sessions import session_options
 
@@ -93,8 +95,8 @@ class Piecework:
         self.calls.append(node)
         return node
 
-    def piece(self, *outputs: fx.Node) -> Piece:
-        return Piece("attention", tuple(self.inputs.values()), outputs, tuple(self.calls))
+    def piece(self, *outputs: fx.Node) -> Subgraph:
+        return Subgraph("attention", tuple(self.inputs.values()), outputs, tuple(self.calls))
 
 
 def arguments(case: Case, inputs: dict[str, Any]) -> list[Any]:
@@ -102,7 +104,7 @@ def arguments(case: Case, inputs: dict[str, Any]) -> list[Any]:
     return [*(inputs[name] for name in names), inputs.get("bias"), 0.3, case.window]
 
 
-def attention(case: Case) -> Piece:
+def attention(case: Case) -> Subgraph:
     work = Piecework(case.inputs(ROWS, CHUNK, CAPACITY))
     made = work.call(ops.ATTENTION, *arguments(case, work.inputs))
     outputs = [work.call(operator.getitem, made, at) for at in range(3)]
@@ -117,7 +119,7 @@ def swapped(inputs: dict[str, Any], query: Any) -> dict[str, Any]:
     return {**inputs, "query": query, "key": value, "value": key, "key_cache": values, "value_cache": keys}
 
 
-def append(axis: int, places: int) -> Piece:
+def append(axis: int, places: int) -> Subgraph:
     sizes = [places * ROWS, 2, 2]
     sizes[axis] = CAPACITY
     cache, new = torch.zeros(sizes), torch.zeros([CHUNK if i == axis else size for i, size in enumerate(sizes)])
@@ -133,7 +135,7 @@ def append(axis: int, places: int) -> Piece:
 
 @dataclass(frozen=True)
 class Lowered:
-    function: Function
+    function: Computation
     model: onnx.ModelProto
     session: onnxruntime.InferenceSession
 
@@ -158,7 +160,7 @@ def lowered() -> Get:
 
     def get(what: Case | tuple[int, int], target: Any = "ort") -> Lowered:
         if (what, target) not in known:
-            function = close(attention(what) if isinstance(what, Case) else append(*what), target)
+            function = lower(attention(what) if isinstance(what, Case) else append(*what), target)
             equal = next((made for made in known.values() if made.function.key == function.key), None)
             if equal is not None:
                 known[what, target] = equal

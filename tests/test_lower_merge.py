@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import offramp
 from offramp.export.lowering.layouts import cancel_layout
-from offramp.export.lowering.lower import close
+from offramp.export.lowering.lower import lower
 from offramp.export.lowering.merged_products import merged
 from offramp.export.lowering.rms_norm import fuse_norms
 from offramp.export.partition import partition
@@ -125,7 +125,7 @@ def test_others_stay_apart(cached: Get, name: str) -> None:
 
 def test_weights_together_are_one_weight_of_a_piece(cached: Get) -> None:
     plan = partition(prepared(cached("qwen2")))
-    functions = [close(piece) for _, piece in plan.stacks[0].blocks[1:]]  # the first one embeds the tokens too
+    functions = [lower(piece) for _, piece in plan.stacks[0].blocks[1:]]  # the first one embeds the tokens too
     assert len({function.key for function in functions}) == 1
     assert sum(len(merged(node)) == 3 for node in functions[0].weights) == 2
     assert all(merged(node) for node in functions[0].weights)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import offramp
 from offramp.export.lowering.cached_attention import Target
 from offramp.export.lowering.last_axis import part, repeats
-from offramp.export.lowering.lower import close
+from offramp.export.lowering.lower import lower
 from offramp.export.lowering.rotary import ROTARY, fuse_rotary, rotary
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
@@ -107,7 +107,7 @@ def rotations(program: Program) -> list[fx.Node]:
 
 def block(program: Program, target: Target = "ort") -> Counter[Any]:
     """The operators of the second block as it is lowered."""
-    function = close(partition(prepared(program)).stacks[-1].blocks[1][1], target)
+    function = lower(partition(prepared(program)).stacks[-1].blocks[1][1], target)
     return Counter(
         node.args[1] if "onnx_symbolic" in str(node.target) else node.target
         for node in function.graph.nodes

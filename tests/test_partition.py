@@ -19,15 +19,15 @@ from torch import Tensor, fx, nn
 
 from offramp.errors import SpecError, StructureError
 from offramp.export import partition, save
-from offramp.export.lowering.lower import close
-from offramp.export.partition import Piece, Plan
+from offramp.export.lowering.lower import lower
+from offramp.export.partition import Plan, Subgraph
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, results
 from offramp.program.sizes import other_sizes
 
 
-def pieces(plan: Plan) -> Iterator[Piece]:
+def pieces(plan: Plan) -> Iterator[Subgraph]:
     """Every piece of a plan, in the order in which they can run."""
     for before, stack in zip(plan.before, plan.stacks, strict=True):
         yield from (before,) if before else ()
@@ -42,7 +42,7 @@ def run(program: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> dict[fx.N
     """Every value that pieces make, each piece as a function of its own inputs and weights only."""
     values = {node: inputs[str(node.target)] for node in program.graph.find_nodes(op="placeholder")}
     for piece in pieces(plan):
-        function = close(piece)
+        function = lower(piece)
         module = fx.GraphModule({}, function.graph)
         weights = [attribute(program.graph_module, str(node.target)) for node in function.weights]
         with torch.no_grad():
@@ -64,9 +64,9 @@ def assert_computes(program: Program, plan: Plan, inputs: Mapping[str, Tensor]) 
             torch.testing.assert_close(values[returned[key]], expected[key])
 
 
-def weights(piece: Piece | None) -> set[str]:
+def weights(piece: Subgraph | None) -> set[str]:
     assert piece is not None
-    return {str(node.target) for node in close(piece).weights}
+    return {str(node.target) for node in lower(piece).weights}
 
 
 def made_by(plan: Plan, node: fx.Node) -> list[str]:
@@ -102,7 +102,7 @@ def test_equal_blocks_name_their_inputs_in_the_same_order(encoder: tiny.Captured
     hidden = {program.nodes[name] for name in stack.stack.cuts}
     orders = {tuple(node in hidden for node in block.inputs) for _, block in stack.blocks}
     assert len(orders) == 1
-    assert len({close(block).key for _, block in stack.blocks}) == 1
+    assert len({lower(block).key for _, block in stack.blocks}) == 1
 
 
 @pytest.fixture(scope="module")
@@ -312,8 +312,8 @@ def test_an_adapter_is_a_piece_between_the_exit_and_its_head(encoder: tiny.Captu
     torch.testing.assert_close(_tail(program, tail, values), expected)
 
 
-def _tail(program: Program, tail: Piece, values: Mapping[fx.Node, Tensor]) -> Tensor:
-    function = close(tail)
+def _tail(program: Program, tail: Subgraph, values: Mapping[fx.Node, Tensor]) -> Tensor:
+    function = lower(tail)
     read = [attribute(program.graph_module, str(node.target)) for node in function.weights]
     with torch.no_grad():
         (logits,) = fx.GraphModule({}, function.graph)(*(values[node] for node in function.inputs), *read)

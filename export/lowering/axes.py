@@ -1,0 +1,111 @@
+"""Axes without example sizes: what is computed over other axes, or captured with other sizes, is then the same text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._dynamo.source import ConstantSource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+from offramp.program.graph import expression, shape
+
+_log = logging.getLogger(__name__)
+_FIRST = 10  # the axes are 29, 31, 37, ... long where torch looks: primes from this one on, no usual number of features
+
+
+def generic_axes(graph: fx.Graph) -> fx.Graph:
+    """A computation's graph over axes of its own, of any size from 2 on.
+
+    Every size that its inputs have is an axis, whatever it is made of: blocks over ``tokens`` and over
+    ``frames//2 + 1`` are one computation. Where the shapes need to know how these sizes belong together, the
+    symbols in them are the axes. Where they follow from the example (a table cut at 64 rows, say), it is the graph
+    itself.
+    """
+    sizes = _unique(expression(size) for node in graph.find_nodes(op="placeholder") for size in shape(node))
+    symbols = [size for size in sizes if size.is_Symbol]
+    symbols = _unique([*symbols, *(s for size in sizes for s in sorted(size.free_symbols, key=str))])
+    for axes in (sizes, symbols) if sizes != symbols else (sizes,):
+        try:
+            return _over(axes, graph)
+        except Exception as error:  # noqa: BLE001 - whatever torch says of shapes that do not fit
+            _log.debug("not over the axes %s: %s", axes, error)
+    return graph
+
+
+def _unique(sizes: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(size for size in sizes if not isinstance(size, int)))
+
+
+class _Axes:
+    """New symbols in the place of sizes."""
+
+    def __init__(self, axes: Iterable[Any]) -> None:
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self._made = {axis: self._axis(i) for i, axis in enumerate(axes)}
+        self._old = {expression(new): old for old, new in self._made.items()}
+
+    def _axis(self, index: int) -> Any:
+        env, origin, size = self.mode.shape_env, ConstantSource(f"axis{index}"), int(sympy.prime(_FIRST + index))
+        assert env is not None
+        symbol = env.create_symbol(size, source=origin, dynamic_dim=DimDynamic.DYNAMIC)
+        return env.create_symintnode(symbol, hint=size, source=origin)
+
+    def size(self, old: Any) -> Any:
+        """A size of an input."""
+        known = expression(old)
+        if isinstance(known, int) or known in self._made:
+            return known if isinstance(known, int) else self._made[known]
+        assert self.mode.shape_env is not None
+        renamed = known.xreplace({axis: expression(new) for axis, new in self._made.items()})
+        return self.mode.shape_env.create_symintnode(renamed, hint=None)
+
+    def equal(self, new: Any, old: Any) -> bool:
+        """Whether a size is what it was, for the old symbols."""
+        new, old = expression(new), expression(old)
+        if isinstance(new, int) or isinstance(old, int):
+            return bool(new == old)
+        back = new.xreplace(self._old)
+        return bool(back == old or sympy.expand(back - old) == 0)
+
+
+def _over(axes: Iterable[Any], graph: fx.Graph) -> fx.Graph:
+    """The graph with its shapes computed anew.
+
+    Raises:
+        ValueError: they are not what they were; or whatever an operator raises.
+    """
+    symbols, made = _Axes(axes), fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        env[node] = made.node_copy(node, env.__getitem__)
+        if node.op == "output":
+            break
+        if node.op == "placeholder":
+            with symbols.mode:
+                value = torch.empty([symbols.size(size) for size in shape(node)], dtype=node.meta["val"].dtype)
+        else:
+            args, kwargs = fx.node.map_arg((env[node].args, env[node].kwargs), lambda arg: arg.meta["val"])
+            with symbols.mode, enable_python_dispatcher(), torch.no_grad():
+                value = node.target(*args, **kwargs)
+        if not _same(symbols, value, node.meta["val"]):
+            raise ValueError(f"{node} would be {value}, and is {node.meta['val']}")
+        env[node].meta = {**node.meta, "val": value}
+    return made
+
+
+def _same(axes: _Axes, new: Any, old: Any) -> bool:
+    """Whether a value has the shape and dtype that it had."""
+    if isinstance(old, torch.Tensor):
+        return (
+            new.dtype == old.dtype and len(new.shape) == len(old.shape) and all(map(axes.equal, new.shape, old.shape))
+        )
+    if isinstance(old, (tuple, list)):
+        return len(new) == len(old) and all(_same(axes, *pair) for pair in zip(new, old, strict=True))
+    return axes.equal(new, old)
