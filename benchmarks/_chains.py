@@ -28,8 +28,9 @@ def chain(path: Path, *, single: bool = False) -> Worker:
 def write_single(program: offramp.Program, bundle: Path) -> None:
     """Put one file into the folder of a bundle that has all that its chunks run, lowered as its segments are."""
     from offramp.export.lowering.lower import lower
-    from offramp.export.partition import Subgraph, partition
+    from offramp.export.partition import partition
     from offramp.export.prepare import prepared
+    from offramp.export.subgraph import Subgraph
     from offramp.export.write import Writer
     from offramp.program.graph import is_tensor, results
 

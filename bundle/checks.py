@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import GREATEST
-from offramp.bundle.manifest import DTYPES, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
+from offramp.bundle.manifest import DTYPES, ENCODINGS, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
 from offramp.bundle.measures import MEASURES, measure_named
 from offramp.bundle.options import OPTIONS, read
 from offramp.bundle.preprocessing import preprocessing_problems
@@ -130,6 +130,8 @@ def _references(manifest: Manifest) -> Iterator[str]:
     for name, segment in manifest.segments.items():
         if segment.file not in manifest.files:
             yield f"segments.{name}.file: {segment.file!r} is not in files"
+        if segment.encoding not in ENCODINGS:
+            yield f"segments.{name}.encoding: {segment.encoding!r} is none of {', '.join(ENCODINGS)}"
     for key, file in manifest.take.items():
         dtype, _, axis = key.partition("/")
         if dtype not in DTYPES or not axis.isdecimal():

@@ -26,6 +26,9 @@ MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 
 
+#: How the numbers of a segment are encoded: its weights and products.
+ENCODINGS = ("fp32",)
+
 # The dtypes of values: numpy's names, and ONNX Runtime's.
 DTYPES: Mapping[str, str] = {
     "bool": "tensor(bool)",
@@ -62,12 +65,13 @@ class Value:
 
 @dataclass(frozen=True)
 class Segment:
-    """One use of an ONNX file: its input and output names, bound to values."""
+    """One use of an ONNX file: its input and output names, bound to values; ``encoding`` is that of its weights."""
 
     name: str
     file: str
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    encoding: str = "fp32"
 
 
 @dataclass(frozen=True)

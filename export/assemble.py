@@ -20,8 +20,8 @@ from offramp.bundle.manifest import MANIFEST_FILE, Generation
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
 from offramp.export.describe import Describer, Progress
-from offramp.export.lowering.cached_attention import TARGETS, Target
 from offramp.export.lowering.exporter import OPSET
+from offramp.export.lowering.node_builder import TARGETS, Target
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
 from offramp.export.validation import validate

@@ -11,16 +11,20 @@ from torch import fx
 from offramp.bundle import manifest as m
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import LOWEST
-from offramp.export.lowering.cached_attention import Target
+from offramp.errors import ExportError
 from offramp.export.lowering.lower import Lowered, lower
-from offramp.export.partition import Plan, StackPlan, Subgraph
+from offramp.export.lowering.node_builder import Target
+from offramp.export.partition import Plan, StackPlan
+from offramp.export.subgraph import Subgraph
 from offramp.export.write import Writer
 from offramp.passes.caches.outputs import vocabulary
+from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit
 from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.program import Program
 
 Progress = Callable[[str, int, int], None]
+_ENCODING = "fp32"
 
 
 class Describer:
@@ -172,22 +176,31 @@ class Describer:
             made = {node: prefix + self.names.get(node, node.name) for tail in self.plan.tails for node in tail.outputs}
             made = made and {**made, self.program.nodes[stack.output]: state}
             segments += [self._segment(tail, made, f"{prefix}{tail.name}") for tail in self.plan.tails]
-        outputs, scores = {}, {}
+        outputs = {}
         if final:
             for name in self.program.outputs:
                 own = self.returned[item.outputs.get(name, name) if item.head == "own" else name]
                 at_end = self.returned[name] is self.program.nodes[stack.output]
                 outputs[name] = state if at_end and own not in made else made.get(own) or self._name(own.name)
-        for measure, key in item.scores.items():
-            node = self.returned[key]
-            full = next((e for e in self.program.exits_of(stack.name) if e.after == stack.blocks), None)
-            if node in self.names and node not in made:
-                scores[measure] = self.names[node]
-            elif node in made:
-                scores[measure] = made[node]
-            elif full and measure in full.scores:
-                scores[measure] = made[self.returned[full.scores[measure]]]
+        scores = {measure: self._score(stack, item, measure, made) for measure in item.scores}
         return m.Exit(item.after, tuple(segments), state, outputs, scores, item.head, item.adapter)
+
+    def _score(self, stack: Stack, item: Exit, measure: str, made: Mapping[fx.Node, str]) -> str:
+        """The value that holds an exit's score; ``made`` are those of its own segments.
+
+        Raises:
+            ExportError: no segment makes it.
+        """
+        node = self.returned[item.scores[measure]]
+        full = next((other for other in self.program.exits_of(stack.name) if other.after == stack.blocks), None)
+        at_end = self.returned[full.scores[measure]] if full and measure in full.scores else None
+        found = made.get(node) or self.names.get(node) or (at_end and made.get(at_end))
+        if not found:
+            raise ExportError(
+                f"no segment makes the score {measure} of the exit after block {item.after} of stack {stack.name}",
+                hint="insert-scores on full depth too, for exits that share its head",
+            )
+        return found
 
     def _segment(self, piece: Subgraph, renamed: Mapping[fx.Node, str] | None = None, name: str | None = None) -> str:
         """Lower a piece (or use its file again) and bind it to values; returns the segment's name."""
@@ -196,7 +209,7 @@ class Describer:
             return name
         self.progress(name, len(self.segments), self._total)
         computation = lower(piece, self.target, self._lowered)
-        file = self.writer.segment(computation, piece.name)
+        file = self.writer.segment(computation, piece.name, _ENCODING)
         renamed = renamed or {}
         inputs, outputs = {}, {}
         for i, node in enumerate(computation.inputs):
@@ -205,7 +218,7 @@ class Describer:
             value = renamed.get(node) or self.names.setdefault(node, node.name)
             outputs[f"out{i}"] = value
             self._value(value, node)
-        self.segments[name] = m.Segment(name, file, inputs, outputs)
+        self.segments[name] = m.Segment(name, file, inputs, outputs, _ENCODING)
         return name
 
     def _name(self, node: str) -> str:

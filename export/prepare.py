@@ -1,4 +1,4 @@
-"""What is rewritten before a program is cut, for what a piece alone does not show."""
+"""What is rewritten before a program is cut, for what a subgraph alone does not show."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import logging
 from dataclasses import replace
 
 from offramp.export.lowering.merged_products import merge_products
+from offramp.export.lowering.pipeline import rewrite
 from offramp.export.lowering.rotary import fuse_rotary
 from offramp.passes.infra.editor import Editor
+from offramp.passes.infra.verifier import verify
 from offramp.program.program import Program
 
 _log = logging.getLogger(__name__)
@@ -23,8 +25,14 @@ def prepared(program: Program) -> Program:
     if program.cache is None:
         return program
     editor = Editor(program, "export")
-    merge_products(editor)
+    steps = {"merge-products": merge_products, "fuse-rotary": _fuse_rotary}
+    rewrite(editor, steps, "lowering", text=lambda edited: str(edited.graph))
+    editor.drop_dead(keep=program.pinned)
+    made = replace(editor.finish().program, history=program.history)
+    verify(made, "before it is cut")
+    return made
+
+
+def _fuse_rotary(editor: Editor) -> None:
     for note in fuse_rotary(editor):
         _log.debug("not one operator: %s", note)
-    editor.drop_dead(keep=program.pinned)
-    return replace(editor.finish().program, history=program.history)

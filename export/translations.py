@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 
 import onnx
+import onnx_ir
 import onnxscript
 import torch
 from google.protobuf.message import DecodeError
 
 from offramp.export.lowering.lower import translate
 from offramp.export.lowering.outline import Computation
+from offramp.export.lowering.table import onnx_functions
 
 _log = logging.getLogger(__name__)
 _KEPT = 4000  # files; a model's are a few, of some 10 kB
@@ -26,10 +28,11 @@ def translated(computation: Computation, name: str) -> onnx.ModelProto:
 
     Translations lie in ``$OFFRAMP_CACHE``, else in ``$XDG_CACHE_HOME/offramp`` or ``~/.cache/offramp``; with
     ``OFFRAMP_CACHE=`` (empty) none are kept. They go by the computation's key, by offramp's own lowering and by the
-    versions of what it uses. Processes may share the folder. Raises as `translate` does.
+    versions of what it uses; what functions of a user's own translate is not kept. Processes may share the folder.
+    Raises as `translate` does.
     """
     folder = _folder()
-    if folder is None:
+    if folder is None or _foreign(computation):
         return translate(computation, name)
     path = folder / f"{hashlib.sha256(f'{_lowering()}{computation.key}'.encode()).hexdigest()}.onnx"
     model = onnx.ModelProto()
@@ -40,6 +43,12 @@ def translated(computation: Computation, name: str) -> onnx.ModelProto:
         model = translate(computation, name)
         _keep(path, model.SerializeToString(deterministic=True))
     return model
+
+
+def _foreign(computation: Computation) -> bool:
+    """Whether a function translates an operator whose source `_lowering` does not know."""
+    names = {node.target.name() for node in computation.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    return any(not onnx_functions[name].__module__.startswith(__package__) for name in names & onnx_functions.keys())
 
 
 def _folder() -> Path | None:
@@ -53,8 +62,9 @@ def _folder() -> Path | None:
 @cache
 def _lowering() -> str:
     """What a translation depends on beside the computation: the sources of this room, and versions."""
-    digest = hashlib.sha256(f"{torch.__version__} {onnx.__version__} {onnxscript.__version__}".encode())
-    for file in sorted(Path(__file__).parent.glob("*.py")):
+    versions = [package.__version__ for package in (torch, onnx, onnx_ir, onnxscript)]
+    digest = hashlib.sha256(f"{versions}".encode())
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ from torch import fx
 from offramp.bundle.manifest import Manifest
 from offramp.errors import ExportError, InputError
 from offramp.passes import Truncate
+from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import run
 from offramp.program.program import Program
 from offramp.program.sizes import at_other_sizes
@@ -21,37 +22,15 @@ from offramp.runtime.engine.sessions import open_sessions
 from offramp.runtime.policies.base import State
 from offramp.runtime.policies.builtin import Depth, Never
 
-#: The largest error that is let through, relative to the scale of the expected values (fp32).
-TOLERANCE = 1e-4
+#: The largest error that is let through, by the encoding of the weights.
+TOLERANCES: dict[str, float] = {"fp32": TOLERANCE}
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 def error(found: np.ndarray[Any, Any], expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest expected magnitude; infinite where shapes differ.
-
-    Values that are not finite must agree exactly; integers and booleans too.
-    """
-    wanted = expected.detach().cpu().numpy()
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return float("inf")
-    if wanted.size == 0:
-        return 0.0
-    if wanted.dtype.kind != "f":
-        return 0.0 if np.array_equal(found, wanted) else float("inf")
-    finite = np.isfinite(wanted)
-    if not np.array_equal(finite, np.isfinite(found)) or not np.array_equal(
-        found[~finite], wanted[~finite], equal_nan=True
-    ):
-        return float("inf")
-    wanted, found = wanted[finite].astype(np.float64), found[finite].astype(np.float64)
-    if wanted.size == 0:
-        return 0.0
-    # masks hold the dtype's most negative number: it must not hide what is wrong with the rest
-    scale = np.abs(wanted[np.abs(wanted) < 1e9]).max(initial=0.0) or 1.0
-    return float(
-        (np.abs(found - wanted) / np.maximum(scale, np.where(np.abs(wanted) < 1e9, 0.0, np.abs(wanted)))).max()
-    )
+    """`relative_error` of an array."""
+    return relative_error(torch.tensor(found), expected.cpu())
 
 
 def worst(found: Arrays, expected: Mapping[str, torch.Tensor]) -> float:
@@ -85,7 +64,8 @@ def validate(
     Raises:
         ExportError: an error is above the tolerance; the message names the segment or exit.
     """
-    chain = Chain(manifest, directory)
+    sessions = open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
+    chain = Chain(manifest, directory, _sessions=sessions)
     if manifest.cache is not None and chain.generates is None:
         try:
             chain.stream({})
@@ -93,11 +73,13 @@ def validate(
             raise ExportError(
                 f"a bundle with caches that cannot generate: {error.reason}", hint="leave insert-cache out"
             ) from error
+    bound = tolerance(manifest)
     figures = {
-        "segments": _segments(lowered or program, manifest, directory, origin),
+        "segments": _segments(lowered or program, manifest, sessions, origin),
         "chain": _checked(
             "the chain at full depth",
             worst(_run(chain, program.example_inputs), eager(program, program.example_inputs)),
+            bound,
         ),
         "exits": 0.0,
         "other_shapes": 0.0,
@@ -106,7 +88,7 @@ def validate(
         sizes = {name: tuple(value.shape) for name, value in inputs.items()}
         figures["other_shapes"] = max(
             figures["other_shapes"],
-            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), wanted)),
+            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), wanted), bound),
         )
     for stack in program.stacks:
         for item in program.exits_of(stack):
@@ -116,28 +98,35 @@ def validate(
             found = _run(chain, program.example_inputs, Depth({stack: item.after}))
             figures["exits"] = max(
                 figures["exits"],
-                _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected)),
+                _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected), bound),
             )
     figures["rows"] = _rows(program, chain)
     if program.cache is not None:
-        figures["cache"] = _checked("the chain step by step", stepwise(program, chain))
-    return {**figures, "tolerance": TOLERANCE}
+        figures["cache"] = _checked("the chain step by step", stepwise(program, chain), bound)
+    return {**figures, "tolerance": bound}
 
 
 def _run(chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
     return chain.run({name: inputs[name].numpy() for name in chain.inputs}, policy or Never()).outputs
 
 
-def _checked(what: str, found: float) -> float:
-    if not found <= TOLERANCE:
+def tolerance(manifest: Manifest) -> float:
+    """The largest error of a whole chain: that of its coarsest encoding."""
+    return max(TOLERANCES[segment.encoding] for segment in manifest.segments.values())
+
+
+def _checked(what: str, found: float, bound: float) -> float:
+    if not found <= bound:
         raise ExportError(
-            f"{what} differs from torch: relative error {found:.1e}, allowed {TOLERANCE:.0e}",
+            f"{what} differs from torch: relative error {found:.1e}, allowed {bound:.0e}",
             hint="an operator is lowered wrongly, or the model is not deterministic; please report it with the model",
         )
     return found
 
 
-def _segments(program: Program, manifest: Manifest, directory: Path, origin: Mapping[str, fx.Node]) -> float:
+def _segments(
+    program: Program, manifest: Manifest, sessions: Mapping[str, Any], origin: Mapping[str, fx.Node]
+) -> float:
     """Each segment alone, on the values that torch computes for its inputs."""
     nodes = set(origin.values())
     values: dict[fx.Node, Any] = {
@@ -147,7 +136,6 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
     with torch.no_grad():
         run(program.graph_module, order, values, nodes.__contains__)
     largest = 0.0
-    sessions = open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
     early = [item for stack in manifest.stacks.values() for item in stack.exits[:-1] if item.head == "shared"]
     tails = {name for item in early for name in item.segments[item.adapter != "identity" :]}
     for segment in manifest.segments.values():
@@ -168,7 +156,9 @@ def _segments(program: Program, manifest: Manifest, directory: Path, origin: Map
         arrays = sessions[segment.file].run(list(segment.outputs), feed)
         found = dict(zip(segment.outputs.values(), arrays, strict=True))
         expected = {name: value(name) for name in segment.outputs.values()}
-        largest = max(largest, _checked(f"segment {segment.name}", worst(found, expected)))
+        largest = max(
+            largest, _checked(f"segment {segment.name}", worst(found, expected), TOLERANCES[segment.encoding])
+        )
     return largest
 
 
@@ -266,6 +256,7 @@ def _rows(program: Program, chain: Chain) -> float:
                     _checked(
                         f"a row that leaves after block {after}",
                         error(np.take(mixed.outputs[name], rows, axis), wanted),
+                        tolerance(chain.manifest),
                     ),
                 )
     return largest

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper
 
 from offramp.bundle.manifest import WEIGHTS_FILE, File
 from offramp.errors import ExportError
@@ -23,15 +23,15 @@ from offramp.program.graph import attribute, storage_key
 _ALIGNMENT = 64
 _INLINE = 64  # bytes of whole numbers: ONNX Runtime reads axes and sizes only where they stand in the file itself
 
-_ELEMENTS: dict[torch.dtype, int] = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float64: TensorProto.DOUBLE,
-    torch.int64: TensorProto.INT64,
-    torch.int32: TensorProto.INT32,
-    torch.int16: TensorProto.INT16,
-    torch.int8: TensorProto.INT8,
-    torch.uint8: TensorProto.UINT8,
-    torch.bool: TensorProto.BOOL,
+_ELEMENTS: dict[torch.dtype, ir.DataType] = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float64: ir.DataType.DOUBLE,
+    torch.int64: ir.DataType.INT64,
+    torch.int32: ir.DataType.INT32,
+    torch.int16: ir.DataType.INT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
+    torch.bool: ir.DataType.BOOL,
 }
 
 
@@ -39,7 +39,7 @@ class Writer:
     """Writes ONNX files and the weights file into a directory.
 
     A computation that was translated once is not translated again: another use of the same structure gets a copy
-    with its own weights bound, and the very same weights get the very same file.
+    with its own weights bound, and the very same weights in the same encoding get the very same file.
     """
 
     def __init__(self, directory: Path, module: torch.nn.Module) -> None:
@@ -52,21 +52,20 @@ class Writer:
         self._files: dict[Any, str] = {}
         self._operators: dict[str, set[str]] = {}
 
-    def segment(self, computation: Computation, name: str) -> str:
+    def segment(self, computation: Computation, name: str, encoding: str = "fp32") -> str:
         """Write the ONNX file of a computation, if there is none yet; returns the file's name."""
         tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in computation.weights]
-        places = [self._place(parts) for parts in tensors]
-        identity = (computation.key, tuple(places))
+        places = [self._place(parts, encoding) for parts in tensors]
+        identity = (computation.key, encoding, tuple(places))
         if identity not in self._files:
             if computation.key not in self._models:
                 self._models[computation.key] = translated(computation, name)
                 self.translations += 1
-            model = onnx.ModelProto()
-            model.CopyFrom(self._models[computation.key])
+            model = ir.from_proto(self._models[computation.key])
             _bind(model, tensors, places)
             self._files[identity] = f"{name.replace('/', '-')}.onnx"
-            self._operators[self._files[identity]] = {node.op_type for node in model.graph.node}
-            (self.directory / self._files[identity]).write_bytes(model.SerializeToString(deterministic=True))
+            self._operators[self._files[identity]] = {node.op_type for node in model.graph}
+            self._write(self._files[identity], model)
         return self._files[identity]
 
     def operators(self, file: str) -> set[str]:
@@ -76,19 +75,20 @@ class Writer:
     def take(self, dtype: str, axis: int) -> str:
         """Write the ONNX file that gathers rows of a tensor along ``axis``; returns the file's name."""
         name = f"take-{dtype}-{axis}.onnx"
-        element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
-        graph = helper.make_graph(
-            [helper.make_node("Gather", ["data", "indices"], ["taken"], axis=axis)],
-            "take",
-            [
-                helper.make_tensor_value_info("data", element, None),
-                helper.make_tensor_value_info("indices", TensorProto.INT64, [None]),
-            ],
-            [helper.make_tensor_value_info("taken", element, None)],
+        kind = ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype)))
+        data, indices = (
+            ir.Value(name="data", type=kind),
+            ir.Value(name="indices", type=ir.TensorType(ir.DataType.INT64)),
         )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=10)
-        (self.directory / name).write_bytes(model.SerializeToString(deterministic=True))
+        taken = ir.Value(name="taken", type=kind)
+        indices.shape = ir.Shape([None])
+        gather = ir.node("Gather", [data, indices], {"axis": axis}, outputs=[taken])
+        graph = ir.Graph([data, indices], [taken], nodes=[gather], opset_imports={"": OPSET}, name="take")
+        self._write(name, ir.Model(graph, ir_version=10))
         return name
+
+    def _write(self, name: str, model: ir.Model) -> None:
+        (self.directory / name).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
 
     def close(self) -> dict[str, File]:
         """Finish, and return size and hash of every file in the directory."""
@@ -99,12 +99,12 @@ class Writer:
         """Let go of the weights file."""
         self._weights.close()
 
-    def _place(self, parts: Sequence[torch.Tensor]) -> tuple[int, int]:
+    def _place(self, parts: Sequence[torch.Tensor], encoding: str) -> tuple[int, int]:
         """Offset and size in bytes of a weight in the weights file; it is written when first asked for.
 
         Several lie one behind the other: along their first axis they are one.
         """
-        key = tuple(map(storage_key, parts))
+        key = (encoding, *map(storage_key, parts))
         if key not in self._placed:
             offset = -self._weights.tell() % _ALIGNMENT + self._weights.tell()
             self._weights.write(b"\0" * (offset - self._weights.tell()))
@@ -119,22 +119,21 @@ class Writer:
         return self._placed[key]
 
 
-def _bind(model: onnx.ModelProto, tensors: Sequence[Sequence[torch.Tensor]], places: Sequence[tuple[int, int]]) -> None:
+def _bind(model: ir.Model, tensors: Sequence[Sequence[torch.Tensor]], places: Sequence[tuple[int, int]]) -> None:
     """Turn the parameters ``w0...`` into initializers that lie in the weights file."""
-    kept = [value for value in model.graph.input if not value.name.startswith("w")]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
-    for i, ((tensor, *others), (offset, size)) in enumerate(zip(tensors, places, strict=True)):
-        dims = (
-            [tensor.shape[0] + sum(other.shape[0] for other in others), *tensor.shape[1:]] if others else tensor.shape
-        )
-        proto = model.graph.initializer.add(name=f"w{i}", data_type=_ELEMENTS[tensor.dtype], dims=dims)
-        if size == 0 or (size <= _INLINE and not tensor.is_floating_point() and not others):
-            proto.raw_data = tensor.detach().cpu().contiguous().numpy().tobytes()
-            continue
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", WEIGHTS_FILE), ("offset", offset), ("length", size)):
-            proto.external_data.add(key=key, value=str(value))
+    parameters = {value.name: value for value in model.graph.inputs}
+    for i, (parts, (offset, size)) in enumerate(zip(tensors, places, strict=True)):
+        tensor, value = parts[0], parameters[f"w{i}"]
+        model.graph.inputs.remove(value)
+        if size == 0 or (size <= _INLINE and not tensor.is_floating_point() and len(parts) == 1):
+            value.const_value = ir.Tensor(tensor.detach().cpu().contiguous().numpy(), name=value.name)
+        else:
+            dims = ir.Shape(
+                [sum(part.shape[0] for part in parts), *tensor.shape[1:]] if len(parts) > 1 else tensor.shape
+            )
+            dtype = _ELEMENTS[tensor.dtype]
+            value.const_value = ir.ExternalTensor(WEIGHTS_FILE, offset, size, dtype, shape=dims, name=f"w{i}")
+        model.graph.register_initializer(value)
 
 
 def hashed(path: Path) -> File:

@@ -11,14 +11,13 @@ from torch import fx
 from offramp.errors import CaptureError
 from offramp.program.canonical.complex_pairs import made_real
 from offramp.program.canonical.simplify import canonicalize
+from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.forward import ExampleInputs, doubled, eager, named_inputs, returning_tensors
 from offramp.program.graph import expression, shape
 from offramp.program.program import Program, analyse
 from offramp.program.tracing import Dynamic, exported, flattened
 from offramp.program.unwrap import as_captured, plain
-
-_TOLERANCE = 1e-4  # of an output's greatest value
 
 
 def capture(
@@ -104,17 +103,13 @@ def _same_as_eager(
 
 
 def _errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
-    """The outputs that differ, and by how much."""
-    errors = []
-    for name, value in expected.items():
-        if not value.is_floating_point() or not value.numel():
-            continue
-        same = (found[name] == value) | (found[name].isnan() & value.isnan())
-        error = float(torch.where(same, 0.0, (found[name] - value).abs()).max())
-        finite = value[value.isfinite()].abs()
-        if not error <= _TOLERANCE * max(1.0, float(finite.max()) if finite.numel() else 1.0):
-            errors.append(f"{name} by {error:.1e}")
-    return errors
+    """The outputs that differ, and by how much of their greatest value (1, if that is more)."""
+    errors = {
+        name: relative_error(found[name], value, least=1.0)
+        for name, value in expected.items()
+        if value.is_floating_point()
+    }
+    return [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
 
 
 def _axis_names(graph_module: fx.GraphModule, dynamic: Dynamic | None) -> dict[Any, str]:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from offramp.errors import CaptureError
+from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import aten, copied, source
 
 _DROPS = (aten.dropout.default, aten.feature_dropout.default)
 _ATTENDS = aten.scaled_dot_product_attention.default
-_TOLERANCE = 1e-4
 
 
 def switch_off(graph: fx.Graph) -> None:
@@ -49,7 +49,7 @@ def keeps(node: fx.Node) -> bool:
 
 
 def same_as_eval(
-    module: fx.GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = _TOLERANCE
+    module: fx.GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
     """Raise a CaptureError where a graph captured for training is not the eval forward once dropout is off."""
     for node in module.graph.nodes:
@@ -62,8 +62,7 @@ def same_as_eval(
     with torch.no_grad():
         found = module(**{str(n.target): inputs[str(n.target)] for n in module.graph.find_nodes(op="placeholder")})
     for name, value in expected.items():
-        scale = value.abs().max().clamp_min(1.0) if value.numel() else 1.0
-        error = float(((found[name] - value).abs().max() / scale).item()) if value.is_floating_point() else 0.0
+        error = relative_error(found[name], value, least=1.0) if value.is_floating_point() else 0.0
         if not error <= tolerance:
             raise CaptureError(
                 f"in training mode the forward differs from eval mode by more than dropout: {name} by {error:.1e}",

@@ -82,6 +82,7 @@ class Chain:
         threads: int | None = None,
         *,
         _device: tuple[str, int] | None = None,
+        _sessions: Mapping[str, Any] | None = None,
     ) -> None:
         self.manifest = manifest
         self._root = Path(root)
@@ -93,7 +94,7 @@ class Chain:
         files = dict.fromkeys(segment.file for segment in manifest.segments.values())
         if device:
             files |= dict.fromkeys(manifest.take.values())
-        sessions = open_sessions(Path(root), files, providers, threads)
+        sessions = _sessions or open_sessions(Path(root), files, providers, threads)
         memory: Memory = Host(manifest.values, manifest.batch)
         if device:
             memory = Device(

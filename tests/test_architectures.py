@@ -13,9 +13,10 @@ from torch import Tensor, nn
 import offramp
 from offramp.errors import OfframpError
 from offramp.export import save
-from offramp.export.validation import TOLERANCE, eager, worst
+from offramp.export.validation import eager, worst
 from offramp.passes import InsertExits, Truncate, apply
 from offramp.program import capture
+from offramp.program.compare import TOLERANCE
 from offramp.program.forward import named_outputs
 
 FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **architectures.REFUSED}

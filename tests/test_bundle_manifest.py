@@ -178,6 +178,7 @@ CONTRADICTIONS = [
     ("values/hidden0/shape/0", "batch // 0", "values.hidden0.shape: rows of 'batch' cannot be told apart in"),
     ("values/hidden2", ..., "values.hidden2: missing, but segment 'block2' makes it"),
     ("segments/block1/name", "block", "segments.block1.name: is 'block'"),
+    ("segments/block1/encoding", "int3", "segments.block1.encoding: 'int3' is none of fp32"),
     ("segments/block1/file", "x.onnx", "segments.block1.file: 'x.onnx' is not in files"),
     ("segments/block1/inputs/hidden", "hidden3", "segments.block1.inputs: 'hidden3' is not made before"),
     ("segments/block1/inputs/hidden", "nothing", "segments.block1.inputs: 'nothing' is no value"),

@@ -28,6 +28,7 @@ from offramp.errors import ExportError, OfframpError, SpecError
 from offramp.export import save, validate, write
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program
+from offramp.program.exit import Exit
 from offramp.program.graph import attribute, storage_key
 from offramp.program.sizes import other_sizes
 from offramp.runtime.card import CARD_FILE
@@ -236,6 +237,10 @@ def test_the_same_program_gives_the_same_files(saved: Get, tmp_path: Path) -> No
 # The manifest
 
 
+def test_segments_have_an_encoding(saved: Get) -> None:
+    assert {segment["encoding"] for segment in saved("own").raw["segments"].values()} == {"fp32"}
+
+
 def test_provenance_and_figures(saved: Get) -> None:
     for name in MAKE:
         made = saved(name)
@@ -335,7 +340,7 @@ def test_a_failure_leaves_nothing_behind(
         save(encoder.program, target)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[validate.__module__], "TOLERANCE", -1.0)
+        patch.setitem(sys.modules[validate.__module__].TOLERANCES, "fp32", -1.0)
         with pytest.raises(ExportError, match="segment before-encoder differs from torch: relative error"):
             save(encoder.program, target)
     with pytest.raises((OSError, ExportError), match="no-such-file"):
@@ -581,6 +586,14 @@ def _scores(program: Program, inputs: Mapping[str, Tensor]) -> dict[int, dict[st
         if item.after < program.stacks[item.stack].blocks:
             found[item.after] = {measure: returned[key].numpy() for measure, key in item.scores.items()}
     return found
+
+
+def test_a_score_that_no_segment_makes_is_refused(encoder: tiny.Captured, tmp_path: Path) -> None:
+    """An exit with the shared head has the score of full depth's, without which it would be lost."""
+    program = apply(encoder.program, [InsertExits(after=1), InsertScores(measure="top1")])
+    early = tuple(item for item in program.records if not isinstance(item, Exit) or item.after < tiny.BLOCKS)
+    with pytest.raises(ExportError, match="no segment makes the score top1 of the exit after block 1 of stack encoder"):
+        save(replace(program, records=early), tmp_path / "m")
 
 
 def test_scores_follow_from_logits_and_hidden_states(saved: Get) -> None:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.export.lowering.lower import lower, translate
-from offramp.export.partition import Subgraph
+from offramp.export.subgraph import Subgraph
 from offramp.program import capture
 from offramp.program.canonical.simplify import canonicalize
 from offramp.program.graph import aten, attribute, results, shape

@@ -21,10 +21,12 @@ from torch import Tensor, fx, nn
 
 from offramp.errors import ExportError
 from offramp.export import partition, write
+from offramp.export.lowering import lower as lowering
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.lower import lower, translate
 from offramp.export.lowering.outline import Computation
-from offramp.export.partition import Plan, Subgraph
+from offramp.export.partition import Plan
+from offramp.export.subgraph import Subgraph
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
@@ -80,9 +82,15 @@ class _Deep(tiny.Encoder):
         self.blocks = nn.ModuleList(tiny.Block() for _ in range(blocks))
 
 
+def _empty(function: Computation, _: str) -> onnx.ModelProto:
+    """A model that takes weights and computes nothing."""
+    weights = [onnx.helper.make_tensor_value_info(f"w{i}", 1, None) for i in range(len(function.weights))]
+    return onnx.helper.make_model(onnx.helper.make_graph([], "empty", weights, []))
+
+
 @pytest.mark.parametrize("blocks", [6, 12])
 def test_equal_blocks_are_translated_once(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "translated", lambda function, name: onnx.ModelProto())
+    monkeypatch.setattr(write, "translated", _empty)
     program = tiny.captured(partial(_Deep, blocks), tiny.text()).program
     assert program.stacks["encoder"].blocks == blocks
     assert _translations(program, tmp_path) == 3  # before, block, tail
@@ -239,6 +247,27 @@ def test_what_comes_out_as_it_came_in(encoder: tiny.Captured) -> None:
     assert_translated(encoder.program, function, translate(function, "same"), encoder.inputs)
 
 
+class _Smooth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.mish(x)  # which the exporter has no translation for
+
+
+class _Decomposed(tiny.Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp[1] = _Smooth()
+
+
+def test_what_is_decomposed_keeps_its_inputs() -> None:
+    program = tiny.captured(_Decomposed, tiny.text()).program
+    function = lower(piece(program, "encoder.2"))
+    assert any(node.target is aten.mish.default for node in function.graph.nodes)
+    model = translate(function, "encoder.2")
+    assert [value.name for value in model.graph.input][:3] == ["in0", "in1", "w0"]
+    assert_translated(program, function, model, tiny.text())
+
+
 def test_translating_says_nothing(encoder: tiny.Captured, capfd: pytest.CaptureFixture[str]) -> None:
     translate(lower(piece(encoder.program, "tail")), "tail")
     assert capfd.readouterr() == ("", "")
@@ -305,7 +334,7 @@ def test_any_other_failure_is_told_in_plain_words(encoder: tiny.Captured, monkey
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to convert.\nmore") from ValueError("no room for a stride")
 
-    monkeypatch.setattr(torch.onnx, "export", fails)
+    monkeypatch.setattr(lowering, "to_onnx", fails)
     with pytest.raises(ExportError) as caught:
         translate(lower(piece(encoder.program, "tail")), "tail")
     text = str(caught.value)

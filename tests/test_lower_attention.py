@@ -20,11 +20,12 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from offramp.export.lowering.cached_attention import TARGETS
+from offramp.export.lowering.cleanup import OPSET_OF_CACHES
 from offramp.export.lowering.exporter import OPSET
-from offramp.export.lowering.lower import OPSET_OF_CACHES, lower, translate
+from offramp.export.lowering.lower import lower, translate
+from offramp.export.lowering.node_builder import TARGETS
 from offramp.export.lowering.outline import Computation
-from offramp.export.partition import Subgraph
+from offramp.export.subgraph import Subgraph
 from offramp.program import ops
 from offramp.runtime.engine.sessions import session_options
 

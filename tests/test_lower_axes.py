@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ import offramp
 from offramp.bundle import directory
 from offramp.export import partition
 from offramp.export.lowering.lower import lower
-from offramp.export.partition import Subgraph
+from offramp.export.subgraph import Subgraph
 from offramp.program import Program, capture
 from offramp.program.graph import storage_key
 from offramp.runtime.engine import sessions
@@ -77,7 +78,7 @@ def test_two_stacks_of_the_same_blocks_share_files_weights_and_sessions(
     assert (root / "weights.bin").stat().st_size <= sum(size + 63 for size in weights.values())
     opened: list[str] = []
 
-    def counted(path: Path, *args: object) -> object:
+    def counted(path: Path, *args: Any) -> Any:
         opened.append(path.name)
         return original(path, *args)
 
@@ -106,7 +107,8 @@ class Few(tiny.Encoder):
         self.places = nn.Embedding(12, tiny.WIDTH)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        return self.words(input_ids) + self.places.weight[: input_ids.shape[1]]
+        words: Tensor = self.words(input_ids)
+        return words + self.places.weight[: input_ids.shape[1]]
 
 
 def test_shapes_that_follow_from_the_example_keep_its_sizes(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import offramp
-from offramp.export.lowering.cached_attention import Target
 from offramp.export.lowering.last_axis import part, repeats
 from offramp.export.lowering.lower import lower
+from offramp.export.lowering.node_builder import Target
 from offramp.export.lowering.rotary import ROTARY, fuse_rotary, rotary
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared

@@ -20,7 +20,8 @@ from torch import Tensor, fx, nn
 from offramp.errors import SpecError, StructureError
 from offramp.export import partition, save
 from offramp.export.lowering.lower import lower
-from offramp.export.partition import Plan, Subgraph
+from offramp.export.partition import Plan
+from offramp.export.subgraph import Subgraph
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, results

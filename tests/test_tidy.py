@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
-from onnxscript import ir
 
 from offramp.export.lowering.cleanup import tidy
 from offramp.runtime.engine.sessions import session_options

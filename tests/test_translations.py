@@ -65,6 +65,17 @@ def test_another_version_of_what_lowers_translates_again(calls: list[str], monke
     assert calls == ["first", "second"]
 
 
+def test_what_lowers_is_the_whole_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lowering").mkdir()
+    file = tmp_path / "lowering" / "step.py"
+    monkeypatch.setattr(translations, "__file__", str(tmp_path / "translations.py"))
+    found = set()
+    for text in ("one", "two"):
+        file.write_text(text)
+        found.add(translations._lowering.__wrapped__())
+    assert len(found) == 2
+
+
 def test_a_broken_file_is_made_again(calls: list[str], tmp_path: Path) -> None:
     whole = translated(head(), "first")
     (file,) = (tmp_path / "translations").iterdir()

@@ -14,9 +14,12 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+from offramp.export.lowering.pipeline import equal_sizes
+from offramp.export.lowering.shapes import made_of
 from offramp.program.graph import expression, shape
 
 _log = logging.getLogger(__name__)
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _FIRST = 10  # the axes are 29, 31, 37, ... long where torch looks: primes from this one on, no usual number of features
 
 
@@ -34,7 +37,7 @@ def generic_axes(graph: fx.Graph) -> fx.Graph:
     for axes in (sizes, symbols) if sizes != symbols else (sizes,):
         try:
             return _over(axes, graph)
-        except Exception as error:  # noqa: BLE001 - whatever torch says of shapes that do not fit
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:  # torch's own
             _log.debug("not over the axes %s: %s", axes, error)
     return graph
 
@@ -68,11 +71,8 @@ class _Axes:
 
     def equal(self, new: Any, old: Any) -> bool:
         """Whether a size is what it was, for the old symbols."""
-        new, old = expression(new), expression(old)
-        if isinstance(new, int) or isinstance(old, int):
-            return bool(new == old)
-        back = new.xreplace(self._old)
-        return bool(back == old or sympy.expand(back - old) == 0)
+        new, old = (x.node.expr if isinstance(x, _SYMBOLIC) else x for x in (new, old))
+        return equal_sizes(new.xreplace(self._old) if isinstance(new, sympy.Basic) else new, old)
 
 
 def _over(axes: Iterable[Any], graph: fx.Graph) -> fx.Graph:
@@ -93,7 +93,7 @@ def _over(axes: Iterable[Any], graph: fx.Graph) -> fx.Graph:
         else:
             args, kwargs = fx.node.map_arg((env[node].args, env[node].kwargs), lambda arg: arg.meta["val"])
             with symbols.mode, enable_python_dispatcher(), torch.no_grad():
-                value = node.target(*args, **kwargs)
+                value = made_of(node.target, args, kwargs)
         if not _same(symbols, value, node.meta["val"]):
             raise ValueError(f"{node} would be {value}, and is {node.meta['val']}")
         env[node].meta = {**node.meta, "val": value}

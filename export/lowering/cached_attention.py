@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,56 +13,38 @@ from offramp.export.lowering.last_axis import part
 from offramp.export.lowering.layouts import same_shape
 from offramp.export.lowering.node_builder import Builder
 from offramp.export.lowering.rotary import ROTARY
+from offramp.export.lowering.table import lowering
 from offramp.program import ops
-from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.graph import ancestors, aten, expression, shape
 
-Target = Literal["ort", "portable"]
-TARGETS = ("ort", "portable")
 
+@lowering(ops.ATTENTION)
+def _attention(
+    b: Builder,
+    query: fx.Node,
+    key: fx.Node,
+    value: fx.Node,
+    key_cache: fx.Node,
+    value_cache: fx.Node,
+    lengths: fx.Node,
+    bias: fx.Node | None,
+    scale: float,
+    window: int,
+) -> list[fx.Node]:
+    """GroupQueryAttention, whose time follows the length that is filled; it needs keys and values of equal features.
 
-def lower_attention(graph: fx.Graph, target: Target) -> None:
-    """Replace the operators of ``offramp.program.ops`` in a closed graph.
-
-    ``ort`` takes GroupQueryAttention, whose time follows the length that is filled; it needs keys and values of
-    equal features. What does not fit it, and all for ``portable``, becomes TensorScatter and Attention of opset 24,
-    whose time follows the capacity. Both write the caches in place where input and output share memory.
+    What does not fit it, and all for ``portable``, becomes TensorScatter and Attention of opset 24, whose time
+    follows the capacity. Both write the caches in place where input and output share memory.
     """
-    builder = Builder(graph)
-    attentions = graph.find_nodes(op="call_function", target=ops.ATTENTION)
-    by_contents = {node for node in attentions if any(arg.target is ops.APPEND for arg in ancestors(_bias(node)))}
-    for node in list(graph.nodes):
-        if node.target is ops.ATTENTION:
-            with graph.inserting_before(node):
-                fits = target == "ort" and _fits(*node.args[1:3])
-                seen = _seen(builder, *node.args) if node in by_contents else None
-                made = _grouped(builder, *node.args) if fits else _standard(builder, *node.args)
-                if seen is not None:
-                    made[0] = builder.call(aten.where.ScalarOther, seen, made[0], 0.0)
-            for user in list(node.users):
-                user.replace_all_uses_with(made[user.args[1]])
-                graph.erase_node(user)
-            graph.erase_node(node)
-        elif node.target is ops.APPEND:
-            with graph.inserting_before(node):
-                whole = _scattered(builder, *node.args)
-            node.replace_all_uses_with(whole)
-            graph.erase_node(node)
-    for node in list(graph.find_nodes(op="call_function", target=ROTARY)):
-        if node.users:  # by those that do not rotate themselves
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(_rotated(builder, *node.args))
-    graph.eliminate_dead_code()
-    merge_equal(graph, _shared_key)
+    given = (query, key, value, key_cache, value_cache, lengths, bias, scale, window)
+    made = _grouped(b, *given) if b.target == "ort" and _fits(key, value) else _standard(b, *given)
+    if bias is not None and any(arg.target is ops.APPEND for arg in ancestors([bias])):
+        made[0] = b.call(aten.where.ScalarOther, _seen(b, query, key_cache, lengths, bias), made[0], 0.0)
+    return made
 
 
-def _bias(attention: fx.Node) -> list[fx.Node]:
-    return [arg for arg in attention.args[6:7] if isinstance(arg, fx.Node)]
-
-
-def _seen(b: Builder, query: fx.Node, *args: Any) -> fx.Node:
+def _seen(b: Builder, query: fx.Node, key_cache: fx.Node, lengths: fx.Node, bias: fx.Node) -> fx.Node:
     """Which queries see any key, bool [rows, 1 or heads, chunk, 1]; others get 0."""
-    key_cache, lengths, bias = args[2], args[4], args[5]
     rows, _, chunk, _ = b.sizes(query)
     visible = bias
     if bias.meta["val"].dtype != torch.bool:
@@ -172,6 +154,7 @@ def _packed(given: Sequence[Any]) -> fx.Node | None:
     return whole if at == expression(shape(whole)[-1]) else None
 
 
+@lowering(ROTARY)
 def _rotated(b: Builder, x: fx.Node, cos: fx.Node, sin: fx.Node, lengths: fx.Node) -> fx.Node:
     """RotaryEmbedding, which takes positions."""
     last = b.call(operator.sub, b.size(cos, 0), 1)
@@ -226,6 +209,7 @@ def _standard(
     return [made[0], keys, values]
 
 
+@lowering(ops.APPEND)
 def _scattered(b: Builder, cache: fx.Node, new: fx.Node, lengths: fx.Node, axis: int) -> fx.Node:
     """TensorScatter; of a cache with several places of each row on axis 0, each gets the row's length."""
     rows, places = b.size(lengths, 0), b.size(cache, 0)
@@ -241,8 +225,3 @@ def _as_float(b: Builder, bias: fx.Node) -> fx.Node:
         return bias
     zero = b.call(aten.zeros_like.default, bias, dtype=torch.float32)
     return b.call(aten.where.ScalarOther, bias, zero, float(torch.finfo(torch.float32).min))
-
-
-def _shared_key(node: fx.Node) -> Hashable | None:
-    """Blocks of one segment share what they compute from lengths; calls of ONNX's operators stay apart."""
-    return None if getattr(node.target, "namespace", "") == "onnx_symbolic" else call_key(node)

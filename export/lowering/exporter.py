@@ -2,46 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any
 
+import onnx_ir as ir
 import torch
-from onnxscript import ir, version_converter
-from torch.export.exported_program import ExportedProgram
+import torch.utils._pytree as pytree
+from onnxscript import version_converter
+from torch import fx
+from torch.export.exported_program import ExportedProgram, ModuleCallEntry, ModuleCallSignature
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 from torch.fx.experimental import _config as symbolic_shapes_config
+
+from offramp.program.graph import copied, expression, shape
 
 OPSET = 23
 
-Functions = Mapping[Any, Callable[..., Any]]
 
+def to_onnx(graph: fx.Graph, functions: Mapping[str, Callable[..., Any]]) -> ir.Model:
+    """A computation's graph as an ONNX model of opset 23, not optimized.
 
-def to_onnx(exported: ExportedProgram, functions: Functions) -> ir.Model:
-    """The program as an ONNX model of opset 23, not optimized; ``functions`` are translations of our own, by operator.
-
-    These are the steps of ``torch.onnx.export``, which builds its registry (0.4 s) in every call and traces the graph
-    anew (0.4 s for a block) although nothing in it is left to decompose. A torch whose exporter is made of other
-    parts gets that call.
+    ``functions`` are translations of our own, by the name of the operator. These are the steps of
+    ``torch.onnx.export``, which builds its registry in every call (0.4 s) and traces the graph anew (0.4 s for a
+    block) although nothing in it is left to decompose. A torch whose exporter is made of other parts gets that call.
     """
-    parts = _parts(tuple(functions.items()))
+    exported, names = _program(graph), [node.name for node in graph.find_nodes(op="placeholder")]
+    targets = dict.fromkeys(node.target for node in graph.nodes if node.op == "call_function")
+    overloads = [target for target in targets if isinstance(target, torch._ops.OpOverload)]
+    own: dict[Any, Any] = {target: functions[target.name()] for target in overloads if target.name() in functions}
+    parts = _parts(tuple(own.items()))
     if parts is None:
         made = torch.onnx.export(
-            exported,
-            dynamo=True,
-            opset_version=OPSET,
-            verbose=False,
-            optimize=False,
-            custom_translation_table=dict(functions),
+            exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False, custom_translation_table=own
         )
         assert made is not None
-        return made.model
+        return _named(made.model, names)
     registry, decompositions, passes, core = parts
-    with symbolic_shapes_config.patch(backed_size_oblivious=True):
-        if any(node.target in decompositions for node in exported.graph.nodes):
+    with symbolic_shapes_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        if any(target in decompositions for target in targets):
             exported = exported.run_decompositions(dict(decompositions))
         passes.insert_type_promotion_nodes(exported.graph_module)
+        passes.remove_assertion_nodes(exported.graph_module)
         model: ir.Model = core._exported_program_to_onnx_program(exported, registry=registry).model
     version_converter.convert_version(model, OPSET, fallback=True)
+    return _named(model, names)
+
+
+def _named(model: ir.Model, names: Iterable[str]) -> ir.Model:
+    """The model with inputs of these names: a graph that was decomposed has others."""
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        value.name = name
     return model
 
 
@@ -52,11 +70,42 @@ def _parts(functions: tuple[tuple[Any, Callable[..., Any]], ...]) -> tuple[Any, 
         from torch.onnx._internal.exporter import _core, _decomp, _fx_passes, _registration
 
         registry = _registration.ONNXRegistry.from_torchlib(OPSET)
-        for operator, function in functions:
-            registry.register_op(operator, function)
+        for target, function in functions:
+            registry.register_op(target, function)
         known = set(_decomp.get_onnx_implemented_overloads(registry))
         decompositions = _decomp.create_onnx_friendly_decomposition_table(known)
-        steps = (_fx_passes.insert_type_promotion_nodes, _core._exported_program_to_onnx_program)
+        steps = (
+            _fx_passes.insert_type_promotion_nodes,
+            _fx_passes.remove_assertion_nodes,
+            _core._exported_program_to_onnx_program,
+        )
     except (ImportError, AttributeError, TypeError):
         return None
     return (registry, decompositions, _fx_passes, _core) if all(map(callable, steps)) else None
+
+
+def _program(graph: fx.Graph) -> ExportedProgram:
+    """The graph, copied (the exporter changes it), as torch.export would give it."""
+    graph = copied(graph)
+    given = list(graph.find_nodes(op="placeholder"))
+    returned: Any = graph.output_node().args[0]
+    signature = ExportGraphSignature(
+        [InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None) for node in given],
+        [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in returned],
+    )
+    call = ModuleCallSignature(
+        [], [], pytree.tree_structure((tuple(given), {})), pytree.tree_structure(tuple(returned))
+    )
+    ranges: dict[Any, Any] = {}
+    for node in given:
+        for size in shape(node):
+            if not isinstance(expression(size), int):
+                ranges |= {s: size.node.shape_env.var_to_range[s] for s in expression(size).free_symbols}
+    return ExportedProgram(
+        root=torch.nn.Module(),
+        graph=graph,
+        graph_signature=signature,
+        state_dict={},
+        range_constraints=ranges,
+        module_call_graph=[ModuleCallEntry(fqn="", signature=call)],
+    )

@@ -1,11 +1,15 @@
-"""Changes of layout that undo each other."""
+"""Layouts and repeated work: what undoes each other, what is computed twice, and reshapes of a known layout."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import fx
 
+from offramp.program.canonical.equal_nodes import call_key, merge_equal
+from offramp.program.canonical.simplify import sizes_from_inputs
 from offramp.program.graph import aten, expression, shape
 
 
@@ -32,3 +36,31 @@ def _axes(node: fx.Node) -> set[Any]:
 def same_shape(first: fx.Node, second: fx.Node) -> bool:
     """Whether two values are known to have equal sizes."""
     return [expression(size) for size in shape(first)] == [expression(size) for size in shape(second)]
+
+
+def plain_reshapes(graph: fx.Graph) -> None:
+    """A reshape is decomposed by the strides of its input, which decomposing others changes: copy, then view."""
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        with graph.inserting_before(node):
+            plain = graph.call_function(aten.clone.default, (node.args[0],), {"memory_format": torch.contiguous_format})
+        value = node.args[0].meta["val"]
+        with value.fake_mode:
+            plain.meta = {"val": torch.empty_like(value, memory_format=torch.contiguous_format)}
+        node.target = aten.view.default
+        node.replace_input_with(node.args[0], plain)
+
+
+def read_sizes(graph: fx.Graph) -> None:
+    """Read sizes from inputs, so that no value is made for its size alone."""
+    sizes_from_inputs(graph)
+    graph.eliminate_dead_code()
+
+
+def merge_calls(graph: fx.Graph) -> None:
+    """Compute once what is computed twice of the same: blocks of one segment share what they make of lengths."""
+    merge_equal(graph, _shared_key)
+
+
+def _shared_key(node: fx.Node) -> Hashable | None:
+    """Calls of ONNX's operators stay apart."""
+    return None if getattr(node.target, "namespace", "") == "onnx_symbolic" else call_key(node)

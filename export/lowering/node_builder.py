@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -12,23 +12,38 @@ from torch.onnx.ops import _dtype_mappings, _symbolic_impl
 
 from offramp.program.graph import add_call, aten, expression, fake_mode, shape
 
+Target = Literal["ort", "portable"]
+TARGETS = ("ort", "portable")
+_PLACE = ("nn_module_stack", "stack_trace")
 _KINDS = {dtype: kind for kind, dtype in _dtype_mappings.ONNX_DTYPE_TO_TORCH_DTYPE.items()}
 
 
 class Builder:
-    """Writes nodes with their shapes into a graph."""
+    """Writes nodes with their shapes into a graph.
 
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
+    Attributes:
+        graph: Where to.
+        target: What runs the ONNX model: ``ort`` (ONNX Runtime, whose own operators may be taken) or ``portable``.
+        origin: What is lowered: new nodes have its place in the user's model.
+    """
+
+    def __init__(self, graph: fx.Graph, target: Target = "ort", origin: fx.Node | None = None) -> None:
+        self.graph, self.target, self.origin = graph, target, origin
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return add_call(fake_mode(self.graph), self.graph, target, *args, **kwargs)
+        """A call of one of torch's operators."""
+        node = add_call(fake_mode(self.graph), self.graph, target, *args, **kwargs)
+        if self.origin is not None:
+            node.meta |= {key: self.origin.meta[key] for key in _PLACE if key in self.origin.meta}
+        return node
 
     def size(self, node: fx.Node, axis: int) -> Any:
+        """A size of a tensor: a number, or the node that reads it."""
         found = expression(shape(node)[axis])
         return found if isinstance(found, int) else self.call(aten.sym_size.int, node, axis)
 
     def sizes(self, node: fx.Node) -> list[Any]:
+        """The shape of a tensor, as `size` has it."""
         return [self.size(node, axis) for axis in range(len(shape(node)))]
 
     def onnx(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from offramp.export.lowering.merged_products import merged
-from offramp.export.partition import Subgraph
+from offramp.export.subgraph import Subgraph
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape
 
 
@@ -98,7 +98,8 @@ def _unread(node: fx.Node, inside: set[fx.Node], inputs: list[fx.Node]) -> list[
 def fingerprint(graph: fx.Graph) -> str:
     """A computation's graph as text, whatever its nodes are called, with what torch knows of its axes' sizes."""
     index = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    lines, facts = [], {}
+    lines: list[str] = []
+    facts: dict[object, str] = {}
     for node in graph.nodes:
         kind = ""
         if is_tensor(node):

@@ -39,7 +39,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
-_library.impl("rotary", rotary, "CompositeImplicitAutograd")
+_library.impl("rotary", rotary, "CompositeExplicitAutograd")
+torch.library.register_fake("offramp::rotary", lambda x, cos, sin, lengths: torch.empty_like(x))
 ROTARY = torch.ops.offramp.rotary.default
 
 

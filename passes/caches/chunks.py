@@ -10,10 +10,10 @@ from torch import fx
 
 from offramp.errors import PassError
 from offramp.passes.caches.fully_masked import comparable_outputs
+from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import dependents, expression, placeholders, results, shape
 from offramp.program.program import Program
 
-TOLERANCE = 1e-4
 _BLIND = (
     "; some tokens see no key (padding whose own queries are masked), so all weigh the same, later ones too",
     "hide padding as keys, (ids != pad)[:, None, None, :], not as queries; or padding at the end of examples only",
@@ -67,10 +67,7 @@ def _error(
     if found.shape != expected.shape:
         sizes = list(found.shape), list(expected.shape)
         raise PassError(f"insert-cache: {how}, output {name!r} has shape {sizes[0]}, not {sizes[1]}", hint=_HINT)
-    found, expected = found.double(), expected.double()
-    wrong = (found - expected).abs()[found != expected]
-    scale = float(expected[expected.isfinite()].abs().max()) or 1.0
-    error = float(wrong.max()) / scale if wrong.numel() else 0.0
+    error = relative_error(found, expected)
     if not error <= TOLERANCE:
         raise PassError(
             f"insert-cache: {how}, output {name!r} differs from one pass: relative error {error:.1e}{reason[0]}",

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from offramp import models
 from offramp.errors import OfframpError
 from offramp.export import save
-from offramp.export.validation import TOLERANCE, Arrays, eager, worst
+from offramp.export.validation import Arrays, eager, worst
 from offramp.passes import InsertExits, apply
 from offramp.passes.caches.chunks import cached_stacks, check_chunks
 from offramp.passes.caches.fully_masked import comparable_outputs
 from offramp.passes.default import with_caches
 from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
+from offramp.program.compare import TOLERANCE
 from offramp.program.forward import ExampleInputs, named_outputs
 from offramp.program.sizes import at_other_sizes
 from offramp.program.unwrap import as_captured, plain

@@ -1,0 +1,49 @@
+"""Sharing: the values that several segments read, and that are made once and passed on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import fx
+
+from offramp.export.dataflow import Dataflow
+from offramp.export.lowering.merged_products import merged
+from offramp.export.requests import Request
+from offramp.export.subgraph import made_by
+from offramp.program.graph import ancestors, expression, is_symint, is_tensor, read_by, shape, symbols
+
+
+def shared_values(flow: Dataflow, requests: Iterable[Request]) -> set[fx.Node]:
+    """Values that several requests need, that no stack's inside goes into, and that are worth passing on."""
+    counts = Counter(node for request in requests for node in made_by(request.outputs, request.stop))
+    shared = {node for node, count in counts.items() if count > 1}
+    if flow.program.cache is not None:
+        chunked = flow.chunked  # what chunks read and do not change is made once
+        shared |= {arg for node in counts if node in chunked for arg in node.all_input_nodes if arg in counts}
+        shared = {node for node in shared if node not in chunked or counts[node] > 1}
+        shared -= {node for node in shared if node in chunked and _cheap(flow, node)}
+    shared = {node for node in shared if flow.level[node] is not None and is_tensor(node)}
+    return {node for node in shared if not merged(node) and not _trivial(flow, node)}
+
+
+def _cheap(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether a value of chunks is made where it is used.
+
+    It depends on lengths, of which each part has its own, or on nothing but the chunk's size.
+    """
+    assert flow.program.cache is not None
+    inputs = {arg for arg in read_by([node]) if arg.op == "placeholder"}
+    return not inputs or flow.program.nodes[flow.program.cache.lengths] in inputs
+
+
+def _trivial(flow: Dataflow, node: fx.Node) -> bool:
+    """Whether a value is made where it is used: constants of one element, and positions in the batch.
+
+    The latter (``arange`` over the rows, say) would be wrong for rows that are left when others have gone.
+    """
+    if any(arg.op == "placeholder" for arg in read_by([node])):
+        return False
+    sizes = [arg.meta["val"] for arg in ancestors([node]) if is_symint(arg)]
+    by_rows = any(flow.program.axes.batch in symbols(size) for size in sizes)
+    return by_rows or all(isinstance(expression(size), int) and size == 1 for size in shape(node))
