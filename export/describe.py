@@ -54,7 +54,8 @@ class Describer:
         )
         last = plan.stacks[-1]
         early = [item for item in program.exits_of(last.stack.name) if item.after < last.stack.blocks]
-        self._total += len(plan.tails) * (len(early) - len(last.heads))  # once more for every exit that shares them
+        if not plan.join:  # once more for every exit that shares them
+            self._total += len(plan.tails) * (len(early) - len(last.heads))
 
     def manifest(self, model: str, provenance: Mapping[str, Any], policy: Mapping[str, Any] | None) -> m.Manifest:
         """Lower everything and describe it (``files`` and ``validation`` are still empty)."""
@@ -67,10 +68,11 @@ class Describer:
             for piece, when in zip(pieces, ("input", "capacity", "chunk"), strict=True):
                 if piece is not None:
                     stages.append(m.Stage(self._segment(piece), when=when))
-            stacks[plan.stack.name] = self._stack(plan, final=plan is self.plan.stacks[-1])
+            final = plan is self.plan.stacks[-1] and not self.plan.join
+            stacks[plan.stack.name] = self._stack(plan, final)
             chunked = bool(set(self.segments[plan.blocks[0][1].name].inputs.values()) & self._chunk_values())
             stages.append(m.Stage(stack=plan.stack.name, when="chunk" if chunked else "input"))
-        final = stacks[self.plan.stacks[-1].stack.name].exits[-1]
+        stages += [m.Stage(self._segment(tail)) for tail in self.plan.tails if self.plan.join]
         axes = self.program.axes
         take = {}
         for value in self.values.values():
@@ -79,7 +81,7 @@ class Describer:
         return m.Manifest(
             model=model,
             inputs=tuple(self.program.inputs),
-            outputs=final.outputs,
+            outputs=self._outputs(),
             batch=axes.names[axes.batch] if self.batch else None,
             axes={
                 **{axes.names[symbol]: limits for symbol, limits in axes.ranges.items() if symbol in axes.names},
@@ -153,11 +155,14 @@ class Describer:
         if not final:
             return m.Exit(stack.blocks, (), output, {}, {})
         segments = tuple(self._segment(tail) for tail in self.plan.tails)
-        outputs = {name: self._name(self.returned[name].name) for name in self.program.outputs}
         scores = {
             measure: self._name(self.returned[key].name) for measure, key in (item.scores if item else {}).items()
         }
-        return m.Exit(stack.blocks, segments, output, outputs, scores)
+        return m.Exit(stack.blocks, segments, output, self._outputs(), scores)
+
+    def _outputs(self) -> dict[str, str]:
+        """The values of the model's outputs at full depth."""
+        return {name: self._name(self.returned[name].name) for name in self.program.outputs}
 
     def _exit(self, plan: StackPlan, item: Exit, final: bool) -> m.Exit:
         stack = plan.stack

@@ -47,7 +47,8 @@ class Plan:
     """Subgraphs in the order in which they run: before each stack (None: nothing to do), the stacks, the tails.
 
     A tail makes the model's outputs from the last stack's; of a program with caches the first makes the logits that
-    generation reads, and a second one all else (so it is with an exit's own heads).
+    generation reads, and a second one all else (so it is with an exit's own heads). Every exit of that stack runs the
+    tails for its rows; where they ``join`` several stacks, of which none reads another, they run once behind all.
 
     Of a program with caches ``before`` is what runs once; what runs when their capacity changes is apart. What runs
     for each chunk of tokens (the embedding, say) is part of the stack's first block, or apart too where more than the
@@ -59,6 +60,7 @@ class Plan:
     enter: list[Subgraph | None]
     stacks: list[StackPlan]
     tails: list[Subgraph]
+    join: bool = False
 
 
 def partition(program: Program, segments: int | None = None) -> Plan:
@@ -106,6 +108,14 @@ def whole(program: Program) -> Subgraph:
     return Subgraph("model", inputs, tuple(outputs), tuple(node for node in program.graph.nodes if node in inside))
 
 
+def _joins(flow: Dataflow) -> bool:
+    """Whether the tails start from several stacks, and no exit of the last one needs them for itself."""
+    program, last = flow.program, flow.stacks[-1].name
+    ends = [stack.name for stack in flow.stacks if program.next_stack(stack.name) is None]
+    alone = any(item.head == "own" or set(item.scores) & set(OF_LOGITS) for item in program.exits_of(last))
+    return len(ends) > 1 and not alone and program.cache is None
+
+
 class _Planner:
     """Subgraphs of requests, and of the shared values that they read."""
 
@@ -129,7 +139,8 @@ class _Planner:
             ahead.insert(0, self._ahead(index))
             self._enter(index, ahead)
         before, tables, enter = ([made.get(when) for made in ahead] for when in WHEN)
-        return Plan(before, tables, enter, self.stacks, [tail for tail in self.tails if tail.nodes])
+        tails = [tail for tail in self.tails if tail.nodes]
+        return Plan(before, tables, enter, self.stacks, tails, bool(tails) and _joins(self.flow))
 
     def _made(self, name: str, outputs: Sequence[fx.Node], stop: Iterable[fx.Node]) -> Subgraph:
         """A subgraph; what it reads has to be made."""
