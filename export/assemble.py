@@ -53,7 +53,7 @@ def save(
         program: what to export.
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
         precision: "fp32", the only one so far.
-        segments: pieces per stack; None makes every block a segment of its own. Exits always end a segment.
+        segments: how many per stack; None makes every block a segment of its own. Exits always end a segment.
         target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
             length that is filled) or "portable" (ONNX's own, opset 24).
         generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,

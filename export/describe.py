@@ -28,7 +28,7 @@ _ENCODING = "fp32"
 
 
 class Describer:
-    """Lowers the pieces of a plan through a writer, and says in manifest terms what they compute."""
+    """Lowers the subgraphs of a plan through a writer, and says in manifest terms what they compute."""
 
     def __init__(
         self, program: Program, plan: Plan, writer: Writer, target: Target, progress: Progress | None = None
@@ -49,7 +49,7 @@ class Describer:
             self.names |= {self.returned[name]: name for name in program.cache.buffers.values()}
         self._outside = (*plan.before, *plan.tables, *plan.enter, *plan.tails)
         self.batch = self._batch()
-        self._total = sum(piece is not None for piece in self._outside) + sum(
+        self._total = sum(subgraph is not None for subgraph in self._outside) + sum(
             len(s.blocks) + len(s.adapters) + sum(map(len, s.heads.values())) for s in plan.stacks
         )
         last = plan.stacks[-1]
@@ -64,10 +64,10 @@ class Describer:
         stages: list[m.Stage] = []
         stacks: dict[str, m.Stack] = {}
         ahead = zip(self.plan.before, self.plan.tables, self.plan.enter, strict=True)
-        for pieces, plan in zip(ahead, self.plan.stacks, strict=True):
-            for piece, when in zip(pieces, ("input", "capacity", "chunk"), strict=True):
-                if piece is not None:
-                    stages.append(m.Stage(self._segment(piece), when=when))
+        for subgraphs, plan in zip(ahead, self.plan.stacks, strict=True):
+            for subgraph, when in zip(subgraphs, ("input", "capacity", "chunk"), strict=True):
+                if subgraph is not None:
+                    stages.append(m.Stage(self._segment(subgraph), when=when))
             final = plan is self.plan.stacks[-1] and not self.plan.join
             stacks[plan.stack.name] = self._stack(plan, final)
             chunked = bool(set(self.segments[plan.blocks[0][1].name].inputs.values()) & self._chunk_values())
@@ -132,9 +132,11 @@ class Describer:
 
     def _stack(self, plan: StackPlan, final: bool) -> m.Stack:
         stack = plan.stack
-        parts = [m.Part(depth, (self._segment(piece),), self._name(stack.cuts[depth])) for depth, piece in plan.blocks]
+        parts = [
+            m.Part(depth, (self._segment(subgraph),), self._name(stack.cuts[depth])) for depth, subgraph in plan.blocks
+        ]
         entering = self._name(stack.input)
-        if entering not in self.values and self.program.cache is not None:  # the first piece makes it
+        if entering not in self.values and self.program.cache is not None:  # the first block makes it
             entering = self.program.cache.tokens[0]
         known = {item.after: item for item in self.program.exits_of(stack.name)}
         exits = [self._exit(plan, item, final) for after, item in known.items() if after < stack.blocks]
@@ -207,14 +209,16 @@ class Describer:
             )
         return found
 
-    def _segment(self, piece: Subgraph, renamed: Mapping[fx.Node, str] | None = None, name: str | None = None) -> str:
-        """Lower a piece (or use its file again) and bind it to values; returns the segment's name."""
-        name = name or piece.name
+    def _segment(
+        self, subgraph: Subgraph, renamed: Mapping[fx.Node, str] | None = None, name: str | None = None
+    ) -> str:
+        """Lower a subgraph (or use its file again) and bind it to values; returns the segment's name."""
+        name = name or subgraph.name
         if name in self.segments:
             return name
         self.progress(name, len(self.segments), self._total)
-        computation = lower(piece, self.target, self._lowered)
-        file = self.writer.segment(computation, piece.name, _ENCODING)
+        computation = lower(subgraph, self.target, self._lowered)
+        file = self.writer.segment(computation, subgraph.name, _ENCODING)
         renamed = renamed or {}
         inputs, outputs = {}, {}
         for i, node in enumerate(computation.inputs):
@@ -244,13 +248,13 @@ class Describer:
 
     def _batch(self) -> bool:
         """Whether rows can be taken out of every value that crosses segments."""
-        pieces: Sequence[Subgraph | None] = [
+        subgraphs: Sequence[Subgraph | None] = [
             *self._outside,
-            *(piece for s in self.plan.stacks for _, piece in s.blocks),
+            *(subgraph for s in self.plan.stacks for _, subgraph in s.blocks),
         ]  # fmt: skip
         try:
-            for piece in pieces:
-                for node in (*piece.inputs, *piece.outputs) if piece else ():
+            for subgraph in subgraphs:
+                for node in (*subgraph.inputs, *subgraph.outputs) if subgraph else ():
                     self.program.axes.batch_axis(node)
         except ValueError:
             return False

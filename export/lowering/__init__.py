@@ -1,1 +1,1 @@
-"""Lowering: a piece of a program becomes an ONNX model."""
+"""Lowering: a subgraph of a program becomes an ONNX model."""

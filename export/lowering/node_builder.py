@@ -1,4 +1,4 @@
-"""Writing nodes into a closed graph: calls of torch's operators, and of ONNX's own."""
+"""Writing nodes into the graph of a computation: calls of torch's operators, and of ONNX's own."""
 
 from __future__ import annotations
 

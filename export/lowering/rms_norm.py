@@ -12,7 +12,7 @@ from offramp.program.graph import aten, expression, shape
 
 
 def fuse_norms(graph: fx.Graph) -> None:
-    """Rewrite the norms of a closed graph.
+    """Rewrite the norms of a graph.
 
     ``x * rsqrt(mean(x ** 2, -1) + epsilon) * weight``  becomes  ``rms_norm(x, weight, epsilon)``
     """

@@ -1,6 +1,6 @@
 """Rotary positions as one operator: proven on the whole program, where the tables are made.
 
-A piece only sees the tables come in, so what has to be known of them is shown before the program is cut.
+A subgraph only sees the tables come in, so what has to be known of them is shown before the program is cut.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def fuse_rotary(editor: Editor) -> tuple[str, ...]:
             continue
         found = _whole(found)
         lengths = editor[_cache(editor).lengths]
-        halves = [tables.get(table) or _half(editor, table, tables) for table in (cos, sin)]
-        made = editor.call(ROTARY, found.x, *halves, lengths, at=found.output)
+        angles = [tables.get(table) or _first_half(editor, table, tables) for table in (cos, sin)]
+        made = editor.call(ROTARY, found.x, *angles, lengths, at=found.output)
         editor.replace_uses(found.output, made, [user for user in found.output.users if user is not made])
     return tuple(notes)
 
@@ -196,7 +196,7 @@ def _whole(found: _Rotation) -> _Rotation:
     return found
 
 
-def _half(editor: Editor, table: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
+def _first_half(editor: Editor, table: fx.Node, known: dict[fx.Node, fx.Node]) -> fx.Node:
     half = int(shape(table)[-1]) // 2
     first = editor.call(aten.slice.Tensor, table, len(shape(table)) - 1, 0, half, at=table)
     known[table] = editor.call(aten.reshape.default, first, [-1, half], at=first)
