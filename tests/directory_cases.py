@@ -11,9 +11,12 @@ from typing import Any
 
 import directories
 import numpy as np
+import pytest
 import torch
 import transformers
 
+import offramp
+import offramp.passes.default
 from offramp.cli import main
 
 TOLERANCE = 1e-4
@@ -29,6 +32,8 @@ class Case:
     bundle: Path
     model: Any
     files: Path
+    program: Any  # as captured
+    cached: Any  # what `with_caches` made of it
 
     @property
     def tokenizer(self) -> Any:
@@ -113,11 +118,28 @@ def exported(name: str, root: Path) -> Case:
     """The directory written into ``root`` and exported with the command line's defaults."""
     directory = directories.DIRECTORIES[name]
     directory.make(root / "saved")
-    status = main(["export", f"hf:{root / 'saved'}", "-o", str(root / "bundle.offramp")])
+    with pytest.MonkeyPatch.context() as patch:
+        programs = _recorded(patch, offramp, "capture")
+        cached = _recorded(patch, offramp.passes.default, "with_caches")
+        status = main(["export", f"hf:{root / 'saved'}", "-o", str(root / "bundle.offramp")])
     assert status == 0, f"offramp export ended with {status}"
     config = transformers.AutoConfig.from_pretrained(root / "saved")
     model = getattr(transformers, config.architectures[0]).from_pretrained(root / "saved").eval()
-    return Case(directory, root / "saved", root / "bundle.offramp", model, files(root / "files"))
+    return Case(
+        directory, root / "saved", root / "bundle.offramp", model, files(root / "files"), programs[0], cached[0]
+    )
+
+
+def _recorded(patch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """What a function returns from here on, call by call."""
+    function, found = getattr(owner, name), list[Any]()
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        found.append(function(*args, **kwargs))
+        return found[-1]
+
+    patch.setattr(owner, name, recording)
+    return found
 
 
 def run_error(case: Case, rows: int, out: Path) -> float:
