@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from offramp.errors import PassError
 from offramp.passes.caches.fully_masked import comparable_outputs
 from offramp.program.compare import TOLERANCE, relative_error
-from offramp.program.graph import dependents, expression, placeholders, results, shape
+from offramp.program.graph import dependents, expression, placeholders, results, run, shape
 from offramp.program.program import Program
 
 _BLIND = (
@@ -128,12 +128,14 @@ def _steps(
     cache = program.cache
     assert cache is not None
     chunk, total = _tokens(program, inputs)
-    nodes, module = placeholders(program.graph), _without_whole(program)
+    module = _without_whole(program)
+    nodes = placeholders(module.graph)
     axes = {name: [expression(size) for size in shape(nodes[name])].index(chunk) for name in cache.tokens}
     widest = min(total, 4)
     capacity = total + widest if cache.limit is None else min(total + widest, cache.limit)
     state = program.fresh(inputs, capacity)
     rows = state[cache.lengths].shape[0]
+    step = _Step(module, state, {*cache.tokens, cache.lengths, *cache.buffers})
     generator = torch.Generator().manual_seed(seed)
     while int(state[cache.lengths].min()) < total:
         lengths = state[cache.lengths]
@@ -146,18 +148,43 @@ def _steps(
         given = dict(state)
         for name in cache.tokens:
             given[name] = _taken(program, nodes[name], inputs[name], places, axes[name])
-        with torch.no_grad():
-            made = module(**given)
+        made = step(given)
         yield lengths, counts, made
         state |= {name: made[output] for name, output in cache.buffers.items()}
         state[cache.lengths] = lengths + counts
+
+
+class _Step:
+    """A graph that runs again and again on inputs of which few change: what is made of the others is made once."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Mapping[str, torch.Tensor], changing: set[str]) -> None:
+        self._module, self._returned = module, results(module.graph)
+        self._nodes = placeholders(module.graph)
+        changed = {self._nodes[name] for name in changing}
+        for node in module.graph.nodes:
+            if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
+                changed.add(node)
+        calls = [node for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+        self._again = [node for node in calls if node in changed]
+        needed = {arg for node in self._again for arg in node.all_input_nodes}.union(self._returned.values())
+        given: dict[fx.Node, Any] = {node: inputs[name] for name, node in self._nodes.items()}
+        with torch.no_grad():
+            made = run(module, [node for node in calls if node not in changed], given, needed.__contains__)
+        self._once = {node: value for node, value in made.items() if node not in changed}
+
+    def __call__(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the graph returns."""
+        values = self._once | {node: inputs[name] for name, node in self._nodes.items()}
+        with torch.no_grad():
+            made = run(self._module, self._again, values, {*self._returned.values()}.__contains__)
+        return {name: made[node] for name, node in self._returned.items()}
 
 
 def _without_whole(program: Program) -> fx.GraphModule:
     """The program's module without the outputs that need all tokens at once."""
     assert program.cache is not None
     if not program.cache.whole:
-        return program.module
+        return program.graph_module
     gone = {*program.cache.whole}
     gone |= {item.outputs[name] for item in program.exits for name in program.cache.whole if name in item.outputs}
     kept = {name: node for name, node in results(program.graph).items() if name not in gone}
