@@ -74,27 +74,28 @@ def validate(
                 f"a bundle with caches that cannot generate: {error.reason}", hint="leave insert-cache out"
             ) from error
     bound = tolerance(manifest)
+    wanted = _Wanted(program)
     figures = {
         "segments": _segments(lowered or program, manifest, sessions, origin),
         "chain": _checked(
             "the chain at full depth",
-            worst(_run(chain, program.example_inputs), eager(program, program.example_inputs)),
+            worst(_run(chain, program.example_inputs), wanted.outputs()),
             bound,
         ),
         "exits": 0.0,
         "other_shapes": 0.0,
     }
-    for inputs, wanted in at_other_sizes(program):
+    for inputs, outputs in at_other_sizes(program):
         sizes = {name: tuple(value.shape) for name, value in inputs.items()}
         figures["other_shapes"] = max(
             figures["other_shapes"],
-            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), wanted), bound),
+            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), outputs), bound),
         )
     for stack in program.stacks:
         for item in program.exits_of(stack):
             if item.after == program.stacks[stack].blocks:
                 continue
-            expected = eager(Truncate(stack, item.after).run(program).program, program.example_inputs)
+            expected = wanted.outputs(stack, item.after)
             found = _run(chain, program.example_inputs, Depth({stack: item.after}))
             figures["exits"] = max(
                 figures["exits"],
@@ -102,8 +103,32 @@ def validate(
             )
     figures["rows"] = _rows(program, chain)
     if program.cache is not None:
-        figures["cache"] = _checked("the chain step by step", stepwise(program, chain), bound)
+        figures["cache"] = _checked("the chain step by step", _stepwise(wanted, chain), bound)
     return {**figures, "tolerance": bound}
+
+
+class _Wanted:
+    """What torch gives for a program's example, whole and truncated; nothing is computed twice."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._cuts: dict[tuple[str, int], Program] = {}
+        self._made: dict[int, dict[str, torch.Tensor]] = {}
+
+    def cut(self, stack: str, after: int) -> Program:
+        """The program that always leaves a stack after so many blocks."""
+        if after == self.program.stacks[stack].blocks:
+            return self.program
+        if (stack, after) not in self._cuts:
+            self._cuts[stack, after] = Truncate(stack, after).run(self.program).program
+        return self._cuts[stack, after]
+
+    def outputs(self, stack: str | None = None, after: int = 0) -> dict[str, torch.Tensor]:
+        """The model's outputs, at full depth if no stack is named."""
+        program = self.program if stack is None else self.cut(stack, after)
+        if id(program) not in self._made:
+            self._made[id(program)] = eager(program, self.program.example_inputs)
+        return self._made[id(program)]
 
 
 def _run(chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
@@ -162,7 +187,7 @@ def _segments(
     return largest
 
 
-def stepwise(program: Program, chain: Chain) -> float:
+def _stepwise(wanted: _Wanted, chain: Chain) -> float:
     """Token by token, prompts of different lengths, rows leaving at random exits: each token against one pass.
 
     The tokens are those of the example, whatever the model would have chosen. A token that leaves after k blocks has
@@ -170,15 +195,13 @@ def stepwise(program: Program, chain: Chain) -> float:
     was computed late for the tokens before is exact. Returns the largest relative error, 0 where the bundle generates
     no text.
     """
+    program = wanted.program
     inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
     if chain.generates is None or inputs[chain.generates].shape[1] < 3:
         return 0.0
     name, stack = chain.generates, list(chain.stacks)[-1]
-    programs = {program.stacks[stack].blocks: program}
-    for item in program.exits_of(stack):
-        if item.after < program.stacks[stack].blocks:
-            programs[item.after] = Truncate(stack, item.after).run(program).program
-    passes = {after: _Pass(cut, name) for after, cut in programs.items()}
+    depths = {item.after for item in program.exits_of(stack)} | {program.stacks[stack].blocks}
+    passes = {after: _Pass(wanted.cut(stack, after), name, wanted.outputs(stack, after)) for after in depths}
     random = np.random.default_rng(0)
     rows, total = inputs[name].shape
     at = random.integers(1, total - 1, rows)
@@ -201,9 +224,9 @@ def stepwise(program: Program, chain: Chain) -> float:
 class _Pass:
     """Logits of the example's tokens in one pass of a program."""
 
-    def __init__(self, program: Program, tokens: str) -> None:
+    def __init__(self, program: Program, tokens: str, outputs: dict[str, torch.Tensor]) -> None:
         self._program, self._tokens = program, tokens
-        self._made: dict[int, dict[str, torch.Tensor]] = {}
+        self._made = {program.example_inputs[tokens].shape[1]: outputs}
 
     def at(self, output: str, row: int, count: int) -> torch.Tensor:
         """Those of the ``count``-th token of a row; a model that gives the last one's only is run on so many."""
