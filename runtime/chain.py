@@ -35,8 +35,6 @@ from offramp.runtime.result import Result
 
 log = logging.getLogger(__name__)
 
-_DEFER = {"propagate": "defer", "max_pending": None}
-
 
 def load(
     path: str | os.PathLike[str],
@@ -59,8 +57,7 @@ def load(
     """
     started = perf_counter()
     manifest, root = directory.read(path, verify=verify)
-    size = sum(file.bytes for file in manifest.files.values())
-    log.info("read %s (%s bytes) in %.2f s", root, f"{size:,}", perf_counter() - started)
+    log.info("read %s (%d files) in %.2f s", root, len(manifest.files), perf_counter() - started)
     return Chain(manifest, root, providers, threads)
 
 
@@ -265,7 +262,7 @@ class Chain:
         sampling = Sampling() if options is None else plan.sampling(max(row.size for row in prompts), options)
         if drafts and sampling.beams > 1:
             refuse(policy, "beam search keeps several texts of a row (beams=1 keeps one)")
-        if drafts and deferral not in ({}, _DEFER):
+        if drafts and any(value not in ("defer", None) for value in deferral.values()):
             raise InputError("drafts are checked by full depth, and bounded by their number", hint="Verify(drafts=...)")
         if sampling.stop_strings and tokenizer is None:
             tokenizer = own_tokenizer(self.manifest, self._root)
