@@ -6,12 +6,13 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from offramp.program.graph import aten, expression, is_symint, is_tensor, shape
+from offramp.program.graph import aten, expression, fake_mode, is_symint, is_tensor, shape
 
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # regions whose bodies are graphs of their own
 #: They stay: canonical form has them, or drops them.
@@ -28,8 +29,9 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     """What ``exported.run_decompositions({})`` gives, up to names of nodes and what canonical form removes.
 
     That traces the whole model twice more, and is needed only where an operator changes what has views, or has a
-    body that torch alone knows. Elsewhere what works in place is replaced by what does not, and the few operators
-    that torch calls implicit composites are decomposed one by one. ``exported`` itself is changed.
+    body that torch alone knows, or where torch found late that two sizes are one. Elsewhere what works in place is
+    replaced by what does not, and the few operators that torch calls implicit composites are decomposed one by one.
+    ``exported`` itself is changed.
     """
     graphs = list(_graphs(exported.graph_module))
     for graph in graphs:
@@ -38,7 +40,8 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
                 _out_of_place(graph, node)
             elif node.target is aten.batch_norm.default:
                 _without_statistics(graph, node)
-    if not all(_known(node) for graph in graphs for node in graph.nodes):
+    known = all(_known(node) for graph in graphs for node in graph.nodes)
+    if not known or _sizes_are_one(exported.graph):
         exported.graph_module.recompile()
         made: ExportedProgram = exported.run_decompositions({})
         return made
@@ -51,6 +54,13 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
             elif is_symint(node):
                 sizes.setdefault(str(expression(node.meta["val"])), node)
     return exported
+
+
+def _sizes_are_one(graph: fx.Graph) -> bool:
+    """Whether a guard says that two symbols are equal, which the shapes in the graph do not say yet."""
+    env = fake_mode(graph).shape_env
+    guards = [env.replace(guard.expr) for guard in env.guards] if env is not None else []
+    return any(isinstance(guard, sympy.Eq) and all(side.is_Symbol for side in guard.args) for guard in guards)
 
 
 def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
