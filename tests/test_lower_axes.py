@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import offramp
 from offramp.bundle import directory
 from offramp.export import partition
 from offramp.export.lowering.lower import lower
+from offramp.export.lowering.outline import fingerprint
 from offramp.export.subgraph import Subgraph
 from offramp.program import Program, capture
-from offramp.program.graph import storage_key
+from offramp.program.graph import aten, storage_key
 from offramp.runtime.engine import sessions
 
 BLOCKS, PATCHES, TOKENS = 3, 9, 6
@@ -118,3 +119,15 @@ def test_shapes_that_follow_from_the_example_keep_its_sizes(tmp_path: Path) -> N
     assert keys(programs[0]) == keys(programs[1])
     figures = offramp.save(programs[0], tmp_path / "m")
     assert max(figures["segments"], figures["other_shapes"]) < 1e-5
+
+
+def test_what_is_a_weight_is_part_of_the_computation() -> None:
+    def product(*names: str) -> fx.Graph:
+        graph = fx.Graph()
+        given = [graph.placeholder(name) for name in names]
+        for node in given:
+            node.meta["val"] = torch.ones(2, 2)
+        graph.output((graph.call_function(aten.mm.default, tuple(given)),))
+        return graph
+
+    assert fingerprint(product("in0", "w0")) != fingerprint(product("in0", "in1"))

@@ -106,7 +106,7 @@ def fingerprint(graph: fx.Graph) -> str:
             kind = f"{[expression(size) for size in shape(node)]}{node.meta['val'].dtype}"
             facts |= {key: text for size in shape(node) for key, text in _facts(size).items()}
         args = fx.node.map_arg((node.args, node.kwargs), index.__getitem__)
-        lines.append(f"{node.op} {node.target if node.op == 'call_function' else ''} {args} {kind}")
+        lines.append(f"{node.op} {node.target} {args} {kind}")  # placeholders say whether they are weights
     return "\n".join([*lines, *sorted(facts.values())])
 
 
