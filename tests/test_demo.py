@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,13 +93,19 @@ def shown(*argv: str) -> str:
     return finished.stdout
 
 
+def of_children() -> float:
+    """Seconds of the processor's time that ended subprocesses took: other work on the machine does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.slow
 def test_sentiment(tmp_path: Path) -> None:
     needs("minilm")
     for _ in range(2):  # the second finds the bundle
-        started = time.process_time()
+        started = of_children()
         found = shown("Lovely [b].", "-o", str(tmp_path / "demo.offramp"))
-        seconds = time.process_time() - started
+        seconds = of_children() - started
         assert "Lovely [b]." in found
         assert "of 6 blocks on average" in found
     assert seconds < 30  # of the processor's time
