@@ -8,6 +8,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
 
 import offramp
 from offramp import zoo
@@ -42,7 +44,7 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_the_pass_of_contributing_works(encoder: object) -> None:
-    (block,) = python_blocks("CONTRIBUTING.md")
+    block, _ = python_blocks("CONTRIBUTING.md")
     header = """
         from dataclasses import dataclass, replace
         from typing import ClassVar
@@ -65,6 +67,32 @@ def test_the_pass_of_contributing_works(encoder: object) -> None:
     for item in exits.exits:
         assert all((before[key] != after[key]).any() for key in item.outputs.values())
     assert scaled.history[-1] == "scale-exits{percent=50}"
+
+
+def test_the_lowering_of_contributing_works(tmp_path: Path) -> None:
+    _, block = python_blocks("CONTRIBUTING.md")
+
+    @torch.library.custom_op("mine::squared_relu", mutates_args=())
+    def squared_relu(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) ** 2
+
+    @squared_relu.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(x)
+
+    class Squared(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            made: torch.Tensor = squared_relu(x)
+            return made
+
+    model = tiny.seeded(tiny.Encoder)
+    for each in model.blocks:
+        each.mlp[1] = Squared()
+    program = offramp.capture(model, tiny.text())
+    header = "import torch\nfrom torch import fx\nfrom offramp.export.lowering.node_builder import Builder\n"
+    header += "aten = torch.ops.aten\n"
+    exec(compile(header + block, "CONTRIBUTING.md", "exec"), {"__name__": "__main__"})
+    offramp.save(program, tmp_path / "m.offramp")  # which compares with torch
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
