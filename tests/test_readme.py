@@ -77,7 +77,7 @@ def test_the_lowering_of_contributing_works(tmp_path: Path) -> None:
         return torch.relu(x) ** 2
 
     @squared_relu.register_fake
-    def _(x: torch.Tensor) -> torch.Tensor:
+    def like(x: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(x)
 
     class Squared(torch.nn.Module):
