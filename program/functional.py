@@ -12,7 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from offramp.program.graph import aten, expression, fake_mode, is_symint, is_tensor, shape
+from offramp.program.graph import add_call, aten, expression, fake_mode, is_symint, is_tensor, shape
 
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # regions whose bodies are graphs of their own
 #: They stay: canonical form has them, or drops them.
@@ -141,11 +141,8 @@ def _without_statistics(graph: fx.Graph, node: fx.Node) -> None:
 
 def _called(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """A call in the place of a node."""
-    made = graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-    mode = next(arg.meta["val"].fake_mode for arg in made.all_input_nodes if is_tensor(arg))
-    with mode, torch.no_grad():
-        made.meta = {**node.meta, "val": target(*values[0], **values[1])}
+    made = add_call(fake_mode(graph), graph, target, *args, **kwargs)
+    made.meta = {**node.meta, **made.meta}
     return made
 
 
@@ -198,7 +195,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> Non
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(read, values, strict=True)).__getitem__)
         return whole(*args, **kwargs)  # type: ignore[operator]
 
-    with next(arg.meta["val"] for arg in read if is_tensor(arg)).fake_mode, torch.no_grad():
+    with fake_mode(graph), torch.no_grad():
         traced = make_fx(call)(*[arg.meta["val"] for arg in read])
     env = dict(zip(traced.graph.find_nodes(op="placeholder"), read, strict=True))
     with graph.inserting_before(node):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import bundles
+import clock
 import numpy as np
 import pytest
 import tiny
@@ -72,12 +72,6 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
 # The frame
 
 
-def _of_children() -> float:
-    """Seconds of the processor's time that ended subprocesses took: other work on the machine does not count."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom offramp.cli import main\n"
@@ -87,9 +81,9 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     )
     seconds = []
     for _ in range(3):
-        started = _of_children()
+        started = clock.of_children()
         finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(_of_children() - started)
+        seconds.append(clock.of_children() - started)
         assert finished.returncode == 0, finished.stderr
     assert all(name in finished.stdout for name in cli.COMMANDS)
     assert min(seconds) < 0.3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import bundles
+import clock
 import pytest
 
 from offramp import cli, demo, zoo
@@ -93,19 +93,13 @@ def shown(*argv: str) -> str:
     return finished.stdout
 
 
-def of_children() -> float:
-    """Seconds of the processor's time that ended subprocesses took: other work on the machine does not count."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.mark.slow
 def test_sentiment(tmp_path: Path) -> None:
     needs("minilm")
     for _ in range(2):  # the second finds the bundle
-        started = of_children()
+        started = clock.of_children()
         found = shown("Lovely [b].", "-o", str(tmp_path / "demo.offramp"))
-        seconds = of_children() - started
+        seconds = clock.of_children() - started
         assert "Lovely [b]." in found
         assert "of 6 blocks on average" in found
     assert seconds < 30  # of the processor's time

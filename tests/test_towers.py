@@ -57,9 +57,11 @@ def chain(program: Program, tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return offramp.load(path)
 
 
-def truncated(
-    program: Program, vision: int, language: int
-) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+def arrays(program: Program) -> dict[str, NDArray[Any]]:
+    return {name: tensor.numpy() for name, tensor in program.example_inputs.items()}
+
+
+def truncated(program: Program, vision: int, language: int) -> dict[str, NDArray[Any]]:
     for stack, after in (("vision", vision), ("encoder", language)):
         if after < BLOCKS:
             program = offramp.apply(program, f"truncate{{stack={stack},after={after}}}")
@@ -68,18 +70,17 @@ def truncated(
     return {name: made[name].numpy() for name in program.outputs}
 
 
-def test_the_tail_belongs_to_the_join(chain: Chain) -> None:
+def test_the_tail_belongs_to_the_join(program: Program, chain: Chain) -> None:
     stages = [stage.stack or stage.segment for stage in chain.manifest.stages]
     assert stages[-1] == "tail"
     assert not any(exit_.outputs for stack in chain.stacks.values() for exit_ in stack.exits)
-    result = chain.run(_inputs(), lambda state: state.rows % 2 == 0)
+    result = chain.run(arrays(program), lambda state: state.rows % 2 == 0)
     assert [timing.rows for timing in result.trace if timing.segment == "tail"] == [4]
 
 
 @pytest.mark.parametrize(("vision", "language"), list(itertools.product(DEPTHS, DEPTHS)))
 def test_each_combination_is_the_truncated_program(program: Program, chain: Chain, vision: int, language: int) -> None:
-    inputs = {name: tensor.numpy() for name, tensor in program.example_inputs.items()}
-    found = chain.run(inputs, offramp.Depth({"vision": vision, "encoder": language}))
+    found = chain.run(arrays(program), offramp.Depth({"vision": vision, "encoder": language}))
     assert {name: set(rows.tolist()) for name, rows in found.exits.items()} == {
         "vision": {vision},
         "encoder": {language},
@@ -90,9 +91,8 @@ def test_each_combination_is_the_truncated_program(program: Program, chain: Chai
 
 def test_rows_leave_each_tower_on_their_own(program: Program, chain: Chain) -> None:
     vision, language = np.array([1, 3, 2, 1]), np.array([2, 1, 3, 1])
-    inputs = {name: tensor.numpy() for name, tensor in program.example_inputs.items()}
     at = {"vision": vision, "encoder": language}
-    found = chain.run(inputs, lambda state: at[state.stack][state.rows] == state.after)
+    found = chain.run(arrays(program), lambda state: at[state.stack][state.rows] == state.after)
     assert [found.exits[name].tolist() for name in at] == [vision.tolist(), language.tolist()]
     for row, (a, b) in enumerate(zip(vision.tolist(), language.tolist(), strict=True)):
         expected = truncated(program, a, b)
@@ -105,14 +105,8 @@ def test_an_exit_that_asks_the_classes_runs_the_tail_itself(program: Program, tm
     offramp.save(scored, tmp_path / "m.offramp")
     chain = offramp.load(tmp_path / "m.offramp")
     assert chain.manifest.stages[-1].stack == "encoder"
-    inputs = {name: tensor.numpy() for name, tensor in program.example_inputs.items()}
     policy = offramp.Each({"vision": offramp.Depth({"vision": 2}), "encoder": offramp.Confidence(0.0)})
-    found = chain.run(inputs, policy)
+    found = chain.run(arrays(program), policy)
     assert found.exits["encoder"].tolist() == [1] * 4
     for name, expected in truncated(program, 2, 1).items():
         np.testing.assert_allclose(found.outputs[name], expected, rtol=1e-4, atol=1e-5)
-
-
-def _inputs() -> dict[str, NDArray[Any]]:
-    random = np.random.default_rng(0)
-    return {"pixels": random.random((4, 6, 5), np.float32), "ids": random.integers(0, tiny.WORDS, (4, 3))}

@@ -47,7 +47,6 @@ def bind(manifest: Manifest, sessions: Mapping[str, ort.InferenceSession], memor
             calls[name] = Call(name, tuple(segment.inputs.values()), run)
     if problems:
         raise BundleError("segments do not fit their files:\n  " + "\n  ".join(problems))
-
     return calls
 
 

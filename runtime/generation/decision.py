@@ -61,16 +61,6 @@ class Decision(NamedTuple):
         return {row: self.tokens[row] for row in going if accepts(places[row], self.tokens[row])}
 
 
-def scores_asked(branch: Branch, policy: StackPolicy | None, *, picks: bool) -> tuple[str, ...] | None:
-    """The scores that the policy wants at an exit; None where nobody is asked.
-
-    At full depth it is asked where a token was ``picked``: whether that will do.
-    """
-    if policy is None or (branch.full and not (picks and branch.pick is not None)):
-        return None
-    return policy.wanted.get(branch.after)
-
-
 def decide(
     branch: Branch, policy: StackPolicy, wanted: Sequence[str], made: Values, rows: Index, notes: Sequence[Notes]
 ) -> Decision:

@@ -13,7 +13,7 @@ from offramp.runtime.generation.batching import Index, SlotRunner, Values, great
 from offramp.runtime.generation.buffers import Store
 from offramp.runtime.generation.cache_memory import axis_of
 from offramp.runtime.generation.chunk_spans import ChunkSpan
-from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_picked, decide, scores_asked
+from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_picked, decide
 from offramp.runtime.generation.groups import Group, joined
 from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.waiting import Waiting
@@ -128,15 +128,23 @@ class Decoder:
 
     def _decide(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> Decision:
         """What the policy says of the rows; nobody leaves where it is not asked."""
-        policy = step.policies[span.stack or ""] if step.policies else None
-        asked = scores_asked(branch, policy, picks=step.wanted.accepts is not None)
-        if policy is None or asked is None:
+        asking = self._asking(span, branch, step)
+        if asking is None:
             return Decision(np.zeros(group.slots.size, np.bool_))
+        policy, asked = asking
         made = group.last_tokens(self._along)
         if not branch.free.issuperset(asked):
             made = made | self._through(span, group.slots, made)
         notes = [step.notes[slot] for slot in group.slots.tolist()]
         return decide(branch, policy, asked, made, self.rows[group.slots], notes)
+
+    def _asking(self, span: ChunkSpan, branch: Branch, step: _Step) -> tuple[StackPolicy, tuple[str, ...]] | None:
+        """The policy that is asked at an exit, and the scores that it wants; None where nobody is."""
+        policy = step.policies[span.stack or ""] if step.policies else None
+        if policy is None or (branch.full and (step.wanted.accepts is None or branch.pick is None)):
+            return None  # at full depth the question is whether the token that was picked will do
+        asked = policy.wanted.get(branch.after)
+        return None if asked is None else (policy, asked)
 
     def _leave(
         self, at: int, span: ChunkSpan, branch: Branch, group: Group, decision: Decision, go: Index, step: _Step
@@ -181,11 +189,8 @@ class Decoder:
         return found
 
     def _all_picked(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> list[list[int]] | None:
-        policy = step.policies[span.stack or ""] if step.policies else None
-        asked = scores_asked(branch, policy, picks=step.wanted.accepts is not None)
-        if policy is None or asked is None:
-            return None
-        return all_picked(branch, policy, asked, group.values, self.rows[group.slots], group.counts)
+        asking = self._asking(span, branch, step)
+        return asking and all_picked(branch, *asking, group.values, self.rows[group.slots], group.counts)
 
     def _staying(self, span: ChunkSpan, group: Group, decision: Decision, step: _Step) -> Group:
         """The rows that have not left."""

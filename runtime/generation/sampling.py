@@ -201,8 +201,8 @@ class Chooser:
         return int(ids[np.searchsorted(reached, self._generator(row).random() * reached[-1], side="right")])
 
 
-def _bans(*told: tuple[Collection[int], float, float]) -> list[_Ban]:
-    return [_Ban(np.unique(np.array([*ids])), start, end) for ids, start, end in told if ids and start < end]
+def _bans(*rules: tuple[Collection[int], float, float]) -> list[_Ban]:
+    return [_Ban(np.unique(np.array([*ids])), start, end) for ids, start, end in rules if ids and start < end]
 
 
 def _without(logits: NDArray[np.float32], bans: Sequence[_Ban], emitted: NDArray[np.int64]) -> NDArray[np.float32]:

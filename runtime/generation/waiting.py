@@ -8,7 +8,7 @@ the hidden states in between: those wait at the piece's input (deferral: DEED's 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -23,9 +23,9 @@ class Waiting:
         self._reads = reads
         self._held: list[list[list[Values]]] = [[[] for _ in range(slots)] for _ in reads]
 
-    def hold(self, span: int, slot: int, values: Mapping[str, Array]) -> None:
-        """Let tokens of a row wait at a span: values ``[tokens, ...]``."""
-        self._held[span][slot].append(dict(values))
+    def hold(self, span: int, slot: int, values: Values) -> None:
+        """Let tokens of a row wait at a span: values ``[tokens, ...]``, which are kept as they are."""
+        self._held[span][slot].append(values)
 
     def count(self, span: int, slot: int) -> int:
         """How many tokens of a row wait at a span."""

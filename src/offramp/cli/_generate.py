@@ -105,15 +105,15 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
             for token in made:
                 yield token._replace(row=token.row + sum(sizes[:at]))
 
-    told = _words.tell(
+    printed = _words.print_tokens(
         tokens,
         sum(sizes),
         _words.decoder_of(tokenizer),
         _words.painter(stack) if args.show_exits else _words.plain,
     )
     if searches:  # all tokens of a row come at its end
-        told = told._replace(first=told.seconds)
-    print(told.summary(stack), file=sys.stderr)
+        printed = printed._replace(first=printed.seconds)
+    print(printed.summary(stack), file=sys.stderr)
     return 0
 
 

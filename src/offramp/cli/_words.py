@@ -84,7 +84,7 @@ def legend(stack: Stack) -> str:
     return f"after {' '.join(paint(str(item.after), item.after) for item in stack.exits)} of {stack.blocks} blocks\n"
 
 
-class Told(NamedTuple):
+class Printed(NamedTuple):
     """What was generated: token ids and depths by row, seconds to the first token and in all."""
 
     tokens: list[list[int]]
@@ -110,16 +110,16 @@ class Told(NamedTuple):
         )
 
 
-def tell(start: Callable[[], Iterable[Token]], rows: int, decode: Decode, paint: Paint = plain) -> Told:
+def print_tokens(start: Callable[[], Iterable[Token]], rows: int, decode: Decode, paint: Paint = plain) -> Printed:
     """Print what is generated: one row as it comes, of several each when it ends."""
     started = perf_counter()
     texts, lines = [Text(decode) for _ in range(rows)], [""] * rows
-    told = Told([[] for _ in texts], [[] for _ in texts], 0.0, 0.0)
+    printed = Printed([[] for _ in texts], [[] for _ in texts], 0.0, 0.0)
     first = 0.0
     for token in start():
         first = first or perf_counter() - started
-        told.tokens[token.row].append(token.token)
-        told.exits[token.row].append(token.exit)
+        printed.tokens[token.row].append(token.token)
+        printed.exits[token.row].append(token.exit)
         piece = paint(*texts[token.row].add(token.token, token.exit, last=token.finished))
         if rows == 1:
             print(piece, end="\n" if token.finished else "", flush=True)
@@ -127,4 +127,4 @@ def tell(start: Callable[[], Iterable[Token]], rows: int, decode: Decode, paint:
         lines[token.row] += piece
         if token.finished:
             print(f"row {token.row}: {lines[token.row]}", flush=True)
-    return told._replace(first=first, seconds=perf_counter() - started)
+    return printed._replace(first=first, seconds=perf_counter() - started)
