@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from offramp.export.lowering.pipeline import equal_sizes
-from offramp.export.lowering.shapes import made_of
-from offramp.program.graph import expression, shape
+from offramp.program.graph import expression, fake_result, shape
 
 _log = logging.getLogger(__name__)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -91,9 +90,8 @@ def _over(axes: Iterable[Any], graph: fx.Graph) -> fx.Graph:
             with symbols.mode:
                 value = torch.empty([symbols.size(size) for size in shape(node)], dtype=node.meta["val"].dtype)
         else:
-            args, kwargs = fx.node.map_arg((env[node].args, env[node].kwargs), lambda arg: arg.meta["val"])
-            with symbols.mode, enable_python_dispatcher(), torch.no_grad():
-                value = made_of(node.target, args, kwargs)
+            with enable_python_dispatcher():
+                value = fake_result(symbols.mode, node.target, env[node].args, env[node].kwargs)
         if not _same(symbols, value, node.meta["val"]):
             raise ValueError(f"{node} would be {value}, and is {node.meta['val']}")
         env[node].meta = {**node.meta, "val": value}

@@ -15,8 +15,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from offramp.errors import ExportError
-from offramp.export.lowering.shapes import made_of
-from offramp.program.graph import expression, is_symint, is_tensor
+from offramp.program.graph import expression, fake_result, is_symint, is_tensor
 
 log = logging.getLogger(__name__)
 
@@ -95,12 +94,11 @@ def _verify(node: fx.Node) -> None:
     """Compute the shape and dtype of a node's value from those of its arguments."""
     if "val" not in node.meta:
         raise ValueError(f"{node.format_node()} does not know its shape")
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"])
     modes = [arg.meta["val"].fake_mode for arg in node.all_input_nodes if is_tensor(arg)]
     if not modes or is_symint(node):
         return
-    with modes[0], enable_python_dispatcher(), torch.no_grad():
-        made = made_of(node.target, args, kwargs)
+    with enable_python_dispatcher():
+        made = fake_result(modes[0], node.target, node.args, node.kwargs)
     found = node.meta["val"]
     pairs = zip(made, found, strict=True) if isinstance(found, (tuple, list)) else ((made, found),)
     for one, other in pairs:
