@@ -10,12 +10,12 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from offramp.export.lowering.pipeline import equal_sizes
 from offramp.program.graph import expression, fake_result, shape
+from offramp.program.symbols import new_axis
 
 _log = logging.getLogger(__name__)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -54,10 +54,8 @@ class _Axes:
         self._old = {expression(new): old for old, new in self._made.items()}
 
     def _axis(self, index: int) -> Any:
-        env, origin, size = self.mode.shape_env, ConstantSource(f"axis{index}"), int(sympy.prime(_FIRST + index))
-        assert env is not None
-        symbol = env.create_symbol(size, source=origin, dynamic_dim=DimDynamic.DYNAMIC)
-        return env.create_symintnode(symbol, hint=size, source=origin)
+        assert self.mode.shape_env is not None
+        return new_axis(self.mode.shape_env, f"axis{index}", int(sympy.prime(_FIRST + index)))
 
     def size(self, old: Any) -> Any:
         """A size of an input."""

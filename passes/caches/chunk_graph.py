@@ -11,14 +11,14 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from offramp.errors import PassError
 from offramp.program import ops
 from offramp.program.graph import aten, expression, fake_result, placeholders, shape, source, symbols
 from offramp.program.program import Program
+from offramp.program.symbols import new_axis
 
 #: The input that says how many tokens each row has already, int64 [rows].
 LENGTHS = "lengths"
@@ -44,7 +44,7 @@ class ChunkGraph:
         self._symbols = self._new_symbols()
         self.batch = self._symbols.get(program.axes.batch)
         self.chunk = self._symbols[tokens]
-        self.capacity = self._symbol("capacity", capacity)
+        self.capacity = new_axis(self._env, "capacity", capacity)
 
     # symbols
 
@@ -55,13 +55,7 @@ class ChunkGraph:
             for size, hint in zip(shape(node), example.shape, strict=True):
                 if isinstance(expression(size), sympy.Symbol):
                     hints.setdefault(expression(size), hint)
-        return {symbol: self._symbol(str(symbol), max(hint, 2)) for symbol, hint in hints.items()}
-
-    def _symbol(self, name: str, hint: int) -> torch.SymInt:
-        origin = ConstantSource(name)
-        symbol = self._env.create_symbol(hint, source=origin, dynamic_dim=DimDynamic.DYNAMIC)
-        made: torch.SymInt = self._env.create_symintnode(symbol, hint=hint, source=origin)  # type: ignore[assignment]
-        return made
+        return {symbol: new_axis(self._env, str(symbol), max(hint, 2)) for symbol, hint in hints.items()}
 
     @property
     def _env(self) -> ShapeEnv:
