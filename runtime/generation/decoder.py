@@ -205,7 +205,11 @@ class Decoder:
             return {}
         if made is not None and all(value in made for value in branch.results.values()):
             return {name: made[name][rows] for name in branch.results.values()}
-        return self._through(span, group.slots[rows], group.last_tokens(self._along, np.array(rows)))
+        if len(rows) < group.slots.size:
+            return self._through(span, group.slots[rows], group.last_tokens(self._along, np.array(rows)))
+        made = self._through(span, group.slots, group.last_tokens(self._along))  # no rows to pick: most steps have one
+        own = {name: made[name].copy() for name in branch.results.values() if name in group.values}
+        return made | own if own else made
 
     def _of_all(self, span: ChunkSpan, branch: Branch, group: Group) -> Values:
         """The exit's results for all tokens, [slots, chunk, ...]; a model that takes the last one runs one by one."""
