@@ -27,10 +27,10 @@ def chain(path: Path, *, single: bool = False) -> Worker:
 
 def write_single(program: offramp.Program, bundle: Path) -> None:
     """Put one file into the folder of a bundle that has all that its chunks run, lowered as its segments are."""
-    from offramp.export.lowering.lower import lower
     from offramp.export.partition import partition
     from offramp.export.prepare import prepared
     from offramp.export.subgraph import Subgraph
+    from offramp.export.translations import Translations
     from offramp.export.write import Writer
     from offramp.program.graph import is_tensor, results
 
@@ -52,7 +52,7 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
     folder = bundle / "single"
     folder.mkdir(exist_ok=True)
     writer = Writer(folder, program.graph_module)
-    function = lower(Subgraph("single", tuple(inputs), tuple(outputs.values()), tuple(nodes)))
+    function = Translations().of(Subgraph("single", tuple(inputs), tuple(outputs.values()), tuple(nodes)))
     writer.segment(function, "single")
     writer.close()
     names = {f"in{i}": _name(program, node) for i, node in enumerate(function.inputs)}

@@ -23,8 +23,8 @@ from rich.table import Table
 
 import offramp
 from offramp.bundle.manifest import Exit
-from offramp.export.lowering.lower import lower
 from offramp.export.partition import whole
+from offramp.export.translations import Translations
 from offramp.export.write import Writer
 from offramp.program import Program
 from offramp.runtime.engine.cores import physical_cores
@@ -108,7 +108,7 @@ def one_session(program: Program, directory: Path, options: ort.SessionOptions) 
     """The same model, lowered the same way, as one file in one session."""
     directory.mkdir(parents=True, exist_ok=True)
     writer = Writer(directory, program.graph_module)
-    function = lower(whole(program))
+    function = Translations().of(whole(program))
     file = writer.segment(function, "model")
     writer.close()
     session = ort.InferenceSession(directory / file, options)

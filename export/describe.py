@@ -12,10 +12,10 @@ from offramp.bundle import manifest as m
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import LOWEST
 from offramp.errors import ExportError
-from offramp.export.lowering.lower import Lowered, lower
 from offramp.export.lowering.node_builder import Target
 from offramp.export.partition import Plan, StackPlan
 from offramp.export.subgraph import Subgraph
+from offramp.export.translations import Translations
 from offramp.export.write import Writer
 from offramp.passes.caches.outputs import vocabulary
 from offramp.program.analysis.stacks import Stack
@@ -39,7 +39,7 @@ class Describer:
         self.segments: dict[str, m.Segment] = {}
         self.origin: dict[str, fx.Node] = {}
         self.unsaid: dict[str, str] = {}
-        self._lowered: Lowered = {}
+        self.translations = Translations(target)
         self.returned = results(program.graph)
         self.names = {node: name for name, node in placeholders(program.graph).items()}
         for stack in program.stacks.values():
@@ -217,13 +217,13 @@ class Describer:
         if name in self.segments:
             return name
         self.progress(name, len(self.segments), self._total)
-        computation = lower(subgraph, self.target, self._lowered)
-        file = self.writer.segment(computation, subgraph.name, _ENCODING)
+        translation = self.translations.of(subgraph)
+        file = self.writer.segment(translation, subgraph.name, _ENCODING)
         renamed = renamed or {}
         inputs, outputs = {}, {}
-        for i, node in enumerate(computation.inputs):
+        for i, node in enumerate(translation.inputs):
             inputs[f"in{i}"] = renamed.get(node) or self.names[node]
-        for i, node in enumerate(computation.outputs):
+        for i, node in enumerate(translation.outputs):
             value = renamed.get(node) or self.names.setdefault(node, node.name)
             outputs[f"out{i}"] = value
             self._value(value, node)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import torch
 
@@ -16,8 +15,7 @@ from offramp.bundle.manifest import WEIGHTS_FILE, File
 from offramp.errors import ExportError
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.merged_products import merged
-from offramp.export.lowering.outline import Computation
-from offramp.export.translations import translated
+from offramp.export.translations import Translation
 from offramp.program.graph import attribute, storage_key
 
 _ALIGNMENT = 64
@@ -38,30 +36,25 @@ _ELEMENTS: dict[torch.dtype, ir.DataType] = {
 class Writer:
     """Writes ONNX files and the weights file into a directory.
 
-    A computation that was translated once is not translated again: another use of the same structure gets a copy
-    with its own weights bound, and the very same weights in the same encoding get the very same file.
+    Each use of a translation gets a copy with its own weights bound; the very same weights in the same encoding get
+    the very same file.
     """
 
     def __init__(self, directory: Path, module: torch.nn.Module) -> None:
         self.directory = directory
         self.module = module
-        self.translations = 0
         self._weights = (directory / WEIGHTS_FILE).open("wb")
         self._placed: dict[Any, tuple[int, int]] = {}
-        self._models: dict[str, onnx.ModelProto] = {}
         self._files: dict[Any, str] = {}
         self._operators: dict[str, set[str]] = {}
 
-    def segment(self, computation: Computation, name: str, encoding: str = "fp32") -> str:
-        """Write the ONNX file of a computation, if there is none yet; returns the file's name."""
-        tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in computation.weights]
+    def segment(self, translation: Translation, name: str, encoding: str = "fp32") -> str:
+        """Write the ONNX file of a translation with its weights, if there is none yet; returns the file's name."""
+        tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in translation.weights]
         places = [self._place(parts, encoding) for parts in tensors]
-        identity = (computation.key, encoding, tuple(places))
+        identity = (translation.key, encoding, tuple(places))
         if identity not in self._files:
-            if computation.key not in self._models:
-                self._models[computation.key] = translated(computation, name)
-                self.translations += 1
-            model = ir.from_proto(self._models[computation.key])
+            model = ir.from_proto(translation.model)
             _bind(model, tensors, places)
             self._files[identity] = f"{name.replace('/', '-')}.onnx"
             self._operators[self._files[identity]] = {node.op_type for node in model.graph}

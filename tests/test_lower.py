@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from offramp.errors import ExportError
-from offramp.export import partition, write
+from offramp.export import partition, translations, write
 from offramp.export.lowering import lower as lowering
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.lower import lower, translate
 from offramp.export.lowering.outline import Computation
 from offramp.export.partition import Plan
 from offramp.export.subgraph import Subgraph
+from offramp.export.translations import Translations
 from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
@@ -69,11 +70,11 @@ def translated(encoder: tiny.Captured) -> dict[str, tuple[Computation, onnx.Mode
 
 
 def _translations(program: Program, root: Path) -> int:
-    writer = write.Writer(root, program.graph_module)
+    writer, made = write.Writer(root, program.graph_module), Translations()
     for each in pieces(partition(program)):
-        writer.segment(lower(each), each.name)
+        writer.segment(made.of(each), each.name)
     writer.close()
-    return writer.translations
+    return len(made)
 
 
 class _Deep(tiny.Encoder):
@@ -90,7 +91,8 @@ def _empty(function: Computation, _: str) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("blocks", [6, 12])
 def test_equal_blocks_are_translated_once(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "translated", _empty)
+    monkeypatch.setattr(translations, "translate", _empty)
+    monkeypatch.setenv("OFFRAMP_CACHE", "")
     program = tiny.captured(partial(_Deep, blocks), tiny.text()).program
     assert program.stacks["encoder"].blocks == blocks
     assert _translations(program, tmp_path) == 3  # before, block, tail

@@ -50,6 +50,7 @@ class _Axes:
 
     def __init__(self, axes: Iterable[Any]) -> None:
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.mode.cache_enabled = False  # to keep a result takes longer than to compute it, and few are asked twice
         self._made = {axis: self._axis(i) for i, axis in enumerate(axes)}
         self._old = {expression(new): old for old, new in self._made.items()}
 

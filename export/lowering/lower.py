@@ -29,22 +29,17 @@ from offramp.program.silence import quiet
 
 OWN = (cached_attention, operators)  # modules whose lowerings are in the table
 
-#: What was lowered, by what it was before.
-Lowered = dict[str, Computation]
+
+def lower(subgraph: Subgraph, target: Target = "ort") -> Computation:
+    """The subgraph as a computation of operators that ONNX has, over axes of its own where that can be."""
+    return lowered(outline(subgraph), subgraph.name, target)
 
 
-def lower(subgraph: Subgraph, target: Target = "ort", known: Lowered | None = None) -> Computation:
-    """The subgraph as a computation of operators that ONNX has, over axes of its own where that can be.
-
-    Nothing is done twice for equal ones where the caller keeps what is ``known`` (of one target).
-    """
-    given, known = outline(subgraph), {} if known is None else known
-    if given.key not in known:
-        graph = generic_axes(given.graph)
-        rewrite(graph, _steps(target), f"lowering/{subgraph.name}", GraphCheck(graph))
-        known[given.key] = replace(given, graph=graph, key=fingerprint(graph))
-    made = known[given.key]
-    return replace(given, graph=made.graph, key=made.key)
+def lowered(computation: Computation, name: str, target: Target) -> Computation:
+    """The computation (of a subgraph of that name) in operators that ONNX has."""
+    graph = generic_axes(computation.graph)
+    rewrite(graph, _steps(target), f"lowering/{name}", GraphCheck(graph))
+    return replace(computation, graph=graph, key=fingerprint(graph))
 
 
 def _steps(target: Target) -> dict[str, Step[fx.Graph]]:
