@@ -3,6 +3,7 @@
 from offramp.passes.canonicalize import Canonicalize
 from offramp.passes.infra.contract import Pass, PassResult
 from offramp.passes.infra.pipeline import apply
+from offramp.passes.insert_acm import InsertAcm
 from offramp.passes.insert_adapter import InsertAdapter
 from offramp.passes.insert_cache import InsertCache
 from offramp.passes.insert_exits import InsertExits
@@ -11,6 +12,7 @@ from offramp.passes.truncate import Truncate
 
 __all__ = [
     "Canonicalize",
+    "InsertAcm",
     "InsertAdapter",
     "InsertCache",
     "InsertExits",

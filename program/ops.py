@@ -1,4 +1,4 @@
-"""The operators that make attention incremental; torch runs and differentiates them, ``export`` lowers them."""
+"""The operators that passes insert; torch runs and differentiates them, ``export`` lowers them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, "
     "Tensor? bias, float scale, int window) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("first_learners(Tensor hidden, Tensor choice, int learners, int least) -> Tensor")
 
 
 def positions(lengths: Tensor, chunk: int, capacity: int) -> Tensor:
@@ -84,8 +85,33 @@ def attention(
     return torch.matmul(weights, values), key_cache, value_cache
 
 
+def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int) -> Tensor:
+    """The hidden units of each token's first ``k`` learners, zeros in the place of the others (ACM, arXiv 2312.10193).
+
+    Unlike the released code, ``k`` gets the gradient of what the learners are for: a learner's units are multiplied
+    by the probability that it takes part, straight through.
+
+    Args:
+        hidden: ``[..., units]``; unit ``j`` is learner ``j * learners // units``'s (from 0).
+        choice: ``[..., learners + 1 - least]``, logits of ``k`` from ``least`` on; the greatest is taken.
+        learners: how many there are.
+        least: the smallest ``k``.
+    """
+    if isinstance(hidden, FakeTensor):  # the shape is all that is asked for
+        return hidden.new_empty(hidden.shape)
+    soft = choice.softmax(-1)
+    hard = torch.nn.functional.one_hot(choice.argmax(-1), choice.shape[-1]).to(soft.dtype)
+    chosen = hard + (soft - soft.detach())
+    at_least = chosen.flip(-1).cumsum(-1).flip(-1)  # at place i: that k is least + i or more
+    units = hidden.shape[-1]
+    places = (torch.arange(units, device=hidden.device) * learners // units + 1 - least).clamp(min=0)
+    return hidden * at_least[..., places].to(hidden.dtype)
+
+
 _library.impl("append", append, "CompositeImplicitAutograd")
 _library.impl("attention", attention, "CompositeImplicitAutograd")
+_library.impl("first_learners", first_learners, "CompositeImplicitAutograd")
 
 APPEND = torch.ops.offramp.append.default
 ATTENTION = torch.ops.offramp.attention.default
+FIRST_LEARNERS = torch.ops.offramp.first_learners.default

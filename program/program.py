@@ -182,6 +182,16 @@ class Program:
         inside = dependents([first], self.graph, shapes=True) & ancestors([last], stop=[first])
         return [node for node in self.graph.nodes if node in inside]
 
+    def own_nodes(self, stack: Stack, index: int) -> list[fx.Node]:
+        """The nodes of a block, and those that nothing but the block uses: a bias made from its own table, say."""
+        inside = set(self.block_nodes(stack, index))
+        cuts = {name for other in self.stacks.values() for name in other.cuts}
+        for node in reversed(list(self.graph.nodes)):
+            private = node.op == "call_function" and node.name not in cuts
+            if private and node not in inside and node.users and all(user in inside for user in node.users):
+                inside.add(node)
+        return [node for node in self.graph.nodes if node in inside]
+
     def tail_nodes(self, stack: Stack) -> list[fx.Node]:
         """The nodes between the stack's output and the model's outputs that read it, in graph order."""
         end = self.nodes[stack.output]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import fx
 
+from offramp.program.analysis.attention import AttentionSite
+from offramp.program.analysis.sites import Site, attentions, block_flops, find_sites
 from offramp.program.analysis.stacks import Stack
 from offramp.program.graph import ancestors, attribute, is_tensor, placeholders, results, shape, storage_key
 from offramp.program.program import Program
@@ -38,8 +40,7 @@ def render(program: Program) -> str:
 
 
 def _stack(program: Program, stack: Stack) -> list[str]:
-    blocks = [program.block_nodes(stack, index) for index in range(stack.blocks)]
-    own = [_own(program, nodes) for nodes in blocks]
+    own = [program.own_nodes(stack, index) for index in range(stack.blocks)]
     sizes = [_count(_weights(program, nodes)) for nodes in own]
     different = len({frozenset(_storages(program, nodes)) for nodes in own})
     hidden = program.nodes[stack.input]
@@ -54,7 +55,7 @@ def _stack(program: Program, stack: Stack) -> list[str]:
         }
         - set(stack.cuts)
     )
-    tail = program.tail_nodes(stack)
+    tail, mixing = program.tail_nodes(stack), attentions(program.graph)
     following = program.next_stack(stack.name)
     shared = "" if different == stack.blocks else f", {different} set{'s' * (different > 1)} of weights"
     lines = [
@@ -62,6 +63,7 @@ def _stack(program: Program, stack: Stack) -> list[str]:
         f"            hidden     {_type(program, hidden)}",
         f"            parameters {_runs(sizes)} a block; tail {_count(_weights(program, tail))}"
         + (f", then stack {following}" if following else ""),
+        f"            sites      {_runs([_sites(nodes, mixing) for nodes in own], '; ')}",
         f"            context    {', '.join(context) or 'none'}",
     ]
     for item in _records(program, stack.name):
@@ -69,22 +71,24 @@ def _stack(program: Program, stack: Stack) -> list[str]:
     return lines
 
 
+def _sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> str:
+    """The sites of a block: their parameters, and their shares of its floating-point operations."""
+    total, found = block_flops(block, mixing), dict[str, list[Site]]()
+    for site in find_sites(block, mixing):
+        found.setdefault(site.kind, []).append(site)
+    parts = []
+    for kind, sites in found.items():
+        parameters, flops = sum(site.parameters for site in sites), sum(site.flops for site in sites)
+        times = f"{len(sites)} " if len(sites) > 1 else ""
+        parts.append(f"{times}{kind} {_count(parameters)} ({flops / total:.0%})")
+    return ", ".join(parts) or "none"
+
+
 def _records(program: Program, section: str | None) -> list[Record]:
     """The records of a stack, or of none, in the graph's order."""
     order = {name: place for place, name in enumerate(program.nodes)}
     found = [item for item in program.records if item.section == section]
     return sorted(found, key=lambda item: min(map(order.__getitem__, item.pinned_nodes), default=0))
-
-
-def _own(program: Program, block: Iterable[fx.Node]) -> list[fx.Node]:
-    """A block's nodes, and those that nothing but the block uses (a bias made from its own table, say)."""
-    inside = set(block)
-    cuts = {name for stack in program.stacks.values() for name in stack.cuts}
-    for node in reversed(list(program.graph.nodes)):
-        private = node.op == "call_function" and node.name not in cuts
-        if private and node not in inside and node.users and all(user in inside for user in node.users):
-            inside.add(node)
-    return [node for node in program.graph.nodes if node in inside]
 
 
 def _crosses(node: fx.Node) -> bool:
@@ -112,8 +116,8 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _runs(items: list[str]) -> str:
-    return items[0] if len(set(items)) == 1 else ", ".join(items)
+def _runs(items: list[str], between: str = ", ") -> str:
+    return items[0] if len(set(items)) == 1 else between.join(items)
 
 
 def _type(program: Program, node: fx.Node) -> str:

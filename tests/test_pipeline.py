@@ -18,6 +18,7 @@ from offramp.bundle.measures import OF_LOGITS, OF_STATE
 from offramp.errors import PassError, SpecError
 from offramp.passes import (
     Canonicalize,
+    InsertAcm,
     InsertAdapter,
     InsertCache,
     InsertExits,
@@ -40,6 +41,9 @@ _counts = st.lists(st.integers(1, 60), min_size=1, max_size=4).map(tuple)
 _after = st.just("all") | _counts
 _passes: dict[type[Pass], st.SearchStrategy[Pass]] = {
     Canonicalize: st.builds(Canonicalize),
+    InsertAcm: st.builds(
+        InsertAcm, _stacks, _after, st.integers(2, 9), st.integers(0, 1), st.sampled_from(["importance", "given"])
+    ),
     InsertAdapter: st.builds(InsertAdapter, _stacks, _after, st.sampled_from(KINDS), st.none() | st.integers(1, 999)),
     InsertCache: st.just(InsertCache()),
     InsertExits: st.builds(InsertExits, _stacks, _after, st.sampled_from(["shared", "own"])),
@@ -96,7 +100,7 @@ def test_an_empty_pipeline_does_nothing(encoder: tiny.Captured) -> None:
 @pytest.mark.parametrize(
     ("text", "reasons"),
     [
-        ("nothing", ["unknown pass 'nothing'; there are canonicalize, insert-adapter"]),
+        ("nothing", ["unknown pass 'nothing'; there are canonicalize, insert-acm"]),
         ("nothing,insert-exits,more{a=1}", ["unknown pass 'nothing'", "unknown pass 'more'"]),
         (
             "insert-exits{block=2,head=own,layer=3},what,truncate{until=1}",

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from torch import fx
 
 from offramp.errors import ExportError
-from offramp.export.lowering import cached_attention, cleanup, operators
+from offramp.export.lowering import cached_attention, cleanup, learners, operators
 from offramp.export.lowering.axes import generic_axes
 from offramp.export.lowering.exporter import OPSET, to_onnx
 from offramp.export.lowering.layouts import cancel_layout, merge_calls, plain_reshapes, read_sizes
@@ -27,7 +27,7 @@ from offramp.export.subgraph import Subgraph
 from offramp.program.graph import source
 from offramp.program.silence import quiet
 
-OWN = (cached_attention, operators)  # modules whose lowerings are in the table
+OWN = (cached_attention, learners, operators)  # modules whose lowerings are in the table
 
 
 def lower(subgraph: Subgraph, target: Target = "ort") -> Computation:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from offramp.export import save
     from offramp.passes import (
         Canonicalize,
+        InsertAcm,
         InsertAdapter,
         InsertCache,
         InsertExits,
@@ -67,6 +68,7 @@ __all__ = [
     "Each",
     "Entropy",
     "Generated",
+    "InsertAcm",
     "InsertAdapter",
     "InsertCache",
     "InsertExits",
@@ -93,7 +95,16 @@ __all__ = [
 
 _NAMES = {
     "program": ("Program", "capture"),
-    "passes": ("Canonicalize", "InsertAdapter", "InsertCache", "InsertExits", "InsertScores", "Truncate", "apply"),
+    "passes": (
+        "Canonicalize",
+        "InsertAcm",
+        "InsertAdapter",
+        "InsertCache",
+        "InsertExits",
+        "InsertScores",
+        "Truncate",
+        "apply",
+    ),
     "export": ("save",),
     "runtime": (
         "Adaptive",

@@ -1,0 +1,263 @@
+"""Sites: the products with weights in a block, by what they do together.
+
+An MLP is two products with an activation of its hidden units between them, one by one; in a gated one two products
+with the same input are multiplied. Around an attention lie the projections of its queries, keys and values, and of
+what it gives. All are found by what reads what: module paths and names say nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.program.analysis.attention import AttentionSite
+from offramp.program.analysis.attention_search import attention_sites
+from offramp.program.graph import ancestors, aten, attribute, data_inputs, expression, is_tensor, shape
+from offramp.program.ops import ATTENTION
+
+#: "qkv" and "kv" are products that make several at once.
+KINDS = ("mlp", "query", "key", "value", "qkv", "kv", "output")
+
+#: They neither mix features nor make new ones; what lies along the last axis before, does so behind them.
+_SAME_FEATURES = (aten.reshape.default, aten.dropout.default, aten._to_copy.default, aten.clone.default)
+_LINEAR = (aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.neg.default, *_SAME_FEATURES)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``data @ weight``, perhaps with a bias: of ``features`` values along the last axis it makes ``units``."""
+
+    node: fx.Node
+    data: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    units_axis: int  # of the weight
+
+    @property
+    def units(self) -> int:
+        """How many values it makes of each token."""
+        return int(shape(self.weight)[self.units_axis])
+
+    @property
+    def features(self) -> int:
+        """How many values of each token it reads."""
+        return int(shape(self.weight)[1 - self.units_axis])
+
+
+@dataclass(frozen=True)
+class Site:
+    """Products of one block that do one thing.
+
+    ``kind`` is one of `KINDS`. ``first`` are the products that read ``input``: one, or two in a gated MLP; of a
+    projection the only one. ``inner`` are the nodes between them and ``last``, in graph order, which change hidden
+    units one by one (none in a projection, whose ``last`` is its ``first``).
+    """
+
+    kind: str
+    first: tuple[Product, ...]
+    inner: tuple[fx.Node, ...]
+    last: Product
+
+    @property
+    def input(self) -> fx.Node:
+        """The value that the first products read."""
+        return self.first[0].data
+
+    @property
+    def output(self) -> fx.Node:
+        """The last product."""
+        return self.last.node
+
+    @property
+    def gated(self) -> bool:
+        """Whether two products are multiplied."""
+        return len(self.first) > 1
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """All products, each once."""
+        return tuple({item.node: item for item in (*self.first, self.last)}.values())
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights and biases hold."""
+        weights = {w for item in self.products for w in (item.weight, item.bias) if w is not None}
+        return sum(math.prod(map(int, shape(weight))) for weight in weights)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of its products on the example inputs: two for each weight and token."""
+        return sum(2 * _numel(item.node) * item.features for item in self.products)
+
+    @property
+    def residual(self) -> bool:
+        """Whether the output goes, and nowhere else, into a sum with another value."""
+        node = self.output
+        while len(node.users) == 1:
+            (user,) = node.users
+            if user.target is aten.add.Tensor and all(
+                isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in user.args
+            ):
+                return True
+            node = user
+        return False
+
+    def importance(self, module: torch.nn.Module) -> torch.Tensor:
+        """How much each hidden unit weighs, [units]: what it reads in each first product, times what it writes."""
+
+        def norms(item: Product, axis: int) -> torch.Tensor:
+            weight = attribute(module, str(item.weight.target)).detach().float()
+            found: torch.Tensor = torch.linalg.vector_norm(weight, dim=1 - axis)
+            return found
+
+        weighs = norms(self.last, 1 - self.last.units_axis)
+        for item in self.first:
+            weighs = weighs * norms(item, item.units_axis)
+        return weighs
+
+
+def attentions(graph: fx.Graph) -> list[AttentionSite]:
+    """The attentions of a graph, those that keep a cache too."""
+    found = attention_sites(graph)
+    for node in graph.find_nodes(op="call_function", target=ATTENTION):
+        query, key, value, *rest = list[Any](node.args)
+        found.append(AttentionSite("sdpa", query, key, value, (), float(rest[4]), None, True, node, node, -2, -1))
+    return found
+
+
+def find_sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> list[Site]:
+    """The sites among the nodes of a block, in graph order; products that belong to none are left out."""
+    products = {node: found for node in block if (found := product(node)) is not None}
+    sites: list[Site] = []
+    taken = set[fx.Node]()
+    for item in products.values():
+        mlp = _mlp(item, products)
+        if mlp is not None and taken.isdisjoint(each.node for each in mlp.products):
+            sites.append(mlp)
+            taken |= {each.node for each in mlp.products}
+    for item in products.values():
+        kind = None if item.node in taken else _projection(item, block, mixing, products)
+        if kind is not None:
+            sites.append(Site(kind, (item,), (), item))
+    order = {node: place for place, node in enumerate(block)}
+    return sorted(sites, key=lambda site: order[site.output])
+
+
+def product(node: fx.Node) -> Product | None:
+    """A node as a product of values with a weight of two axes; None for anything else."""
+    args: list[Any] = list(node.args)
+    if node.target is aten.linear.default:
+        data, weight, bias, axis = args[0], args[1], args[2] if len(args) > 2 else None, 0
+    elif node.target is aten.addmm.default and not node.kwargs:
+        data, weight, bias, axis = args[1], args[2], args[0], 1
+    elif node.target in (aten.mm.default, aten.matmul.default):
+        data, weight, bias, axis = args[0], args[1], None, 1
+    else:
+        return None
+    if weight.op != "get_attr" or data.op == "get_attr" or len(shape(weight)) != 2:
+        return None
+    if bias is not None and (bias.op != "get_attr" or len(shape(bias)) != 1):
+        return None
+    return Product(node, data, weight, bias, axis)
+
+
+def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> int:
+    """Floating-point operations of a block's products and attentions on the example inputs; the rest is small."""
+    made = (found for node in block if (found := product(node)) is not None)
+    total = sum(2 * _numel(item.node) * item.features for item in made)
+    inside = set(block)
+    for site in mixing:
+        if site.weights in inside:
+            keys = _hint(site.token_sizes[1])
+            features = _hint(shape(site.query)[-1]) + _hint(shape(site.value)[-1])
+            total += 2 * _numel(site.query) // _hint(shape(site.query)[-1]) * keys * features
+    return total
+
+
+def _mlp(last: Product, products: dict[fx.Node, Product]) -> Site | None:
+    """The MLP that ends in a product."""
+    found = _units(last, products)
+    if found is None:
+        return None
+    first, inner = found
+    read = {_stripped(item.data) for item in first}
+    units = {item.units for item in first} | {last.features}
+    active = any(node.target not in _LINEAR for node in inner)
+    if not 0 < len(first) <= 2 or len(read) > 1 or len(units) > 1 or not active:
+        return None
+    if len({item.data for item in first}) > 1:
+        return None
+    return Site("mlp", tuple(first), tuple(inner), last)
+
+
+def _units(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Product], list[fx.Node]] | None:
+    """The products whose values become what ``last`` reads, unit by unit, and the nodes on the way; None if any mix."""
+    first: list[Product] = []
+    inner: list[fx.Node] = []
+    todo, seen = [last.data], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in products:
+            first.append(products[node])
+        elif not _by_unit(node, last.features):
+            return None
+        else:
+            inner.append(node)
+            todo += [arg for arg in data_inputs(node) if arg.op != "get_attr"]
+    inside = {*inner, *(item.node for item in first)}
+    if any(user not in inside and user is not last.node for node in inside for user in node.users):
+        return None
+    order = {node: place for place, node in enumerate(last.node.graph.nodes)}
+    return sorted(first, key=lambda item: order[item.node]), sorted(inner, key=order.__getitem__)
+
+
+def _by_unit(node: fx.Node, units: int) -> bool:
+    """Whether a call changes values along the last axis one by one."""
+    if node.op != "call_function" or not is_tensor(node) or not shape(node) or expression(shape(node)[-1]) != units:
+        return False
+    if node.target in _SAME_FEATURES:
+        return all(expression(shape(arg)[-1]) == units for arg in data_inputs(node))
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    weights = [arg for arg in node.all_input_nodes if arg.op == "get_attr"]
+    return pointwise and all(len(shape(weight)) <= 1 for weight in weights) and bool(data_inputs(node))
+
+
+def _projection(
+    item: Product, block: Sequence[fx.Node], mixing: Sequence[AttentionSite], products: dict[fx.Node, Product]
+) -> str | None:
+    """Which of the projections around an attention of the block a product is; None if it is none."""
+    inside, others = set(block), products.keys() - {item.node}
+    made: list[str] = []
+    for site in mixing:
+        if site.weights in inside:
+            if site.output in ancestors([item.data], stop=others):
+                return "output"
+            parts = {"query": site.query, "key": site.key, "value": site.value}
+            made += [kind for kind, node in parts.items() if item.node in ancestors([node], stop=others)]
+    several = "".join(kind[0] for kind in ("query", "key", "value") if kind in made)
+    return made[0] if len(several) == 1 else several if several in KINDS else None
+
+
+def _stripped(node: fx.Node) -> fx.Node:
+    """The value behind what keeps its features as they are."""
+    while node.target in _SAME_FEATURES:
+        node = data_inputs(node)[0]
+    return node
+
+
+def _numel(node: fx.Node) -> int:
+    return math.prod(map(_hint, shape(node)))
+
+
+def _hint(size: Any) -> int:
+    """A size in the example inputs."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -1,0 +1,243 @@
+"""insert-acm: MLPs in ordered learners compute what they did, and with fewer what their first units compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import architectures
+import decoders
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import offramp
+from offramp.errors import SpecError
+from offramp.passes import apply
+from offramp.program import Program, capture
+from offramp.program.compare import TOLERANCE
+from offramp.program.learners import Learners
+from offramp.program.ops import FIRST_LEARNERS, first_learners
+from offramp.program.program import evaluate
+
+FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
+CAPTURED = ["encoder", "labeller", "decoder", "two_stacks"]
+
+
+def records(program: Program) -> list[Learners]:
+    return [item for item in program.records if isinstance(item, Learners)]
+
+
+def weights(program: Program) -> dict[str, nn.Parameter]:
+    return {name: weight for name, weight in program.module.named_parameters() if name.startswith("learners.")}
+
+
+def text(program: Program, options: str = "") -> str:
+    """The pass on every stack."""
+    return ",".join(f"insert-acm{{stack={stack}{options}}}" for stack in program.stacks)
+
+
+def undecided(program: Program, seed: int = 0) -> Program:
+    """The program with gates that choose otherwise for each token."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in weights(program).items():
+            if ".gate." in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 2)
+    return program
+
+
+def fixed(program: Program, count: int) -> Program:
+    """The program whose tokens all take so many learners."""
+    with torch.no_grad():
+        for item in records(program):
+            bias = weights(program)[f"learners.{item.stack}.{item.block}.{item.site}.gate.1.bias"]
+            bias.copy_(torch.eye(len(bias))[count - item.least])
+    return program
+
+
+def chosen(program: Program, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """How many learners each token takes, by site."""
+    nodes = [program.nodes[item.choice] for item in records(program)]
+    values = evaluate(program.graph_module, nodes, program.fresh(inputs))
+    return [item.least + values[node].argmax(-1) for item, node in zip(records(program), nodes, strict=True)]
+
+
+# Fires
+
+
+@pytest.mark.parametrize("name", CAPTURED)
+def test_with_all_learners_it_is_the_model(name: str, request: pytest.FixtureRequest) -> None:
+    captured: tiny.Captured = request.getfixturevalue(name)
+    program = apply(captured.program, text(captured.program))
+    blocks = {stack.name: stack.blocks for stack in program.stacks.values()}
+    assert [(item.stack, item.block, item.site) for item in records(program)] == [
+        (stack, block, "mlp") for stack, count in blocks.items() for block in range(1, count + 1)
+    ]
+    tiny.assert_same(tiny.outputs(program.module, captured.inputs), captured.eager(), atol=1e-5)
+    assert all((counts == 4).all() for counts in chosen(program, captured.inputs))
+
+
+@pytest.mark.parametrize("order", ["importance", "given"])
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_fewer_learners_are_the_first_hidden_units(encoder: tiny.Captured, order: str, count: int) -> None:
+    program = fixed(apply(encoder.program, f"insert-acm{{blocks=2,order={order}}}"), count)
+    model = tiny.seeded(tiny.Encoder)
+    up, _, down = model.blocks[1].mlp
+    units = torch.arange(24)
+    if order == "importance":
+        units = (up.weight.norm(dim=1) * down.weight.norm(dim=0)).argsort(descending=True)
+    with torch.no_grad():
+        down.weight[:, units[count * 6 :]] = 0
+        expected = model(**encoder.inputs)
+    tiny.assert_same(tiny.outputs(program.module, encoder.inputs), expected, atol=1e-5)
+
+
+def test_weights_are_copies_that_equal_blocks_share() -> None:
+    program = capture(*FACTORIES["albert"]())
+    made = weights(apply(program, "insert-acm"))
+    assert len({name.split(".")[2] for name in made if ".gate." not in name}) == 1
+    assert len({name.split(".")[2] for name in made if ".gate." in name}) == program.stacks["encoder"].blocks
+
+
+def test_the_least_that_a_token_takes(encoder: tiny.Captured) -> None:
+    program = undecided(apply(encoder.program, "insert-acm{learners=3,least=1}"))
+    counts = torch.cat([each.flatten() for each in chosen(program, encoder.inputs)])
+    assert set(counts.tolist()) == {1, 2, 3}
+    assert "learners   mlp of block 2: 1 to 3 of 3" in str(program)
+
+
+def test_gates_get_the_gradient_of_what_learners_are_for(encoder: tiny.Captured) -> None:
+    program = undecided(apply(encoder.program, "insert-acm"))
+    program.module(**encoder.inputs)["logits"].square().sum().backward()
+    gates = {name: weight.grad for name, weight in weights(program).items() if ".gate.1." in name}
+    assert all(grad is not None and bool(grad.abs().max() > 0) for grad in gates.values())
+
+
+def test_straight_through_values_are_exactly_those_of_the_choice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, choice = torch.randn(3, 5, 10, generator=generator), torch.randn(3, 5, 4, generator=generator)
+    made = first_learners(hidden, choice.requires_grad_(), 4, 1)
+    learner = torch.arange(10) * 4 // 10
+    kept = learner < 1 + choice.argmax(-1, keepdim=True)
+    assert torch.equal(made, torch.where(kept, hidden, 0.0))
+    assert learner.bincount().tolist() == [3, 2, 3, 2]
+
+
+# Exported
+
+
+@pytest.mark.parametrize(
+    ("name", "then"),
+    [
+        *((name, then) for name in CAPTURED for then in ("", "insert-exits")),
+        ("decoder", "insert-cache"),
+        ("two_stacks", "insert-cache"),
+    ],
+)
+def test_a_bundle_computes_it(name: str, then: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    captured: tiny.Captured = request.getfixturevalue(name)
+    program = undecided(apply(captured.program, text(captured.program)))
+    counts = torch.cat([each.flatten() for each in chosen(program, captured.inputs)])
+    assert len(counts.unique()) > 2
+    steps = {"": "", "insert-cache": then, "insert-exits": ",".join(f"{then}{{stack={s}}}" for s in program.stacks)}
+    figures = offramp.save(apply(program, steps[then]), tmp_path / "m.offramp")
+    assert max(value for key, value in figures.items() if key != "tolerance") <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "vit", "wav2vec2", "llama", "gpt2", "t5", "bart", "whisper"])
+def test_models_of_transformers(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    given = capture(*FACTORIES[name]())
+    program = undecided(apply(given, text(given)))
+    figures = offramp.save(program, tmp_path / "m.offramp")
+    assert max(value for key, value in figures.items() if key != "tolerance") <= TOLERANCE
+
+
+def test_a_token_does_not_depend_on_its_batch(labeller: tiny.Captured, tmp_path: Path) -> None:
+    program = undecided(apply(labeller.program, "insert-acm"))
+    offramp.save(program, tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    arrays = {name: value.numpy() for name, value in labeller.inputs.items()}
+    together = chain.run(arrays).outputs["logits"]
+    for row in range(tiny.ROWS):
+        alone = chain.run({name: value[row : row + 1] for name, value in arrays.items()}).outputs["logits"]
+        np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+# Beside other passes
+
+
+def test_learners_go_with_their_blocks(encoder: tiny.Captured) -> None:
+    program = apply(encoder.program, "insert-acm,truncate{after=2}")
+    assert [item.block for item in records(program)] == [1, 2]
+    expected = tiny.outputs(apply(encoder.program, "truncate{after=2}").module, encoder.inputs)
+    tiny.assert_same(tiny.outputs(program.module, encoder.inputs), expected, atol=1e-5)
+
+
+def test_they_live_through_other_passes(decoder: tiny.Captured) -> None:
+    program = apply(decoder.program, "insert-acm,insert-exits{after=1|2},insert-scores,insert-cache,canonicalize")
+    assert [item.block for item in records(program)] == [1, 2, 3, 4]
+    assert all(program.nodes[item.hidden].target is FIRST_LEARNERS for item in records(program))
+
+
+def test_a_second_time_does_nothing(encoder: tiny.Captured) -> None:
+    program = apply(encoder.program, "insert-acm{blocks=1|3}")
+    result = offramp.InsertAcm(blocks=(1, 3), learners=2).run(program)
+    assert not result.modified
+    assert result.notes == (
+        "block 1 of stack 'encoder' has learners already",
+        "block 3 of stack 'encoder' has learners already",
+    )
+    assert [item.block for item in records(apply(program, "insert-acm"))] == [1, 3, 2, 4]
+
+
+# Refused
+
+
+class _Wide(tiny.Block):
+    """A block without a residual around its MLP."""
+
+    def forward(self, x: Tensor, mask: Any, memory: Any = None, reach: Any = None) -> Tensor:
+        return torch.as_tensor(self.mlp(self.norms[1](x + self.attend(self.norms[0](x), mask))))
+
+
+def test_without_a_residual_each_token_takes_one() -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        module.blocks = nn.ModuleList(_Wide() for _ in range(2))
+        return module
+
+    program = capture(tiny.seeded(make), tiny.text())
+    with pytest.raises(SpecError, match="least=0: no residual goes around the MLP of block 1 of stack 'encoder'"):
+        apply(program, "insert-acm")
+    assert len(records(apply(program, "insert-acm{least=1}"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("learners=1", "learners=1: a whole number, 2 or more"),
+        ("learners=25", "learners=25: the MLP of block 1 of stack 'encoder' has 24 hidden units"),
+        ("least=4", "least=4: from 0 to 3"),
+        ("least=-1", "least=-1"),
+        ("order=random", "order=.?random"),
+        ("blocks=0|2|5", r"blocks=0\|5: stack 'encoder' has the blocks 1 to 4"),
+        ("stack=other", "unknown stack 'other'"),
+    ],
+)
+def test_options_that_do_not_fit(encoder: tiny.Captured, options: str, reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        apply(encoder.program, f"insert-acm{{{options}}}")
+
+
+@pytest.mark.slow
+def test_a_block_without_an_mlp() -> None:
+    pytest.importorskip("transformers")
+    program = capture(*decoders.OTHERS["mixtral"]())
+    with pytest.raises(SpecError, match="block 1 of stack 'decoder' has no MLP: query, key, value, output"):
+        apply(program, "insert-acm")

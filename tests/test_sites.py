@@ -1,0 +1,173 @@
+"""Sites: MLPs and the projections around attentions, found by what reads what."""
+
+# mypy: disable-error-code="no-any-return"
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import architectures
+import decoders
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from offramp.passes import apply
+from offramp.program import Program, capture
+from offramp.program.analysis.sites import Site, attentions, block_flops, find_sites
+
+QKVO = ("query", "key", "value", "output")
+FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **decoders.REQUIRED, **decoders.OTHERS}
+KINDS = {
+    "bert": (*QKVO, "mlp"),
+    "albert": (*QKVO, "mlp"),
+    "vit": (*QKVO, "mlp"),
+    "wav2vec2": (*QKVO, "mlp"),
+    "gpt2": ("qkv", "output", "mlp"),
+    "llama": (*QKVO, "mlp"),
+    "phi": (*QKVO, "mlp"),
+    "whisper": (*QKVO, *QKVO, "mlp"),
+    "bart": (*QKVO, *QKVO, "mlp"),
+    "t5_gated": (*QKVO, *QKVO, "mlp"),
+    "mixtral": QKVO,  # experts are left alone
+}
+
+
+def sites(program: Program, stack: str | None = None) -> list[list[Site]]:
+    """The sites of each block of a stack, the last one where none is named."""
+    found, mixing = program.stacks[stack or list(program.stacks)[-1]], attentions(program.graph)
+    return [find_sites(program.own_nodes(found, index), mixing) for index in range(found.blocks)]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("bert", "gpt2", "llama") else pytest.mark.slow) for name in KINDS]
+)
+def test_kinds(name: str) -> None:
+    pytest.importorskip("transformers")
+    program = capture(*FACTORIES[name]())
+    found = sites(program)
+    for block in found:
+        assert sorted(site.kind for site in block) == sorted(KINDS[name])
+        for site in block:
+            assert site.gated == (site.kind == "mlp" and name in ("llama", "t5_gated"))
+            assert bool(site.inner) == (site.kind == "mlp")
+
+
+def test_the_sites_of_a_cached_decoder_are_those_of_the_program(decoder: tiny.Captured) -> None:
+    cached = apply(decoder.program, "insert-cache")
+    kinds = [[site.kind for site in block] for block in sites(decoder.program)]
+    assert kinds == [["query", "kv", "output", "mlp"]] * tiny.BLOCKS
+    assert [[site.kind for site in block] for block in sites(cached)] == kinds
+
+
+def test_what_a_site_is_made_of(encoder: tiny.Captured) -> None:
+    mixing = attentions(encoder.program.graph)
+    stack = encoder.program.stacks["encoder"]
+    block = encoder.program.own_nodes(stack, 2)
+    query, fused, output, mlp = find_sites(block, mixing)
+    assert [str(item.weight.target) for item in mlp.products] == ["blocks.2.mlp.0.weight", "blocks.2.mlp.2.weight"]
+    assert [(item.features, item.units) for item in mlp.products] == [(tiny.WIDTH, 24), (24, tiny.WIDTH)]
+    assert mlp.parameters == 2 * 24 * tiny.WIDTH + 24 + tiny.WIDTH
+    tokens = tiny.ROWS * tiny.TOKENS
+    assert mlp.flops == 2 * tokens * 2 * 24 * tiny.WIDTH
+    assert fused.flops == 2 * query.flops == 2 * output.flops
+    contractions = 2 * 2 * tokens * tiny.TOKENS * tiny.WIDTH
+    assert block_flops(block, mixing) == sum(site.flops for site in (query, fused, output, mlp)) + contractions
+
+
+def test_a_program_shows_them(encoder: tiny.Captured) -> None:
+    (line,) = [line for line in str(encoder.program).splitlines() if line.split()[0] == "sites"]
+    assert line.split(None, 1)[1] == "query 272 (13%), kv 544 (25%), output 272 (13%), mlp 808 (38%)"
+
+
+class _Block(nn.Module):
+    """Attention, and behind it what ``make`` says."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.attention, self.rest = tiny.Attention(), make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, None)
+        return x + self.rest(x)
+
+
+class _Product(nn.Module):
+    """``x @ w + b`` written out."""
+
+    def __init__(self, features: int, units: int) -> None:
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(features, units) / 4), nn.Parameter(torch.randn(units))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.w + self.b
+
+
+class _Scaled(nn.Module):
+    """Hidden units have factors of their own, and three products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(*sizes, bias=False) for sizes in ((16, 24), (16, 24), (24, 16)))
+        self.scale = nn.Parameter(torch.rand(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x) * self.scale)
+
+
+class _Normed(nn.Module):
+    """A norm mixes hidden units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(16, 24), nn.LayerNorm(24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.norm(F.gelu(self.up(x))))
+
+
+class _Read(nn.Module):
+    """What the hidden units are is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x))
+        return self.down(hidden) + hidden
+
+
+class _TwoInputs(nn.Module):
+    """The products that are multiplied read different values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x.sin()))
+
+
+MADE: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "matmul": (lambda: nn.Sequential(_Product(16, 24), nn.ReLU(), _Product(24, 16)), 1),
+    "deep": (lambda: nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 16)), 1),
+    "scaled": (_Scaled, 1),
+    "low rank": (lambda: nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16)), 0),
+    "normed": (_Normed, 0),
+    "read twice": (_Read, 0),
+    "two inputs": (_TwoInputs, 0),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_an_mlp(name: str) -> None:
+    make, count = MADE[name]
+    module = tiny.seeded(lambda: nn.Sequential(*(_Block(make) for _ in range(2))))
+    example: Any = {"input": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))}
+    for block in sites(capture(module, example)):
+        found = [site for site in block if site.kind == "mlp"]
+        assert len(found) == count
+        assert all(site.gated == (name == "scaled") for site in found)
