@@ -101,25 +101,24 @@ class InsertAcm(Pass):
 
     def _split(self, editor: Editor, site: Site, prefix: str, copies: dict[str, fx.Node]) -> None:
         """Let the site read copies of its weights, hidden units in the order of their learners."""
-        order = (
-            site.importance(editor.module).argsort(descending=True, stable=True)
-            if self.order == "importance"
-            else torch.arange(site.last.features)
-        )
-        changed = [(item.node, item.weight, item.units_axis) for item in site.first]
+        module, units = editor.module, site.last.features
+        order = torch.arange(units)
+        if self.order == "importance":
+            order = site.importance(module).argsort(descending=True, stable=True)
+        changed = [(item.reader, item.weight, item.units_axis) for item in site.first]
         changed += [(item.node, item.bias, 0) for item in site.first if item.bias is not None]
         for node in site.inner:
-            of_units = [
-                arg for arg in node.all_input_nodes if arg.op == "get_attr" and shape(arg)[-1:] == (len(order),)
+            changed += [
+                (node, arg, 0) for arg in node.all_input_nodes if arg.op == "get_attr" and shape(arg) == (units,)
             ]
-            changed += [(node, arg, 0) for arg in of_units]
-        changed.append((site.output, site.last.weight, 1 - site.last.units_axis))
+        changed.append((site.last.reader, site.last.weight, 1 - site.last.units_axis))
         for node, weight, axis in changed:
             target = str(weight.target)
             if target not in copies:
-                value = attribute(editor.module, target)
-                make = editor.parameter if isinstance(value, torch.nn.Parameter) else editor.buffer
-                copies[target] = make(f"{prefix}.{target}", value.detach().index_select(axis, order), editor[node.name])
+                value = attribute(module, target).detach()
+                places = torch.cat([order + start for start in range(0, value.shape[axis], units)])
+                make = editor.parameter if isinstance(attribute(module, target), torch.nn.Parameter) else editor.buffer
+                copies[target] = make(f"{prefix}.{target}", value.index_select(axis, places), editor[node.name])
             editor.replace_uses(editor[weight.name], copies[target], [editor[node.name]])
 
     def _gated(self, editor: Editor, site: Site, prefix: str) -> tuple[fx.Node, fx.Node]:
@@ -151,7 +150,10 @@ class InsertAcm(Pass):
         for name in before.outputs:
             error = relative_error(found[name], wanted[name]) if wanted[name].is_floating_point() else 0.0
             if not error <= TOLERANCE:
-                raise PassError(f"{self!r} changed the output {name!r} by {error:.1e}")
+                raise PassError(
+                    f"{self!r} changed the output {name!r} by {error:.1e}",
+                    hint="the model is sensitive to the order in which it adds up; order=given keeps that",
+                )
 
 
 def _known(program: Program, stack: str, block: int) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import offramp
-from offramp.errors import SpecError
+from offramp.errors import PassError, SpecError
 from offramp.passes import apply
 from offramp.program import Program, capture
 from offramp.program.compare import TOLERANCE
@@ -23,7 +23,7 @@ from offramp.program.learners import Learners
 from offramp.program.ops import FIRST_LEARNERS, first_learners
 from offramp.program.program import evaluate
 
-FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
+FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED, **decoders.OTHERS}
 CAPTURED = ["encoder", "labeller", "decoder", "two_stacks"]
 
 
@@ -149,7 +149,9 @@ def test_a_bundle_computes_it(name: str, then: str, tmp_path: Path, request: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "vit", "wav2vec2", "llama", "gpt2", "t5", "bart", "whisper"])
+@pytest.mark.parametrize(
+    "name", ["bert", "vit", "wav2vec2", "llama", "gpt2", "t5", "bart", "whisper", "phi3", "gemma2", "falcon"]
+)
 def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     given = capture(*FACTORIES[name]())
@@ -199,6 +201,15 @@ def test_a_second_time_does_nothing(encoder: tiny.Captured) -> None:
 # Refused
 
 
+@pytest.mark.slow
+def test_a_model_that_depends_on_the_order_of_a_sum() -> None:
+    pytest.importorskip("transformers")
+    program = capture(*architectures.OTHERS["mobilebert"]())
+    with pytest.raises(PassError, match=r"(?s)changed the output 'pooler_output' by .*order=given keeps that"):
+        apply(program, "insert-acm")
+    assert records(apply(program, "insert-acm{order=given}"))
+
+
 class _Wide(tiny.Block):
     """A block without a residual around its MLP."""
 
@@ -238,6 +249,6 @@ def test_options_that_do_not_fit(encoder: tiny.Captured, options: str, reason: s
 @pytest.mark.slow
 def test_a_block_without_an_mlp() -> None:
     pytest.importorskip("transformers")
-    program = capture(*decoders.OTHERS["mixtral"]())
+    program = capture(*FACTORIES["mixtral"]())
     with pytest.raises(SpecError, match="block 1 of stack 'decoder' has no MLP: query, key, value, output"):
         apply(program, "insert-acm")

@@ -31,8 +31,12 @@ KINDS = {
     "whisper": (*QKVO, *QKVO, "mlp"),
     "bart": (*QKVO, *QKVO, "mlp"),
     "t5_gated": (*QKVO, *QKVO, "mlp"),
+    "phi3": ("qkv", "output", "mlp"),  # both halves of a gated MLP are one product
+    "gemma2": (*QKVO, "mlp"),  # norms behind the MLP, too
+    "falcon": ("qkv", "output", "mlp"),  # weights are transposed in the graph
     "mixtral": QKVO,  # experts are left alone
 }
+GATED = ("llama", "t5_gated", "phi3", "gemma2")
 
 
 def sites(program: Program, stack: str | None = None) -> list[list[Site]]:
@@ -51,8 +55,9 @@ def test_kinds(name: str) -> None:
     for block in found:
         assert sorted(site.kind for site in block) == sorted(KINDS[name])
         for site in block:
-            assert site.gated == (site.kind == "mlp" and name in ("llama", "t5_gated"))
+            assert site.gated == (site.kind == "mlp" and name in GATED)
             assert bool(site.inner) == (site.kind == "mlp")
+            assert site.residual or site.kind not in ("mlp", "output")
 
 
 def test_the_sites_of_a_cached_decoder_are_those_of_the_program(decoder: tiny.Captured) -> None:
@@ -117,6 +122,30 @@ class _Scaled(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x) * self.scale)
 
 
+class _Halves(nn.Module):
+    """Both halves of a gated MLP by one product."""
+
+    def __init__(self, split: bool, first: int = 24) -> None:
+        super().__init__()
+        self.up, self.down, self.split, self.first = nn.Linear(16, 48), nn.Linear(first, 16), split, first
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.up(x)
+        gate, value = both.split(24, -1) if self.split else (both[..., : self.first], both[..., 24:])
+        return self.down(F.silu(gate) * value[..., : self.first])
+
+
+class _Transposed(nn.Module):
+    """Weights lie the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(24, 16) / 4), nn.Parameter(torch.randn(16, 24) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x @ self.up.T) @ self.down.T
+
+
 class _Normed(nn.Module):
     """A norm mixes hidden units."""
 
@@ -155,6 +184,10 @@ MADE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "matmul": (lambda: nn.Sequential(_Product(16, 24), nn.ReLU(), _Product(24, 16)), 1),
     "deep": (lambda: nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 24), nn.GELU(), nn.Linear(24, 16)), 1),
     "scaled": (_Scaled, 1),
+    "halves": (lambda: _Halves(split=True), 1),
+    "sliced halves": (lambda: _Halves(split=False), 1),
+    "less than halves": (lambda: _Halves(split=False, first=16), 0),
+    "transposed": (_Transposed, 1),
     "low rank": (lambda: nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16)), 0),
     "normed": (_Normed, 0),
     "read twice": (_Read, 0),
@@ -162,12 +195,21 @@ MADE: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+def of(make: Callable[[], nn.Module]) -> Program:
+    """Two blocks with that behind the attention."""
+    module = tiny.seeded(lambda: nn.Sequential(*(_Block(make) for _ in range(2))))
+    example: Any = {"input": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))}
+    return capture(module, example)
+
+
 @pytest.mark.parametrize("name", MADE)
 def test_what_is_an_mlp(name: str) -> None:
     make, count = MADE[name]
-    module = tiny.seeded(lambda: nn.Sequential(*(_Block(make) for _ in range(2))))
-    example: Any = {"input": torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))}
-    for block in sites(capture(module, example)):
+    program = of(make)
+    for block in sites(program):
         found = [site for site in block if site.kind == "mlp"]
         assert len(found) == count
-        assert all(site.gated == (name == "scaled") for site in found)
+        assert all(site.gated == (name in ("scaled", "halves", "sliced halves")) for site in found)
+        assert all(site.importance(program.graph_module).shape == (24,) for site in found)
+    if count == 1:  # every copy of a weight is in the order of the learners, or the pass refuses its own result
+        assert len(apply(program, "insert-acm{learners=5}").records) == 2

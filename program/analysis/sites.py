@@ -8,6 +8,7 @@ what it gives. All are found by what reads what: module paths and names say noth
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.attention_search import attention_sites
-from offramp.program.graph import ancestors, aten, attribute, data_inputs, expression, is_tensor, shape
+from offramp.program.graph import ancestors, aten, attribute, data_inputs, expression, is_tensor, read_by, shape
 from offramp.program.ops import ATTENTION
 
 #: "qkv" and "kv" are products that make several at once.
@@ -26,6 +27,8 @@ KINDS = ("mlp", "query", "key", "value", "qkv", "kv", "output")
 
 #: They neither mix features nor make new ones; what lies along the last axis before, does so behind them.
 _SAME_FEATURES = (aten.reshape.default, aten.dropout.default, aten._to_copy.default, aten.clone.default)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+_TRANSPOSES = (aten.permute.default, aten.transpose.int, aten.t.default)
 _LINEAR = (aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.neg.default, *_SAME_FEATURES)
 
 
@@ -38,6 +41,7 @@ class Product:
     weight: fx.Node
     bias: fx.Node | None
     units_axis: int  # of the weight
+    reader: fx.Node  # what reads the weight: the product, or what transposes it for the product alone
 
     @property
     def units(self) -> int:
@@ -54,9 +58,9 @@ class Product:
 class Site:
     """Products of one block that do one thing.
 
-    ``kind`` is one of `KINDS`. ``first`` are the products that read ``input``: one, or two in a gated MLP; of a
-    projection the only one. ``inner`` are the nodes between them and ``last``, in graph order, which change hidden
-    units one by one (none in a projection, whose ``last`` is its ``first``).
+    ``kind`` is one of `KINDS`. ``first`` are the products that read ``input``: one, or two in a gated MLP (or one that
+    makes both halves); of a projection the only one. ``inner`` are the nodes between them and ``last``, in graph order,
+    which change hidden units one by one (none in a projection, whose ``last`` is its ``first``).
     """
 
     kind: str
@@ -77,7 +81,11 @@ class Site:
     @property
     def gated(self) -> bool:
         """Whether two products are multiplied."""
-        return len(self.first) > 1
+        return sum(map(self.parts, self.first)) > 1
+
+    def parts(self, item: Product) -> int:
+        """How many times the hidden units are among what a first product makes."""
+        return item.units // self.last.features if self.inner else 1
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
@@ -97,16 +105,17 @@ class Site:
 
     @property
     def residual(self) -> bool:
-        """Whether the output goes, and nowhere else, into a sum with another value."""
-        node = self.output
-        while len(node.users) == 1:
-            (user,) = node.users
-            if user.target is aten.add.Tensor and all(
-                isinstance(arg, fx.Node) and arg.op != "get_attr" for arg in user.args
-            ):
-                return True
-            node = user
-        return False
+        """Whether the output, normalised perhaps, goes into sums with other values, and nowhere else."""
+        own, joins = {self.output}, list[fx.Node]()
+        for node in self.output.graph.nodes:
+            given = data_inputs(node)
+            if own.isdisjoint(given):
+                continue
+            if all(arg in own or not _of_inputs(arg) for arg in given):
+                own.add(node)
+            else:
+                joins.append(node)
+        return bool(joins) and all(node.target is aten.add.Tensor for node in joins)
 
     def importance(self, module: torch.nn.Module) -> torch.Tensor:
         """How much each hidden unit weighs, [units]: what it reads in each first product, times what it writes."""
@@ -114,7 +123,7 @@ class Site:
         def norms(item: Product, axis: int) -> torch.Tensor:
             weight = attribute(module, str(item.weight.target)).detach().float()
             found: torch.Tensor = torch.linalg.vector_norm(weight, dim=1 - axis)
-            return found
+            return found.reshape(-1, self.last.features).prod(0)
 
         weighs = norms(self.last, 1 - self.last.units_axis)
         for item in self.first:
@@ -160,11 +169,14 @@ def product(node: fx.Node) -> Product | None:
         data, weight, bias, axis = args[0], args[1], None, 1
     else:
         return None
+    reader = node
+    if weight.target in _TRANSPOSES and len(weight.users) == 1 and len(shape(weight)) == 2:
+        reader, weight, axis = weight, weight.args[0], 1 - axis
     if weight.op != "get_attr" or data.op == "get_attr" or len(shape(weight)) != 2:
         return None
     if bias is not None and (bias.op != "get_attr" or len(shape(bias)) != 1):
         return None
-    return Product(node, data, weight, bias, axis)
+    return Product(node, data, weight, bias, axis, reader)
 
 
 def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> int:
@@ -187,11 +199,9 @@ def _mlp(last: Product, products: dict[fx.Node, Product]) -> Site | None:
         return None
     first, inner = found
     read = {_stripped(item.data) for item in first}
-    units = {item.units for item in first} | {last.features}
+    parts = sorted(item.units / last.features for item in first)
     active = any(node.target not in _LINEAR for node in inner)
-    if not 0 < len(first) <= 2 or len(read) > 1 or len(units) > 1 or not active:
-        return None
-    if len({item.data for item in first}) > 1:
+    if parts not in ([1], [1, 1], [2]) or len(read) > 1 or len({item.data for item in first}) > 1 or not active:
         return None
     return Site("mlp", tuple(first), tuple(inner), last)
 
@@ -208,6 +218,9 @@ def _units(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Produc
         seen.add(node)
         if node in products:
             first.append(products[node])
+        elif (halved := _half(node, last.features)) is not None:
+            inner += halved[1:]
+            todo.append(halved[0])
         elif not _by_unit(node, last.features):
             return None
         else:
@@ -231,6 +244,25 @@ def _by_unit(node: fx.Node, units: int) -> bool:
     return pointwise and all(len(shape(weight)) <= 1 for weight in weights) and bool(data_inputs(node))
 
 
+def _half(node: fx.Node, units: int) -> list[fx.Node] | None:
+    """What a node is a half of, along the last axis, and the nodes that take it; None if it is none."""
+    args: list[Any] = list(node.args)
+    halves = [node]
+    if node.target is operator.getitem and args[0].target in _SPLITS:
+        halves, args = [args[0], node], list(args[0].args)
+        sizes = [expression(value.shape[-1]) for value in halves[0].meta["val"]]
+    elif node.target is aten.slice.Tensor and args[2:3] in ([0], [units]):
+        sizes = [units, units] if expression(shape(node)[-1]) == units else []
+        args = [args[0], None, args[1]]
+    else:
+        return None
+    rank = len(shape(args[0]))
+    axis = args[2] if len(args) > 2 else 0
+    if sizes != [units, units] or axis % rank != rank - 1 or expression(shape(args[0])[-1]) != 2 * units:
+        return None
+    return [args[0], *halves]
+
+
 def _projection(
     item: Product, block: Sequence[fx.Node], mixing: Sequence[AttentionSite], products: dict[fx.Node, Product]
 ) -> str | None:
@@ -245,6 +277,11 @@ def _projection(
             made += [kind for kind, node in parts.items() if item.node in ancestors([node], stop=others)]
     several = "".join(kind[0] for kind in ("query", "key", "value") if kind in made)
     return made[0] if len(several) == 1 else several if several in KINDS else None
+
+
+def _of_inputs(node: fx.Node) -> bool:
+    """Whether a value depends on what the model is given."""
+    return any(arg.op == "placeholder" for arg in read_by([node]))
 
 
 def _stripped(node: fx.Node) -> fx.Node:
