@@ -65,3 +65,12 @@ def time_first() -> Iterator[tiny.Captured]:
 def mixing() -> Iterator[tiny.Captured]:
     """No axis counts rows: the mean over the batch goes into every row."""
     yield from _lent(tiny.captured(tiny.Mixing, tiny.text()))
+
+
+#: Files of real models and of whole command lines. They come first, so that no worker is left with one at the end.
+_LONG = ("test_real_generators.py", "test_demo.py", "test_readme.py", "test_directories.py", "test_zoo_generators.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _LONG)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +12,7 @@ from typing import Any
 import bundles
 import clock
 import pytest
+from demos import needs, shown
 
 from offramp import cli, demo, zoo
 from offramp.bundle.manifest import MANIFEST_FILE
@@ -77,22 +77,6 @@ def test_speech_takes_one_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         speech.recording()
 
 
-def needs(model: str) -> None:
-    """Skip where the package that carries the weights is missing."""
-    try:
-        zoo.tokenizer_files(model)
-    except (zoo.PackageMissingError, ModuleNotFoundError) as error:
-        pytest.skip(str(error))
-
-
-def shown(*argv: str) -> str:
-    """What a demo prints, in a process of its own."""
-    command = [sys.executable, "-c", "from offramp.cli import main; raise SystemExit(main())", "demo", *argv]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 @pytest.mark.slow
 def test_sentiment(tmp_path: Path) -> None:
     needs("minilm")
@@ -115,19 +99,3 @@ def test_translation(tmp_path: Path) -> None:
     ratio = re.search(r"blocks on average, (\S+)x as fast as full depth", found)
     assert ratio is not None
     assert float(ratio[1]) > 1
-
-
-@pytest.mark.slow
-def test_speech(tmp_path: Path) -> None:
-    needs("whisper_base")
-    try:
-        speech.recording()
-    except zoo.PackageMissingError as error:
-        pytest.skip(str(error))
-    found = shown("speech", "-o", str(tmp_path / "demo.offramp"))
-    assert "ever failed. No matter. Try again." in found
-    assert "the same text" in found
-    short = re.search(r"for 19 tokens, (\d+) of them from the 10,000", found)
-    assert short is not None
-    assert int(short[1]) > 19 / 2
-    assert re.search(r"The decoder is \S+x as fast as full depth", found)

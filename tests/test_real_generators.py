@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import wave
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from demos import needs, shown
 
 import offramp
 from offramp import zoo
+from offramp.demo import _two_ways, speech
 from offramp.errors import OfframpError
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
@@ -75,10 +78,36 @@ def _best(module: Any, features: Any, generation: dict[str, Any], tokens: list[i
     return found
 
 
-@pytest.mark.parametrize("name", ["whisper_tiny_en", "whisper_base"])
-def test_transcripts_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def speech_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What ``offramp demo speech`` prints, and Whisper base at full depth, which it has saved."""
+    needs("whisper_base")
+    try:
+        speech.recording()
+    except OfframpError as error:
+        pytest.skip(str(error))
+    path = tmp_path_factory.mktemp("speech") / "demo.offramp"
+    return shown("speech", "-o", str(path)), _two_ways.full_of(path)
+
+
+def test_the_demo_of_speech(speech_demo: tuple[str, Path]) -> None:
+    found, _ = speech_demo
+    assert "ever failed. No matter. Try again." in found
+    assert "the same text" in found
+    short = re.search(r"for 19 tokens, (\d+) of them from the 10,000", found)
+    assert short is not None
+    assert int(short[1]) > 19 / 2
+    assert re.search(r"The decoder is \S+x as fast as full depth", found)
+
+
+@pytest.mark.parametrize("name", ["whisper_base", "whisper_tiny_en"])
+def test_transcripts_are_those_of_transformers(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     clips = _clips()
-    module, chain, _ = _bundle(name, tmp_path)
+    if name == "whisper_base":
+        (module, _), (_, path) = _loaded(name), request.getfixturevalue("speech_demo")
+        chain = offramp.load(path)
+    else:
+        module, chain, _ = _bundle(name, tmp_path)
     assert len(clips) == 8
     how: dict[str, Any] = dict(zoo.generation(name))
     alone: list[list[int]] = []
