@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import partial
 
@@ -13,6 +14,10 @@ from hypothesis import settings
 pytest_plugins = ["skips", "pytester"]
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it gives
+_CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+if _CORES and (_worker := os.environ.get("PYTEST_XDIST_WORKER")):
+    # A core for each worker: ONNX Runtime's threads would else wait for each other, each of them spinning.
+    os.sched_setaffinity(0, {_CORES[int(_worker.removeprefix("gw")) % len(_CORES)]})
 
 settings.register_profile("offramp", derandomize=True, database=None, deadline=None, max_examples=20)
 settings.load_profile("offramp")
