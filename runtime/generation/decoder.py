@@ -124,8 +124,6 @@ class Decoder:
             return Group(slots, values, total).last(counts)
         return Group(slots, values, total)
 
-    # exits
-
     def _decide(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> Decision:
         """What the policy says of the rows; nobody leaves where it is not asked."""
         asking = self._asking(span, branch, step)
@@ -205,11 +203,8 @@ class Decoder:
             return {}
         if made is not None and all(value in made for value in branch.results.values()):
             return {name: made[name][rows] for name in branch.results.values()}
-        if len(rows) < group.slots.size:
-            return self._through(span, group.slots[rows], group.last_tokens(self._along, np.array(rows)))
-        made = self._through(span, group.slots, group.last_tokens(self._along))  # no rows to pick: most steps have one
-        own = {name: made[name].copy() for name in branch.results.values() if name in group.values}
-        return made | own if own else made
+        made = self._through(span, group.slots[rows], group.last_tokens(self._along, np.array(rows)))
+        return made | {name: made[name].copy() for name in branch.results.values() if name in group.values}
 
     def _of_all(self, span: ChunkSpan, branch: Branch, group: Group) -> Values:
         """The exit's results for all tokens, [slots, chunk, ...]; a model that takes the last one runs one by one."""
