@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -9,11 +10,12 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError, SpecError
-from offramp.passes.infra.contract import Pass, PassResult, stack_named
+from offramp.passes.infra.contract import Pass, PassResult, numbers, stack_named
 from offramp.passes.infra.editor import Editor
+from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.sites import Site, attentions, find_sites
 from offramp.program.compare import TOLERANCE, relative_error
-from offramp.program.graph import aten, attribute, expression, shape
+from offramp.program.graph import aten, attribute, expression, shape, weights
 from offramp.program.learners import Learners
 from offramp.program.ops import FIRST_LEARNERS
 from offramp.program.program import Program
@@ -57,9 +59,10 @@ class InsertAcm(Pass):
             raise SpecError(f"least={self.least}: from 0 to {self.learners - 1}, one less than there are learners")
         if self.order not in _ORDERS:
             raise SpecError(f"order={self.order!r}: there are {', '.join(_ORDERS)}")
+        mixing = attentions(program.graph)
         for block in self._blocks(program, name):
             if not _known(program, name, block):
-                for site in _mlps(program, name, block):
+                for site in _mlps(program, name, block, mixing):
                     self._fits(site, f"the MLP of block {block} of stack {name!r}")
 
     def _fits(self, site: Site, where: str) -> None:
@@ -73,25 +76,23 @@ class InsertAcm(Pass):
 
     def _blocks(self, program: Program, stack: str) -> tuple[int, ...]:
         last = program.stacks[stack].blocks
-        if self.blocks == "all":
-            return tuple(range(1, last + 1))
-        found = tuple(self.blocks) if isinstance(self.blocks, (tuple, list)) else (self.blocks,)
-        wrong = [block for block in found if not isinstance(block, int) or not 0 < block <= last]
+        found, wrong = numbers(self.blocks, last)
         if wrong or not found:
             raise SpecError(f"blocks={'|'.join(map(str, wrong))}: stack {stack!r} has the blocks 1 to {last}")
-        return tuple(sorted(set(found)))
+        return found
 
     def run(self, program: Program) -> PassResult:
         """Split the MLPs that are whole."""
         name = stack_named(program, self.stack)
-        editor, copies = Editor(program, repr(self)), dict[str, fx.Node]()
+        editor, mixing = Editor(program, repr(self)), attentions(program.graph)
+        copies: dict[Any, fx.Node] = {}
         added: list[Learners] = []
         notes = []
         for block in self._blocks(program, name):
             if _known(program, name, block):
                 notes.append(f"block {block} of stack {name!r} has learners already")
                 continue
-            for index, site in enumerate(_mlps(program, name, block)):
+            for index, site in enumerate(_mlps(program, name, block, mixing)):
                 kind = site.kind if index == 0 else f"{site.kind}{index + 1}"
                 prefix = f"learners.{name}.{block}.{kind}"
                 self._split(editor, site, prefix, copies)
@@ -99,8 +100,11 @@ class InsertAcm(Pass):
                 added.append(Learners(name, block, kind, self.learners, self.least, choice.name, hidden.name))
         return editor.finish(tuple(notes), records=(*program.records, *added))
 
-    def _split(self, editor: Editor, site: Site, prefix: str, copies: dict[str, fx.Node]) -> None:
-        """Let the site read copies of its weights, hidden units in the order of their learners."""
+    def _split(self, editor: Editor, site: Site, prefix: str, copies: dict[Any, fx.Node]) -> None:
+        """Let the site read copies of its weights, hidden units in the order of their learners.
+
+        ``copies`` are those that have been made, by weight and order: sites that share weights share them.
+        """
         module, units = editor.module, site.last.features
         order = torch.arange(units)
         if self.order == "importance":
@@ -108,18 +112,16 @@ class InsertAcm(Pass):
         changed = [(item.reader, item.weight, item.units_axis) for item in site.first]
         changed += [(item.node, item.bias, 0) for item in site.first if item.bias is not None]
         for node in site.inner:
-            changed += [
-                (node, arg, 0) for arg in node.all_input_nodes if arg.op == "get_attr" and shape(arg) == (units,)
-            ]
+            changed += [(node, weight, 0) for weight in weights(node) if shape(weight) == (units,)]
         changed.append((site.last.reader, site.last.weight, 1 - site.last.units_axis))
         for node, weight, axis in changed:
-            target = str(weight.target)
-            if target not in copies:
-                value = attribute(module, target).detach()
+            target, key = str(weight.target), (weight.target, *order.tolist())
+            if key not in copies:
+                value = attribute(module, target)
                 places = torch.cat([order + start for start in range(0, value.shape[axis], units)])
-                make = editor.parameter if isinstance(attribute(module, target), torch.nn.Parameter) else editor.buffer
-                copies[target] = make(f"{prefix}.{target}", value.index_select(axis, places), editor[node.name])
-            editor.replace_uses(editor[weight.name], copies[target], [editor[node.name]])
+                make = editor.parameter if isinstance(value, torch.nn.Parameter) else editor.buffer
+                copies[key] = make(f"{prefix}.{target}", value.detach().index_select(axis, places), editor[node.name])
+            editor.replace_uses(editor[weight.name], copies[key], [editor[node.name]])
 
     def _gated(self, editor: Editor, site: Site, prefix: str) -> tuple[fx.Node, fx.Node]:
         """The gate's logits, and the units of the learners that it lets through."""
@@ -161,13 +163,13 @@ def _known(program: Program, stack: str, block: int) -> bool:
     return any(isinstance(item, Learners) and (item.stack, item.block) == (stack, block) for item in program.records)
 
 
-def _mlps(program: Program, stack: str, block: int) -> list[Site]:
-    """The MLPs of a block (from 1).
+def _mlps(program: Program, stack: str, block: int, mixing: Sequence[AttentionSite]) -> list[Site]:
+    """The MLPs of a block (from 1) of a program with these attentions.
 
     Raises:
         SpecError: there is none; the message says what is there.
     """
-    sites = find_sites(program.own_nodes(program.stacks[stack], block - 1), attentions(program.graph))
+    sites = find_sites(program.own_nodes(program.stacks[stack], block - 1), mixing)
     found = [site for site in sites if site.kind == "mlp"]
     if not found:
         raise SpecError(

@@ -103,6 +103,18 @@ def test_weights_are_copies_that_equal_blocks_share() -> None:
     assert len({name.split(".")[2] for name in made if ".gate." in name}) == program.stacks["encoder"].blocks
 
 
+def test_a_weight_that_blocks_share_has_an_order_for_each() -> None:
+    """What a unit writes differs, so what is most important does."""
+
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        module.blocks[2].mlp[0].weight = module.blocks[1].mlp[0].weight
+        return module
+
+    program = apply(capture(tiny.seeded(make), tiny.text()), "insert-acm{blocks=2|3}")
+    assert len({name for name in weights(program) if name.endswith("mlp.0.weight") and ".gate." not in name}) == 2
+
+
 def test_the_least_that_a_token_takes(encoder: tiny.Captured) -> None:
     program = undecided(apply(encoder.program, "insert-acm{learners=3,least=1}"))
     counts = torch.cat([each.flatten() for each in chosen(program, encoder.inputs)])

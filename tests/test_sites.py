@@ -157,6 +157,18 @@ class _Normed(nn.Module):
         return self.down(self.norm(F.gelu(self.up(x))))
 
 
+class _Folded(nn.Module):
+    """Factors of hidden units lie in a table of two axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.scale = nn.Parameter(torch.rand(2, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)) * self.scale.reshape(24))
+
+
 class _Read(nn.Module):
     """What the hidden units are is used twice."""
 
@@ -190,6 +202,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "transposed": (_Transposed, 1),
     "low rank": (lambda: nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16)), 0),
     "normed": (_Normed, 0),
+    "folded": (_Folded, 0),
     "read twice": (_Read, 0),
     "two inputs": (_TwoInputs, 0),
 }

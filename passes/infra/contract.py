@@ -92,13 +92,22 @@ def blocks_named(program: Program, stack: str, after: Any) -> tuple[int, ...]:
         SpecError: a count outside of the stack, or the full depth, which is no early exit.
     """
     last = program.stacks[stack].blocks
-    if after == "all":
-        return tuple(range(1, last))
-    counts = tuple(after) if isinstance(after, (tuple, list)) else (after,)
-    wrong = [count for count in counts if not isinstance(count, int) or not 0 < count < last]
+    counts, wrong = numbers(after, last - 1)
     if wrong or not counts:
         raise SpecError(
             f"after={_text(wrong)} is no place for an exit: stack {stack!r} has {last} blocks",
             hint=f"counts from 1 to {last - 1} (block {last} is full depth, always there), or all",
         )
-    return tuple(sorted(set(counts)))
+    return counts
+
+
+def numbers(given: Any, last: int) -> tuple[tuple[int, ...], list[Any]]:
+    """The numbers from 1 to ``last`` that an option names, each once, in order, and what it names beside them.
+
+    "all" stands for every one; one may stand alone.
+    """
+    if given == "all":
+        return tuple(range(1, last + 1)), []
+    found = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+    wrong = [item for item in found if not isinstance(item, int) or not 0 < item <= last]
+    return tuple(sorted({item for item in found if item not in wrong})), wrong

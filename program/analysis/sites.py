@@ -19,7 +19,17 @@ from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.attention_search import attention_sites
-from offramp.program.graph import ancestors, aten, attribute, data_inputs, expression, is_tensor, read_by, shape
+from offramp.program.graph import (
+    ancestors,
+    aten,
+    attribute,
+    data_inputs,
+    expression,
+    is_tensor,
+    read_by,
+    shape,
+    weights,
+)
 from offramp.program.ops import ATTENTION
 
 #: "qkv" and "kv" are products that make several at once.
@@ -95,8 +105,8 @@ class Site:
     @property
     def parameters(self) -> int:
         """How many numbers its weights and biases hold."""
-        weights = {w for item in self.products for w in (item.weight, item.bias) if w is not None}
-        return sum(math.prod(map(int, shape(weight))) for weight in weights)
+        held = {w for item in self.products for w in (item.weight, item.bias) if w is not None}
+        return sum(math.prod(map(int, shape(weight))) for weight in held)
 
     @property
     def flops(self) -> int:
@@ -143,8 +153,7 @@ def attentions(graph: fx.Graph) -> list[AttentionSite]:
 def find_sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> list[Site]:
     """The sites among the nodes of a block, in graph order; products that belong to none are left out."""
     products = {node: found for node in block if (found := product(node)) is not None}
-    sites: list[Site] = []
-    taken = set[fx.Node]()
+    sites, taken = list[Site](), set[fx.Node]()
     for item in products.values():
         mlp = _mlp(item, products)
         if mlp is not None and taken.isdisjoint(each.node for each in mlp.products):
@@ -181,8 +190,7 @@ def product(node: fx.Node) -> Product | None:
 
 def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> int:
     """Floating-point operations of a block's products and attentions on the example inputs; the rest is small."""
-    made = (found for node in block if (found := product(node)) is not None)
-    total = sum(2 * _numel(item.node) * item.features for item in made)
+    total = sum(2 * _numel(node) * item.features for node in block if (item := product(node)) is not None)
     inside = set(block)
     for site in mixing:
         if site.weights in inside:
@@ -198,10 +206,9 @@ def _mlp(last: Product, products: dict[fx.Node, Product]) -> Site | None:
     if found is None:
         return None
     first, inner = found
-    read = {_stripped(item.data) for item in first}
     parts = sorted(item.units / last.features for item in first)
     active = any(node.target not in _LINEAR for node in inner)
-    if parts not in ([1], [1, 1], [2]) or len(read) > 1 or len({item.data for item in first}) > 1 or not active:
+    if parts not in ([1], [1, 1], [2]) or len({item.data for item in first}) > 1 or not active:
         return None
     return Site("mlp", tuple(first), tuple(inner), last)
 
@@ -225,7 +232,7 @@ def _units(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Produc
             return None
         else:
             inner.append(node)
-            todo += [arg for arg in data_inputs(node) if arg.op != "get_attr"]
+            todo += data_inputs(node)
     inside = {*inner, *(item.node for item in first)}
     if any(user not in inside and user is not last.node for node in inside for user in node.users):
         return None
@@ -237,11 +244,12 @@ def _by_unit(node: fx.Node, units: int) -> bool:
     """Whether a call changes values along the last axis one by one."""
     if node.op != "call_function" or not is_tensor(node) or not shape(node) or expression(shape(node)[-1]) != units:
         return False
+    if any(len(shape(weight)) > 1 for weight in weights(node)):
+        return False
     if node.target in _SAME_FEATURES:
         return all(expression(shape(arg)[-1]) == units for arg in data_inputs(node))
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    weights = [arg for arg in node.all_input_nodes if arg.op == "get_attr"]
-    return pointwise and all(len(shape(weight)) <= 1 for weight in weights) and bool(data_inputs(node))
+    return pointwise and bool(data_inputs(node))
 
 
 def _half(node: fx.Node, units: int) -> list[fx.Node] | None:
@@ -256,8 +264,7 @@ def _half(node: fx.Node, units: int) -> list[fx.Node] | None:
         args = [args[0], None, args[1]]
     else:
         return None
-    rank = len(shape(args[0]))
-    axis = args[2] if len(args) > 2 else 0
+    axis, rank = args[2] if len(args) > 2 else 0, len(shape(args[0]))
     if sizes != [units, units] or axis % rank != rank - 1 or expression(shape(args[0])[-1]) != 2 * units:
         return None
     return [args[0], *halves]
@@ -282,13 +289,6 @@ def _projection(
 def _of_inputs(node: fx.Node) -> bool:
     """Whether a value depends on what the model is given."""
     return any(arg.op == "placeholder" for arg in read_by([node]))
-
-
-def _stripped(node: fx.Node) -> fx.Node:
-    """The value behind what keeps its features as they are."""
-    while node.target in _SAME_FEATURES:
-        node = data_inputs(node)[0]
-    return node
 
 
 def _numel(node: fx.Node) -> int:

@@ -39,7 +39,7 @@ class Group(NamedTuple):
         return Group(self.slots, values, wanted)
 
     def last_tokens(self, along: frozenset[str], rows: Index | None = None) -> Values:
-        """The last token of each of ``rows`` (None: of all): [rows, 1, ...]."""
+        """The last token of each of ``rows``, which are in order (None: of all): [rows, 1, ...]."""
         if rows is None or rows.size == self.counts.size:  # all, as in most steps
             if greatest(self.counts) == 1:
                 return self.values
