@@ -16,7 +16,7 @@ from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.sites import Site, attentions, find_sites
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import aten, attribute, expression, shape, weights
-from offramp.program.learners import Learners
+from offramp.program.learners import WIDTH, Learners
 from offramp.program.ops import FIRST_LEARNERS
 from offramp.program.program import Program
 
@@ -124,23 +124,37 @@ class InsertAcm(Pass):
             editor.replace_uses(editor[weight.name], copies[key], [editor[node.name]])
 
     def _gated(self, editor: Editor, site: Site, prefix: str) -> tuple[fx.Node, fx.Node]:
-        """The gate's logits, and the units of the learners that it lets through."""
+        """The gate's logits, and the units of the learners that it lets through.
+
+        ``W1 gelu(W0 x + b0 + width u0) + b1 + width u1``, whose last two make ``-(k - width learners)^2``, a constant
+        aside: until it is trained, each token takes as many as the width says, and all at width 1.
+        """
         hidden, x = editor[site.last.data.name], editor[site.input.name]
         features, dtype = int(shape(x)[-1]), x.meta["val"].dtype
         first = torch.empty(_GATE, features)
         torch.nn.init.xavier_uniform_(first, generator=torch.Generator().manual_seed(0))
-        choices = self.learners + 1 - self.least
-        values = {"0.weight": first, "0.bias": torch.zeros(_GATE), "1.weight": torch.zeros(choices, _GATE)}
-        values["1.bias"] = torch.eye(choices)[-1]
+        numbers_ = torch.arange(self.least, self.learners + 1.0)
+        values = {"0.weight": first, "0.bias": torch.zeros(_GATE), "0.width": torch.zeros(_GATE)}
+        values["1.weight"] = torch.zeros(len(numbers_), _GATE)
+        values |= {"1.bias": -(numbers_**2), "1.width": 2 * self.learners * numbers_}
         made: dict[str, Any] = {
             name: editor.parameter(f"{prefix}.{name}", value.to(dtype), hidden) for name, value in values.items()
         }
-        inner = editor.call(aten.linear.default, x, made["0.weight"], made["0.bias"], at=hidden)
-        inner = editor.call(aten.gelu.default, inner, at=inner)
-        choice = editor.call(aten.linear.default, inner, made["1.weight"], made["1.bias"], at=inner)
+        given, at = x, hidden
+        for layer in ("0", "1"):
+            by_width = editor.call(aten.mul.Tensor, made[f"{layer}.width"], self._width(editor, dtype), at=at)
+            bias = editor.call(aten.add.Tensor, made[f"{layer}.bias"], by_width, at=by_width)
+            choice = editor.call(aten.linear.default, given, made[f"{layer}.weight"], bias, at=bias)
+            given = at = editor.call(aten.gelu.default, choice, at=choice) if layer == "0" else choice
         kept = editor.call(FIRST_LEARNERS, hidden, choice, self.learners, self.least, at=choice)
         editor.replace_uses(hidden, kept, [editor[site.output.name]])
         return choice, kept
+
+    def _width(self, editor: Editor, dtype: torch.dtype) -> fx.Node:
+        """What all gates read, made by the first."""
+        known = [node for node in editor.graph.find_nodes(op="get_attr") if node.target == WIDTH]
+        first = next(node for node in editor.graph.nodes if node.op == "call_function")
+        return known[0] if known else editor.buffer(WIDTH, torch.ones(1, dtype=dtype), first)
 
     def ensures(self, before: Program, result: PassResult) -> None:
         """With all learners, the model computes on the example what it did."""

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from offramp.program.program import Program
 
 
+#: The tensor [1] that all gates read: the share of the learners that a token is to take on average, 1 for all.
+WIDTH = "learners.width"
+
+
 @dataclass(frozen=True)
 class Learners(Record):
     """A site that is split into ordered learners, of which each token takes the first ``least`` to ``learners``.

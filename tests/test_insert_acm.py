@@ -19,7 +19,7 @@ from offramp.errors import PassError, SpecError
 from offramp.passes import apply
 from offramp.program import Program, capture
 from offramp.program.compare import TOLERANCE
-from offramp.program.learners import Learners
+from offramp.program.learners import WIDTH, Learners
 from offramp.program.ops import FIRST_LEARNERS, first_learners
 from offramp.program.program import evaluate
 
@@ -51,11 +51,8 @@ def undecided(program: Program, seed: int = 0) -> Program:
 
 
 def fixed(program: Program, count: int) -> Program:
-    """The program whose tokens all take so many learners."""
-    with torch.no_grad():
-        for item in records(program):
-            bias = weights(program)[f"learners.{item.stack}.{item.block}.{item.site}.gate.1.bias"]
-            bias.copy_(torch.eye(len(bias))[count - item.least])
+    """The program whose untrained gates let each token take so many learners."""
+    program.module.get_buffer(WIDTH).fill_(count / records(program)[0].learners)
     return program
 
 
