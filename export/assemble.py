@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnxruntime
@@ -37,6 +37,7 @@ def save(
     *,
     segments: int | None = None,
     target: Target = "ort",
+    learners: Literal["dense", "grouped"] = "dense",
     generation: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
@@ -56,6 +57,8 @@ def save(
         segments: how many per stack; None makes every block a segment of its own. Exits always end a segment.
         target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
             length that is filled) or "portable" (ONNX's own, opset 24).
+        learners: how learners of ``insert-acm`` run: "dense" (all, and those that a token has not chosen count for
+            nothing) or "grouped" (each on the tokens that have chosen it).
         generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,
             ``template``.
         preprocessing: how text, sound and images become inputs: fields of `Preprocessing`.
@@ -87,7 +90,7 @@ def save(
     generates = section(Generation, {} if generation is None else generation)
     prepares = section(Preprocessing, {} if preprocessing is None else preprocessing)
     program = program.without_dropout()
-    lowered = prepared(program)
+    lowered = prepared(program, learners)
     plan = partition(lowered, segments)
     place.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
