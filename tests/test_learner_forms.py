@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -17,11 +18,13 @@ from test_insert_acm import undecided
 
 import offramp
 from offramp.bundle import directory
+from offramp.bundle.checks import problems_of
 from offramp.errors import PolicyError
 from offramp.passes import apply
 from offramp.runtime.policies import builtin
 
-FORMS = ("dense", "grouped")
+Form = Literal["dense", "grouped"]
+FORMS: tuple[Form, ...] = ("dense", "grouped")
 
 
 def arrays(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def test_operations_are_those_of_the_learners_that_ran(chains: dict[str, offramp
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_gates_that_are_not_trained_take_the_budget(form: str, labeller: tiny.Captured, tmp_path: Path) -> None:
+def test_gates_that_are_not_trained_take_the_budget(form: Form, labeller: tiny.Captured, tmp_path: Path) -> None:
     program = apply(labeller.program, "insert-acm{least=1}")
     offramp.save(program, tmp_path / "m.offramp", learners=form)
     chain = offramp.load(tmp_path / "m.offramp")
@@ -102,7 +105,7 @@ def test_gates_that_are_not_trained_take_the_budget(form: str, labeller: tiny.Ca
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("then", ["insert-cache", "insert-exits{after=1|3},insert-scores,insert-cache"])
-def test_generation(form: str, then: str, decoder: tiny.Captured, tmp_path: Path) -> None:
+def test_generation(form: Form, then: str, decoder: tiny.Captured, tmp_path: Path) -> None:
     """A narrower bundle generates what the program of that width does."""
     program = undecided(apply(decoder.program, "insert-acm"))
     offramp.save(apply(program, then), tmp_path / "m.offramp", learners=form)
@@ -152,3 +155,33 @@ def test_widths_that_make_no_sense(chains: dict[str, offramp.Chain]) -> None:
         offramp.Width(0.5, offramp.Width(0.5))
     with pytest.raises(PolicyError, match="is inside another policy"):
         chains["dense"].run(arrays(tiny.text()), offramp.Each({"encoder": offramp.Width(0.5)}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"stack": "other"}, "stack: there is no stack 'other'"),
+        ({"block": 5}, "block: stack 'encoder' has the blocks 1 to 4, not 5"),
+        ({"least": 4}, "least: 4 is none of 0 to 3"),
+        ({"flops": 0}, "flops: 0"),
+        ({"form": "sparse"}, "form: 'sparse' is none of dense, grouped"),
+        ({"count": "input_ids_"}, "count: nothing makes 'input_ids_'"),
+        ({"count": "encoder.1"}, "count: 'encoder.1' is float32, expected int64"),
+    ],
+)
+def test_manifests_that_contradict_themselves(
+    chains: dict[str, offramp.Chain], changes: dict[str, Any], problem: str
+) -> None:
+    manifest = chains["dense"].manifest
+    assert problems_of(manifest) == []
+    wrong = replace(manifest.learners["encoder.1.mlp"], **changes)
+    found = problems_of(replace(manifest, learners={**manifest.learners, "encoder.1.mlp": wrong}))
+    assert found == [f"learners.encoder.1.mlp.{problem}"]
+
+
+def test_a_manifest_without_a_width(chains: dict[str, offramp.Chain]) -> None:
+    manifest = chains["dense"].manifest
+    values = {**manifest.values, "learners_width": replace(manifest.values["learners_width"], shape=(2,))}
+    assert problems_of(replace(manifest, values=values)) == [
+        "learners: there is no value 'learners_width', float32 [1]"
+    ]
