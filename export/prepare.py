@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from offramp.export.lowering.merged_products import merge_products
 from offramp.export.lowering.pipeline import Step, rewrite
@@ -13,25 +14,26 @@ from offramp.export.lowering.rotary import fuse_rotary
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.verifier import verify
 from offramp.program.graph import attribute
-from offramp.program.learners import WIDTH, Learners
+from offramp.program.learners import FORMS, WIDTH, Learners
 from offramp.program.program import Program
 
 _log = logging.getLogger(__name__)
 
 
-def prepared(program: Program, learners: str = "dense") -> Program:
+def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) -> Program:
     """The program as it is lowered: the same computation, with the operators that have an ONNX form of their own.
 
     Names of cuts, inputs and outputs stay, and the nodes that records pin. Programs with caches change, since they are
-    run token by token, where time goes by the number of operators; and those with ``learners``, which are to have this
-    form, and whose width becomes an input. What looks like a rotation and is none is written to the log (debug).
+    run token by token, where time goes by the number of operators; and those with learners, whose width becomes an
+    input. ``forms`` are by the names of the nodes with their units, dense for those that are left out. What looks like
+    a rotation and is none is written to the log (debug).
     """
     known = [item for item in program.records if isinstance(item, Learners)]
     if program.cache is None and not known:
         return program
     editor, steps = Editor(program, "export"), dict[str, Step[Editor]]()
     if known:
-        steps["width"] = partial(_execution, records=known, form=learners)
+        steps["width"] = partial(_execution, records=known, forms=forms)
     if program.cache is not None:
         steps |= {"merge-products": merge_products, "fuse-rotary": _fuse_rotary}
     rewrite(editor, steps, "lowering", text=lambda edited: str(edited.graph))
@@ -43,11 +45,11 @@ def prepared(program: Program, learners: str = "dense") -> Program:
     return made
 
 
-def _execution(editor: Editor, records: Sequence[Learners], form: str) -> None:
-    """The learners in a form, and their width as an input."""
+def _execution(editor: Editor, records: Sequence[Learners], forms: Mapping[str, str]) -> None:
+    """The learners in their forms, and their width as an input."""
     for item in records:
         node = editor[item.hidden]
-        node.args = (*node.args, form)
+        node.args = (*node.args, forms.get(item.hidden, FORMS[0]))
     for width in editor.graph.find_nodes(op="get_attr"):
         if width.target == WIDTH:
             given = editor.input(WIDTH, attribute(editor.module, WIDTH))

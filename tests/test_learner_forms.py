@@ -19,7 +19,7 @@ from test_insert_acm import undecided
 import offramp
 from offramp.bundle import directory
 from offramp.bundle.checks import problems_of
-from offramp.errors import PolicyError
+from offramp.errors import ExportError, PolicyError
 from offramp.passes import apply
 from offramp.runtime.policies import builtin
 
@@ -136,7 +136,38 @@ def test_width_as_the_default_policy(labeller: tiny.Captured, tmp_path: Path) ->
     assert directory.read(tmp_path / "m.offramp")[0].policy == policy.to_dict()
 
 
+def test_the_faster_form_is_chosen_and_said(tmp_path: Path) -> None:
+    """Wide units of few tokens, and narrow ones: what is chosen is what was faster."""
+    wide = tiny.seeded(tiny.Encoder)
+    for block in wide.blocks:
+        block.mlp = tiny.seeded(
+            lambda: torch.nn.Sequential(torch.nn.Linear(16, 6000), torch.nn.GELU(), torch.nn.Linear(6000, 16))
+        )
+    for name, model in {"wide": wide, "narrow": tiny.seeded(tiny.Encoder)}.items():
+        program = apply(offramp.capture(model, tiny.text()), "insert-acm{blocks=1|2}")
+        offramp.save(program, tmp_path / name)
+        manifest, _ = directory.read(tmp_path / name)
+        times = manifest.provenance["learners"]
+        assert set(times) == set(manifest.learners) == {"encoder.1.mlp", "encoder.2.mlp"}
+        for site, item in manifest.learners.items():
+            assert times[site]["tokens"] == tiny.ROWS * tiny.TOKENS
+            assert item.form == min(FORMS, key=lambda form: times[site][form])
+        assert ("TopK" in operators(tmp_path / name)) == (manifest.learners["encoder.1.mlp"].form == "grouped")
+        assert manifest.learners["encoder.1.mlp"].form == {"wide": "grouped", "narrow": "dense"}[name]
+
+
+def test_with_caches_forms_are_timed_on_one_token(decoder: tiny.Captured, tmp_path: Path) -> None:
+    offramp.save(apply(decoder.program, "insert-acm,insert-cache"), tmp_path / "m.offramp")
+    manifest, _ = directory.read(tmp_path / "m.offramp")
+    assert [times["tokens"] for times in manifest.provenance["learners"].values()] == [1] * tiny.BLOCKS
+
+
 # Refused
+
+
+def test_a_form_that_is_not_there(encoder: tiny.Captured, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="learners='sparse': there are dense, grouped"):
+        offramp.save(encoder.program, tmp_path / "m.offramp", learners="sparse")  # type: ignore[arg-type]
 
 
 def test_a_bundle_without_learners(labeller: tiny.Captured, tmp_path: Path) -> None:

@@ -9,22 +9,25 @@ from typing import Any
 import torch
 from torch import fx
 
+from offramp.errors import ExportError
 from offramp.export.lowering.node_builder import Builder
 from offramp.export.lowering.table import lowering
 from offramp.program.analysis.products import Product
 from offramp.program.analysis.sites import Site, half, mlp
-from offramp.program.graph import aten, expression, is_tensor, is_weight, shape
+from offramp.program.graph import aten, expression, is_tensor, shape, source
 from offramp.program.ops import FIRST_LEARNERS
 
 
 @lowering(FIRST_LEARNERS)
 def _learners(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least: int, form: str = "dense") -> fx.Node:
-    """The hidden units as they are where the whole MLP became groups, else those that the token has not chosen as 0."""
-    site = mlp(next(iter(b.origin.users))) if form == "grouped" and b.origin is not None else None
-    if site is not None and _splits(site):
-        site.output.replace_all_uses_with(_grouped(b, site, choice, learners, least))
-        return hidden
-    return _dense(b, hidden, choice, learners, least)
+    """In the place of the whole MLP, or of the hidden units that a token has not chosen."""
+    if form == "dense" or b.origin is None:
+        return _dense(b, hidden, choice, learners, least)
+    site = mlp(next(iter(b.origin.users)))
+    if site is None:
+        raise ExportError(f"{b.origin} is no longer inside an MLP ({source(b.origin)})", hint='learners="dense"')
+    site.output.replace_all_uses_with(_grouped(b, site, choice, learners, least))
+    return hidden
 
 
 def _dense(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least: int) -> fx.Node:
@@ -36,17 +39,6 @@ def _dense(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least: i
     place = b.call(aten.add.Tensor, place, 1 - least)
     kept = b.call(aten.ge.Tensor, chosen, place)
     return b.call(aten.mul.Tensor, hidden, b.call(aten._to_copy.default, kept, dtype=hidden.meta["val"].dtype))
-
-
-def _splits(site: Site) -> bool:
-    """Whether nothing between the products depends on the token beside its hidden units."""
-    inside = {*site.inner, *(item.node for item in site.first)}
-    return all(
-        arg in inside or is_weight(arg) or not is_tensor(arg) or not shape(arg)
-        for node in site.inner
-        if node.target is not FIRST_LEARNERS
-        for arg in node.all_input_nodes
-    )
 
 
 def _grouped(b: Builder, site: Site, choice: fx.Node, learners: int, least: int) -> fx.Node:
