@@ -204,7 +204,19 @@ def test_padding_does_not_count(kind: Any) -> None:
     one, other = (losses(program, kind(teacher), given) for given in (plain, changed))
     torch.testing.assert_close(one, other)
     one, other = (losses(program, kind(teacher, mask=None), given) for given in (plain, changed))
-    assert all(float(abs(one[name] - other[name])) > 1e-5 for name in one)
+    assert all(abs(one[name] - other[name]).item() > 1e-5 for name in one)
+
+
+def test_a_mask_of_another_stack_is_not_read(two_stacks: tiny.Captured) -> None:
+    """Not even where both have as many tokens."""
+    teacher = two_stacks.program
+    program = offramp.apply(teacher, "insert-acm{stack=decoder}")
+    given = {**two_stacks.inputs, "source_ids": tiny.ids(), "source_mask": tiny.padding()}
+    one, other = (losses(program, LearnerDistillation(teacher, mask=mask), given) for mask in ("source_mask", None))
+    assert torch.equal(one["learners"], other["learners"])
+    both = offramp.apply(program, "insert-acm{stack=encoder}")
+    one, other = (losses(both, LearnerDistillation(teacher, mask=mask), given) for mask in ("source_mask", None))
+    assert not torch.allclose(one["learners"], other["learners"])
 
 
 def test_batches_are_not_kept() -> None:
@@ -265,7 +277,8 @@ def test_gates_keep_the_width_and_choose_better_than_all_alike() -> None:
     together = {name: torch.cat([each[name] for each in given]) for name in given[0]}
     counts = together["attention_mask"].bool()
     errors = site_errors(program, teacher, together)[:, :, counts]  # [sites, counts, tokens]
-    residual = ObjectiveModule(teacher, Objective()).values(teacher.stacks["encoder"].cuts, together)
+    with torch.no_grad():
+        residual = ObjectiveModule(teacher, Objective()).values(teacher.stacks["encoder"].cuts, together)
     sizes = [residual[cut].square().sum(-1)[counts] for cut in teacher.stacks["encoder"].cuts[1:]]
     errors = errors / torch.stack(sizes)[:, None]
     alike = errors.mean((0, 2))  # [counts]
