@@ -33,6 +33,7 @@ from offramp.training import (
     Together,
     WidthBudget,
     fit,
+    width_objectives,
 )
 from offramp.training.learner_sites import learner_sites, width
 from offramp.training.objective_module import ObjectiveModule
@@ -294,6 +295,32 @@ def test_gates_keep_the_width_and_choose_better_than_all_alike() -> None:
     assert float(means.max() - means.min()) > 0.1  # sites differ
 
 
+def test_labels_are_of_errors_over_the_hidden_state_and_of_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, halves = pair("{blocks=1,learners=2}")
+    program = offramp.apply(halves, "insert-acm{blocks=3,least=1}")
+    given, seen = batch(), list[Any]()
+
+    def spy(errors: Any, costs: Any, share: float) -> list[Tensor]:
+        seen.append((share, errors, [cost.tolist() for cost in costs]))
+        return allocate(errors, costs, share)
+
+    monkeypatch.setattr(width_objectives, "allocate", spy)
+    losses(program, GateDistillation(teacher, low=0.2, high=0.6, draws=2), given)
+    (first, errors, costs), (second, *_) = seen
+    assert 0.2 <= first <= 0.4 <= second <= 0.6
+    one = 2 * 2 * 24 * 16 / 4
+    assert costs == [[0, 2 * one, 4 * one], [one, 2 * one, 3 * one, 4 * one]]
+    counts = given["attention_mask"].bool()
+    cuts = [teacher.stacks["encoder"].cuts[block] for block in (1, 3)]
+    with torch.no_grad():
+        residual = ObjectiveModule(teacher, Objective()).values(cuts, given)
+    for item, cut, found in zip(learner_sites(program), cuts, errors, strict=True):
+        assert len(found) == counts.sum()
+        alone = dataclasses.replace(program, records=(item.learners,))
+        wanted = site_errors(alone, teacher, given)[0] / residual[cut].square().sum(-1)
+        torch.testing.assert_close(found, wanted[:, counts].T)
+
+
 def test_widths_are_drawn_anew_each_step_and_the_same_again() -> None:
     teacher, program = pair()
     found = [float(losses(program, GateDistillation(teacher), step=step)["gates"].detach()) for step in (0, 1, 0)]
@@ -361,12 +388,15 @@ def test_time_first_rows_are_samples() -> None:
     """Samples lie along the second axis; each has a budget of its own."""
     _, program = pair(make=tiny.TimeFirst)
     program = undecided(program)
-    found = losses(program, WidthBudget(_Nothing(), low=0.5, high=0.5, diversity=1), {"x": tiny.signal()})
+    given: Batch = {
+        "x": torch.randn(7, 5, 16, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 6)[:, None]
+    }
+    found = losses(program, WidthBudget(_Nothing(), low=0.5, high=0.5, diversity=1), given)
     nodes = [site.learners.choice for site in learner_sites(program)]
-    given: Batch = {"x": tiny.signal()}
     values = ObjectiveModule(program, Objective()).values(nodes, given, width(program, 0.5, given["x"]))
     shares = torch.stack([values[name].argmax(-1) for name in nodes]).float().mean((0, 1)) / 4
-    assert float(found["diversity"].detach()) == pytest.approx(-float(abs(shares[0] - shares[1])), abs=1e-6)
+    between = abs(shares[:, None] - shares).sum() / 20
+    assert found["diversity"].item() == pytest.approx(-between.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("train", ["added", "all"])
@@ -396,6 +426,7 @@ def test_the_teacher_stays_where_all_is_trained() -> None:
     shared = ObjectiveModule(program, WidthBudget(teacher=teacher))
     assert not torch.equal(shared.taught(["logits"], batch())["logits"], kept)
     assert not apart.train().teacher.training  # type: ignore[union-attr]
+    assert not kept.requires_grad
 
 
 def test_labels_and_the_teacher_together() -> None:
