@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from offramp.errors import SpecError
-from offramp.program.analysis.sites import Product, product
-from offramp.program.graph import data_inputs, expression, placeholders, results, shape
+from offramp.program.analysis.sites import mlp
+from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.learners import WIDTH, Learners
 from offramp.program.program import Program
 from offramp.training.losses import Values
@@ -80,36 +80,19 @@ def learner_sites(program: Program) -> list[LearnerSite]:
 
 def _site(program: Program, item: Learners) -> LearnerSite:
     masked = program.nodes[item.hidden]
-    last = next((made for user in masked.users if (made := product(user)) is not None), None)
-    hidden: Any = masked.args[0]
-    first = _first(hidden)
-    if last is None or not first:
+    found = next((site for user in masked.users if (site := mlp(user)) is not None), None)
+    if found is None:
         raise SpecError(
             f"{item.site} of block {item.block} of stack {item.stack!r} is no MLP any more",
             hint="train right after insert-acm, other passes then",
         )
-    weights = sum(made.units * made.features for made in (*first, last))
+    hidden: Any = masked.args[0]
+    last = found.last
     bias = None if last.bias is None else last.bias.name
+    flops = 2 * sum(made.units * made.features for made in found.products) / item.learners
     return LearnerSite(
-        item, first[0].data.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis,
-        2 * weights / item.learners,
-    )  # fmt: skip
-
-
-def _first(hidden: fx.Node) -> list[Product]:
-    """The products that hidden units come from."""
-    found, todo, seen = list[Product](), [hidden], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        made = product(node)
-        if made is None:
-            todo += data_inputs(node)
-        else:
-            found.append(made)
-    return found
+        item, found.input.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis, flops
+    )
 
 
 def check_teacher(program: Program, teacher: Program) -> None:
