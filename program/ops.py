@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -105,8 +107,10 @@ def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int, fo
     chosen = hard + (soft - soft.detach())
     at_least = chosen.flip(-1).cumsum(-1).flip(-1)  # at place i: that k is least + i or more
     units = hidden.shape[-1]
-    places = (torch.arange(units, device=hidden.device) * learners // units + 1 - least).clamp(min=0)
-    return hidden * at_least[..., places].to(hidden.dtype)
+    bounds = [-(-learner * units // learners) for learner in range(learners + 1)]
+    parts = hidden.split([stop - start for start, stop in pairwise(bounds)], -1)
+    takes = [at_least[..., max(0, learner - least), None].to(hidden.dtype) for learner in range(1, learners + 1)]
+    return torch.cat([part * takes_part for part, takes_part in zip(parts, takes, strict=True)], -1)
 
 
 _library.impl("append", append, "CompositeImplicitAutograd")

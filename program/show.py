@@ -75,7 +75,8 @@ def _sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> str:
     """The sites of a block: their parameters, and their shares of its floating-point operations."""
     total, found = block_flops(block, mixing), dict[str, list[Site]]()
     for site in find_sites(block, mixing):
-        found.setdefault(site.kind, []).append(site)
+        if not site.split:  # those have lines of their own
+            found.setdefault(site.kind, []).append(site)
     parts = []
     for kind, sites in found.items():
         parameters, flops = sum(site.parameters for site in sites), sum(site.flops for site in sites)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import offramp
 from offramp.errors import PassError, SpecError
 from offramp.passes import apply
+from offramp.passes.acm.factors import factors
 from offramp.program import Program, capture
 from offramp.program.compare import TOLERANCE
 from offramp.program.learners import WIDTH, Learners
@@ -78,15 +79,20 @@ def test_with_all_learners_it_is_the_model(name: str, request: pytest.FixtureReq
     assert all((counts == 4).all() for counts in chosen(program, captured.inputs))
 
 
-@pytest.mark.parametrize("order", ["importance", "given"])
+@pytest.mark.parametrize("order", ["activation", "importance", "given"])
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_fewer_learners_are_the_first_hidden_units(encoder: tiny.Captured, order: str, count: int) -> None:
     program = fixed(apply(encoder.program, f"insert-acm{{blocks=2,order={order}}}"), count)
     model = tiny.seeded(tiny.Encoder)
-    up, _, down = model.blocks[1].mlp
+    up, gelu, down = model.blocks[1].mlp
     units = torch.arange(24)
     if order == "importance":
         units = (up.weight.norm(dim=1) * down.weight.norm(dim=0)).argsort(descending=True)
+    if order == "activation":
+        seen: list[Tensor] = []
+        with gelu.register_forward_hook(lambda module, given, made: seen.append(made)):
+            model(**encoder.inputs)
+        units = (seen[0].square().mean((0, 1)) * down.weight.square().sum(0)).argsort(descending=True)
     with torch.no_grad():
         down.weight[:, units[count * 6 :]] = 0
         expected = model(**encoder.inputs)
@@ -180,6 +186,63 @@ def test_a_token_does_not_depend_on_its_batch(labeller: tiny.Captured, tmp_path:
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6)
 
 
+# Projections
+
+
+def test_projections_are_factors_of_equal_cost(encoder: tiny.Captured) -> None:
+    program = apply(encoder.program, "insert-acm{blocks=2,sites=projections}")
+    assert {item.site: item.least for item in records(program)} == {"query": 1, "kv": 1, "output": 0}
+    made = weights(program)
+    assert made["learners.encoder.2.query.first"].shape == (8, tiny.WIDTH)
+    assert made["learners.encoder.2.query.second"].shape == (tiny.WIDTH, 8)
+    assert made["learners.encoder.2.kv.first"].shape == (11, tiny.WIDTH)  # 11 * (16 + 32) is 16 * 32 and a little
+    again = apply(program, "insert-acm{blocks=2,sites=mlp|projections}")
+    assert [item.site for item in records(again)] == ["query", "kv", "output", "mlp"]
+    assert "learners   kv of block 2: 1 to 4 of 4" in str(program)
+
+
+def test_factors_are_the_best_of_their_rank_for_what_the_projection_reads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(20, 12, generator=generator)
+    data = torch.randn(500, 12, generator=generator) * torch.logspace(0, -3, 12)
+    for count in (1, 3, 6):
+        first, second = factors(weight, 6, data)
+        plain, also = factors(weight, 6, None)
+        wanted = data @ weight.T
+        error = (wanted - data @ first[:count].T @ second[:, :count].T).norm()
+        assert error < 0.7 * (wanted - data @ plain[:count].T @ also[:, :count].T).norm()
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    torch.testing.assert_close(also @ plain, (left[:, :6] * values[:6]) @ right[:6], rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_of_low_rank_is_what_it_was(encoder: tiny.Captured) -> None:
+    """Factors of half the rank hold all of it."""
+
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        attention = module.blocks[0].attention
+        for linear in (attention.q, attention.out):
+            linear.weight.data = torch.randn(16, 5) @ torch.randn(5, 16) / 10
+        return module
+
+    captured = tiny.captured(make, tiny.text())
+    program = apply(captured.program, "insert-acm{blocks=1,sites=query|output}")
+    tiny.assert_same(tiny.outputs(program.module, captured.inputs), captured.eager(), atol=1e-4)
+    narrow = tiny.outputs(fixed(program, 1).module, captured.inputs)
+    assert not torch.allclose(narrow["logits"], captured.eager()["logits"], atol=1e-2)
+
+
+@pytest.mark.parametrize("form", ["dense", "grouped"])
+@pytest.mark.parametrize("name", ["encoder", "decoder", "two_stacks"])
+def test_a_bundle_with_learners_everywhere(
+    name: str, form: Any, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    captured: tiny.Captured = request.getfixturevalue(name)
+    program = undecided(apply(captured.program, text(captured.program, ",sites=mlp|projections")))
+    figures = offramp.save(program, tmp_path / "m.offramp", learners=form)
+    assert max(value for key, value in figures.items() if key != "tolerance") <= TOLERANCE
+
+
 # Beside other passes
 
 
@@ -215,7 +278,7 @@ def test_a_model_that_depends_on_the_order_of_a_sum() -> None:
     pytest.importorskip("transformers")
     program = capture(*architectures.OTHERS["mobilebert"]())
     with pytest.raises(PassError, match=r"(?s)changed the output 'pooler_output' by .*order=given keeps that"):
-        apply(program, "insert-acm")
+        apply(program, "insert-acm{order=importance}")
     assert records(apply(program, "insert-acm{order=given}"))
 
 
@@ -234,8 +297,8 @@ def test_without_a_residual_each_token_takes_one() -> None:
 
     program = capture(tiny.seeded(make), tiny.text())
     with pytest.raises(SpecError, match="least=0: no residual goes around the MLP of block 1 of stack 'encoder'"):
-        apply(program, "insert-acm")
-    assert len(records(apply(program, "insert-acm{least=1}"))) == 2
+        apply(program, "insert-acm{least=0}")
+    assert [item.least for item in records(apply(program, "insert-acm"))] == [1, 1]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +309,8 @@ def test_without_a_residual_each_token_takes_one() -> None:
         ("least=4", "least=4: from 0 to 3"),
         ("least=-1", "least=-1"),
         ("order=random", "order=.?random"),
+        ("sites=mlp|head", "sites=head: there are projections, mlp, query"),
+        ("sites=qkv", "block 1 of stack 'encoder' has no qkv: query, kv, output, mlp"),
         ("blocks=0|2|5", r"blocks=0\|5: stack 'encoder' has the blocks 1 to 4"),
         ("stack=other", "unknown stack 'other'"),
     ],

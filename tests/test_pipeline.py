@@ -42,7 +42,13 @@ _after = st.just("all") | _counts
 _passes: dict[type[Pass], st.SearchStrategy[Pass]] = {
     Canonicalize: st.builds(Canonicalize),
     InsertAcm: st.builds(
-        InsertAcm, _stacks, _after, st.integers(2, 9), st.integers(0, 1), st.sampled_from(["importance", "given"])
+        InsertAcm,
+        _stacks,
+        _after,
+        st.just("mlp") | st.lists(st.sampled_from(["mlp", "projections", "query"]), min_size=2, unique=True).map(tuple),
+        st.integers(2, 9),
+        st.none() | st.integers(0, 1),
+        st.sampled_from(["activation", "importance", "given"]),
     ),
     InsertAdapter: st.builds(InsertAdapter, _stacks, _after, st.sampled_from(KINDS), st.none() | st.integers(1, 999)),
     InsertCache: st.just(InsertCache()),

@@ -135,7 +135,7 @@ def test_learners_learn_and_nothing_else_does() -> None:
     before, frozen, still = site_errors(program, teacher, batch()), digest(program, of_added=False), gates(program)
     curve = fit(program, batches(), LearnerDistillation(teacher), epochs=10, rate=3e-3, log_every=40)
     after = site_errors(program, teacher, batch())
-    assert curve[-1].loss < 0.6 * curve[0].loss
+    assert curve[-1].loss < 0.8 * curve[0].loss
     assert (after[:, 1:4].flatten(2).mean(-1) < 0.8 * before[:, 1:4].flatten(2).mean(-1)).all()
     assert digest(program, of_added=False) == frozen
     assert all(torch.equal(weight, still[name]) for name, weight in gates(program).items())

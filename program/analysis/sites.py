@@ -71,6 +71,11 @@ class Site:
         """Whether two products are multiplied."""
         return sum(map(self.parts, self.first)) > 1
 
+    @property
+    def split(self) -> bool:
+        """Whether it has learners."""
+        return any(node.target is FIRST_LEARNERS for node in self.inner)
+
     def parts(self, item: Product) -> int:
         """How many times the hidden units are among what a first product makes."""
         return item.units // self.last.features if self.inner else 1

@@ -1,0 +1,1 @@
+"""How sites become learners: hidden units in an order, projections as factors."""

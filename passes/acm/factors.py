@@ -1,0 +1,56 @@
+"""A projection as two factors, whose inner values are ordered by how much they carry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from offramp.passes.infra.editor import Editor
+from offramp.program.analysis.products import Product
+from offramp.program.graph import aten, attribute
+
+_SHRINK = 0.1  # towards inputs that are alike in all directions: an example has fewer tokens than there may be features
+
+
+def rank(item: Product) -> int:
+    """How many inner values two factors have that cost what the product costs."""
+    return round(item.features * item.units / (item.features + item.units))
+
+
+def factors(weight: Tensor, count: int, data: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``[count, features]`` and ``[units, count]``, whose product is nearest to ``weight`` [units, features].
+
+    With ``data`` [tokens, features] nearest in what it makes of those: by the singular vectors of ``weight C^(1/2)``,
+    where ``C`` are the data's second moments (as in SVD-LLM, arXiv 2403.07378). The first inner values carry most.
+    """
+    root = torch.eye(weight.shape[1], dtype=torch.float64)
+    if data is not None:
+        moments = data.double().T @ data.double() / max(1, len(data))
+        scale = float(moments.trace()) / len(moments)
+        if scale > 0:
+            root = torch.linalg.cholesky((1 - _SHRINK) * moments / scale + _SHRINK * root)
+    left, values, right = torch.linalg.svd(weight.double() @ root, full_matrices=False)
+    left, values, right = left[:, :count], values[:count].sqrt(), right[:count]
+    first = torch.linalg.solve_triangular(root, values[:, None] * right, upper=False, left=False)
+    return first.to(weight.dtype), (left * values).to(weight.dtype)
+
+
+def factorize(
+    editor: Editor, item: Product, prefix: str, data: Tensor | None, copies: dict[Any, fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """Write the projection as two factors behind it, which nothing reads yet: the inner values, and their product.
+
+    ``copies`` are factors that have been made, by weight: blocks that share weights share them.
+    """
+    node = editor[item.node.name]
+    key = (item.weight.target, "factors")
+    if key not in copies:
+        weight = attribute(editor.module, str(item.weight.target)).detach()
+        first, second = factors(weight if item.units_axis == 0 else weight.T, rank(item), data)
+        copies[key] = editor.parameter(f"{prefix}.first", first, node)
+        copies[(*key, 1)] = editor.parameter(f"{prefix}.second", second, node)
+    inner = editor.call(aten.linear.default, editor[item.data.name], copies[key], at=node)
+    bias = [editor[item.bias.name]] if item.bias is not None else []
+    return inner, editor.call(aten.linear.default, inner, copies[(*key, 1)], *bias, at=inner)
