@@ -19,16 +19,20 @@ if TYPE_CHECKING:
         Together,
     )
     from offramp.training.weights import load_weights, save_weights
+    from offramp.training.width_objectives import GateDistillation, LearnerDistillation, WidthBudget
 
 __all__ = [
     "CrossEntropy",
     "CurvePoint",
     "DeepSupervision",
     "DepthWeighted",
+    "GateDistillation",
     "LearnedGates",
+    "LearnerDistillation",
     "Objective",
     "SelfDistillation",
     "Together",
+    "WidthBudget",
     "fit",
     "load_weights",
     "remember",
@@ -48,6 +52,7 @@ _MODULES = {
         "Together",
     ),
     "weights": ("load_weights", "save_weights"),
+    "width_objectives": ("GateDistillation", "LearnerDistillation", "WidthBudget"),
 }
 
 if not TYPE_CHECKING:

@@ -111,8 +111,8 @@ def fit(
     )
     length = len(batches) // accelerator.num_processes if isinstance(batches, Sized) else 0
     total = _total(length, epochs, steps, accumulate)
-    model = ObjectiveModule(program, objective)
-    asked = [(weight, weight.requires_grad) for weight in program.graph_module.parameters()]
+    model = ObjectiveModule(program, objective, apart=train == "all")
+    asked = [(weight, weight.requires_grad) for weight in model.parameters()]
     weights = _chosen(program, model, train)
     home = next(model.parameters()).device
     made = optimizer(list(weights.values())) if optimizer else torch.optim.AdamW(weights.values(), rate, weight_decay=0)
@@ -157,8 +157,9 @@ def _chosen(program: Program, model: ObjectiveModule, train: str) -> dict[str, t
             "the passes have added no weights to train",
             hint="insert-adapter, insert-scores{measure=learned} or insert-exits{head=own}; or train='all'",
         )
-    for name, weight in every.items():
-        weight.requires_grad_(name in chosen)
+    model.requires_grad_(False)
+    for name in chosen:
+        every[name].requires_grad_(True)
     return chosen
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -20,22 +22,42 @@ class ObjectiveModule(torch.nn.Module):
 
     A batch may hold values of the nodes that the program's stacks and records refer to, hidden states say, under the
     nodes' names (see `remember`): what makes them does not run, and inputs that only that would read may be left out.
+
+    The objective's teacher is part of it, so that it is where the program is; it is frozen and in eval mode. With
+    ``apart`` it has weights of its own: those that it shares with the program would be trained with it.
     """
 
-    def __init__(self, program: Program, objective: Objective) -> None:
+    def __init__(self, program: Program, objective: Objective, *, apart: bool = False) -> None:
         super().__init__()
         self.module = program.module
         self.program, self.objective = program, objective
+        teacher = objective.teacher
+        if teacher is not None and apart:
+            teacher = replace(teacher, graph_module=copy.deepcopy(teacher.graph_module))
+        self.teacher = None if teacher is None else ObjectiveModule(teacher, Objective())
         self._parts: dict[tuple[tuple[str, ...], ...], fx.GraphModule] = {}
+
+    def train(self, mode: bool = True) -> ObjectiveModule:
+        """The program's mode; a teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
 
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The losses by name; their sum is what is minimised."""
-        values = self.values(self.objective.wants(self.program, step), batch)
-        return self.objective.losses(self.program, values, batch)
+        return self.objective.compute(self, batch, step)
 
-    def values(self, wanted: Iterable[str], batch: Batch) -> dict[str, Tensor]:
-        """Outputs of the program, or values of nodes, by name."""
-        known = tuple(sorted(self.program.pinned & batch.keys()))
+    def taught(self, wanted: Iterable[str], batch: Batch) -> dict[str, Tensor]:
+        """What the teacher makes of a batch, by name as in `values`, without gradient."""
+        assert self.teacher is not None
+        with torch.no_grad():
+            return self.teacher.values(wanted, batch)
+
+    def values(self, wanted: Iterable[str], batch: Batch, given: Batch | None = None) -> dict[str, Tensor]:
+        """Outputs of the program, or values of nodes, by name; ``given`` are values of nodes that do not run."""
+        known = tuple(sorted({*(self.program.pinned & batch.keys()), *(given or ())}))
+        batch = {**batch, **(given or {})}
         part = self._part(tuple(sorted(set(wanted))), known)
         needed = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
         if missing := [name for name in needed if name not in batch]:

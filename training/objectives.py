@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +22,18 @@ from offramp.program.exit import Exit
 from offramp.program.program import Program
 from offramp.training.losses import Values, aligned, counted, cross_entropy
 
+if TYPE_CHECKING:
+    from offramp.training.objective_module import ObjectiveModule
+
 
 class Objective:
-    """Base of all: stateless, and the same for every process of a run."""
+    """Base of all: stateless, and the same for every process of a run.
+
+    ``wants`` and ``losses`` do for one run of the program on the batch's inputs. Where values of nodes are to be given,
+    or a ``teacher`` is asked, ``compute`` says what runs.
+    """
+
+    teacher: Program | None = None  # frozen
 
     def check(self, program: Program) -> None:
         """Raise a SpecError where the program lacks what this needs."""
@@ -36,6 +45,16 @@ class Objective:
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
         """Scalars by name, whose sum is minimised; ``values`` holds what `wants` named."""
         raise NotImplementedError
+
+    def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
+        """The losses of a batch, of what ``model`` computes."""
+        return self.losses(model.program, model.values(self.wants(model.program, step), batch), batch)
+
+
+def require_one_run(objective: Objective) -> None:
+    """Raise a SpecError where an objective decides what runs: its losses cannot be those of another's run."""
+    if type(objective).compute is not Objective.compute:
+        raise SpecError(f"{type(objective).__name__} cannot be part of another objective", hint="train with it alone")
 
 
 @dataclass(frozen=True)
@@ -256,6 +275,7 @@ class Together(Objective):
 
     def check(self, program: Program) -> None:
         for part in self.parts:
+            require_one_run(part)
             part.check(program)
 
     def wants(self, program: Program, step: int) -> Sequence[str]:

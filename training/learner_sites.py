@@ -1,0 +1,168 @@
+"""Sites that are split into learners, as training sees them: what they read, and what each number of learners makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from offramp.errors import SpecError
+from offramp.program.analysis.sites import Product, product
+from offramp.program.graph import data_inputs, expression, shape
+from offramp.program.learners import WIDTH, Learners
+from offramp.program.program import Program
+from offramp.training.losses import Values
+
+
+@dataclass(frozen=True)
+class LearnerSite:
+    """A site by the names of its nodes.
+
+    ``input`` is what it reads, ``[..., features]``; ``hidden`` the units of all learners, ``[..., units]``; ``output``
+    its last product ``hidden @ weight + bias``; ``units_axis`` that of the weight along which lies what it makes.
+    ``flops`` are the floating-point operations of one learner for one token.
+    """
+
+    learners: Learners
+    input: str
+    hidden: str
+    output: str
+    weight: str
+    bias: str | None
+    units_axis: int
+    flops: float
+
+    @property
+    def counts(self) -> range:
+        """How many learners a token may take."""
+        return range(self.learners.least, self.learners.learners + 1)
+
+    @property
+    def parts(self) -> list[str]:
+        """The nodes that `outputs` needs."""
+        return [name for name in (self.hidden, self.weight, self.bias) if name is not None]
+
+    def outputs(self, values: Values) -> Iterator[tuple[int, Tensor]]:
+        """``h(z, k)`` for each ``k`` of `counts` (ACM, arXiv 2312.10193, sec. 3.1), each float ``[..., out]``.
+
+        Each learner's product is computed once and added up: all ``k`` cost as much as the last one.
+        """
+        hidden, weight = values[self.hidden], values[self.weight]
+        columns = weight if self.units_axis == 0 else weight.t()
+        total = hidden.new_zeros(()) if self.bias is None else values[self.bias]
+        total = total.float().expand(*hidden.shape[:-1], columns.shape[0])
+        learner = torch.arange(hidden.shape[-1], device=hidden.device) * self.learners.learners // hidden.shape[-1]
+        sizes = learner.bincount(minlength=self.learners.learners).tolist()
+        pieces = zip(hidden.split(sizes, -1), columns.split(sizes, 1), strict=True)
+        for count in range(self.learners.learners + 1):
+            if count:
+                units, its = next(pieces)
+                total = total + torch.nn.functional.linear(units, its).float()
+            if count in self.counts:
+                yield count, total
+
+
+def learner_sites(program: Program) -> list[LearnerSite]:
+    """The sites of a program that have learners, in the order of their records.
+
+    Raises:
+        SpecError: there are none.
+    """
+    found = [_site(program, item) for item in program.records if isinstance(item, Learners)]
+    if not found:
+        raise SpecError("the program has no learners", hint="insert-acm first")
+    return found
+
+
+def _site(program: Program, item: Learners) -> LearnerSite:
+    masked = program.nodes[item.hidden]
+    last = next((made for user in masked.users if (made := product(user)) is not None), None)
+    hidden: Any = masked.args[0]
+    first = _first(hidden)
+    if last is None or not first:
+        raise SpecError(
+            f"{item.site} of block {item.block} of stack {item.stack!r} is no MLP any more",
+            hint="train right after insert-acm, other passes then",
+        )
+    weights = sum(made.units * made.features for made in (*first, last))
+    bias = None if last.bias is None else last.bias.name
+    return LearnerSite(
+        item, first[0].data.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis,
+        2 * weights / item.learners,
+    )  # fmt: skip
+
+
+def _first(hidden: fx.Node) -> list[Product]:
+    """The products that hidden units come from."""
+    found, todo, seen = list[Product](), [hidden], set[fx.Node]()
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        made = product(node)
+        if made is None:
+            todo += data_inputs(node)
+        else:
+            found.append(made)
+    return found
+
+
+def check_teacher(program: Program, teacher: Program) -> None:
+    """Raise a SpecError where the teacher has no values for the program's sites, or has learners there itself."""
+    split = {(item.stack, item.block) for item in teacher.records if isinstance(item, Learners)}
+    for site in learner_sites(program):
+        item, stack = site.learners, teacher.stacks.get(site.learners.stack)
+        where = f"{item.site} of block {item.block} of stack {item.stack!r}"
+        hint = "the program before insert-acm"
+        if (item.stack, item.block) in split:
+            raise SpecError(f"the teacher has learners itself: {where}", hint=hint)
+        if stack is None or item.block >= len(stack.cuts):
+            raise SpecError(f"the teacher has no {where}", hint=hint)
+        for name in (site.input, site.output):
+            sizes = _sizes(program, name)
+            found = _sizes(teacher, name) if name in teacher.nodes else None
+            if found != sizes:
+                raise SpecError(f"the teacher's {where} has no value {name} of shape {sizes}: {found}", hint=hint)
+
+
+def _sizes(program: Program, name: str) -> list[Any]:
+    value = program.nodes[name].meta.get("val")
+    return [expression(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
+
+
+def width(program: Program, share: float, like: Tensor) -> dict[str, Tensor]:
+    """What makes the gates read that share: the value of the node that holds the width, on the device of ``like``."""
+    node = next(node for node in program.graph.find_nodes(op="get_attr") if node.target == WIDTH)
+    return {node.name: torch.full((1,), share, dtype=node.meta["val"].dtype, device=like.device)}
+
+
+def counting(batch: Values, mask: str | None, tokens: Tensor) -> Tensor:
+    """Which of ``tokens [..., features]`` count, ``bool [...]``: all, but where ``batch[mask]`` is 0.
+
+    A mask of other places than the tokens' (samples of a signal, tokens of another stack) is not read. Some models
+    (GPT-2) have the tokens of all rows one after another.
+    """
+    found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
+    if found is not None and (found.shape == places or (len(places) == 1 and found.numel() == places[0])):
+        return found.reshape(places) != 0
+    return torch.ones(places, dtype=torch.bool, device=tokens.device)
+
+
+def by_row(program: Program, batch: Values, name: str, value: Tensor) -> Tensor:
+    """A node's value ``[..., features]`` as ``[rows, tokens, features]``; one row where the program has no batch."""
+    symbol = program.axes.batch
+
+    def along(node: fx.Node) -> int | None:
+        axes = (i for i, size in enumerate(shape(node)) if symbol in getattr(expression(size), "free_symbols", ()))
+        return next(axes, None)
+
+    axis = along(program.nodes[name])
+    if axis is None:
+        return value.reshape(1, -1, value.shape[-1])
+    inputs = {str(node.target): along(node) for node in program.graph.find_nodes(op="placeholder")}
+    rows = next(batch[key].shape[at] for key, at in inputs.items() if at is not None and key in batch)
+    return value.movedim(axis, 0).reshape(rows, -1, value.shape[-1])

@@ -1,0 +1,249 @@
+"""What trains adaptive width: learners, then gates, then all for the task (ACM, arXiv 2312.10193, sec. 3.2).
+
+One program is trained for a range of widths: a step draws the share of the learners that tokens are to take on average,
+which the gates read. ``mask`` names what says in a batch which tokens count, where it has the tokens' shape.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offramp.errors import SpecError
+from offramp.program.program import Program
+from offramp.training.learner_sites import LearnerSite, by_row, check_teacher, counting, learner_sites, width
+from offramp.training.losses import Values, counted
+from offramp.training.objectives import Objective, require_one_run
+
+if TYPE_CHECKING:
+    from offramp.training.objective_module import ObjectiveModule
+
+
+@dataclass(frozen=True)
+class LearnerDistillation(Objective):
+    """Any number of learners makes the best of what the MLP made (ACM, sec. 3.2, phase 1); needs no labels.
+
+    The mean over sites, counts ``k`` from 1 and tokens of ``||h(z, k) - o||^2 / mean ||o||^2``, with what each site
+    reads and makes in the frozen ``teacher`` (the program before ``insert-acm``) on the batch: sites do not depend on
+    each other, and gates learn nothing.
+    """
+
+    teacher: Program = field(repr=False)
+    mask: str | None = "attention_mask"
+
+    def check(self, program: Program) -> None:
+        check_teacher(program, self.teacher)
+
+    def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
+        sites = learner_sites(model.program)
+        taught, values = _taught(model, batch, sites)
+        errors = []
+        for site in sites:
+            wanted = taught[site.output].float()
+            counts = counting(batch, self.mask, wanted)
+            size = _mean(wanted.square().sum(-1), counts).clamp(min=1e-12)
+            found = [_mean((made - wanted).square().sum(-1), counts) for k, made in site.outputs(values) if k]
+            errors.append(torch.stack(found).mean() / size)
+        return {"learners": torch.stack(errors).mean()}
+
+
+@dataclass(frozen=True)
+class GateDistillation(Objective):
+    """Gates learn where learners are worth most, for each width (in the place of ACM, sec. 3.2, phase 2); no labels.
+
+    An error is ``e(k) = ||h(z, k) - o||^2`` over the squared norm of the hidden state behind the block. For a width, a
+    token's label is ``argmin_k e(k) + lambda cost(k)``, with the one ``lambda`` for all tokens and sites of the batch
+    for which they take that share of the learners' FLOPs: the allocation of least error. The loss is the labels'
+    cross-entropy, the mean over ``draws`` widths a step between ``low`` and ``high``. Learners get no gradient.
+    """
+
+    teacher: Program = field(repr=False)
+    low: float = 0.25
+    high: float = 1.0
+    draws: int = 4
+    mask: str | None = "attention_mask"
+    seed: int = 0
+
+    def check(self, program: Program) -> None:
+        _check_widths(self.low, self.high)
+        if self.draws < 1:
+            raise SpecError(f"draws={self.draws}: at least one width a step")
+        check_teacher(program, self.teacher)
+
+    def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
+        program, sites = model.program, learner_sites(model.program)
+        errors, counts, taught = self._errors(model, batch, sites)
+        costs = [error.new_tensor(site.counts) * site.flops for error, site in zip(errors, sites, strict=True)]
+        drawn, losses = random.Random(f"{self.seed} {step}").random(), list[Tensor]()
+        for part in range(self.draws):
+            share = self.low + (self.high - self.low) * (part + drawn) / self.draws
+            labels = allocate(errors, costs, share)
+            given = {**taught, **width(program, share, errors[0])}
+            choices = model.values([site.learners.choice for site in sites], batch, given)
+            for site, which, label in zip(sites, counts, labels, strict=True):
+                losses.append(F.cross_entropy(choices[site.learners.choice][which].float(), label))
+        # an error that is not finite gives labels that mean nothing: the loss says so
+        return {"gates": torch.stack(losses).mean() + 0 * torch.stack([error.sum() for error in errors]).sum()}
+
+    def _errors(
+        self, model: ObjectiveModule, batch: Values, sites: Sequence[LearnerSite]
+    ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+        """For each site the errors ``[tokens, counts]`` of tokens that count, which those are, and what it reads."""
+        behind = [self.teacher.stacks[site.learners.stack].cuts[site.learners.block] for site in sites]
+        with torch.no_grad():
+            taught, values = _taught(model, batch, sites, behind)
+            errors, which = [], []
+            for site, residual in zip(sites, behind, strict=True):
+                wanted = taught[site.output].float()
+                counts = counting(batch, self.mask, wanted)
+                size = taught[residual].float().square().sum(-1)
+                same = size.shape == counts.shape or (counts.dim() == 1 and size.numel() == counts.numel())
+                size = (size.reshape(counts.shape)[counts] if same else size.mean()).clamp(min=1e-12)
+                found = [(made - wanted).square().sum(-1)[counts] / size for _, made in site.outputs(values)]
+                errors.append(torch.stack(found, -1))
+                which.append(counts)
+        return errors, which, {site.input: taught[site.input] for site in sites}
+
+
+@dataclass(frozen=True)
+class WidthBudget(Objective):
+    """The program does its task at any width (ACM, sec. 3.2, phase 3, and one model for all widths).
+
+    The losses of ``task``, and of following ``teacher`` in ``output`` (an output or a node of both): ``KL(teacher ||
+    program)`` of logits, or with ``distance="mse"`` the squared error over the teacher's square. One of the two is
+    needed. A teacher follows nothing that is trained, with ``train="all"`` neither. To that come
+
+    - ``budget |mean_i b_i - b|``: ``b_i`` is the share of the learners' FLOPs that sample ``i`` takes, ``b`` the step's
+      width, drawn between ``low`` and ``high``;
+    - ``-entropy mean H(a) / log K``: ``a`` are the shares of the ``K`` choices among a sample's tokens at a site;
+    - ``-diversity mean |b_i - b_m|`` over pairs of samples (which the paper prints with the other sign).
+
+    All three have the choices that are made, and the gradient of their probabilities. The last two are weighted with
+    ``4 b (1 - b)``: at the ends of the range nothing is left to distribute, and they would pull the width away.
+    """
+
+    task: Objective | None = None
+    teacher: Program | None = field(default=None, repr=False)
+    output: str = "logits"
+    distance: Literal["kl", "mse"] = "kl"
+    low: float = 0.25
+    high: float = 1.0
+    budget: float = 0.1
+    entropy: float = 0.05
+    diversity: float = 0.05
+    mask: str | None = "attention_mask"
+    seed: int = 0
+
+    def check(self, program: Program) -> None:
+        _check_widths(self.low, self.high)
+        learner_sites(program)
+        if self.task is None and self.teacher is None:
+            raise SpecError("neither task nor teacher: nothing to be good at", hint="task=CrossEntropy()")
+        if self.task is not None:
+            require_one_run(self.task)
+            self.task.check(program)
+        if self.distance not in ("kl", "mse"):
+            raise SpecError(f"distance={self.distance!r}: there are kl and mse")
+        for who, each in (("program", program), ("teacher", self.teacher)):
+            known = each is None or self.teacher is None or self.output in {*each.outputs, *each.nodes}
+            if each is not None and not known:
+                raise SpecError(f"the {who} has no output {self.output!r}; there are {list(each.outputs)}")
+
+    def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
+        program, sites = model.program, learner_sites(model.program)
+        share = random.Random(f"{self.seed} {step}").uniform(self.low, self.high)
+        wanted = [site.learners.choice for site in sites]
+        wanted += self.task.wants(program, step) if self.task else []
+        wanted += [self.output] if self.teacher else []
+        values = model.values(wanted, batch, width(program, share, next(iter(batch.values()))))
+        found = dict(self.task.losses(program, values, batch)) if self.task else {}
+        if self.teacher is not None:
+            found["teacher"] = self._distance(values[self.output], model.taught([self.output], batch), batch)
+        shares, entropy = self._choices(program, sites, values, batch)
+        room = 4 * share * (1 - share)
+        found["budget"] = self.budget * (shares.mean() - share).abs()
+        found["entropy"] = -self.entropy * room * entropy
+        pairs = max(1, len(shares) * (len(shares) - 1))
+        found["diversity"] = -self.diversity * room * (shares[:, None] - shares[None]).abs().sum() / pairs
+        return found
+
+    def _distance(self, found: Tensor, taught: Values, batch: Values) -> Tensor:
+        teacher = taught[self.output].float()
+        counts = counting(batch, self.mask, teacher)
+        if self.distance == "mse":
+            return F.mse_loss(found[counts].float(), teacher[counts]) / teacher[counts].square().mean()
+        if (labels := batch.get("labels")) is not None and labels.shape == counts.shape:
+            counts = counts & counted(teacher, batch)
+        student, soft = F.log_softmax(found[counts].float(), -1), F.log_softmax(teacher[counts], -1)
+        return F.kl_div(student, soft, reduction="batchmean", log_target=True)
+
+    def _choices(
+        self, program: Program, sites: Sequence[LearnerSite], values: Values, batch: Values
+    ) -> tuple[Tensor, Tensor]:
+        """The share of the learners' FLOPs that each sample takes ``[rows]``, and the mean entropy of its choices."""
+        taken, most, entropies = list[Tensor](), list[Tensor](), list[Tensor]()
+        for site in sites:
+            name, logits = site.learners.choice, values[site.learners.choice].float()
+            counts = by_row(program, batch, name, counting(batch, self.mask, logits)[..., None])  # [rows, tokens, 1]
+            soft = by_row(program, batch, name, logits).softmax(-1)
+            hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
+            chosen = (hard + soft - soft.detach()) * counts
+            tokens = counts.sum(1).clamp(min=1)
+            taken.append((chosen.sum(1) @ chosen.new_tensor(site.counts)) * site.flops)
+            most.append(counts.sum((1, 2)) * site.learners.learners * site.flops)
+            among = chosen.sum(1) / tokens  # [rows, counts]
+            # a log a is 0 where a is, but has no gradient there; that of a choice by one token more is near enough
+            entropies.append(-(among * among.detach().maximum(1 / tokens).log()).sum(-1))
+            entropies[-1] = entropies[-1] / math.log(len(site.counts))
+        share = torch.stack(taken).sum(0) / torch.stack(most).sum(0).clamp(min=1)
+        return share, torch.stack(entropies).mean()
+
+
+def allocate(errors: Sequence[Tensor], costs: Sequence[Tensor], share: float) -> list[Tensor]:
+    """The choices of least error that cost a share of the most that they may cost (a Lagrangian, by bisection).
+
+    ``errors`` are ``[tokens, choices]`` for each site, ``costs`` ``[choices]`` of one token. Returns int64 ``[tokens]``
+    for each site: ``argmin error + lambda cost``, whose ``lambda`` is negative where more learners do worse than the
+    share allows.
+    """
+    unit = max(float(cost.max()) for cost in costs)
+    costs = [cost / unit for cost in costs]
+    allowed = share * torch.stack([len(error) * cost.max() for error, cost in zip(errors, costs, strict=True)]).sum()
+    step = min(float(cost.diff().min()) for cost in costs)
+    high = torch.stack([error.max() for error in errors if error.numel()]).max() / step + 1
+    low = -high
+
+    def chosen(price: Tensor) -> list[Tensor]:
+        return [(error + price * cost).argmin(-1) for error, cost in zip(errors, costs, strict=True)]
+
+    for _ in range(50):
+        middle = (low + high) / 2
+        spent = torch.stack([cost[k].sum() for k, cost in zip(chosen(middle), costs, strict=True)]).sum()
+        low, high = torch.where(spent > allowed, middle, low), torch.where(spent > allowed, high, middle)
+    return chosen(high)
+
+
+def _taught(
+    model: ObjectiveModule, batch: Values, sites: Sequence[LearnerSite], more: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the sites read and make in the teacher (and ``more`` of it), and what `LearnerSite.outputs` needs on it."""
+    taught = model.taught([*more, *(name for site in sites for name in (site.input, site.output))], batch)
+    given = {site.input: taught[site.input] for site in sites}
+    return taught, model.values([name for site in sites for name in site.parts], batch, given)
+
+
+def _mean(value: Tensor, counts: Tensor) -> Tensor:
+    """Over the places that count; 0 where none does."""
+    return value.where(counts, 0).sum() / counts.sum().clamp(min=1)
+
+
+def _check_widths(low: float, high: float) -> None:
+    if not 0 <= low <= high <= 1:
+        raise SpecError(f"low={low}, high={high}: widths lie between 0 and 1, low first")
