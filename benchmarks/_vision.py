@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import offramp
 from benchmarks._common import data, say
 from offramp import training
 from offramp.program import Program
+from offramp.program.learners import WIDTH, Learners
+from offramp.program.program import evaluate
 from offramp.training.losses import IGNORED, Values, cross_entropy
 from offramp.zoo import vit
 from offramp.zoo._rebuild import rebuild
@@ -31,6 +33,8 @@ HELD_OUT = 1000  # of the training images: they choose thresholds and widths
 DEPTH, FEATURES, HIDDEN = 12, 384, 1536
 TOKENS = (SIDE // vit.PATCH_SIZE) ** 2 + 1
 LEARNERS = 4
+TEACHER_RATE, RATE = 3e-5, 6e-5
+LEAST = 0.05  # the smallest width that gates are trained for
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,11 +46,21 @@ class Recipe:
     rate: float
     batch: int = 256
     seed: int = 0
+    images: int | None = None  # None for all
 
-    def fit(self, program: Program, objective: training.Objective, teacher: Program | None = None, **options: Any) -> None:
+    def fit(
+        self, program: Program, objective: training.Objective, teacher: Program | None = None, **options: Any
+    ) -> None:
         """Train all weights of the program."""
         images, labels = cifar("train", self.device)
-        batches = Images(images, labels, self.batch, self.seed, teacher and speaking(teacher, self.device))
+        says = speaking(teacher, self.device) if teacher else None
+        batches = Images(
+            images[: self.images],
+            labels[: self.images],
+            self.batch,
+            self.seed,
+            says,
+        )
         training.fit(
             program,
             batches,
@@ -164,12 +178,40 @@ class Distilled(training.Objective):
         return found
 
 
+def widths(program: Program, teacher: Program, recipe: Recipe) -> None:
+    """Train a program with learners: the learners first, the gates then, and all of it for as long as there is left."""
+    first, second = max(1, recipe.epochs // 10), max(1, recipe.epochs // 15)
+    learners, gates = replace(recipe, epochs=first, rate=3e-4), replace(recipe, epochs=second, rate=3e-3)
+    learners.fit(program, training.LearnerDistillation(teacher), train="added")
+    gates.fit(program, training.GateDistillation(teacher, low=LEAST), train="added")
+    rest = replace(recipe, epochs=max(1, recipe.epochs - first - second))
+    rest.fit(program, training.WidthBudget(task=Distilled(), low=LEAST), teacher)
+
+
+def taken(program: Program, images: Tensor, width: float, device: str) -> float:
+    """The share of their learners that the tokens of images take on average at a width."""
+    buffer = program.module.get_buffer(WIDTH)
+    buffer.fill_(width)
+    sites = [item for item in program.records if isinstance(item, Learners)]
+    shares = []
+    for each in images.split(100):
+        values = evaluate(
+            program.graph_module, [program.nodes[item.choice] for item in sites], {"pixel_values": pixels(each)}
+        )
+        shares += [value.argmax(-1).float().mean() / LEARNERS for value in values.values()]
+    return float(torch.stack(shares).mean())
+
+
 def untrained() -> nn.Module:
     """ViT-S for SIDE pixels, with a new head that reads the class token and the patches' mean."""
     from transformers import Dinov2Config, Dinov2ForImageClassification, Dinov2Model
 
     state = vit.backbone_weights(vit.WEIGHTS.file("models/vit_s_focus.onnx"))
-    places, fine, coarse = state["embeddings.position_embeddings"], vit.IMAGE_SIZE // vit.PATCH_SIZE, SIDE // vit.PATCH_SIZE
+    places, fine, coarse = (
+        state["embeddings.position_embeddings"],
+        vit.IMAGE_SIZE // vit.PATCH_SIZE,
+        SIDE // vit.PATCH_SIZE,
+    )
     square = places[:, 1:].reshape(1, fine, fine, FEATURES).permute(0, 3, 1, 2)
     patches = F.interpolate(square, size=(coarse, coarse), mode="bicubic", antialias=True, align_corners=False)
     state["embeddings.position_embeddings"] = torch.cat((places[:, :1], patches.flatten(2).transpose(1, 2)), 1)
