@@ -11,7 +11,20 @@ from itertools import pairwise
 
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import GREATEST
-from offramp.bundle.manifest import DTYPES, ENCODINGS, Cache, Exit, Generation, Implied, Manifest, Segment, Stack, Value
+from offramp.bundle.manifest import (
+    DTYPES,
+    ENCODINGS,
+    FORMS,
+    WIDTH,
+    Cache,
+    Exit,
+    Generation,
+    Implied,
+    Manifest,
+    Segment,
+    Stack,
+    Value,
+)
 from offramp.bundle.measures import MEASURES, measure_named
 from offramp.bundle.options import OPTIONS, read
 from offramp.bundle.preprocessing import preprocessing_problems
@@ -24,6 +37,7 @@ def problems_of(manifest: Manifest) -> list[str]:
         *_axes(manifest),
         *(text for name, value in manifest.values.items() for text in _value(manifest, name, value)),
         *_references(manifest),
+        *_learners(manifest),
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
         *generation_problems(manifest.generation),
         *preprocessing_problems(manifest.preprocessing),
@@ -62,6 +76,26 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
         yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
     for name, item in cache.implied.items():
         yield from _implied(manifest, name, item)
+
+
+def _learners(manifest: Manifest) -> Iterator[str]:
+    width = manifest.values.get(WIDTH)
+    if manifest.learners and (width is None or (width.dtype, width.shape) != ("float32", (1,))):
+        yield f"learners: there is no value {WIDTH!r}, float32 [1]"
+    for name, item in manifest.learners.items():
+        where, stack = f"learners.{name}", manifest.stacks.get(item.stack)
+        if stack is None:
+            yield f"{where}.stack: there is no stack {item.stack!r}"
+        elif not 1 <= item.block <= stack.blocks:
+            yield f"{where}.block: stack {item.stack!r} has the blocks 1 to {stack.blocks}, not {item.block}"
+        if not 0 <= item.least < item.learners:
+            yield f"{where}.least: {item.least} is none of 0 to {item.learners - 1}"
+        if item.flops < 1:
+            yield f"{where}.flops: {item.flops}"
+        if item.form not in FORMS:
+            yield f"{where}.form: {item.form!r} is none of {', '.join(FORMS)}"
+        if item.count in manifest.values and manifest.values[item.count].dtype != "int64":
+            yield f"{where}.count: {item.count!r} is {manifest.values[item.count].dtype}, expected int64"
 
 
 def _implied(manifest: Manifest, name: str, item: Implied) -> Iterator[str]:
@@ -199,6 +233,8 @@ class _Flow:
             yield from _cache(manifest.cache, manifest)
             for name in (manifest.cache.lengths, manifest.cache.places, *manifest.cache.buffers):
                 yield from self._make(name, "the cache", there)
+        if manifest.learners:
+            yield from self._make(WIDTH, "the width", there)
         last = len(manifest.stages) - 1
         final: Exit | None = None
         for i, stage in enumerate(manifest.stages):
@@ -216,6 +252,9 @@ class _Flow:
                 if outputs.pop(name, None) != value:
                     yield f"outputs.{name}: is not {value!r}, which full depth of the last stack makes it"
         yield from self._there(outputs.values(), there, "outputs")
+        for name, item in manifest.learners.items():
+            if item.count not in self._made:
+                yield f"learners.{name}.count: nothing makes {item.count!r}"
 
     def _loop(self, stack: Stack, there: set[str], *, ends: bool) -> Iterator[str]:
         where = f"stacks.{stack.name}"

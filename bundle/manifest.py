@@ -21,11 +21,14 @@ from offramp.bundle.measures import PICK
 from offramp.bundle.preprocessing import Preprocessing
 
 FORMAT = "offramp"
-VERSION = 5
+VERSION = 6
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
+#: The value that says which share of its learners a token is to take on average, float32 [1].
+WIDTH = "learners_width"
 
-
+#: How learners run: all, and those that are not taken count for nothing, or each on the tokens that take it.
+FORMS = ("dense", "grouped")
 #: How the numbers of a segment are encoded: its weights and products.
 ENCODINGS = ("fp32",)
 
@@ -93,6 +96,24 @@ class Exit:
     scores: Mapping[str, str]
     head: str = "shared"
     adapter: str = "identity"
+
+
+@dataclass(frozen=True)
+class Learners:
+    """A site of block ``block`` (from 1) of a stack; a token takes the first ``least`` or more of its ``learners``.
+
+    ``count`` is the value, int64, with how many each token takes. ``flops`` are the floating-point operations of one
+    learner for one token, ``form`` is one of `FORMS`.
+    """
+
+    stack: str
+    block: int
+    site: str
+    learners: int
+    least: int
+    count: str
+    flops: int
+    form: str
 
 
 @dataclass(frozen=True)
@@ -256,7 +277,8 @@ class Manifest:
     ``inputs`` are names of values, and the names that a user gives; ``outputs`` maps the model's output names
     to the values of full depth. ``batch`` is the axis that rows lie on, None when the model has none: then a
     run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device. ``calibration`` says how
-    ``policy`` was chosen, for people. ``labels`` names, by output, the places of its last axis: the classes of logits.
+    ``policy`` was chosen, for people. ``learners`` are by the name of their site; `WIDTH` is a value of bundles
+    that have some. ``labels`` names, by output, the places of its last axis: the classes of logits.
     """
 
     model: str
@@ -271,6 +293,7 @@ class Manifest:
     files: Mapping[str, File]
     take: Mapping[str, str] = field(default_factory=dict)
     cache: Cache | None = None
+    learners: Mapping[str, Learners] = field(default_factory=dict)
     policy: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     generation: Generation = field(default_factory=Generation)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnxruntime
@@ -20,12 +20,14 @@ from offramp.bundle.manifest import MANIFEST_FILE, Generation
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
 from offramp.export.describe import Describer, Progress
+from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
 from offramp.export.validation import validate
 from offramp.export.write import Writer
+from offramp.program.learners import FORMS, Learners
 from offramp.program.program import Program
 from offramp.runtime import card
 
@@ -37,6 +39,7 @@ def save(
     *,
     segments: int | None = None,
     target: Target = "ort",
+    learners: Literal["dense", "grouped"] | None = None,
     generation: Mapping[str, Any] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
@@ -56,6 +59,9 @@ def save(
         segments: how many per stack; None makes every block a segment of its own. Exits always end a segment.
         target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
             length that is filled) or "portable" (ONNX's own, opset 24).
+        learners: how learners of ``insert-acm`` run: "dense" (all, and those that a token has not taken count for
+            nothing), "grouped" (each on the tokens that take it), or None for what is faster here, on the CPU: each
+            kind of site is timed on the example's tokens, or on one token where the program has caches.
         generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,
             ``template``.
         preprocessing: how text, sound and images become inputs: fields of `Preprocessing`.
@@ -87,14 +93,19 @@ def save(
     generates = section(Generation, {} if generation is None else generation)
     prepares = section(Preprocessing, {} if preprocessing is None else preprocessing)
     program = program.without_dropout()
-    lowered = prepared(program)
+    if learners not in (None, *FORMS):
+        raise ExportError(f"learners={learners!r}: there are {', '.join(FORMS)}")
+    hidden = [item.hidden for item in program.records if isinstance(item, Learners)]
+    forms, measured = (dict.fromkeys(hidden, learners), {}) if learners else fastest(program, target)
+    lowered = prepared(program, forms)
     plan = partition(lowered, segments)
     place.parent.mkdir(parents=True, exist_ok=True)
     directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     writer = Writer(directory, lowered.graph_module)
     try:
         describer = Describer(lowered, plan, writer, target, progress)
-        manifest = describer.manifest(name or place.stem, _provenance(program, source, licence), policy)
+        provenance = _provenance(program, source, licence) | ({"learners": measured} if measured else {})
+        manifest = describer.manifest(name or place.stem, provenance, policy)
         for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):
             _add(item, content, directory)
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)

@@ -96,8 +96,8 @@ class InsertAcm(Pass):
                 kind = site.kind if index == 0 else f"{site.kind}{index + 1}"
                 prefix = f"learners.{name}.{block}.{kind}"
                 self._split(editor, site, prefix, copies)
-                choice, hidden = self._gated(editor, site, f"{prefix}.gate")
-                added.append(Learners(name, block, kind, self.learners, self.least, choice.name, hidden.name))
+                nodes = self._gated(editor, site, f"{prefix}.gate")
+                added.append(Learners(name, block, kind, self.learners, self.least, *(node.name for node in nodes)))
         return editor.finish(tuple(notes), records=(*program.records, *added))
 
     def _split(self, editor: Editor, site: Site, prefix: str, copies: dict[Any, fx.Node]) -> None:
@@ -123,8 +123,8 @@ class InsertAcm(Pass):
                 copies[key] = make(f"{prefix}.{target}", value.detach().index_select(axis, places), editor[node.name])
             editor.replace_uses(editor[weight.name], copies[key], [editor[node.name]])
 
-    def _gated(self, editor: Editor, site: Site, prefix: str) -> tuple[fx.Node, fx.Node]:
-        """The gate's logits, and the units of the learners that it lets through.
+    def _gated(self, editor: Editor, site: Site, prefix: str) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """The gate's logits, the number that it picks, and the units of the learners that it lets through.
 
         ``W1 gelu(W0 x + b0 + width u0) + b1 + width u1``, whose last two make ``-(k - width learners)^2``, a constant
         aside: until it is trained, each token takes as many as the width says, and all at width 1.
@@ -146,9 +146,11 @@ class InsertAcm(Pass):
             bias = editor.call(aten.add.Tensor, made[f"{layer}.bias"], by_width, at=by_width)
             choice = editor.call(aten.linear.default, given, made[f"{layer}.weight"], bias, at=bias)
             given = at = editor.call(aten.gelu.default, choice, at=choice) if layer == "0" else choice
-        kept = editor.call(FIRST_LEARNERS, hidden, choice, self.learners, self.least, at=choice)
+        count = editor.call(aten.argmax.default, choice, -1, at=choice)
+        count = editor.call(aten.add.Tensor, count, self.least, at=count)
+        kept = editor.call(FIRST_LEARNERS, hidden, choice, self.learners, self.least, at=count)
         editor.replace_uses(hidden, kept, [editor[site.output.name]])
-        return choice, kept
+        return choice, count, kept
 
     def _width(self, editor: Editor, dtype: torch.dtype) -> fx.Node:
         """What all gates read, made by the first."""

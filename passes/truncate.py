@@ -55,7 +55,7 @@ class Truncate(Pass):
         editor.drop_dead(keep={name for item in records for name in item.pinned_nodes})
         inputs = {key for item in program.records for key in item.graph_inputs}
         inputs -= {key for item in records for key in item.graph_inputs}
-        for key in inputs:
+        for key in inputs & program.example_inputs.keys():
             editor.graph.erase_node(editor[key])
         others = {  # what the stack gives may be what the next one takes
             key: other.renamed(cut.renamed) for key, other in program.stacks.items()

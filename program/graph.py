@@ -47,6 +47,11 @@ def is_symint(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
 
 
+def is_weight(node: fx.Node) -> bool:
+    """Whether the node is a tensor of the model: in a program's graph, or in that of a computation of its own."""
+    return node.op == "get_attr" or bool(node.meta.get("weight"))
+
+
 def shape(node: fx.Node) -> tuple[Any, ...]:
     """The (symbolic) shape of a tensor node."""
     return tuple(node.meta["val"].shape)
@@ -85,12 +90,12 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
         return []
     if node.target in SHAPE_ONLY:
         return []
-    return [arg for arg in node.all_input_nodes if arg.op != "get_attr" and not is_symint(arg)]
+    return [arg for arg in node.all_input_nodes if not is_weight(arg) and not is_symint(arg)]
 
 
 def weights(node: fx.Node) -> list[fx.Node]:
-    """The weights (``get_attr`` nodes) that this node reads."""
-    return [arg for arg in node.all_input_nodes if arg.op == "get_attr"]
+    """The weights that this node reads."""
+    return [arg for arg in node.all_input_nodes if is_weight(arg)]
 
 
 def attribute(module: torch.nn.Module, target: str) -> torch.Tensor:

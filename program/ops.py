@@ -12,7 +12,7 @@ _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, "
     "Tensor? bias, float scale, int window) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("first_learners(Tensor hidden, Tensor choice, int learners, int least) -> Tensor")
+_library.define("first_learners(Tensor hidden, Tensor choice, int learners, int least, str form='dense') -> Tensor")
 
 
 def positions(lengths: Tensor, chunk: int, capacity: int) -> Tensor:
@@ -85,7 +85,7 @@ def attention(
     return torch.matmul(weights, values), key_cache, value_cache
 
 
-def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int) -> Tensor:
+def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int, form: str = "dense") -> Tensor:
     """The hidden units of each token's first ``k`` learners, zeros in the place of the others (ACM, arXiv 2312.10193).
 
     Unlike the released code, ``k`` gets the gradient of what the learners are for: a learner's units are multiplied
@@ -96,6 +96,7 @@ def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int) ->
         choice: ``[..., learners + 1 - least]``, logits of ``k`` from ``least`` on; the greatest is taken.
         learners: how many there are.
         least: the smallest ``k``.
+        form: how it is exported (`offramp.program.learners.FORMS`); what it computes is the same.
     """
     if isinstance(hidden, FakeTensor):  # the shape is all that is asked for
         return hidden.new_empty(hidden.shape)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         Patience,
         ShallowDeep,
         Verify,
+        Width,
     )
     from offramp.runtime.result import Result, Timing
 
@@ -43,6 +44,7 @@ _MODULES = {
         "Patience",
         "ShallowDeep",
         "Verify",
+        "Width",
     ),
     "policies.base": ("Agreement", "Cost", "Policy", "State"),
     "result": ("Result", "Timing"),
@@ -72,6 +74,7 @@ __all__ = [
     "Timing",
     "Token",
     "Verify",
+    "Width",
     "load",
 ]
 

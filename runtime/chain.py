@@ -31,6 +31,7 @@ from offramp.runtime.generation.tokens import Generated, Token
 from offramp.runtime.policies import builtin
 from offramp.runtime.policies.base import Function, Policy, State, listing
 from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.policies.width import parted
 from offramp.runtime.result import Result
 
 log = logging.getLogger(__name__)
@@ -86,7 +87,7 @@ class Chain:
         self.inputs: Mapping[str, Value] = {name: manifest.values[name] for name in manifest.inputs}
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
         self.policy = builtin.from_dict(manifest.policy) if manifest.policy else builtin.Never()
-        self.policy.check(manifest.stacks)
+        self._asked(None)
         device = _device or device_of(providers)
         files = dict.fromkeys(segment.file for segment in manifest.segments.values())
         if device:
@@ -121,16 +122,16 @@ class Chain:
             PolicyError: the policy asks for what is not there, or returns something else than bool [rows].
             ExecutionError: ONNX Runtime failed in a segment.
         """
-        policy = self._asked(policy)
+        policy, width = self._asked(policy)
         refuse(policy, "run() generates nothing")
         arrays, batch = self._inputs.check(inputs)
-        arrays |= fresh(self.manifest, arrays, batch)
+        arrays |= {**fresh(self.manifest, arrays, batch), **width}
         policies = {name: StackPolicy(policy, stack, batch) for name, stack in self.stacks.items()}
         memory = self._engine.memory
         ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
         outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}
         scores = {name: asked.record for name, asked in policies.items()}
-        return Result(outputs, ran.exits, scores, tuple(ran.trace))
+        return Result(outputs, ran.exits, scores, tuple(ran.trace), ran.widths.by_row(batch), ran.widths.share)
 
     def stream(
         self,
@@ -202,7 +203,9 @@ class Chain:
             tokens[step.row].append(step.token)
             exits[step.row].append(step.exit)
         return Generated(
-            tuple(np.array(row, np.int64) for row in tokens), tuple(np.array(row, np.int64) for row in exits)
+            tuple(np.array(row, np.int64) for row in tokens),
+            tuple(np.array(row, np.int64) for row in exits),
+            width=session.decoder.widths.share,
         )
 
     def rows_of(self, name: str) -> tuple[int, int] | None:
@@ -233,7 +236,7 @@ class Chain:
             InputError: the bundle has no cache, or inputs and options do not fit it, beams among them.
             PolicyError: `Verify` checks what it has generated, so it cannot be stopped between.
         """
-        refuse(self._asked(policy), "a generation by hand")
+        refuse(self._asked(policy)[0], "a generation by hand")
         session = self._session(inputs, policy, options, tokenizer, propagate=propagate, max_pending=max_pending)
         if session.sampling.beams > 1:
             raise InputError(f"beams={session.sampling.beams}: a generator has one text of each row", hint="beams=1")
@@ -241,7 +244,7 @@ class Chain:
 
     def session(self, inputs: Mapping[str, Any], policy: Any = None) -> Session:
         """A generation to be fed by hand, in which nobody chooses tokens; of it has run what runs once."""
-        refuse(self._asked(policy), "a generation by hand")
+        refuse(self._asked(policy)[0], "a generation by hand")
         return self._session(inputs, policy, None)
 
     def _session(
@@ -256,7 +259,7 @@ class Chain:
         plan = self._plan
         if plan is None:
             raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")
-        policy = self._asked(policy)
+        policy, width = self._asked(policy)
         policy, drafts = in_last(policy, plan.stacks[-1])
         prompts = plan.prompts(inputs)
         sampling = Sampling() if options is None else plan.sampling(max(row.size for row in prompts), options)
@@ -267,15 +270,17 @@ class Chain:
         if sampling.stop_strings and tokenizer is None:
             tokenizer = own_tokenizer(self.manifest, self._root)
         ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
-        return Session(plan, inputs, prompts, policy, sampling, ends, **deferral)
+        return Session(plan, inputs, prompts, policy, sampling, ends, width, **deferral)
 
-    def _asked(self, policy: Policy | Callable[[State], Any] | None) -> Policy:
+    def _asked(self, policy: Policy | Callable[[State], Any] | None) -> tuple[Policy, Mapping[str, Any]]:
+        """The policy of exits, and the width as a value, where the bundle has learners."""
         if policy is None:
             policy = self.policy
         elif not isinstance(policy, Policy):
             policy = Function(policy)  # which checks that it can be called
+        policy, width = parted(policy, self.manifest)
         policy.check(self.stacks)
-        return policy
+        return policy, width
 
     def __repr__(self) -> str:
         manifest = self.manifest

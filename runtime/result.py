@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,9 +28,14 @@ class Result:
         scores: By stack, ``after`` and measure, float32 [rows] (int64 for whole numbers), of the exits where
             the policy was asked: NaN (or -1) for rows that had left before.
         trace: The segments in the order in which they ran.
+        learners: How many learners each token took, int64 [rows, tokens], by site (``encoder.3.mlp``); -1 for rows that
+            had left. Empty for bundles without learners.
+        width: The share of their floating-point operations that was executed; None without learners.
     """
 
     outputs: Mapping[str, NDArray[Any]]
     exits: Mapping[str, NDArray[np.int64]]
     scores: Mapping[str, Mapping[int, Mapping[str, NDArray[Any]]]]
     trace: tuple[Timing, ...]
+    learners: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    width: float | None = None

@@ -54,6 +54,7 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
         "file": m.File,
         "cache": m.Cache,
         "implied": m.Implied,
+        "learners": m.Learners,
         "generation": m.Generation,
         "preprocessing": preprocessing.Preprocessing,
     }

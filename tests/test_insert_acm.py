@@ -165,7 +165,7 @@ def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     given = capture(*FACTORIES[name]())
     program = undecided(apply(given, text(given)))
-    figures = offramp.save(program, tmp_path / "m.offramp")
+    figures = offramp.save(program, tmp_path / "m.offramp", learners="grouped")
     assert max(value for key, value in figures.items() if key != "tolerance") <= TOLERANCE
 
 

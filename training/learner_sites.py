@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor, fx
 
 from offramp.errors import SpecError
-from offramp.program.analysis.sites import Product, product
-from offramp.program.graph import data_inputs, expression, shape
+from offramp.program.analysis.sites import mlp
+from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.learners import WIDTH, Learners
 from offramp.program.program import Program
 from offramp.training.losses import Values
@@ -79,36 +80,19 @@ def learner_sites(program: Program) -> list[LearnerSite]:
 
 def _site(program: Program, item: Learners) -> LearnerSite:
     masked = program.nodes[item.hidden]
-    last = next((made for user in masked.users if (made := product(user)) is not None), None)
-    hidden: Any = masked.args[0]
-    first = _first(hidden)
-    if last is None or not first:
+    found = next((site for user in masked.users if (site := mlp(user)) is not None), None)
+    if found is None:
         raise SpecError(
             f"{item.site} of block {item.block} of stack {item.stack!r} is no MLP any more",
             hint="train right after insert-acm, other passes then",
         )
-    weights = sum(made.units * made.features for made in (*first, last))
+    hidden: Any = masked.args[0]
+    last = found.last
     bias = None if last.bias is None else last.bias.name
+    flops = 2 * sum(made.units * made.features for made in found.products) / item.learners
     return LearnerSite(
-        item, first[0].data.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis,
-        2 * weights / item.learners,
-    )  # fmt: skip
-
-
-def _first(hidden: fx.Node) -> list[Product]:
-    """The products that hidden units come from."""
-    found, todo, seen = list[Product](), [hidden], set[fx.Node]()
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        made = product(node)
-        if made is None:
-            todo += data_inputs(node)
-        else:
-            found.append(made)
-    return found
+        item, found.input.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis, flops
+    )
 
 
 def check_teacher(program: Program, teacher: Program) -> None:
@@ -140,16 +124,24 @@ def width(program: Program, share: float, like: Tensor) -> dict[str, Tensor]:
     return {node.name: torch.full((1,), share, dtype=node.meta["val"].dtype, device=like.device)}
 
 
-def counting(batch: Values, mask: str | None, tokens: Tensor) -> Tensor:
-    """Which of ``tokens [..., features]`` count, ``bool [...]``: all, but where ``batch[mask]`` is 0.
+def counting(program: Program, batch: Values, mask: str | None, name: str, tokens: Tensor) -> Tensor:
+    """Which tokens of a node's (or output's) value ``[..., features]`` count, ``bool [...]``: not where the mask is 0.
 
     A mask of other places than the tokens' (samples of a signal, tokens of another stack) is not read. Some models
     (GPT-2) have the tokens of all rows one after another.
     """
     found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
-    if found is not None and (found.shape == places or (len(places) == 1 and found.numel() == places[0])):
-        return found.reshape(places) != 0
-    return torch.ones(places, dtype=torch.bool, device=tokens.device)
+    known = placeholders(program.graph).get(mask or "")
+    node = program.nodes.get(name) or results(program.graph)[name]
+    apart = known is not None and _count(shape(known)) != _count(shape(node)[:-1])  # in other sizes than the batch's
+    same = found is not None and (found.shape == places or (len(places) == 1 and found.numel() == places[0]))
+    if found is None or apart or not same:
+        return torch.ones(places, dtype=torch.bool, device=tokens.device)
+    return found.reshape(places) != 0
+
+
+def _count(sizes: Sequence[Any]) -> Any:
+    return math.prod(map(expression, sizes))
 
 
 def by_row(program: Program, batch: Values, name: str, value: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class LearnerDistillation(Objective):
         errors = []
         for site in sites:
             wanted = taught[site.output].float()
-            counts = counting(batch, self.mask, wanted)
+            counts = counting(model.program, batch, self.mask, site.output, wanted)
             size = _mean(wanted.square().sum(-1), counts).clamp(min=1e-12)
             found = [_mean((made - wanted).square().sum(-1), counts) for k, made in site.outputs(values) if k]
             errors.append(torch.stack(found).mean() / size)
@@ -102,7 +102,7 @@ class GateDistillation(Objective):
             errors, which = [], []
             for site, residual in zip(sites, behind, strict=True):
                 wanted = taught[site.output].float()
-                counts = counting(batch, self.mask, wanted)
+                counts = counting(model.program, batch, self.mask, site.output, wanted)
                 size = taught[residual].float().square().sum(-1)
                 same = size.shape == counts.shape or (counts.dim() == 1 and size.numel() == counts.numel())
                 size = (size.reshape(counts.shape)[counts] if same else size.mean()).clamp(min=1e-12)
@@ -165,7 +165,7 @@ class WidthBudget(Objective):
         values = model.values(wanted, batch, width(program, share, next(iter(batch.values()))))
         found = dict(self.task.losses(program, values, batch)) if self.task else {}
         if self.teacher is not None:
-            found["teacher"] = self._distance(values[self.output], model.taught([self.output], batch), batch)
+            found["teacher"] = self._distance(program, values[self.output], model.taught([self.output], batch), batch)
         shares, entropy = self._choices(program, sites, values, batch)
         room = 4 * share * (1 - share)
         found["budget"] = self.budget * (shares.mean() - share).abs()
@@ -174,9 +174,9 @@ class WidthBudget(Objective):
         found["diversity"] = -self.diversity * room * (shares[:, None] - shares[None]).abs().sum() / pairs
         return found
 
-    def _distance(self, found: Tensor, taught: Values, batch: Values) -> Tensor:
+    def _distance(self, program: Program, found: Tensor, taught: Values, batch: Values) -> Tensor:
         teacher = taught[self.output].float()
-        counts = counting(batch, self.mask, teacher)
+        counts = counting(program, batch, self.mask, self.output, teacher)
         if self.distance == "mse":
             return F.mse_loss(found[counts].float(), teacher[counts]) / teacher[counts].square().mean()
         if (labels := batch.get("labels")) is not None and labels.shape == counts.shape:
@@ -191,7 +191,9 @@ class WidthBudget(Objective):
         taken, most, entropies = list[Tensor](), list[Tensor](), list[Tensor]()
         for site in sites:
             name, logits = site.learners.choice, values[site.learners.choice].float()
-            counts = by_row(program, batch, name, counting(batch, self.mask, logits)[..., None])  # [rows, tokens, 1]
+            counts = by_row(
+                program, batch, name, counting(program, batch, self.mask, name, logits)[..., None]
+            )  # [rows, tokens, 1]
             soft = by_row(program, batch, name, logits).softmax(-1)
             hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
             chosen = (hard + soft - soft.detach()) * counts

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import compute_unbacked_bindings
 from torch.onnx.ops import _dtype_mappings, _symbolic_impl
 
 from offramp.program.graph import add_call, aten, expression, fake_mode, shape
@@ -45,6 +46,13 @@ class Builder:
     def sizes(self, node: fx.Node) -> list[Any]:
         """The shape of a tensor, as `size` has it."""
         return [self.size(node, axis) for axis in range(len(shape(node)))]
+
+    def number(self, tensor: fx.Node) -> fx.Node:
+        """What a tensor of one integer holds, as a size that only a run tells."""
+        node, env = self.call(aten._local_scalar_dense.default, tensor), fake_mode(self.graph).shape_env
+        if found := compute_unbacked_bindings(env, node.meta["val"]):
+            node.meta["unbacked_bindings"] = found
+        return node
 
     def onnx(
         self,

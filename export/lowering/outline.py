@@ -50,6 +50,7 @@ def outline(subgraph: Subgraph) -> Computation:
         env[node] = graph.placeholder(f"in{i}" if i < len(inputs) else f"w{i - len(inputs)}")
         with node.meta["val"].fake_mode:  # ONNX knows no strides, so none may come in from outside
             env[node].meta["val"] = node.meta["val"].contiguous()
+        env[node].meta["weight"] = i >= len(inputs)
     _copy(nodes, inputs, graph, env)
     graph.output(tuple(env[node] for node in subgraph.outputs))
     return Computation(graph, tuple(inputs), tuple(weights), subgraph.outputs, fingerprint(graph))

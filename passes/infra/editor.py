@@ -60,6 +60,13 @@ class Editor:
         node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
         return self._made(node, like)
 
+    def input(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A new input of the program, of the shape of ``value`` whatever the others are."""
+        with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
+        return self._made(node, node)
+
     def call(self, target: Any, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:
         """A new call of ``target`` right after node ``at``; the value's shape is computed from the arguments'."""
         with self.graph.inserting_after(at):

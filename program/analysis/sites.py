@@ -19,6 +19,7 @@ from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.attention_search import attention_sites
+from offramp.program.analysis.products import Product, hint, numel, product
 from offramp.program.graph import (
     ancestors,
     aten,
@@ -30,7 +31,7 @@ from offramp.program.graph import (
     shape,
     weights,
 )
-from offramp.program.ops import ATTENTION
+from offramp.program.ops import ATTENTION, FIRST_LEARNERS
 
 #: "qkv" and "kv" are products that make several at once.
 KINDS = ("mlp", "query", "key", "value", "qkv", "kv", "output")
@@ -38,30 +39,7 @@ KINDS = ("mlp", "query", "key", "value", "qkv", "kv", "output")
 #: They neither mix features nor make new ones; what lies along the last axis before, does so behind them.
 _SAME_FEATURES = (aten.reshape.default, aten.dropout.default, aten._to_copy.default, aten.clone.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-_TRANSPOSES = (aten.permute.default, aten.transpose.int, aten.t.default)
 _LINEAR = (aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.neg.default, *_SAME_FEATURES)
-
-
-@dataclass(frozen=True)
-class Product:
-    """``data @ weight``, perhaps with a bias: of ``features`` values along the last axis it makes ``units``."""
-
-    node: fx.Node
-    data: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
-    units_axis: int  # of the weight
-    reader: fx.Node  # what reads the weight: the product, or what transposes it for the product alone
-
-    @property
-    def units(self) -> int:
-        """How many values it makes of each token."""
-        return int(shape(self.weight)[self.units_axis])
-
-    @property
-    def features(self) -> int:
-        """How many values of each token it reads."""
-        return int(shape(self.weight)[1 - self.units_axis])
 
 
 @dataclass(frozen=True)
@@ -111,7 +89,7 @@ class Site:
     @property
     def flops(self) -> int:
         """Floating-point operations of its products on the example inputs: two for each weight and token."""
-        return sum(2 * _numel(item.node) * item.features for item in self.products)
+        return sum(2 * numel(item.node) * item.features for item in self.products)
 
     @property
     def residual(self) -> bool:
@@ -167,36 +145,21 @@ def find_sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> lis
     return sorted(sites, key=lambda site: order[site.output])
 
 
-def product(node: fx.Node) -> Product | None:
-    """A node as a product of values with a weight of two axes; None for anything else."""
-    args: list[Any] = list(node.args)
-    if node.target is aten.linear.default:
-        data, weight, bias, axis = args[0], args[1], args[2] if len(args) > 2 else None, 0
-    elif node.target is aten.addmm.default and not node.kwargs:
-        data, weight, bias, axis = args[1], args[2], args[0], 1
-    elif node.target in (aten.mm.default, aten.matmul.default):
-        data, weight, bias, axis = args[0], args[1], None, 1
-    else:
-        return None
-    reader = node
-    if weight.target in _TRANSPOSES and len(weight.users) == 1 and len(shape(weight)) == 2:
-        reader, weight, axis = weight, weight.args[0], 1 - axis
-    if weight.op != "get_attr" or data.op == "get_attr" or len(shape(weight)) != 2:
-        return None
-    if bias is not None and (bias.op != "get_attr" or len(shape(bias)) != 1):
-        return None
-    return Product(node, data, weight, bias, axis, reader)
+def mlp(last: fx.Node) -> Site | None:
+    """The MLP that ends in a product, None if it ends none."""
+    products = {node: found for node in last.graph.nodes if (found := product(node)) is not None}
+    return _mlp(products[last], products) if last in products else None
 
 
 def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> int:
     """Floating-point operations of a block's products and attentions on the example inputs; the rest is small."""
-    total = sum(2 * _numel(node) * item.features for node in block if (item := product(node)) is not None)
+    total = sum(2 * numel(node) * item.features for node in block if (item := product(node)) is not None)
     inside = set(block)
     for site in mixing:
         if site.weights in inside:
-            keys = _hint(site.token_sizes[1])
-            features = _hint(shape(site.query)[-1]) + _hint(shape(site.value)[-1])
-            total += 2 * _numel(site.query) // _hint(shape(site.query)[-1]) * keys * features
+            keys = hint(site.token_sizes[1])
+            features = hint(shape(site.query)[-1]) + hint(shape(site.value)[-1])
+            total += 2 * numel(site.query) // hint(shape(site.query)[-1]) * keys * features
     return total
 
 
@@ -225,14 +188,14 @@ def _units(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Produc
         seen.add(node)
         if node in products:
             first.append(products[node])
-        elif (halved := _half(node, last.features)) is not None:
+        elif (halved := half(node, last.features)) is not None:
             inner += halved[1:]
             todo.append(halved[0])
         elif not _by_unit(node, last.features):
             return None
         else:
             inner.append(node)
-            todo += data_inputs(node)
+            todo += _hidden(node)
     inside = {*inner, *(item.node for item in first)}
     if any(user not in inside and user is not last.node for node in inside for user in node.users):
         return None
@@ -248,12 +211,19 @@ def _by_unit(node: fx.Node, units: int) -> bool:
         return False
     if node.target in _SAME_FEATURES:
         return all(expression(shape(arg)[-1]) == units for arg in data_inputs(node))
+    if node.target is FIRST_LEARNERS:
+        return True
     pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return pointwise and bool(data_inputs(node))
 
 
-def _half(node: fx.Node, units: int) -> list[fx.Node] | None:
-    """What a node is a half of, along the last axis, and the nodes that take it; None if it is none."""
+def _hidden(node: fx.Node) -> list[fx.Node]:
+    """The hidden units that a call changes one by one; what a gate says of them are none."""
+    return list(node.all_input_nodes[:1]) if node.target is FIRST_LEARNERS else data_inputs(node)
+
+
+def half(node: fx.Node, units: int) -> list[fx.Node] | None:
+    """What a node is a half of, along the last axis, and the nodes that take it, itself last; None if it is none."""
     args: list[Any] = list(node.args)
     halves = [node]
     if node.target is operator.getitem and args[0].target in _SPLITS:
@@ -289,12 +259,3 @@ def _projection(
 def _of_inputs(node: fx.Node) -> bool:
     """Whether a value depends on what the model is given."""
     return any(arg.op == "placeholder" for arg in read_by([node]))
-
-
-def _numel(node: fx.Node) -> int:
-    return math.prod(map(_hint, shape(node)))
-
-
-def _hint(size: Any) -> int:
-    """A size in the example inputs."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

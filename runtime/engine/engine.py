@@ -14,6 +14,7 @@ from offramp.bundle.schedule import Schedule, Step
 from offramp.runtime.engine.binding import bind
 from offramp.runtime.engine.loop import Loop, depths, joined
 from offramp.runtime.engine.memory import Env, Index, Memory
+from offramp.runtime.engine.widths import Sites, Widths
 from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
 
@@ -23,6 +24,7 @@ class Ran:
     """What stages have left behind: values by name, after how many blocks each row left each stack, and what ran."""
 
     values: Env
+    widths: Widths
     exits: dict[str, Index] = field(default_factory=dict)
     trace: list[Timing] = field(default_factory=list)
 
@@ -38,13 +40,14 @@ class Engine:
         self._manifest, self.memory = manifest, memory
         self.schedule = Schedule.of(manifest)
         self._calls = bind(manifest, sessions, memory)
+        self._sites = Sites(manifest)
 
     def run(self, values: Env, batch: int, policies: Mapping[str, StackPolicy], when: str | None = None) -> Ran:
         """Run the stages of that ``when``, and keep every value; or (None) all of them, for the outputs alone.
 
         ``values`` are this engine's memory's, and left as they are.
         """
-        ran = Ran(dict(values))
+        ran = Ran(dict(values), Widths(self._sites))
         for step in self.schedule.steps:
             if when is None:
                 self._step(step, ran, batch, policies)
@@ -54,14 +57,14 @@ class Engine:
         return ran
 
     def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, StackPolicy]) -> None:
-        loop = Loop(self._calls, self.memory, ran.trace)
+        loop, rows = Loop(self._calls, self.memory, ran.trace, ran.widths), np.arange(batch)
         if step.stack is None:
-            loop.segments(step.segments, ran.values, batch)
+            loop.segments(step.segments, ran.values, rows)
             return
         name = step.stack.name
         started = perf_counter()
         inside = self.memory.take(ran.values, step.reads, None)
-        left = loop.stack(step.spans, inside, np.arange(batch), policies[name])
+        left = loop.stack(step.spans, inside, rows, policies[name])
         ran.exits[name] = depths(left, batch)
         policies[name].report(ran.exits[name], (perf_counter() - started) * 1e3)
         ran.values |= joined(left, self._manifest.values, self._manifest.batch, batch, self.memory)

@@ -13,6 +13,7 @@ from offramp.bundle.schedule import Branch, Span
 from offramp.errors import ExecutionError
 from offramp.runtime.engine.binding import Call
 from offramp.runtime.engine.memory import Env, Index, Memory, places
+from offramp.runtime.engine.widths import Widths
 from offramp.runtime.policies.base import Rows
 from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
@@ -27,16 +28,16 @@ class Departure(NamedTuple):
 
 
 class Loop:
-    """Runs stages on rows of a batch; ``trace`` takes a line for every segment."""
+    """Runs stages on rows of a batch; ``trace`` takes a line for every segment, ``widths`` what tokens took there."""
 
-    def __init__(self, calls: Mapping[str, Call], memory: Memory, trace: list[Timing]) -> None:
-        self._calls, self._memory, self._trace = calls, memory, trace
+    def __init__(self, calls: Mapping[str, Call], memory: Memory, trace: list[Timing], widths: Widths) -> None:
+        self._calls, self._memory, self._trace, self._widths = calls, memory, trace, widths
 
     def stack(self, spans: Sequence[Span], env: Env, rows: Index, policy: StackPolicy) -> list[Departure]:
         """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
         left: list[Departure] = []
         for span in spans:
-            self.segments(span.segments, env, rows.size, span.dead)
+            self.segments(span.segments, env, rows, span.dead)
             branch = span.branch
             assert branch is not None  # only a stage of one segment has none
             leave, ran = self._ask(branch, env, rows, policy)
@@ -46,7 +47,7 @@ class Loop:
             wanted = branch.results.values() if ran else branch.reads
             found = self._memory.take(env, wanted, go if stay.size else None)
             if not ran:
-                self.segments(branch.segments, found, go.size)
+                self.segments(branch.segments, found, rows[go])
             left.append(Departure(branch.after, rows[go], {full: found[here] for full, here in branch.results.items()}))
             if not stay.size:
                 break
@@ -64,11 +65,11 @@ class Loop:
             return None, False
         ran = not branch.free.issuperset(wanted)
         if ran:
-            self.segments(branch.segments, env, rows.size)
+            self.segments(branch.segments, env, rows)
         found = {measure: self._memory.get(env[branch.scores[measure]]) for measure in wanted}
         return policy.leave(branch.after, rows, found), ran
 
-    def segments(self, names: Sequence[str], env: Env, rows: int, dead: Sequence[frozenset[str]] = ()) -> None:
+    def segments(self, names: Sequence[str], env: Env, rows: Index, dead: Sequence[frozenset[str]] = ()) -> None:
         """Run segments one after the other; what is ``dead`` behind each is let go.
 
         Raises:
@@ -82,7 +83,8 @@ class Loop:
             except Exception as error:
                 shapes = ", ".join(f"{value} {_shape(env[value])}" for value in call.inputs)
                 raise ExecutionError(f"segment {name!r} failed with {shapes}: {error}") from error
-            self._trace.append(Timing(name, (perf_counter() - start) * 1e3, rows))
+            self._trace.append(Timing(name, (perf_counter() - start) * 1e3, rows.size))
+            self._widths.take(name, rows, env, self._memory)
             for value in dead[at] if dead else ():
                 env.pop(value, None)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from offramp.bundle.manifest import Manifest
 from offramp.bundle.schedule import Branch
+from offramp.runtime.engine.widths import Sites, Widths
 from offramp.runtime.generation.batching import Index, SlotRunner, Values, greatest
 from offramp.runtime.generation.buffers import Store
 from offramp.runtime.generation.cache_memory import axis_of
@@ -53,6 +54,8 @@ class Decoder:
         self.manifest, self.spans, self.store = manifest, spans, store
         self.propagate, self.max_pending = propagate, max_pending
         self.runner = SlotRunner(store)
+        self._sites = Sites(manifest)
+        self.widths = Widths(self._sites)
         self.waiting = Waiting([span.reads for span in spans], store.slots)
         self.rows: Index = np.arange(store.slots)
         self._caught_up: dict[int, int] = {}
@@ -286,6 +289,9 @@ class Decoder:
         found, span = dict(values), self.spans[at]
         for call in span.calls:
             found |= self.runner.run(call, self.seen[at], slots, found, counts)
+            for _, item in self._sites.of[call.segment.name]:
+                taken = [row[:count] for row, count in zip(found[item.count], counts.tolist(), strict=True)]
+                self.widths.add(item, np.concatenate(taken))
         self.waiting.advance(at, slots, counts)
         return {name: array for name, array in found.items() if name in span.leaves}
 

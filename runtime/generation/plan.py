@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle.implied import ImpliedInputs
-from offramp.bundle.manifest import Manifest
+from offramp.bundle.manifest import WIDTH, Manifest
 from offramp.bundle.options import Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Engine, Ran
@@ -40,7 +40,7 @@ class GenerationPlan:
     ) -> None:
         assert manifest.cache is not None
         self.manifest, self.cache, self._engine, self._device = manifest, manifest.cache, engine, device
-        kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places}
+        kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places, WIDTH}
         kept |= {name for step in engine.schedule.steps if step.stage.when != "chunk" for name in step.makes}
         self.spans: tuple[ChunkSpan, ...] = chunk_spans(manifest, sessions, frozenset(kept))
         calls = [call for span in self.spans for call in (*span.calls, *span.branch_calls)]
@@ -65,7 +65,7 @@ class GenerationPlan:
         with self._lock:
             self._spare = store
 
-    def once(self, inputs: Mapping[str, Any], prompts: Prompts, policy: Policy) -> Ran:
+    def once(self, inputs: Mapping[str, Any], prompts: Prompts, policy: Policy, width: Mapping[str, Array]) -> Ran:
         """Run what runs once for the inputs (an encoder).
 
         Raises:
@@ -76,7 +76,7 @@ class GenerationPlan:
         name = self.cache.tokens[0]
         others = {key: value for key, value in inputs.items() if key not in self.cache.implied}
         given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
-        given |= {self.cache.lengths: np.zeros(rows, np.int64)}
+        given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         policies = {name: StackPolicy(policy, stack, rows) for name, stack in self.manifest.stacks.items()}
         memory = self._engine.memory
         return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")

@@ -44,6 +44,7 @@ class Session:
         policy: Policy,
         sampling: Sampling,
         ends: Ends,
+        width: Mapping[str, NDArray[np.float32]],
         *,
         propagate: str = "defer",
         max_pending: int | None = None,
@@ -52,7 +53,7 @@ class Session:
         self.plan, self.policy, self.sampling, self.ends, self.prompts = plan, policy, sampling, ends, prompts
         slots = len(prompts) * sampling.beams
         self._limit = plan.cache.limit
-        self._once: Ran = plan.once(inputs, prompts, policy)
+        self._once: Ran = plan.once(inputs, prompts, policy, width)
         capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + 1)
         self.decoder = Decoder(plan.manifest, plan.spans, plan.store(slots, capacity), propagate, max_pending)
         self._read_tables()

@@ -40,8 +40,12 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """What `Chain.generate` returns, by row: new token ids int64 [n], and after how many blocks each was made."""
+    """What `Chain.generate` returns, by row: new token ids int64 [n], and after how many blocks each was made.
+
+    ``width`` is the share of the learners' floating-point operations that tokens executed; None without learners.
+    """
 
     tokens: tuple[NDArray[np.int64], ...]
     exits: tuple[NDArray[np.int64], ...]
     scores: tuple[float, ...] = ()
+    width: float | None = None

@@ -128,6 +128,17 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Never(Policy):
+    """Full depth for every row."""
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": "never"}
+
+
+@dataclass(frozen=True, slots=True)
 class Function(Policy):
     """A plain function as a policy: asked at every exit, with every score that there is."""
 

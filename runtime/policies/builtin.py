@@ -12,9 +12,10 @@ from offramp.bundle.manifest import Exit, Stack
 from offramp.bundle.parse import decode
 from offramp.errors import PolicyError
 from offramp.runtime.policies.adaptive import Adaptive
-from offramp.runtime.policies.base import Agreement, Cost, Policy, Rows, State, listing, named, scored
+from offramp.runtime.policies.base import Agreement, Cost, Never, Policy, Rows, State, listing, named, scored
 from offramp.runtime.policies.budget import Budget
 from offramp.runtime.policies.thresholds import Confidence, Decay, Entropy, Learned, ShallowDeep, Verify
+from offramp.runtime.policies.width import Width
 
 __all__ = [
     "NAMED",
@@ -30,19 +31,9 @@ __all__ = [
     "Patience",
     "ShallowDeep",
     "Verify",
+    "Width",
     "from_dict",
 ]
-
-
-@dataclass(frozen=True, slots=True)
-class Never(Policy):
-    """Full depth for every row."""
-
-    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
-        return None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": "never"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +147,9 @@ _KINDS: tuple[type[Policy], ...] = (
     Verify,
     Budget,
     Each,
+    Width,
 )
+_POLICIES = {"stacks", "exits"}  # options that hold policies
 NAMED: Mapping[str, type[Policy]] = {kind.__name__.lower(): kind for kind in _KINDS}
 
 
@@ -172,12 +165,14 @@ def from_dict(data: Mapping[str, Any]) -> Policy:
         raise PolicyError(f"no policy {data.get('name')!r}; there are {', '.join(NAMED)}")
     try:
         hints, problems = get_type_hints(kind), list[str]()
-        for key in options.keys() & {item.name for item in fields(kind) if item.init} - {"stacks"}:  # type: ignore[arg-type]
+        for key in options.keys() & {item.name for item in fields(kind) if item.init} - _POLICIES:  # type: ignore[arg-type]
             decode(hints[key], options[key], key, problems)
         if problems:
             raise TypeError("; ".join(sorted(problems)))
         if "thresholds" in options:
             options["thresholds"] = {int(after): float(at) for after, at in options["thresholds"].items()}
+        if isinstance(options.get("exits"), Mapping):
+            options["exits"] = from_dict(options["exits"])
         if kind is Each:
             options["stacks"] = {stack: from_dict(item) for stack, item in options["stacks"].items()}
         return kind(**options)

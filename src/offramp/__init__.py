@@ -52,6 +52,7 @@ if TYPE_CHECKING:
         State,
         Token,
         Verify,
+        Width,
         load,
     )
 
@@ -86,6 +87,7 @@ __all__ = [
     "Token",
     "Truncate",
     "Verify",
+    "Width",
     "apply",
     "calibrate",
     "capture",
@@ -126,6 +128,7 @@ _NAMES = {
         "State",
         "Token",
         "Verify",
+        "Width",
         "load",
     ),
     "calibration": ("calibrate",),

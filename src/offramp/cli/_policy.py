@@ -11,7 +11,7 @@ from offramp.runtime.policies.builtin import from_dict
 SPECS = (
     "never, depth:2, depth:encoder=2, confidence:0.9, confidence:0.9,measure=margin, "
     "confidence:1=0.95,2=0.9, entropy:0.3, patience:2, learned:0.5, decay:0.9,tokens=64, shallowdeep:2,threshold=0.9, "
-    "adaptive:2,target=0.99, verify:2,drafts=4, budget:3.5, budget:milliseconds=20"
+    "adaptive:2,target=0.99, verify:2,drafts=4, budget:3.5, budget:milliseconds=20, width:0.4"
 )
 # What a value without a name sets, by policy.
 _FIRST = {
@@ -25,6 +25,7 @@ _FIRST = {
     "adaptive": "after",
     "verify": "after",
     "budget": "blocks",
+    "width": "budget",
 }
 
 

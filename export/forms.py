@@ -1,0 +1,106 @@
+"""Which form of learners is faster: both are built for each kind of site, and timed on the example's own tokens."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from torch import fx
+
+from offramp.bundle.manifest import FORMS, WIDTH
+from offramp.export.lowering.node_builder import Target
+from offramp.export.lowering.outline import outline
+from offramp.export.prepare import prepared
+from offramp.export.subgraph import Subgraph, subgraph
+from offramp.export.translations import Translations
+from offramp.export.write import Writer
+from offramp.program.analysis.sites import mlp
+from offramp.program.graph import expression, shape
+from offramp.program.learners import Learners
+from offramp.program.program import Program, evaluate
+from offramp.runtime.engine.sessions import session_options
+
+_ROUNDS = 7
+_SHARE = 0.5  # of the learners, while it is timed
+_LEAST = 0.005  # seconds of a round, for clocks to tell
+
+
+def fastest(program: Program, target: Target) -> tuple[dict[str, str], dict[str, Any]]:
+    """The faster form of each site with learners, by the name of its node, and what was measured, by site.
+
+    Each kind of site is timed once, where half of the learners are taken, on the CPU: on as many tokens as the example
+    has, or on one where the program has caches.
+    """
+    sites = {item.hidden: item for item in program.records if isinstance(item, Learners)}
+    made = {form: prepared(program, dict.fromkeys(sites, form)) for form in FORMS if sites}
+    kinds: dict[str, dict[str, Any]] = {}
+    forms, measured = dict[str, str](), dict[str, Any]()
+    for name, item in sites.items():
+        key = outline(_piece(made[FORMS[0]], name)).key
+        if key not in kinds:
+            kinds[key] = _times(made, name, target)
+        times = measured[f"{item.stack}.{item.block}.{item.site}"] = kinds[key]
+        forms[name] = min(FORMS, key=times.__getitem__)
+    return forms, measured
+
+
+def _piece(program: Program, hidden: str) -> Subgraph:
+    """A site from what it reads to its last product."""
+    site = mlp(next(iter(program.nodes[hidden].users)))
+    assert site is not None, hidden
+    return subgraph(hidden, [site.output], [site.input])
+
+
+def _times(made: Mapping[str, Program], hidden: str, target: Target) -> dict[str, Any]:
+    """Milliseconds of a site in each form, in turns, and on how many tokens."""
+    runs: dict[str, Callable[[], Any]] = {}
+    tokens = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for form, program in made.items():
+            piece, place = _piece(program, hidden), Path(folder) / form
+            place.mkdir()
+            writer = Writer(place, program.graph_module)
+            file = writer.segment(Translations(target).of(piece), hidden)
+            writer.close()
+            session = ort.InferenceSession(place / file, session_options(), providers=["CPUExecutionProvider"])
+            feed = {f"in{i}": _given(program, node) for i, node in enumerate(piece.inputs)}
+            tokens = max(array.size // array.shape[-1] for array in feed.values())
+            runs[form] = _bound(session, feed)
+        for run in runs.values():
+            run()
+        seconds: dict[str, list[float]] = {form: [] for form in runs}
+        for _ in range(_ROUNDS):
+            for form, run in runs.items():
+                seconds[form].append(_one(run))
+    return {form: round(statistics.median(found) * 1e3, 4) for form, found in seconds.items()} | {"tokens": tokens}
+
+
+def _bound(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Callable[[], Any]:
+    return lambda: session.run(None, feed)
+
+
+def _given(program: Program, node: fx.Node) -> Any:
+    """What a site reads in the example; of a program with caches the first token of the first row."""
+    if node.op == "placeholder" and node.target == WIDTH:
+        return np.full(1, _SHARE, np.float32)
+    value = evaluate(program.graph_module, [node], program.example_inputs)[node]
+    if program.cache is not None:
+        for axis, size in enumerate(shape(node)[:-1]):
+            if not isinstance(expression(size), int):
+                value = value.narrow(axis, 0, 1)
+    return value.contiguous().numpy()
+
+
+def _one(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    count, started = 0, perf_counter()
+    while (spent := perf_counter() - started) < _LEAST or not count:
+        run()
+        count += 1
+    return spent / count
