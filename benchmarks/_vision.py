@@ -21,8 +21,6 @@ import offramp
 from benchmarks._common import data, say
 from offramp import training
 from offramp.program import Program
-from offramp.program.learners import WIDTH, Learners
-from offramp.program.program import evaluate
 from offramp.training.losses import IGNORED, Values, cross_entropy
 from offramp.zoo import vit
 from offramp.zoo._rebuild import rebuild
@@ -186,20 +184,6 @@ def widths(program: Program, teacher: Program, recipe: Recipe) -> None:
     gates.fit(program, training.GateDistillation(teacher, low=LEAST), train="added")
     rest = replace(recipe, epochs=max(1, recipe.epochs - first - second))
     rest.fit(program, training.WidthBudget(task=Distilled(), low=LEAST), teacher)
-
-
-def taken(program: Program, images: Tensor, width: float, device: str) -> float:
-    """The share of their learners that the tokens of images take on average at a width."""
-    buffer = program.module.get_buffer(WIDTH)
-    buffer.fill_(width)
-    sites = [item for item in program.records if isinstance(item, Learners)]
-    shares = []
-    for each in images.split(100):
-        values = evaluate(
-            program.graph_module, [program.nodes[item.choice] for item in sites], {"pixel_values": pixels(each)}
-        )
-        shares += [value.argmax(-1).float().mean() / LEARNERS for value in values.values()]
-    return float(torch.stack(shares).mean())
 
 
 def untrained() -> nn.Module:

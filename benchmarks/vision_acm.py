@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import offramp
 from benchmarks import _vision as vision
@@ -64,15 +63,18 @@ def chain(name: str, program: Program) -> offramp.Chain:
 class Students:
     """The teacher's students, trained or read."""
 
-    def __init__(self, taught: Recipe, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder = recipe, folder
+    def __init__(self, taught: Recipe, recipe: Recipe, folder: Path, read_only: bool) -> None:
+        self.recipe, self.folder, self.read_only = recipe, folder, read_only
         self.model = vision.untrained()
         self.teacher = captured(self.model)
         self.trained("teacher", self.teacher, lambda: taught.fit(self.teacher, training.CrossEntropy(smoothing=0.1)))
 
-    def trained(self, name: str, program: Program, train: Callable[[], object] | None = None) -> Program:
-        """The program with its weights: read, or learnt from the teacher and written."""
+    def trained(self, name: str, program: Program, train: Callable[[], object] | None = None) -> Program | None:
+        """The program with its weights: read, or learnt from the teacher and written; None if it is left out."""
         path = self.folder / f"{name}.safetensors"
+        if not path.exists() and self.read_only:
+            say(f"{name} is left out: there is no {path}")
+            return None
         if not path.exists():
             say(f"training {name}")
             if train:
@@ -87,18 +89,24 @@ class Students:
     def static(self) -> list[Way]:
         """The teacher, and students that are smaller for every image."""
         found = [Way("full", chain("teacher", self.teacher), _always(1.0))]
-        makes: dict[str, Callable[[nn.Module, float], nn.Module]]
-        makes = {"narrow": vision.narrowed, "factored": vision.factored}
         for asked in SHARES:
             depth, width = round(asked * DEPTH), round(width_of(asked, gates=True), 3)
-            for kind, make in makes.items():
-                if width > 0:
-                    name = f"{kind}-{width}"
-                    program = self.trained(name, captured(make(self.model, width)))
-                    found.append(Way(f"{kind} MLPs", chain(name, program), _always(share(width))))
-            program = self.trained(f"truncate-{depth}", self.rewritten(f"truncate{{after={depth}}}"))
-            found.append(Way("fewer blocks", chain(f"truncate-{depth}", program), _always(depth / DEPTH)))
+            of_nine = round(width_of(asked * DEPTH / 9, gates=True), 2)
+            cut = self.rewritten(f"truncate{{after={depth}}}")
+            found += self.way("fewer blocks", f"truncate-{depth}", cut, depth / DEPTH)
+            if width > 0:
+                narrow, factored = captured(vision.narrowed(self.model, width)), vision.factored(self.model, width)
+                found += self.way("narrow MLPs", f"narrow-{width}", narrow, share(width))
+                found += self.way("factored MLPs", f"factored-{width}", captured(factored), share(width))
+            if 0 < of_nine < 0.9:
+                both = captured(vision.narrowed(self.model, of_nine), "truncate{after=9}")
+                found += self.way("9 blocks, narrow MLPs", f"cutnarrow-{of_nine}", both, share(of_nine) * 9 / DEPTH)
         return found
+
+    def way(self, kind: str, name: str, program: Program, executed: float) -> list[Way]:
+        """A student that is the same for every image, unless it is left out."""
+        there = self.trained(name, program)
+        return [Way(kind, chain(name, there), _always(executed))] if there else []
 
     def rewritten(self, passes: str) -> Program:
         """The teacher, rewritten, with weights of its own."""
@@ -107,8 +115,9 @@ class Students:
     def exits(self) -> list[Way]:
         """One model with exits, by thresholds of confidence that take each share of the held-out images' blocks."""
         program = self.rewritten(f"insert-exits{{after={'|'.join(map(str, EXITS))},head=own}}")
-        program = offramp.apply(self.trained("exits", program), "insert-scores{measure=top1}")
-        loaded = chain("exits", program)
+        if not self.trained("exits", program):
+            return []
+        loaded = chain("exits", offramp.apply(program, "insert-scores{measure=top1}"))
         (stack,) = loaded.stacks
         never = offramp.Confidence(thresholds=dict.fromkeys(EXITS, 2.0))
         results = [loaded.run(each, never) for each in examples("held out", 100)[0]]
@@ -135,19 +144,27 @@ class Students:
     def widths(self, kind: str, name: str, passes: str, blocks: int) -> list[Way]:
         """One model with learners, by the widths that take each share of the held-out images' FLOPs."""
         program = self.rewritten(passes)
-        self.trained(name, program, lambda: vision.widths(program, self.teacher, self.recipe))
-        images = vision.cifar("held out")[0]
+        if not self.trained(name, program, lambda: vision.widths(program, self.teacher, self.recipe)):
+            return []
+        loaded, images = chain(name, program), examples("held out", 50, 200)[0]
+        grid = np.linspace(0, 1, 11)
+        took = [_width([loaded.run(each, offramp.Width(width)) for each in images]) for width in grid]
 
-        def executed(width: float) -> float:
-            return share(vision.taken(program, images, width, self.recipe.device), gates=True) * blocks / DEPTH
+        def executed(results: Sequence[offramp.Result]) -> float:
+            return share(_width(results), gates=True) * blocks / DEPTH
 
         found = []
         for asked in SHARES:
-            width = _solved(executed, asked)
-            say(f"{kind}: {asked} of the FLOPs at width {width:.3f}")
-            if executed(width) < asked + 0.02 and asked <= blocks / DEPTH:
-                found.append(Way(kind, chain(f"{name}-{asked}", program), _always(executed(width))))
+            wanted = width_of(asked * DEPTH / blocks, gates=True)
+            if took[0] <= wanted <= took[-1] + 0.05:
+                policy = offramp.Width(float(np.interp(wanted, took, grid)))
+                say(f"{kind}: {asked} of the FLOPs with {policy}")
+                found.append(Way(kind, loaded, executed, policy))
         return found
+
+
+def _width(results: Sequence[offramp.Result]) -> float:
+    return float(np.mean([each.width for each in results]))
 
 
 def _always(value: float) -> Callable[[Sequence[offramp.Result]], float]:
@@ -212,6 +229,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (cuda, if there is one)")
     parser.add_argument("--epochs", type=int, default=30, help="of each student (30)")
     parser.add_argument("--weights", type=Path, default=vision.RESULTS, help=f"trained weights ({vision.RESULTS})")
+    parser.add_argument("--read-only", action="store_true", help="leave out what is not trained yet")
     parser.add_argument("--images", type=int, help="of the test set (all)")
     parser.add_argument("--quick", action="store_true", help="one epoch of few images: does everything run?")
     rounds(parser)
@@ -222,7 +240,7 @@ def main() -> None:
     epochs, batch = (1, 32) if args.quick else (args.epochs, 256)
     folder = BUILD / "vision_acm_quick" if args.quick else args.weights
     taught, recipe = (Recipe(epochs, rate, batch, images=limit) for rate in (vision.TEACHER_RATE, vision.RATE))
-    students = Students(taught, recipe, folder)
+    students = Students(taught, recipe, folder, args.read_only)
     ways = [*students.static(), *students.exits(), *students.widths("adaptive width", "acm", "insert-acm", DEPTH)]
     ways += students.widths("adaptive width, 9 blocks", "acm9", "truncate{after=9},insert-acm", 9)
     runs = [measured(ways, limit or args.images) for _ in range(args.rounds)]
