@@ -146,7 +146,7 @@ class Students:
         program = self.rewritten(passes)
         if not self.trained(name, program, lambda: vision.widths(program, self.teacher, self.recipe)):
             return []
-        loaded, images = chain(name, program), examples("held out", 50, 200)[0]
+        loaded, images = chain(name, program), examples("held out", 50, 100)[0]
         grid = np.linspace(0, 1, 11)
         took = [_width([loaded.run(each, offramp.Width(width)) for each in images]) for width in grid]
 
