@@ -1,0 +1,252 @@
+"""Does adaptive width pay? ViT-S on CIFAR-10: at the same share of the blocks' FLOPs, accuracy and time in one row.
+
+One model with learners serves all shares, by the width that its gates are given; so does one model with exits, by its
+thresholds. Both are chosen on held-out images. Each static student is a model of its own. All have learnt alike, from
+one teacher, for as many steps; all are measured in turns. "share" is what the test images took.
+
+Training takes minutes on a GPU and days on two cores; trained weights are kept in ``benchmarks/results/vision_acm``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import offramp
+from benchmarks import _vision as vision
+from benchmarks._common import BUILD, Row, alternate, report, rounds, say, shown, spread
+from benchmarks._vision import DEPTH, Recipe, captured, share, width_of
+from offramp import training
+from offramp.program import Program
+
+SHARES = (0.75, 0.6, 0.4, 0.25)
+EXITS = (3, 5, 7, 9)
+BATCHES = (1, 16)
+TIMED = 32  # images a turn
+Examples = list[dict[str, np.ndarray[Any, Any]]]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model, and how it runs; ``executed`` is its share of the blocks' FLOPs, of what a run says."""
+
+    kind: str
+    chain: offramp.Chain
+    executed: Callable[[Sequence[offramp.Result]], float]
+    policy: offramp.Policy | None = None
+
+
+def examples(part: str, size: int, count: int | None = None) -> tuple[Examples, np.ndarray[Any, Any]]:
+    """So many images in batches, as the model reads them, and their labels."""
+    images, labels = vision.cifar(part)
+    given = [{"pixel_values": vision.pixels(each).numpy()} for each in images[:count].split(size)]
+    return given, labels[:count].numpy()
+
+
+def chain(name: str, program: Program) -> offramp.Chain:
+    """The program as a bundle, loaded."""
+    path = BUILD / f"vision_acm.{name}.offramp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    offramp.save(program, path)
+    return offramp.load(path)
+
+
+class Students:
+    """The teacher's students, trained or read."""
+
+    def __init__(self, taught: Recipe, recipe: Recipe, folder: Path, read_only: bool) -> None:
+        self.recipe, self.folder, self.read_only = recipe, folder, read_only
+        self.model = vision.untrained()
+        self.teacher = captured(self.model)
+        self.trained("teacher", self.teacher, lambda: taught.fit(self.teacher, training.CrossEntropy(smoothing=0.1)))
+
+    def trained(self, name: str, program: Program, train: Callable[[], object] | None = None) -> Program | None:
+        """The program with its weights: read, or learnt from the teacher and written; None if it is left out."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists() and self.read_only:
+            say(f"{name} is left out: there is no {path}")
+            return None
+        if not path.exists():
+            say(f"training {name}")
+            if train:
+                train()
+            else:
+                self.recipe.fit(program, vision.Distilled(), self.teacher)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            training.save_weights(program, path, "all", torch.bfloat16)
+        training.load_weights(program, path)
+        return program
+
+    def static(self) -> list[Way]:
+        """The teacher, and students that are smaller for every image."""
+        found = [Way("full", chain("teacher", self.teacher), _always(1.0))]
+        for asked in SHARES:
+            depth, width = round(asked * DEPTH), round(width_of(asked, gates=True), 3)
+            of_nine = round(width_of(asked * DEPTH / 9, gates=True), 2)
+            cut = self.rewritten(f"truncate{{after={depth}}}")
+            found += self.way("fewer blocks", f"truncate-{depth}", cut, depth / DEPTH)
+            if width > 0:
+                narrow, factored = captured(vision.narrowed(self.model, width)), vision.factored(self.model, width)
+                found += self.way("narrow MLPs", f"narrow-{width}", narrow, share(width))
+                found += self.way("factored MLPs", f"factored-{width}", captured(factored), share(width))
+            if 0 < of_nine < 0.9:
+                both = captured(vision.narrowed(self.model, of_nine), "truncate{after=9}")
+                found += self.way("9 blocks, narrow MLPs", f"cutnarrow-{of_nine}", both, share(of_nine) * 9 / DEPTH)
+        return found
+
+    def way(self, kind: str, name: str, program: Program, executed: float) -> list[Way]:
+        """A student that is the same for every image, unless it is left out."""
+        there = self.trained(name, program)
+        return [Way(kind, chain(name, there), _always(executed))] if there else []
+
+    def rewritten(self, passes: str) -> Program:
+        """The teacher, rewritten, with weights of its own."""
+        return captured(copy.deepcopy(self.model), passes)
+
+    def exits(self) -> list[Way]:
+        """One model with exits, by thresholds of confidence that take each share of the held-out images' blocks."""
+        program = self.rewritten(f"insert-exits{{after={'|'.join(map(str, EXITS))},head=own}}")
+        if not self.trained("exits", program):
+            return []
+        loaded = chain("exits", offramp.apply(program, "insert-scores{measure=top1}"))
+        (stack,) = loaded.stacks
+        never = offramp.Confidence(thresholds=dict.fromkeys(EXITS, 2.0))
+        results = [loaded.run(each, never) for each in examples("held out", 100)[0]]
+        sure = {after: np.concatenate([each.scores[stack][after]["top1"] for each in results]) for after in EXITS}
+
+        def depth(threshold: float) -> float:
+            left = np.full(len(sure[EXITS[0]]), DEPTH)
+            for after in reversed(EXITS):
+                left = np.where(sure[after] >= threshold, after, left)
+            return float(left.mean()) / DEPTH
+
+        def executed(results: Sequence[offramp.Result]) -> float:
+            return float(np.concatenate([each.exits[stack] for each in results]).mean()) / DEPTH
+
+        found = []
+        for asked in SHARES:
+            threshold = _solved(depth, asked)
+            say(f"exits: {asked} of the blocks at a confidence of {threshold:.3f}")
+            if depth(threshold) < asked + 0.02:
+                policy = offramp.Confidence(thresholds=dict.fromkeys(EXITS, threshold))
+                found.append(Way("exits", loaded, executed, policy))
+        return found
+
+    def widths(self, kind: str, name: str, passes: str, blocks: int) -> list[Way]:
+        """One model with learners, by the widths that take each share of the held-out images' FLOPs."""
+        program = self.rewritten(passes)
+        if not self.trained(name, program, lambda: vision.widths(program, self.teacher, self.recipe)):
+            return []
+        loaded, images = chain(name, program), examples("held out", 50, 100)[0]
+        grid = np.linspace(0, 1, 11)
+        took = [_width([loaded.run(each, offramp.Width(width)) for each in images]) for width in grid]
+
+        def executed(results: Sequence[offramp.Result]) -> float:
+            return share(_width(results), gates=True) * blocks / DEPTH
+
+        found = []
+        for asked in SHARES:
+            wanted = width_of(asked * DEPTH / blocks, gates=True)
+            if took[0] <= wanted <= took[-1] + 0.05:
+                policy = offramp.Width(float(np.interp(wanted, took, grid)))
+                say(f"{kind}: {asked} of the FLOPs with {policy}")
+                found.append(Way(kind, loaded, executed, policy))
+        return found
+
+
+def _width(results: Sequence[offramp.Result]) -> float:
+    return float(np.mean([each.width for each in results]))
+
+
+def _always(value: float) -> Callable[[Sequence[offramp.Result]], float]:
+    return lambda results: value
+
+
+def _solved(rising: Callable[[float], float], wanted: float) -> float:
+    """Where between 0 and 1 a rising function is what is wanted; an end where it is nowhere."""
+    low, high = 0.0, 1.0
+    for _ in range(8):
+        middle = (low + high) / 2
+        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+    return (low + high) / 2
+
+
+def measured(ways: Sequence[Way], count: int | None) -> list[Row]:
+    """A row for each way."""
+    given, labels = examples("test", 100, count)
+    rows: list[Row] = []
+    for way in ways:
+        results = [way.chain.run(each, way.policy) for each in given]
+        right = np.concatenate([each.outputs["logits"].argmax(-1) for each in results]) == labels
+        rows.append({"": way.kind, "share": round(way.executed(results), 3), "accuracy": round(float(right.mean()), 4)})
+        say(f"{way.kind}: {rows[-1]}")
+    for size in BATCHES:
+        say(f"batches of {size}: {len(ways)} ways in turns")
+        inputs = examples("test", size, TIMED)[0]
+
+        def sweep(way: Way, inputs: Examples = inputs) -> None:
+            for each in inputs:
+                way.chain.run(each, way.policy)
+
+        times = alternate({str(i): functools.partial(sweep, way) for i, way in enumerate(ways)}, 1.0, least=3)
+        for i, row in enumerate(rows):
+            row[f"ms, batch {size}"] = times[str(i)] / TIMED
+            row[f"speed-up, batch {size}"] = round(times["0"] / times[str(i)], 2)
+    return [shown(row) for row in rows]
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy over time, a line for each kind; nothing without matplotlib."""
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        say("no plot: pip install matplotlib")
+        return
+    figure, places = pyplot.subplots(1, len(BATCHES), figsize=(6 * len(BATCHES), 4.5), sharey=True)
+    for place, size in zip(places, BATCHES, strict=True):
+        for kind in dict.fromkeys(row[""] for row in rows):
+            points = sorted((row[f"ms, batch {size}"], row["accuracy"]) for row in rows if row[""] == kind)
+            place.plot(*zip(*points, strict=True), marker="o", label=kind)
+        place.set(xlabel=f"ms an image, batch {size}", ylabel="accuracy")
+        place.grid(alpha=0.3)
+    places[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Train or read, measure, print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (cuda, if there is one)")
+    parser.add_argument("--epochs", type=int, default=30, help="of each student (30)")
+    parser.add_argument("--weights", type=Path, default=vision.RESULTS, help=f"trained weights ({vision.RESULTS})")
+    parser.add_argument("--read-only", action="store_true", help="leave out what is not trained yet")
+    parser.add_argument("--images", type=int, help="of the test set (all)")
+    parser.add_argument("--quick", action="store_true", help="one epoch of few images: does everything run?")
+    rounds(parser)
+    args = parser.parse_args()
+    if args.device == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    limit = 64 if args.quick else None
+    epochs, batch = (1, 32) if args.quick else (args.epochs, 256)
+    folder = BUILD / "vision_acm_quick" if args.quick else args.weights
+    taught, recipe = (Recipe(epochs, rate, batch, images=limit) for rate in (vision.TEACHER_RATE, vision.RATE))
+    students = Students(taught, recipe, folder, args.read_only)
+    ways = [*students.static(), *students.exits(), *students.widths("adaptive width", "acm", "insert-acm", DEPTH)]
+    ways += students.widths("adaptive width, 9 blocks", "acm9", "truncate{after=9},insert-acm", 9)
+    runs = [measured(ways, limit or args.images) for _ in range(args.rounds)]
+    plot(runs[0], BUILD / "vision_acm.png")
+    report("vision_acm", "CIFAR-10 test, ViT-S at 112 px: share of the blocks' FLOPs, accuracy, time", spread(runs))
+
+
+if __name__ == "__main__":
+    main()
