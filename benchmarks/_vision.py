@@ -32,7 +32,7 @@ DEPTH, FEATURES, HIDDEN = 12, 384, 1536
 TOKENS = (SIDE // vit.PATCH_SIZE) ** 2 + 1
 LEARNERS = 4
 TEACHER_RATE, RATE = 3e-5, 6e-5
-LEAST = 0.05  # the smallest width that gates are trained for
+LEAST = 0.1  # the smallest width that gates are trained for
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -181,9 +181,9 @@ def widths(program: Program, teacher: Program, recipe: Recipe) -> None:
     first, second = max(1, recipe.epochs // 10), max(1, recipe.epochs // 15)
     learners, gates = replace(recipe, epochs=first, rate=3e-4), replace(recipe, epochs=second, rate=3e-3)
     learners.fit(program, training.LearnerDistillation(teacher), train="added")
-    gates.fit(program, training.GateDistillation(teacher, low=LEAST), train="added")
+    gates.fit(program, training.GateDistillation(teacher, low=LEAST, draws=2), train="added")
     rest = replace(recipe, epochs=max(1, recipe.epochs - first - second))
-    rest.fit(program, training.WidthBudget(task=Distilled(), low=LEAST), teacher)
+    rest.fit(program, training.WidthBudget(task=Distilled(), low=LEAST, budget=1.0), teacher)
 
 
 def untrained() -> nn.Module:
@@ -215,17 +215,26 @@ def untrained() -> nn.Module:
     return model.eval()
 
 
+def example() -> Tensor:
+    """Some training images: what ``insert-acm`` orders hidden units by."""
+    return pixels(cifar("train")[0][:32])
+
+
 def captured(model: nn.Module, passes: str = "") -> Program:
     """The model as a program, rewritten."""
-    program = offramp.capture(model, {"pixel_values": torch.zeros(2, 3, SIDE, SIDE)})
+    program = offramp.capture(model, {"pixel_values": example()})
     return offramp.apply(program, passes) if passes else program
 
 
 def narrowed(model: nn.Module, width: float) -> nn.Module:
     """The model with that share of each MLP's hidden units: the most important ones, as ``insert-acm`` orders them."""
-    model = copy.deepcopy(model)
-    for mlp in _mlps(model):
-        importance = mlp.fc1.weight.norm(dim=1) * mlp.fc2.weight.norm(dim=0)
+    model, seen = copy.deepcopy(model), list[Tensor]()
+    hooks = [mlp.fc2.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for mlp in _mlps(model)]
+    with torch.no_grad():
+        model(example())
+    for mlp, hidden, hook in zip(_mlps(model), seen, hooks, strict=True):
+        hook.remove()
+        importance = hidden.square().mean((0, 1)) * mlp.fc2.weight.square().sum(0)
         kept = importance.argsort(descending=True, stable=True)[: round(width * HIDDEN)]
         up, down = nn.Linear(FEATURES, len(kept)), nn.Linear(len(kept), FEATURES)
         with torch.no_grad():

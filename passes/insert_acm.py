@@ -70,13 +70,13 @@ class InsertAcm(Pass):
             raise SpecError(f"sites={'|'.join(unknown)}: there are {', '.join(_SITES)}")
         for block, found in self._found(program, name):
             for site in found:
-                self._fits(program, site, f"the {_word(site)} of block {block} of stack {name!r}")
+                self._fits(site, f"the {_word(site)} of block {block} of stack {name!r}")
 
     @property
     def _named(self) -> tuple[str, ...]:
         return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
 
-    def _fits(self, program: Program, site: Site, where: str) -> None:
+    def _fits(self, site: Site, where: str) -> None:
         units = site.last.features if site.inner else rank(site.last)
         if units < self.learners:
             raise SpecError(f"learners={self.learners}: {where} has {units} hidden units")
@@ -85,8 +85,6 @@ class InsertAcm(Pass):
             raise SpecError(f"{where} reads tokens of shape {leading[0]}, and its hidden units lie as {leading[1]}")
         if self.least == 0 and not site.residual:
             raise SpecError(f"least=0: no residual goes around {where}", hint="least=1")
-        if not site.inner and site.output.name in program.pinned:
-            raise SpecError(f"{where} makes a value that others refer to by name", hint="other sites=")
 
     def _found(self, program: Program, stack: str) -> Iterator[tuple[int, list[Site]]]:
         """The sites of each block that are named and have no learners yet.
@@ -158,10 +156,7 @@ class InsertAcm(Pass):
         if site.inner:
             reorder(editor, site, prefix, ranked(site, editor.module, self.order, data), copies)
             return editor[site.last.data.name], editor[site.output.name]
-        old = editor[site.output.name]
-        inner, made = factorize(editor, site.last, prefix, data, copies)
-        editor.replace_uses(old, made, [user for user in old.users if user is not made])
-        return inner, made
+        return factorize(editor, site.last, prefix, data, copies)
 
     def _gated(
         self, editor: Editor, site: Site, hidden: fx.Node, least: int, prefix: str

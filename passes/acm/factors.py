@@ -40,17 +40,17 @@ def factors(weight: Tensor, count: int, data: Tensor | None) -> tuple[Tensor, Te
 def factorize(
     editor: Editor, item: Product, prefix: str, data: Tensor | None, copies: dict[Any, fx.Node]
 ) -> tuple[fx.Node, fx.Node]:
-    """Write the projection as two factors behind it, which nothing reads yet: the inner values, and their product.
+    """Let the product be that of two factors: the inner values, and the product, whose node and bias stay.
 
     ``copies`` are factors that have been made, by weight: blocks that share weights share them.
     """
-    node = editor[item.node.name]
-    key = (item.weight.target, "factors")
-    if key not in copies:
-        weight = attribute(editor.module, str(item.weight.target)).detach()
-        first, second = factors(weight if item.units_axis == 0 else weight.T, rank(item), data)
-        copies[key] = editor.parameter(f"{prefix}.first", first, node)
-        copies[(*key, 1)] = editor.parameter(f"{prefix}.second", second, node)
-    inner = editor.call(aten.linear.default, editor[item.data.name], copies[key], at=node)
-    bias = [editor[item.bias.name]] if item.bias is not None else []
-    return inner, editor.call(aten.linear.default, inner, copies[(*key, 1)], *bias, at=inner)
+    node, key = editor[item.node.name], str(item.weight.target)
+    if (key, "first") not in copies:
+        weight = attribute(editor.module, key).detach()
+        made = factors(weight if item.units_axis == 0 else weight.T, rank(item), data)
+        for name, value in zip(("first", "second"), made, strict=True):
+            copies[key, name] = editor.parameter(f"{prefix}.{name}", value, node)
+    inner = editor.call(aten.linear.default, editor[item.data.name], copies[key, "first"], at=node.prev)
+    bias = [] if item.bias is None else [editor[item.bias.name]]
+    editor.rewrite(node, aten.linear.default, inner, copies[key, "second"], *bias)
+    return inner, node

@@ -98,6 +98,11 @@ class Editor:
                 node.replace_input_with(old, new)
                 self.edits["replaced"] += 1
 
+    def rewrite(self, node: fx.Node, target: Any, *args: Any) -> None:
+        """Let a node compute another value of its shape and dtype, under its name."""
+        node.target, node.args, node.kwargs = target, args, {}
+        self.edits["replaced"] += 1
+
     def returns(self, added: Mapping[str, fx.Node], dropped: Iterable[str] = ()) -> None:
         """Let the graph return ``added`` under their names too, and no longer ``dropped``."""
         output = self.graph.output_node()
