@@ -119,4 +119,6 @@ def _why_never(asked: Asked, path: Path, results: Tested) -> str:
     if path.budgets:
         return results.why_none(asked, f"width {path.budgets[0]:g}", "trained gates")
     budget, why = list(path.dropped.items())[-1]
-    return f"no width is worth a test: at {budget:g} {why}"
+    dense = all(item.form == "dense" for item in asked.chain.manifest.learners.values())
+    form = "; learners that run dense are all computed: offramp.save(..., learners='grouped')" if dense else ""
+    return f"no width is worth a test: at {budget:g} {why}{form}"

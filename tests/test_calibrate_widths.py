@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bundles
 import jsonschema
@@ -32,14 +32,16 @@ SCHEMA = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
 SCORES = "insert-exits{after=1|2|3},insert-scores{measure=top1}"
 
 
-def saved(captured: tiny.Captured, root: Path, passes: str, idle: int = 12) -> Path:
+def saved(
+    captured: tiny.Captured, root: Path, passes: str, idle: int = 12, form: Literal["dense", "grouped"] = "grouped"
+) -> Path:
     """A bundle whose last ``idle`` hidden units of 24 write nothing, so that it needs no more than the others."""
     program = apply(captured.program, passes)
     with torch.no_grad():
         for weight in weights(program).values():
             if weight.shape == (tiny.WIDTH, 24):
                 weight[:, 24 - idle :] = 0
-    offramp.save(program, root, target="portable", learners="grouped")
+    offramp.save(program, root, target="portable", learners=form)
     return root
 
 
@@ -128,6 +130,15 @@ def test_widths_that_save_no_time(wide: Path, monkeypatch: pytest.MonkeyPatch) -
     never = no_write(wide, texts(120), keep=0.9, quality=exact)
     assert never.policy == Never()
     assert "no width is worth a test: at 0.35 it loses too much" in never.record["reason"]
+
+
+def test_learners_that_are_all_computed(
+    encoder: tiny.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = saved(encoder, tmp_path / "m.offramp", "insert-acm", form="dense")
+    monkeypatch.setattr(widths, "time_widths", lambda asked, examples, budgets: dict.fromkeys(budgets, 3.0))
+    reason = offramp.calibrate(root, texts(120), keep=0.3).record["reason"]
+    assert reason.endswith("learners that run dense are all computed: offramp.save(..., learners='grouped')")
 
 
 def test_a_width_that_is_not_proven(wide: Path) -> None:
