@@ -18,9 +18,10 @@ from offramp.calibration.examples import Example, Examples
 from offramp.calibration.observe import GREEDY, generate
 from offramp.calibration.risk import accepted, losses_of
 from offramp.calibration.sequence import Asked, Tested
+from offramp.errors import InputError
 from offramp.runtime import Never, Policy, Width
 
-ALL = 1.0
+ALL = 1.0  # learners
 BUDGETS = tuple(step / 20 for step in range(19, 1, -1))  # from careful to bold
 _FASTER = 0.98  # of the time of the setting before, from which on it is more than noise
 _FAR = 3  # standard errors; where so many more than may be is lost, no test would pass
@@ -98,6 +99,8 @@ def _milliseconds(asked: Asked, example: Example, policy: Policy) -> float:
     """Of a row, or on average of the tokens behind the prompt."""
     if asked.chain.generates is not None:
         _, steps = generate(asked.chain, example, policy, asked.options)
+        if not steps:
+            raise InputError("no token is generated, so there is nothing to time", hint="max_new_tokens=32")
         return mean(step.milliseconds for step in steps[1:] or steps)
     started = perf_counter()
     asked.chain.run(example, policy)

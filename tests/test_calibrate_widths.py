@@ -180,7 +180,8 @@ def test_labels_and_classes(wide: Path) -> None:
     assert without.policy.budget <= 0.4
     assert with_labels.record["risk"] == without.record["risk"]
     wrong = no_write(wide, {**data, "labels": (classes + 1) % 3}, keep=0.9)
-    assert wrong.record["risk"]["full"] == 0.0 if wrong.record["reason"] is None else True
+    assert wrong.policy == Never()
+    assert "(p = 1, " in wrong.record["reason"]
 
 
 def test_one_width_is_tested(wide: Path) -> None:
@@ -219,6 +220,13 @@ def test_generations(decoder: tiny.Captured, tmp_path: Path) -> None:
     jsonschema.validate(json.loads((root / MANIFEST_FILE).read_text()), SCHEMA)
     chain: Chain = offramp.load(root)
     assert chain.generate({"input_ids": prompts["input_ids"][:2]}, max_new_tokens=4).width == found.record["executed"]
+
+
+def test_no_tokens(decoder: tiny.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    root = saved(decoder, tmp_path / "m.offramp", "insert-acm,insert-cache")
+    with pytest.raises(InputError, match="no token is generated"):
+        offramp.calibrate(root, {"input_ids": [[1, 2]] * 80}, keep=0.5, max_new_tokens=0)
 
 
 def test_tokens_are_timed_on_this_machine(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from offramp.cli import _common, _data
 
@@ -57,8 +57,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _width(text: str) -> float | str:
-    return text if text == "choose" else float(text)
+def _width(text: str) -> float | Literal["choose"]:
+    try:
+        return "choose" if text == "choose" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'choose'") from None
 
 
 def _text(calibration: Calibration, step: str) -> str:
