@@ -1,8 +1,7 @@
-"""`calibrate`: the thresholds with which a bundle keeps a share of its quality, proven on examples, timed here."""
+"""`calibrate`: the thresholds, or the width, with which a bundle keeps its quality, proven on examples, timed here."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -10,27 +9,27 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path as File
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from offramp.bundle import directory
 from offramp.bundle.json_text import to_json
 from offramp.bundle.manifest import MANIFEST_FILE, Stack
-from offramp.calibration.examples import FIT_SHARE, Examples, read
+from offramp.calibration import sequence, widths
+from offramp.calibration.costs import Costs
+from offramp.calibration.examples import Examples, read
 from offramp.calibration.gates import Fit, Path, Thresholds, leaves, policy_of
-from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, stack_of, time_rows
-from offramp.calibration.quality import Quality, classes_of, graded, same_class, same_tokens
-from offramp.calibration.risk import accepted, least_examples, losses_of, p_value
+from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, scored, stack_of, time_rows
+from offramp.calibration.quality import Quality, classes_of, same_class, same_tokens
+from offramp.calibration.risk import accepted, losses_of, p_value
+from offramp.calibration.sequence import Asked, Tested
 from offramp.errors import InputError
 from offramp.runtime import Chain, Never, Policy, card, load
 from offramp.runtime.engine.cores import physical_cores
 
-Numbers = NDArray[np.float64]
-
+_Width: TypeAlias = float | Literal["choose"] | None
 _ROW_POINTS, _TOKEN_POINTS = 40, 10  # of a path; every point of tokens is generated anew
-LEAST_FIT = 20  # examples, for a fit of two numbers at each exit
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,6 @@ class Calibration:
         card.write(manifest, root)
 
 
-@dataclass(frozen=True)
-class Tested:
-    """How far along a path the tests went: qualities by example of each setting that passed, and its p-value."""
-
-    full: Numbers
-    early: Sequence[Numbers]
-    p_values: Sequence[float]
-
-
 def calibrate(
     model: Chain | str | os.PathLike[str],
     data: Mapping[str, Any] | Sequence[Mapping[str, Any]],
@@ -76,14 +66,16 @@ def calibrate(
     quality: Quality | None = None,
     stack: str | None = None,
     measure: str | None = None,
+    width: float | Literal["choose"] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Calibration:
-    """Choose measure, exits and thresholds of one stack, so that quality is kept; others run to full depth.
+    """Choose measure, exits and thresholds of one stack, or the width, so that quality is kept.
 
-    With a probability of at least ``confidence`` over the examples, the expected quality with exits is at least
-    ``keep`` times that at full depth, on data like them. Exits that cost more than they save on this machine, one row
-    at a time, are left out. A bundle that is given by its path gets the policy as its default.
+    With a probability of at least ``confidence`` over the examples, the expected quality is at least ``keep`` times
+    that at full depth with all learners, on data like them. What costs more than it saves on this machine, one row at
+    a time, is left out. Other stacks run to full depth. A bundle that is given by its path gets the policy as its
+    default.
 
     Args:
         model: A loaded bundle, or the path of one.
@@ -96,6 +88,9 @@ def calibrate(
         stack: The stack whose exits are chosen among; the last one with scores if left out. Of a generator, the last
             that runs for each token.
         measure: The score that is compared with thresholds; the one that is expected to be fastest if left out.
+        width: For bundles with learners. "choose" chooses the budget of a `Width`, at full depth. With a budget exits
+            are chosen at that width, if that alone passes; it should come from other examples. If left out, exits are
+            chosen with all learners, or where no exit has a score, the width.
         seed: Of the split into examples that are fitted on and examples that are tested on.
         options: Of a generation: ``max_new_tokens``, ``stop``, ... It is greedy.
 
@@ -106,174 +101,153 @@ def calibrate(
         raise InputError(f"keep={keep}, confidence={confidence}: both are between 0 and 1")
     chain = model if isinstance(model, Chain) else load(model)
     examples = read(chain, data)
-    chosen = stack_of(chain, stack)
     if chain.generates is None and options:
         raise InputError(f"options {sorted(options)} are of generations; this bundle does not generate")
     if options.get("temperature") or options.get("beams", 1) != 1:
         raise InputError("a calibration compares greedy texts", hint="leave temperature and beams out")
-    run = _tokens if chain.generates is not None else _rows
-    asked = _Asked(chain, chosen, keep, confidence, quality, measure, options)
-    found = run(asked, *examples.split(seed))
+    judged = quality or (same_class if chain.generates is None else same_tokens)
+    asked = Asked(chain, keep, confidence, judged, options)
+    exits, budgets = _exits(asked, stack, measure, width), _budgets(width)
+    if quality is None and chain.generates is None:
+        classes_of(chain)
+    fitting, testing = examples.split(seed)
+    policy: Policy = Never()
+    found: dict[str, Any] = {"reason": asked.too_few(fitting, testing)}
+    if found["reason"] is None and exits is not None:
+        policy, found = (_tokens if chain.generates is not None else _rows)(exits, fitting, testing)
+    elif found["reason"] is None:
+        policy, found = widths.choose(asked, fitting, testing, budgets)
     record = {
-        "stack": chosen.name,
+        **(exits.about if exits is not None else {}),
         "keep": keep,
         "confidence": confidence,
         "quality": _named(quality, examples),
         "examples": len(examples),
         "data": examples.sha256,
         "seed": seed,
-        **found.record,
+        **found,
         "versions": {name: version(name) for name in ("offramp", "numpy", "onnxruntime")},
         "machine": f"{platform.machine()}, {physical_cores()} cores",
     }
-    calibration = Calibration(found.policy, record)
+    calibration = Calibration(policy, record)
     if not isinstance(model, Chain):
         calibration.write(model)
     return calibration
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a calibration is asked for."""
+class _Exits:
+    """Exits are to be chosen: of which stack, by which score, and with how many learners (None for all)."""
 
-    chain: Chain
+    asked: Asked
     stack: Stack
-    keep: float
-    confidence: float
-    quality: Quality | None
     measure: str | None
-    options: Mapping[str, Any]
+    width: float | None
 
     @property
-    def level(self) -> float:
-        return 1 - self.confidence
+    def about(self) -> dict[str, Any]:
+        return {"stack": self.stack.name, **({} if self.width is None else {"width": self.width})}
 
     def policy(self, path: Path, thresholds: Thresholds) -> Policy:
-        return policy_of(self.stack, path.measure, thresholds, alone=len(self.chain.stacks) == 1)
+        alone = len(self.asked.chain.stacks) == 1
+        return policy_of(self.stack, path.measure, thresholds, alone=alone, width=self.width)
 
-    def measures(self, known: Mapping[str, Any]) -> list[str]:
+    def fit(self, seen: Observed, costs: Costs, tests: int, points: int) -> Path:
+        """The path of the measure that is asked for, or expected to be the fastest."""
+        known = list(seen.scores)
         if self.measure is not None and self.measure not in known:
             raise InputError(
                 f"no exit of {self.stack.name!r} has the score {self.measure!r}; there are {', '.join(known)}"
             )
-        return [self.measure] if self.measure is not None else list(known)
+        fit = Fit(seen, costs, self.asked.keep, self.asked.confidence, tests, points)
+        return fit.chosen([self.measure] if self.measure is not None else known)
 
 
-def _rows(asked: _Asked, fitting: Examples, testing: Examples) -> Calibration:
+def _exits(asked: Asked, stack: str | None, measure: str | None, width: _Width) -> _Exits | None:
+    """Which exits are to be chosen; None where it is the width."""
+    learners, about_exits = asked.chain.manifest.learners, stack is not None or measure is not None
+    if width is not None and not learners:
+        raise InputError(f"width={width!r}: this bundle has no learners", hint="insert-acm before export")
+    if width == "choose" and about_exits:
+        raise InputError(
+            f"stack={stack!r}, measure={measure!r}: width='choose' chooses no exits",
+            hint="width='choose' first, then the exits at the width that came out: width=0.5",
+        )
+    if width == "choose" or (learners and not about_exits and not scored(asked.chain)):
+        return None
+    return _Exits(asked, stack_of(asked.chain, stack), measure, None if width is None else _budgets(width)[0])
+
+
+def _budgets(width: _Width) -> Sequence[float]:
+    """The budgets that are tested, from careful to bold."""
+    if width is None or width == "choose":
+        return widths.BUDGETS
+    if isinstance(width, str) or not 0 <= width < 1:
+        raise InputError(f"width={width!r}: 'choose', or a share of the learners, from 0 to less than 1")
+    return (width,)
+
+
+def _rows(exits: _Exits, fitting: Examples, testing: Examples) -> tuple[Policy, dict[str, Any]]:
     """Rows are run once at every exit; then all settings are known without running them."""
-    if asked.quality is None:
-        classes_of(asked.chain)
-    quality = asked.quality or same_class
-    if reason := _too_few(asked, fitting, testing):
-        return _chosen(asked, None, None, 0.0, reason)
-    costs = time_rows(asked.chain, asked.stack, fitting.inputs)
-    seen = observe_rows(asked.chain, asked.stack, fitting, quality)
-    fit = Fit(seen, costs, asked.keep, asked.confidence, len(testing), _ROW_POINTS)
-    path = fit.chosen(asked.measures(seen.scores))
-    held = observe_rows(asked.chain, asked.stack, testing, quality)
-    return _chosen(asked, path, tested(path, held, asked.keep), costs.full)
+    asked, stack, at = exits.asked, exits.stack, () if exits.width is None else (exits.width,)
+    costs = time_rows(asked.chain, stack, fitting.inputs, *at)
+    path = exits.fit(observe_rows(asked.chain, stack, fitting, asked.quality, *at), costs, len(testing), _ROW_POINTS)
+    held = observe_rows(asked.chain, stack, testing, asked.quality, *at)
+    return _chosen(exits, path, tested(path, held, asked.keep), costs)
 
 
 def tested(path: Path, held: Observed, keep: float) -> Tested:
     """All settings of a path, on rows that nothing was fitted on."""
-    scores, full = held.scores[path.measure], held.quality[:, -1]
+    scores = held.scores[path.measure]
     early = [
         np.take_along_axis(held.quality, leaves(path.measure, scores, thresholds)[:, None], 1)[:, 0]
         for thresholds, _ in path.settings
     ]
-    return Tested(full, early, [p_value(losses_of(one, full, keep), keep) for one in early])
+    return Tested(held.whole, early, [p_value(losses_of(one, held.whole, keep), keep) for one in early])
 
 
-def _tokens(asked: _Asked, fitting: Examples, testing: Examples) -> Calibration:
+def _tokens(exits: _Exits, fitting: Examples, testing: Examples) -> tuple[Policy, dict[str, Any]]:
     """Tokens feed back, so each setting is generated with, until one fails."""
-    chain, options, quality = asked.chain, asked.options, asked.quality or same_tokens
-    if reason := _too_few(asked, fitting, testing):
-        return _chosen(asked, None, None, 0.0, reason)
-    texts = [generate(chain, example, Never(), options)[0] for example in fitting.inputs]
+    asked, stack = exits.asked, exits.stack
+    texts = [generate(asked.chain, example, Never(), asked.options)[0] for example in fitting.inputs]
     if max(text.size for text in texts) < 2:
-        return _chosen(asked, None, None, 0.0, "no text is longer than one token, and the first one never leaves early")
-    seen, costs = observe_tokens(chain, asked.stack, fitting, texts, options)
-    fit = Fit(seen, costs, asked.keep, asked.confidence, len(testing), _TOKEN_POINTS)
-    path = fit.chosen(asked.measures(seen.scores))
-    whole = [generate(chain, example, Never(), options)[0] for example in testing.inputs]
-    references = whole if testing.labels is None else testing.labels
-    full = np.array([graded(quality, *pair) for pair in zip(whole, references, strict=True)])
-    early: list[Numbers] = []
-    values: list[float] = []
-    for thresholds, _ in path.settings:
-        grades: list[float] = []
-        value = 1.0
-        for example, reference in zip(testing.inputs, references, strict=True):
-            text, _ = generate(chain, example, asked.policy(path, thresholds), options)
-            grades.append(graded(quality, text, reference))
-            value = p_value(losses_of(np.array(grades), full[: len(grades)], asked.keep), asked.keep)
-            if value <= asked.level:  # enough is proven: the rest of the examples can stay out
-                break
-        early.append(np.array(grades))
-        values.append(value)
-        if value > asked.level:
-            break
-    return _chosen(asked, path, Tested(full, early, values), costs.full)
+        return Never(), {"reason": "no text is longer than one token, and the first one never leaves early"}
+    seen, costs = observe_tokens(asked.chain, stack, fitting, texts, asked.options, exits.width)
+    path = exits.fit(seen, costs, len(testing), _TOKEN_POINTS)
+    policies = [exits.policy(path, thresholds) for thresholds, _ in path.settings]
+    return _chosen(exits, path, sequence.tested(asked, testing, policies), costs)
 
 
-def _too_few(asked: _Asked, fitting: Examples, testing: Examples) -> str | None:
-    least = least_examples(asked.keep, asked.level)
-    if len(fitting) >= LEAST_FIT and len(testing) >= least:
-        return None
-    needed = math.ceil(max(LEAST_FIT / FIT_SHARE, least / (1 - FIT_SHARE))) + 1
-    return (
-        f"{len(fitting) + len(testing)} examples are too few: keep={asked.keep:g} with confidence "
-        f"{asked.confidence:g} needs at least {needed}, even if no exit ever loses anything"
-    )
-
-
-def _chosen(
-    asked: _Asked, path: Path | None, results: Tested | None, full_ms: float, reason: str | None = None
-) -> Calibration:
+def _chosen(exits: _Exits, path: Path, results: Tested, costs: Costs) -> tuple[Policy, dict[str, Any]]:
     """The boldest setting that passed, or `Never` and why."""
-    count = accepted(results.p_values, asked.level) if results else 0
-    record: dict[str, Any] = {"reason": reason}
-    if path is None or results is None:
-        return Calibration(Never(), record)
-    dropped = {str(asked.stack.exits[at].after): why for at, why in sorted(path.dropped.items())}
-    record |= {
+    asked, after = exits.asked, [str(exit_.after) for exit_ in exits.stack.exits]
+    dropped = {after[at]: why for at, why in sorted(path.dropped.items())}
+    full_ms = round(costs.whole, 4)
+    record: dict[str, Any] = {
+        "reason": None,
         "measure": path.measure,
         "temperatures": {
-            str(asked.stack.exits[at].after): [round(scale.temperature, 6), round(scale.offset, 6)]
-            for at, scale in path.scales.items()
+            after[at]: [round(scale.temperature, 6), round(scale.offset, 6)] for at, scale in path.scales.items()
         },
         "dropped": dropped,
-        "settings": {"tested": min(len(results.p_values), count + 1), "passed": count, "of": len(path.settings)},
-        "milliseconds": {"full": round(full_ms, 4), "expected": round(full_ms, 4)},
+        "milliseconds": {"full": full_ms, "expected": full_ms},
+        **results.record(asked.level, len(path.settings)),
     }
+    count = accepted(results.p_values, asked.level)
     if not count:
-        record["reason"] = _why_never(asked, path, results)
-        return Calibration(Never(), record)
+        first = f"the most careful setting of {path.measure!r}"
+        record["reason"] = (
+            results.why_none(asked, first, "better exits")
+            if path.settings
+            else f"no setting of {path.measure!r} is faster than full depth on this machine"
+        )
+        return Never(), record
     thresholds, expected = path.settings[count - 1]
-    early = results.early[count - 1]
     for at in path.scales.keys() - thresholds.keys():
-        dropped[str(asked.stack.exits[at].after)] = "none of the examples is sure enough there"
-    record["thresholds"] = {str(asked.stack.exits[at].after): number for at, number in thresholds.items()}
+        dropped[after[at]] = "none of the examples is sure enough there"
+    record["thresholds"] = {after[at]: number for at, number in thresholds.items()}
     record["milliseconds"]["expected"] = round(expected, 4)
-    record["risk"] = {
-        "full": round(float(results.full[: early.size].mean()), 6),
-        "early": round(float(early.mean()), 6),
-        "examples": early.size,
-        "p_value": float(f"{results.p_values[count - 1]:.3g}"),
-    }
-    return Calibration(asked.policy(path, thresholds), record)
-
-
-def _why_never(asked: _Asked, path: Path, results: Tested) -> str:
-    if not path.settings:
-        return f"no setting of {path.measure!r} is faster than full depth on this machine"
-    early = results.early[0]
-    found = early.mean() / max(results.full[: early.size].mean(), 1e-12)
-    return (
-        f"even the most careful setting of {path.measure!r} is not proven to keep {asked.keep:g}: it kept {found:.4f} "
-        f"of the quality in {early.size} examples (p = {results.p_values[0]:.2g}, needed {asked.level:.2g}); more "
-        "examples, better exits or a smaller keep may help"
-    )
+    return exits.policy(path, thresholds), record
 
 
 def _named(quality: Quality | None, examples: Examples) -> str:

@@ -27,6 +27,7 @@ class Costs:
         free: By measure whether asking for it costs nothing, bool [exits before full depth]: else the exit's adapter
             and tail run for all who are asked.
         picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits]; None where none does.
+        wide: Of a step to full depth with all learners, where these are the costs of a smaller width; else None.
     """
 
     around: float
@@ -35,6 +36,7 @@ class Costs:
     tails: Numbers
     free: Mapping[str, NDArray[np.bool_]]
     picks: NDArray[np.bool_] | None = None
+    wide: float | None = None
 
     @classmethod
     def of(
@@ -79,6 +81,11 @@ class Costs:
     def full(self) -> float:
         """A step to full depth, where no one is asked."""
         return float(self.around + self.blocks.sum() + self.tails[-1])
+
+    @property
+    def whole(self) -> float:
+        """What settings are compared with: a step to full depth with all learners."""
+        return self.full if self.wide is None else self.wide
 
     @property
     def leave(self) -> Numbers:

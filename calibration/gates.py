@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from offramp.bundle.manifest import Stack
 from offramp.bundle.measures import measure_named
 from offramp.calibration.costs import Costs
-from offramp.calibration.observe import Observed
+from offramp.calibration.observe import Observed, at_width
 from offramp.calibration.risk import losses_of
-from offramp.runtime import Confidence, Each, Entropy, Policy
+from offramp.runtime import Confidence, Each, Entropy, Policy, Width
 
 Numbers = NDArray[np.float64]
 Thresholds = Mapping[int, float]  # by the exit's place in the stack, 0 the first; others are not asked
@@ -90,12 +90,17 @@ def leaves(measure: str, scores: NDArray[Any], thresholds: Thresholds) -> NDArra
     return taken
 
 
-def policy_of(stack: Stack, measure: str, thresholds: Thresholds, *, alone: bool) -> Policy:
-    """The policy that has these thresholds; ``alone`` where the bundle has no other stack."""
+def policy_of(stack: Stack, measure: str, thresholds: Thresholds, *, alone: bool, width: float | None = None) -> Policy:
+    """The policy that has these thresholds; ``alone`` where the bundle has no other stack.
+
+    At a smaller ``width`` there may be no thresholds.
+    """
+    if width is not None and not thresholds:
+        return Width(width)
     named = {stack.exits[at].after: threshold for at, threshold in thresholds.items()}
     kind = Entropy if measure_named(measure).surer == "less" else Confidence
     policy = kind(measure=measure, thresholds=named)
-    return policy if alone else Each({stack.name: policy})
+    return at_width(policy if alone else Each({stack.name: policy}), width)
 
 
 @dataclass(frozen=True)
@@ -138,11 +143,12 @@ class Fit:
         scales = {at: fit_scale(measure, scores[:, at], seen.good[:, at]) for at in kept}
         chances = [scales[at].chance(measure, scores[:, at]) for at in kept]
         settings: list[tuple[Thresholds, float]] = []
-        least = best = self.costs.full
+        least = best = self.costs.whole
         if kept:
             shares = np.linspace(0, 1, self.points + 1)[1:]
             levels = np.unique(np.quantile(np.concatenate(chances), 1 - shares))[::-1]
-            for level in np.clip(levels, _CLOSE, 1 - _CLOSE):
+            alone = [] if self.costs.wide is None else [np.inf]  # a smaller width with no exits comes first
+            for level in (*alone, *np.clip(levels, _CLOSE, 1 - _CLOSE)):
                 open_ = {
                     at: scales[at].threshold(measure, level)
                     for at, chance in zip(kept, chances, strict=True)
@@ -162,7 +168,7 @@ class Fit:
         """Whether as many examples as will be tested would show that the setting keeps enough."""
         seen = self.observed
         early = seen.by_example(np.take_along_axis(seen.quality, taken[:, None], 1)[:, 0])
-        losses = losses_of(early, seen.by_example(seen.quality[:, -1]), self.keep)
+        losses = losses_of(early, seen.by_example(seen.whole), self.keep)
         slack = NormalDist().inv_cdf(self.confidence) * losses.std() / np.sqrt(max(1, self.tests))
         return bool(losses.mean() + slack <= 0)
 
@@ -172,7 +178,7 @@ class Fit:
         there = [at for at in range(scores.shape[1]) if not np.isnan(scores[:, at]).any()]
         dropped = {at: f"it has no score {measure!r}" for at in range(scores.shape[1]) if at not in there}
         best = self.path(measure, there)
-        while len(best.scales) > 1 and best.expected < self.costs.full:
+        while len(best.scales) > 1 and best.expected < self.costs.whole:
             fewer = {at: self.path(measure, [other for other in best.scales if other != at]) for at in best.scales}
             at = min(fewer, key=lambda at: fewer[at].expected)
             if fewer[at].expected > best.expected:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, together
 from offramp.calibration.quality import Quality, answers_of, graded, same_class
 from offramp.errors import InputError
-from offramp.runtime import Chain, Depth, Never, Policy, State
+from offramp.runtime import Chain, Depth, Never, Policy, State, Width
 from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.generation.sampling import Chooser
 from offramp.runtime.generation.tokens import Token
@@ -30,7 +30,7 @@ from offramp.runtime.policies.base import Rows
 from offramp.runtime.result import Timing
 
 Numbers = NDArray[np.float64]
-_GREEDY = {"temperature": 0, "beams": 1}
+GREEDY = {"temperature": 0, "beams": 1}  # of generations that are compared
 _TIMED = 48  # examples whose segments are timed
 _PERIOD = 8  # tokens until one goes deep and takes the others along, where that is timed
 
@@ -43,16 +43,24 @@ class Observed:
         scores: By measure float32 [steps, exits before full depth]; NaN where an exit does not have it.
         quality: float [steps, exits], full depth last.
         lengths: How many steps each example has, int [examples].
+        wide: Quality of full depth with all learners, float [steps], where ``quality`` is of a smaller width; else
+            None.
     """
 
     scores: Mapping[str, NDArray[np.float32]]
     quality: Numbers
     lengths: NDArray[np.int64]
+    wide: Numbers | None = None
+
+    @property
+    def whole(self) -> Numbers:
+        """What settings are compared with, float [steps]: the quality of full depth with all learners."""
+        return self.quality[:, -1] if self.wide is None else self.wide
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """Where leaving loses nothing against full depth, bool [steps, exits]."""
-        return self.quality >= self.quality[:, -1:]
+        """Where leaving loses nothing against full depth with all learners, bool [steps, exits]."""
+        return self.quality >= self.whole[:, None]
 
     def by_example(self, steps: Numbers) -> Numbers:
         """The mean of each example's steps; examples without steps are left out."""
@@ -97,22 +105,29 @@ def measures_of(exit_: Exit) -> tuple[str, ...]:
     return tuple(name for name in exit_.scores if measure_named(name).gates)
 
 
-def stack_of(chain: Chain, name: str | None = None) -> Stack:
-    """The stack whose exits are chosen among: the one named, else the last that has scores.
+def scored(chain: Chain) -> list[Stack]:
+    """The stacks that may be left where there are scores."""
+    return [stack for stack in _usable(chain).values() if any(measures_of(exit_) for exit_ in stack.exits[:-1])]
 
-    Raises:
-        InputError: there is none of that name, or none that has exits with scores.
-    """
+
+def _usable(chain: Chain) -> dict[str, Stack]:
     generates = chain.generates is not None
     usable = {
         stage.stack: chain.stacks[stage.stack]
         for stage in chain.manifest.stages
         if stage.stack and (not generates or stage.when == "chunk")
     }
-    if generates:
-        usable = dict(list(usable.items())[-1:])  # tokens leave the last one
-    scored = [stack for stack in usable.values() if any(measures_of(exit_) for exit_ in stack.exits[:-1])]
-    found = [stack for stack in scored if name in (None, stack.name)]
+    return dict(list(usable.items())[-1:]) if generates else usable  # tokens leave the last one
+
+
+def stack_of(chain: Chain, name: str | None = None) -> Stack:
+    """The stack whose exits are chosen among: the one named, else the last that has scores.
+
+    Raises:
+        InputError: there is none of that name, or none that has exits with scores.
+    """
+    usable = _usable(chain)
+    found = [stack for stack in scored(chain) if name in (None, stack.name)]
     if not found:
         what = "has no exit before full depth that has a score" if name in (None, *usable) else "is no stack to choose"
         raise InputError(
@@ -125,38 +140,63 @@ def stack_of(chain: Chain, name: str | None = None) -> Stack:
 # Rows
 
 
-def observe_rows(chain: Chain, stack: Stack, examples: Examples, quality: Quality = same_class) -> Observed:
-    """What every exit makes of rows; without labels the reference is the answer at full depth."""
+def at_width(policy: Policy, width: float | None) -> Policy:
+    """The policy at a width; None is all learners, if there are any."""
+    return policy if width is None else Width(width, policy)
+
+
+def observe_rows(
+    chain: Chain, stack: Stack, examples: Examples, quality: Quality = same_class, width: float | None = None
+) -> Observed:
+    """What every exit makes of rows; without labels the reference is the answer at full depth with all learners."""
     answer = answers_of(chain)
     place = chain.rows_of(answer)
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
     scores = {measure: np.full((len(examples), early), np.nan, np.float32) for measure in sorted(measures)}
     found = np.zeros((len(examples), early + 1))
+    wide = None if width is None else np.zeros(len(examples))
+
+    def graded_rows(output: NDArray[Any], references: Sequence[Any]) -> tuple[list[float], Sequence[Any]]:
+        answers = [output] if place is None else list(np.moveaxis(output, place[0], 0))
+        references = references or answers
+        return [graded(quality, *pair) for pair in zip(answers, references, strict=True)], references
+
     for rows, inputs in together(chain, examples.inputs):
         references: Sequence[Any] = [examples.labels[row] for row in rows] if examples.labels is not None else ()
+        if wide is not None:
+            wide[rows], references = graded_rows(chain.run(inputs, Never()).outputs[answer], references)
         for at, exit_ in reversed(list(enumerate(stack.exits))):
             full = at == early
             asked = () if full else measures_of(exit_)
-            result = chain.run(inputs, Never() if full else Forced(stack.name, exit_.after, asked))
-            output = result.outputs[answer]
-            answers = [output] if place is None else list(np.moveaxis(output, place[0], 0))
-            references = references or answers
-            found[rows, at] = [graded(quality, *pair) for pair in zip(answers, references, strict=True)]
+            policy = at_width(Never() if full else Forced(stack.name, exit_.after, asked), width)
+            result = chain.run(inputs, policy)
+            found[rows, at], references = graded_rows(result.outputs[answer], references)
             for measure in asked:
                 scores[measure][rows, at] = result.scores[stack.name][exit_.after][measure]
-    return Observed(scores, found, np.ones(len(examples), np.int64))
+    return Observed(scores, found, np.ones(len(examples), np.int64), wide)
 
 
-def time_rows(chain: Chain, stack: Stack, examples: Sequence[Example]) -> Costs:
+def time_rows(chain: Chain, stack: Stack, examples: Sequence[Example], width: float | None = None) -> Costs:
     """Median milliseconds of every segment, one row at a time, the ways through the stack in turns."""
-    ways: list[Policy] = [Depth({stack.name: exit_.after}) for exit_ in stack.exits]
+    ways = [at_width(Depth({stack.name: exit_.after}), width) for exit_ in stack.exits]
     chain.run(examples[0], ways[0]), chain.run(examples[0], ways[-1])
     trace: list[Timing] = []
+    wide: list[Timing] = []
     for example in examples[:_TIMED]:
         for way in ways:
             trace += chain.run(example, way).trace
-    return Costs.of(chain.manifest, stack, _medians(trace))
+        if width is not None:
+            wide += chain.run(example, Never()).trace
+    return _costs(chain, stack, wide, trace)
+
+
+def _costs(
+    chain: Chain, stack: Stack, wide: Sequence[Timing], trace: Sequence[Timing], late: Sequence[Timing] = ()
+) -> Costs:
+    """The costs of what ran, beside those of a ``wide`` step where this was at a smaller width."""
+    found = Costs.of(chain.manifest, stack, _medians(trace), _medians(late), _PERIOD)
+    return replace(found, wide=Costs.of(chain.manifest, stack, _medians(wide)).full) if wide else found
 
 
 def _medians(trace: Sequence[Timing]) -> dict[str, float]:
@@ -173,14 +213,21 @@ def generate(
     chain: Chain, example: Example, policy: Policy, options: Mapping[str, Any]
 ) -> tuple[NDArray[np.int64], list[Token]]:
     """The tokens that one row makes, and the steps that made them."""
-    steps = list(chain.stream(example, policy, **{**options, **_GREEDY}))
+    steps = list(chain.stream(example, policy, **{**options, **GREEDY}))
     return np.array([step.token for step in steps], np.int64), steps
 
 
 def observe_tokens(
-    chain: Chain, stack: Stack, examples: Examples, texts: Sequence[NDArray[np.int64]], options: Mapping[str, Any]
+    chain: Chain,
+    stack: Stack,
+    examples: Examples,
+    texts: Sequence[NDArray[np.int64]],
+    options: Mapping[str, Any],
+    width: float | None = None,
 ) -> tuple[Observed, Costs]:
-    """What every exit makes of the tokens of ``texts``, those of full depth; a step is good where it makes the same.
+    """What every exit makes of the tokens of ``texts``, those of full depth with all learners.
+
+    A step is good where it makes the same.
 
     The costs are those of a token after the prompt.
     """
@@ -192,22 +239,27 @@ def observe_tokens(
     quality = np.zeros((lengths.sum(), early + 1))
     trace: list[Timing] = []
     late: list[Timing] = []
+    wide: list[Timing] = []
     start = 0
     for example, text, skip, length in zip(examples.inputs, texts, skipped, lengths, strict=True):
         for at, exit_ in enumerate(stack.exits):
             asked = measures_of(exit_) if at < early else ()
-            forced = Forced(stack.name, exit_.after, asked) if at < early else Never()
+            forced = at_width(Forced(stack.name, exit_.after, asked) if at < early else Never(), width)
             for step, (token, found, timed) in enumerate(_forced_tokens(chain, example, forced, text, options)):
                 quality[start + step, at] = token == text[skip + step]
                 for measure in asked:
                     scores[measure][start + step, at] = found[measure]
                 trace += timed
-        periodic = _forced_tokens(chain, example, _Periodic(stack.name, stack.exits[0].after), text, options)
-        for step, (_, _, timed) in enumerate(periodic):
+        periodic = at_width(_Periodic(stack.name, stack.exits[0].after), width)
+        for step, (_, _, timed) in enumerate(_forced_tokens(chain, example, periodic, text, options)):
             late += timed if (step + 1) % _PERIOD == 0 else ()
+        if width is not None:
+            wide += [
+                timing for _, _, timed in _forced_tokens(chain, example, Never(), text, options) for timing in timed
+            ]
         start += length
-    costs = Costs.of(chain.manifest, stack, _medians(trace), _medians(late), _PERIOD)
-    return Observed(scores, quality, lengths), costs
+    seen = Observed(scores, quality, lengths, None if width is None else np.ones(len(quality)))
+    return seen, _costs(chain, stack, wide, trace, late)
 
 
 def _forced_tokens(
@@ -219,7 +271,7 @@ def _forced_tokens(
     """
     session = chain.session(example, policy)
     plan, prompts = session.plan, session.prompts
-    chooser = Chooser(plan.sampling(prompts[0].size, {**options, **_GREEDY}), plan.vocabulary)
+    chooser = Chooser(plan.sampling(prompts[0].size, {**options, **GREEDY}), plan.vocabulary)
     deep = prompts[0].size > 1
     if deep:
         session.step(prompts)

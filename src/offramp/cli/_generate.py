@@ -87,8 +87,9 @@ def wanted(chain: Chain, args: argparse.Namespace) -> bool:
 
 def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     """Generate and print."""
-    if args.output:
-        raise InputError("--output writes the outputs of one pass, not text", hint="--once")
+    if args.output or args.figure:
+        what = "--output writes the outputs" if args.output else "--figure draws the tokens"
+        raise InputError(f"{what} of one pass, not text", hint="--once")
     batches = prompted(chain, args)
     stack = _words.token_stack(chain)
     tokenizer = _text.tokenizer_of(chain, args.bundle) if _text.TOKENIZER in chain.manifest.files else None

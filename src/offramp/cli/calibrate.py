@@ -1,16 +1,17 @@
-"""Choose when a bundle's rows or tokens leave, so that it keeps its quality, and make that its default.
+"""Choose when a bundle's rows or tokens leave, or how wide it runs, so that it keeps its quality.
 
-With the probability --confidence over the examples, the quality with exits is at least --keep times that at full
-depth. Exits that cost more than they save on this machine are left out; where nothing can be proven, or nothing
-pays, the default is full depth, and the reason is printed. Quality is being right about the labels, or without
-labels agreement with full depth; of generated tokens, 1 less the normalised edit distance. Needs no torch.
+The choice becomes the bundle's default. With the probability --confidence over the examples, the quality is at least
+--keep times that at full depth with all learners. Exits and widths that cost more than they save on this machine are
+left out; where nothing can be proven, or nothing pays, the default is full depth, and the reason is printed. Quality
+is being right about the labels, or without labels agreement with full depth; of generated tokens, 1 less the
+normalised edit distance. Needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from offramp.cli import _common, _data
 
@@ -24,6 +25,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", metavar="SHARE", type=float, default=0.99, help="of the quality (default 0.99)")
     parser.add_argument("--confidence", metavar="P", type=float, default=0.95, help="that it is kept (default 0.95)")
     parser.add_argument("--measure", metavar="NAME", help="the score to go by; the fastest if left out")
+    parser.add_argument(
+        "--width",
+        metavar="SHARE",
+        type=_width,
+        help='of a bundle with learners: "choose" chooses how many of them tokens take on average; a number, 0.5 for '
+        "half of them, is what exits are chosen at; if left out exits are chosen with all learners, or where no exit "
+        "has a score, the width",
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the split into fitting and testing")
 
 
@@ -39,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         confidence=args.confidence,
         stack=args.stack,
         measure=args.measure,
+        width=args.width,
         seed=args.seed,
         **_data.options(args),
     )
@@ -47,14 +57,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _width(text: str) -> float | Literal["choose"]:
+    try:
+        return "choose" if text == "choose" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'choose'") from None
+
+
 def _text(calibration: Calibration, step: str) -> str:
     record = calibration.record
     lines = [f"policy   {calibration.policy}"]
     if record["reason"]:
         lines.append(f"because  {record['reason']}")
+    if "executed" in record:
+        lines.append(f"width    {record['executed']:.1%} of the learners' operations are executed")
     if risk := record.get("risk"):
+        how = "at this width" if "budgets" in record else "with exits"
         lines.append(
-            f"quality  {risk['early']:.4f} with exits, {risk['full']:.4f} at full depth, in {risk['examples']} test "
+            f"quality  {risk['early']:.4f} {how}, {risk['full']:.4f} at full depth, in {risk['examples']} test "
             f"examples; at least {record['keep']:g} of it with confidence {record['confidence']:g} "
             f"(p = {risk['p_value']:.2g})"
         )
@@ -63,7 +83,21 @@ def _text(calibration: Calibration, step: str) -> str:
             f"time     {times['expected']:.3f} ms a {step} expected, {times['full']:.3f} ms at full depth: "
             f"{times['full'] / times['expected']:.2f}x"
         )
-    return "\n".join(lines) + ("\n\n" + _exits(record) if record.get("temperatures") or record.get("dropped") else "")
+    if "budgets" in record:
+        lines += ["", _widths(record)]
+    elif record.get("temperatures") or record.get("dropped"):
+        lines += ["", _exits(record)]
+    return "\n".join(lines)
+
+
+def _widths(record: Mapping[str, Any]) -> str:
+    """One line for each width: what came of its test, or why there was none."""
+    settings = record["settings"]
+    found = {f"{budget:g}": "not tested, since one before failed" for budget in record["budgets"]}
+    for at, budget in enumerate(list(found)[: settings["tested"]]):
+        found[budget] = "passed" if at < settings["passed"] else "failed"
+    found |= {budget: f"not tested: {why}" for budget, why in record["dropped"].items()}
+    return _common.table(("width", "test"), [(budget, found[budget]) for budget in sorted(found, key=float)[::-1]])
 
 
 def _exits(record: Mapping[str, Any]) -> str:

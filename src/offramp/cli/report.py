@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offramp.cli import _common, _data, _inputs
+from offramp.cli import _common, _data, _figures, _inputs
 from offramp.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if args.figure:
         if not args.data:
             raise InputError("--figure shows quality, for which examples are needed", hint="--data FILE")
-        _matplotlib()
+        _figures.need_matplotlib()
     chain = offramp.load(args.bundle, args.provider, args.threads)
     options = _data.options(args)
     if args.data:
@@ -86,14 +86,6 @@ def _row(point: Point) -> tuple[object, ...]:
     return point.policy, point.quality, point.milliseconds, point.speedup, left
 
 
-def _matplotlib() -> None:
-    try:
-        import matplotlib
-    except ModuleNotFoundError as error:
-        raise InputError("--figure needs matplotlib, which is not installed", hint="pip install matplotlib") from error
-    matplotlib.use("Agg")
-
-
 def draw(found: Report, file: Path) -> None:
     """Quality against milliseconds: the frontier, full depth, and the perfect gate.
 
@@ -123,7 +115,4 @@ def draw(found: Report, file: Path) -> None:
     axes.set_xlim(left=0)
     axes.set_title(found.verdict.partition(":")[0] + f": {found.stack} of {found.blocks} blocks")
     axes.legend()
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:
-        raise InputError(f"the figure {file} cannot be written: {error}", hint="--figure FILE.png") from error
+    _figures.save(figure, file)

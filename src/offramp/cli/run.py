@@ -25,6 +25,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _inputs.add_arguments(parser)
     parser.add_argument("--policy", metavar="SPEC", help=f"{POLICIES}, ...; the bundle's own if left out")
+    parser.add_argument(
+        "--figure",
+        metavar="FILE.png",
+        type=Path,
+        help="of a bundle with learners: draw how many of them each token took, over the image, the sound or the text "
+        "of one row (needs matplotlib); --policy width:0.4 says how many on average",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the outputs to DIR/NAME.npy")
     _generate.add_arguments(parser)
 
@@ -40,7 +47,12 @@ def run(args: argparse.Namespace) -> int:
     chain = offramp.load(args.bundle, args.provider, args.threads)
     if _generate.wanted(chain, args):
         return _generate.run(chain, args, policy)
-    results = [chain.run(inputs, policy) for inputs in _inputs.asked(chain, args)]
+    if args.figure:
+        from offramp.cli import _learners_figure
+
+        _learners_figure.check(chain)
+    batches = _inputs.asked(chain, args)
+    results = [chain.run(inputs, policy) for inputs in batches]
     outputs = _results.outputs(chain, results)
     texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
     parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts)]
@@ -49,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         for name, array in outputs.items():
             np.save(args.output / f"{name}.npy", array)
+    if args.figure:
+        _learners_figure.write(chain, args.bundle, batches, results, args.figure)
     return 0
 
 

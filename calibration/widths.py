@@ -1,0 +1,127 @@
+"""How wide a bundle with learners runs: budgets are tested like the settings of exits, and timed as a whole.
+
+The fitting part of the examples makes the path: from careful to bold, those budgets that are faster than the one
+before, up to where so much is lost that no test would pass. The other part tests them in that order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from offramp.calibration import sequence
+from offramp.calibration.examples import Example, Examples
+from offramp.calibration.observe import GREEDY, generate
+from offramp.calibration.risk import accepted, losses_of
+from offramp.calibration.sequence import Asked, Tested
+from offramp.errors import InputError
+from offramp.runtime import Never, Policy, Width
+
+ALL = 1.0  # learners
+BUDGETS = tuple(step / 20 for step in range(19, 1, -1))  # from careful to bold
+_FASTER = 0.98  # of the time of the setting before, from which on it is more than noise
+_FAR = 3  # standard errors; where so many more than may be is lost, no test would pass
+_TIMED_ROWS, _TIMED_TEXTS = 48, 12
+
+
+class Path(NamedTuple):
+    """Budgets from careful to bold, and milliseconds of a step by budget (1 for all learners); why others are not."""
+
+    budgets: Sequence[float]
+    milliseconds: Mapping[float, float]
+    dropped: Mapping[float, str]
+
+
+def choose(
+    asked: Asked, fitting: Examples, testing: Examples, budgets: Sequence[float] = BUDGETS
+) -> tuple[Policy, dict[str, Any]]:
+    """`Width` with the boldest budget that passed, or `Never`; and what the record says of it."""
+    path = path_of(asked, fitting, budgets)
+    results = sequence.tested(asked, testing, (Width(budget) for budget in path.budgets))
+    full = round(path.milliseconds[ALL], 4)
+    record: dict[str, Any] = {
+        "reason": None,
+        "budgets": list(path.budgets),
+        "dropped": {f"{budget:g}": why for budget, why in path.dropped.items()},
+        "milliseconds": {"full": full, "expected": full},
+        **results.record(asked.level, len(path.budgets)),
+    }
+    count = accepted(results.p_values, asked.level)
+    if not count:
+        record["reason"] = _why_never(asked, path, results)
+        return Never(), record
+    policy = Width(path.budgets[count - 1])
+    record["width"] = policy.budget
+    record["executed"] = _executed(asked, fitting, policy)
+    record["milliseconds"]["expected"] = round(path.milliseconds[policy.budget], 4)
+    return policy, record
+
+
+def path_of(asked: Asked, fitting: Examples, budgets: Sequence[float]) -> Path:
+    """The budgets that are worth a test, by what the fitting part shows."""
+    compared = sequence.full(asked, fitting)
+    good: list[float] = []
+    dropped: dict[float, str] = {}
+    for budget in budgets:
+        quality = sequence.grades(asked, fitting, Width(budget), compared)
+        losses = losses_of(quality, compared.grades, asked.keep)
+        if losses.mean() > _FAR * losses.std() / np.sqrt(losses.size):
+            kept = quality.mean() / compared.grades.mean()
+            dropped[budget] = f"it loses too much: it kept {kept:.4f} of the quality in {losses.size} fitting examples"
+            break
+        good.append(budget)
+    times = time_widths(asked, fitting.inputs, [ALL, *good])
+    settings = [ALL]
+    for budget in good:
+        before = settings[-1]
+        if times[budget] <= _FASTER * times[before]:
+            settings.append(budget)
+        else:
+            dropped[budget] = f"it saves nothing: {times[budget]:.3f} ms, {times[before]:.3f} ms at width {before:g}"
+    return Path(settings[1:], times, dict(sorted(dropped.items(), reverse=True)))
+
+
+def time_widths(asked: Asked, examples: Sequence[Example], budgets: Sequence[float]) -> dict[float, float]:
+    """Milliseconds of a step, one row at a time, by budget, in turns; the first budget is what others are ratios of."""
+    some = examples[: _TIMED_ROWS if asked.chain.generates is None else _TIMED_TEXTS]
+    for budget in budgets:
+        _milliseconds(asked, some[0], Width(budget))
+    times = np.array([[_milliseconds(asked, example, Width(budget)) for budget in budgets] for example in some])
+    found = np.median(times[:, 0]) * np.median(times / times[:, :1], 0)
+    return dict(zip(budgets, found.tolist(), strict=True))
+
+
+def _milliseconds(asked: Asked, example: Example, policy: Policy) -> float:
+    """Of a row, or on average of the tokens behind the prompt."""
+    if asked.chain.generates is not None:
+        _, steps = generate(asked.chain, example, policy, asked.options)
+        if not steps:
+            raise InputError("no token is generated, so there is nothing to time", hint="max_new_tokens=32")
+        return mean(step.milliseconds for step in steps[1:] or steps)
+    started = perf_counter()
+    asked.chain.run(example, policy)
+    return (perf_counter() - started) * 1e3
+
+
+def _executed(asked: Asked, examples: Examples, policy: Policy) -> float:
+    """The mean share of the learners' operations that is executed, of some examples."""
+    found = []
+    for example in examples.inputs[:_TIMED_TEXTS]:
+        if asked.chain.generates is not None:
+            found.append(asked.chain.generate(example, policy, **{**asked.options, **GREEDY}).width)
+        else:
+            found.append(asked.chain.run(example, policy).width)
+    return round(mean(width for width in found if width is not None), 4)
+
+
+def _why_never(asked: Asked, path: Path, results: Tested) -> str:
+    if path.budgets:
+        return results.why_none(asked, f"width {path.budgets[0]:g}", "trained gates")
+    budget, why = list(path.dropped.items())[-1]
+    dense = all(item.form == "dense" for item in asked.chain.manifest.learners.values())
+    form = "; learners that run dense are all computed: offramp.save(..., learners='grouped')" if dense else ""
+    return f"no width is worth a test: at {budget:g} {why}{form}"
