@@ -106,6 +106,13 @@ def test_weights_are_copies_that_equal_blocks_share() -> None:
     assert len({name.split(".")[2] for name in made if ".gate." in name}) == program.stacks["encoder"].blocks
 
 
+def test_weights_that_nothing_reads_any_more_are_gone(encoder: tiny.Captured) -> None:
+    count = sum(weight.numel() for weight in encoder.program.module.parameters())
+    program = apply(encoder.program, "insert-acm")
+    gates = sum(weight.numel() for name, weight in weights(program).items() if ".gate." in name)
+    assert sum(weight.numel() for weight in program.module.parameters()) == count + gates
+
+
 def test_a_weight_that_blocks_share_has_an_order_for_each() -> None:
     """What a unit writes differs, so what is most important does."""
 

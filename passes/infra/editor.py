@@ -123,10 +123,9 @@ class Editor:
         if not any(self.edits.values()):
             return PassResult(self.program, dict(self.edits), notes)
         self.graph.lint()
-        self.module.delete_all_unused_submodules()
-        self.module.recompile()
+        module = fx.GraphModule(self.module, self.graph, "Program")  # with the weights that are read, and no others
         history = (*self.program.history, self.text)
-        program = replace(self.program, graph_module=self.module, history=history, **changes)
+        program = replace(self.program, graph_module=module, history=history, **changes)
         return PassResult(program, dict(self.edits), notes)
 
     def _made(self, node: fx.Node, origin: fx.Node) -> fx.Node:

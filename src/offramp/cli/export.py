@@ -28,6 +28,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="ort",
         help="operators of cached attention: ONNX Runtime's own (ort, the default), or ONNX's, opset 24",
     )
+    parser.add_argument(
+        "--learners",
+        choices=("dense", "grouped"),
+        help="how learners run: all, or each on the tokens that take it; what is faster here if left out",
+    )
     parser.add_argument("--name", help="what the bundle calls the model; the directory's name if left out")
     parser.add_argument("--policy", metavar="SPEC", help="the bundle's default policy (see offramp run)")
     parser.add_argument(
@@ -68,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             segments=args.segments,
             target=args.target,
+            learners=args.learners,
             generation=own["generation"],
             preprocessing=own["preprocessing"],
             labels=own["labels"],
