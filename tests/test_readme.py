@@ -35,8 +35,9 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for file in ("README.md", "docs/training.md"):
         for block in python_blocks(file):
             exec(compile(block, file, "exec"), names)
-    first, *tokens, chosen, verdict = capsys.readouterr().out.splitlines()
+    first, *tokens, width, chosen, verdict = capsys.readouterr().out.splitlines()
     assert first.startswith("(2, 2) [")
+    assert 0 < int(width.partition("%")[0]) <= 100
     assert chosen.split("(")[0] in ("Confidence", "Never")
     assert verdict.split(":")[0] in ("yes", "no")
     assert 2 <= len(tokens) <= 16
