@@ -6,6 +6,7 @@ other. A ``README.md`` that the manifest lists is the user's own, and stays.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -94,7 +95,19 @@ def _stacks(manifest: Manifest) -> str:
         after = ", ".join(str(item.after) for item in exits)
         rows.append((name, stack.role, str(stack.blocks), after or "none", "; ".join(kinds), ", ".join(scores)))
     cached = "Keys and values are cached: it runs token by token." if manifest.cache else "It runs in one pass."
-    return _table(("stack", "role", "blocks", "exits after", "made by", "scores"), rows) + f"\n\n{cached}"
+    table = _table(("stack", "role", "blocks", "exits after", "made by", "scores"), rows)
+    return "\n\n".join(part for part in (table, _learners(manifest), cached) if part)
+
+
+def _learners(manifest: Manifest) -> str:
+    if not manifest.learners:
+        return ""
+    kinds = Counter((item.stack, item.site, item.learners, item.form) for item in manifest.learners.values())
+    rows = [(stack, site, str(blocks), str(count), form) for (stack, site, count, form), blocks in kinds.items()]
+    table = _table(("stack", "site", "blocks", "learners", "form"), rows)
+    return (
+        f"{table}\n\nOf these learners a token takes as many as it needs: `Width(0.5)` lets them take half on average."
+    )
 
 
 def _policy(manifest: Manifest) -> str:

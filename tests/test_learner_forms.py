@@ -21,6 +21,7 @@ from offramp.bundle import directory
 from offramp.bundle.checks import problems_of
 from offramp.errors import ExportError, PolicyError
 from offramp.passes import apply
+from offramp.runtime import card
 from offramp.runtime.policies import builtin
 
 Form = Literal["dense", "grouped"]
@@ -125,6 +126,12 @@ def test_generation(form: Form, then: str, decoder: tiny.Captured, tmp_path: Pat
     assert None not in widths
     assert widths[0] != widths[1]
     assert chain.generate({"input_ids": prompts}, max_new_tokens=2).width == pytest.approx(widths[0], abs=0.2)
+
+
+def test_the_card_says_what_has_learners(chains: dict[str, offramp.Chain]) -> None:
+    text = card.card(chains["grouped"].manifest, "m.offramp")
+    assert "| encoder | mlp | 4 | 4 | grouped |" in text
+    assert "`Width(0.5)` lets them take half" in text
 
 
 def test_width_as_the_default_policy(labeller: tiny.Captured, tmp_path: Path) -> None:
