@@ -35,8 +35,7 @@ PASS = "insert-acm{learners=4,least=0}"
 LEAST = 0.1  # the smallest width that is trained for
 SECOND = 16000  # samples
 FRAMES, FEATURES, HIDDEN, GATE, LEARNERS = 1500, 512, 2048, 16, 4
-ADAPTIVE, STATIC = (1.0, 0.75, 0.5, 0.4, 0.3, 0.2), (0.75, 0.5, 0.25)
-TURNS = 2  # of all encoders on a recording
+ADAPTIVE, STATIC = (0.75, 0.5, 0.4, 0.3, 0.2), (0.75, 0.5, 0.25)
 
 
 @dataclass
@@ -178,31 +177,17 @@ def writer() -> tuple[speech.Way, Tokenizer]:
     return speech.Way(offramp.load(path), offramp.Never()), Tokenizer.from_file(str(path / "tokenizer.json"))
 
 
-def heard(way: Way, clip: Clip) -> tuple[offramp.Result, float]:
-    """What the encoder made of a recording, and milliseconds."""
+def ran(way: Way, clip: Clip, decoder: speech.Way) -> Run:
+    """One recording."""
     started = time.perf_counter()
     result = way.chain.run({"input_features": clip.features}, way.policy)
-    return result, (time.perf_counter() - started) * 1e3
-
-
-def ran(way: Way, clip: Clip, decoder: speech.Way, result: offramp.Result, ms: float) -> Run:
-    """The words, and where learners were taken."""
+    ms = (time.perf_counter() - started) * 1e3
     tokens = decoded(Heard(result.outputs["memory"], ms), decoder).tokens
     if result.width is None:
         return Run(tokens, ms, 1.0, 1.0, 1.0)
     taken = np.stack([counts[0] for counts in result.learners.values()]).mean(0) / LEARNERS  # of each frame
     sounds = (clip.features != clip.features[..., -1:]).any((0, 1)).reshape(FRAMES, -1).any(-1)
     return Run(tokens, ms, result.width, float(taken[sounds].mean()), float(taken[~sounds].mean()))
-
-
-def measure(recordings: Sequence[Clip], every: Sequence[Way], decoder: speech.Way, what: str) -> list[list[Run]]:
-    """Every way on every recording, the encoders in turns."""
-    found: list[list[Run]] = [[] for _ in every]
-    for clip in steps(recordings, what):
-        turns = [[heard(way, clip) for way in every] for _ in range(TURNS)]
-        for way, runs, *took in zip(every, found, *turns, strict=True):
-            runs.append(ran(way, clip, decoder, took[0][0], statistics.median(ms for _, ms in took)))
-    return found
 
 
 def share(width: float, gates: bool) -> float:
@@ -248,13 +233,13 @@ def main() -> None:
     every = ways(Students(args.weights, args.steps), args.learners)
     decoder, words = writer()
     for way in every:
-        heard(way, recordings[0])  # warms up
+        ran(way, recordings[0], decoder)  # warms up
     measured = []
     for number in range(args.rounds):
-        found = measure(recordings, every, decoder, f"round {number + 1} of {args.rounds}")
-        measured.append(
-            [shown(row(way, recordings, runs, found[0], words)) for way, runs in zip(every, found, strict=True)]
-        )
+        turns = [[ran(way, clip, decoder) for way in every] for clip in steps(recordings, f"round {number + 1}")]
+        rows = zip(every, zip(*turns, strict=True), strict=True)
+        whole = [runs[0] for runs in turns]
+        measured.append([shown(row(way, recordings, runs, whole, words)) for way, runs in rows])
     report("speech_acm", f"Whisper base, adaptive width in the encoder, {len(recordings)} recordings", spread(measured))
 
 
