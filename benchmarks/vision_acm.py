@@ -4,7 +4,8 @@ One model with learners serves all shares, by the width that its gates are given
 thresholds. Both are chosen on held-out images. Each static student is a model of its own. All have learnt alike, from
 one teacher, for as many steps; all are measured in turns. "share" is what the test images took.
 
-Training takes minutes on a GPU and days on two cores; trained weights are kept in ``benchmarks/results/vision_acm``.
+``--train`` trains what is missing, minutes on a GPU and days on two cores; trained weights are kept in
+``benchmarks/results/vision_acm``.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Students:
         self.recipe, self.folder, self.read_only = recipe, folder, read_only
         self.model = vision.untrained()
         self.teacher = captured(self.model)
-        self.trained("teacher", self.teacher, lambda: taught.fit(self.teacher, training.CrossEntropy(smoothing=0.1)))
+        learn = training.CrossEntropy(smoothing=0.1)
+        if not self.trained("teacher", self.teacher, lambda: taught.fit(self.teacher, learn)):
+            raise SystemExit("without a teacher there is nothing to compare with: --train")
 
     def trained(self, name: str, program: Program, train: Callable[[], object] | None = None) -> Program | None:
         """The program with its weights: read, or learnt from the teacher and written; None if it is left out."""
@@ -229,7 +232,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (cuda, if there is one)")
     parser.add_argument("--epochs", type=int, default=30, help="of each student (30)")
     parser.add_argument("--weights", type=Path, default=vision.RESULTS, help=f"trained weights ({vision.RESULTS})")
-    parser.add_argument("--read-only", action="store_true", help="leave out what is not trained yet")
+    parser.add_argument("--train", action="store_true", help="train what is missing; else it is left out")
     parser.add_argument("--images", type=int, help="of the test set (all)")
     parser.add_argument("--quick", action="store_true", help="one epoch of few images: does everything run?")
     rounds(parser)
@@ -240,7 +243,7 @@ def main() -> None:
     epochs, batch = (1, 32) if args.quick else (args.epochs, 256)
     folder = BUILD / "vision_acm_quick" if args.quick else args.weights
     taught, recipe = (Recipe(epochs, rate, batch, images=limit) for rate in (vision.TEACHER_RATE, vision.RATE))
-    students = Students(taught, recipe, folder, args.read_only)
+    students = Students(taught, recipe, folder, read_only=not (args.train or args.quick))
     ways = [*students.static(), *students.exits(), *students.widths("adaptive width", "acm", "insert-acm", DEPTH)]
     ways += students.widths("adaptive width, 9 blocks", "acm9", "truncate{after=9},insert-acm", 9)
     runs = [measured(ways, limit or args.images) for _ in range(args.rounds)]
