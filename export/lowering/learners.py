@@ -33,10 +33,11 @@ def _learners(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least
 def _dense(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least: int) -> fx.Node:
     """``hidden`` where the greatest of ``choice`` is at the learner's place or behind it, else 0."""
     units = int(shape(hidden)[-1])
-    chosen = b.call(aten.argmax.default, choice, -1, True)
+    chosen = b.call(aten.add.Tensor, b.call(aten.argmax.default, choice, -1), least)  # which is counted, too
+    chosen = b.call(aten.unsqueeze.default, chosen, -1)
     place = b.call(aten.mul.Tensor, b.call(aten.arange.default, units, dtype=torch.int64), learners)
     place = b.call(aten.div.Tensor_mode, place, units, rounding_mode="floor")
-    place = b.call(aten.add.Tensor, place, 1 - least)
+    place = b.call(aten.add.Tensor, place, 1)
     kept = b.call(aten.ge.Tensor, chosen, place)
     return b.call(aten.mul.Tensor, hidden, b.call(aten._to_copy.default, kept, dtype=hidden.meta["val"].dtype))
 
