@@ -27,7 +27,7 @@ from offramp.export.partition import partition
 from offramp.export.prepare import prepared
 from offramp.export.validation import validate
 from offramp.export.write import Writer
-from offramp.program.learners import FORMS, Learners
+from offramp.program.learners import FORMS
 from offramp.program.program import Program
 from offramp.runtime import card
 
@@ -95,7 +95,7 @@ def save(
     program = program.without_dropout()
     if learners not in (None, *FORMS):
         raise ExportError(f"learners={learners!r}: there are {', '.join(FORMS)}")
-    hidden = [item.hidden for item in program.records if isinstance(item, Learners)]
+    hidden = [item.hidden for item in program.learners]
     forms, measured = (dict.fromkeys(hidden, learners), {}) if learners else fastest(program, target)
     lowered = prepared(program, forms)
     plan = partition(lowered, segments)

@@ -47,8 +47,8 @@ class Describer:
         for stack in program.stacks.values():
             for depth, name in enumerate(stack.cuts):
                 self.names.setdefault(program.nodes[name], f"{stack.name}.{depth}")
-        for item in self._learners():
-            self.names[program.nodes[item.count]] = f"{_site(item)}.learners"
+        for item in program.learners:
+            self.names[program.nodes[item.count]] = f"{item.name}.learners"
         if program.cache is not None:
             self.names |= {self.returned[name]: name for name in program.cache.buffers.values()}
         self._outside = (*plan.before, *plan.tables, *plan.enter, *plan.tails)
@@ -98,19 +98,16 @@ class Describer:
             files={},
             take=take,
             cache=self._cache(),
-            learners={_site(item): self._learner(item) for item in self._learners()},
+            learners={item.name: self._learner(item) for item in self.program.learners},
             policy=policy,
             provenance=provenance,
         )
-
-    def _learners(self) -> list[Learners]:
-        return [item for item in self.program.records if isinstance(item, Learners)]
 
     def _learner(self, item: Learners) -> m.Learners:
         hidden = self.program.nodes[item.hidden]
         site = mlp(next(iter(hidden.users)))
         assert site is not None, item
-        flops = sum(2 * product.units * product.features for product in site.products) // item.learners
+        flops = site.token_flops // item.learners
         count = self._name(item.count)
         return m.Learners(
             item.stack, item.block, item.site, item.learners, item.least, count, flops, str(hidden.args[4])
@@ -277,7 +274,3 @@ class Describer:
         except ValueError:
             return False
         return self.program.axes.batch is not None
-
-
-def _site(item: Learners) -> str:
-    return f"{item.stack}.{item.block}.{item.site}"

@@ -22,7 +22,6 @@ from offramp.export.translations import Translations
 from offramp.export.write import Writer
 from offramp.program.analysis.sites import mlp
 from offramp.program.graph import expression, shape
-from offramp.program.learners import Learners
 from offramp.program.program import Program, evaluate
 from offramp.runtime.engine.sessions import session_options
 
@@ -37,7 +36,7 @@ def fastest(program: Program, target: Target) -> tuple[dict[str, str], dict[str,
     Each kind of site is timed once, where half of the learners are taken, on the CPU: on as many tokens as the example
     has, or on one where the program has caches.
     """
-    sites = {item.hidden: item for item in program.records if isinstance(item, Learners)}
+    sites = {item.hidden: item for item in program.learners}
     made = {form: prepared(program, dict.fromkeys(sites, form)) for form in FORMS if sites}
     kinds: dict[str, dict[str, Any]] = {}
     forms, measured = dict[str, str](), dict[str, Any]()
@@ -45,7 +44,7 @@ def fastest(program: Program, target: Target) -> tuple[dict[str, str], dict[str,
         key = outline(_piece(made[FORMS[0]], name)).key
         if key not in kinds:
             kinds[key] = _times(made, name, target)
-        times = measured[f"{item.stack}.{item.block}.{item.site}"] = kinds[key]
+        times = measured[item.name] = kinds[key]
         forms[name] = min(FORMS, key=times.__getitem__)
     return forms, measured
 
@@ -60,7 +59,9 @@ def _piece(program: Program, hidden: str) -> Subgraph:
 def _times(made: Mapping[str, Program], hidden: str, target: Target) -> dict[str, Any]:
     """Milliseconds of a site in each form, in turns, and on how many tokens."""
     runs: dict[str, Callable[[], Any]] = {}
-    tokens = 0
+    first = made[FORMS[0]]
+    given = {node.name: _given(first, node) for node in _piece(first, hidden).inputs}  # the same in every form
+    tokens = max(array.size // array.shape[-1] for array in given.values())
     with tempfile.TemporaryDirectory() as folder:
         for form, program in made.items():
             piece, place = _piece(program, hidden), Path(folder) / form
@@ -69,9 +70,7 @@ def _times(made: Mapping[str, Program], hidden: str, target: Target) -> dict[str
             file = writer.segment(Translations(target).of(piece), hidden)
             writer.close()
             session = ort.InferenceSession(place / file, session_options(), providers=["CPUExecutionProvider"])
-            feed = {f"in{i}": _given(program, node) for i, node in enumerate(piece.inputs)}
-            tokens = max(array.size // array.shape[-1] for array in feed.values())
-            runs[form] = _bound(session, feed)
+            runs[form] = _bound(session, {f"in{i}": given[node.name] for i, node in enumerate(piece.inputs)})
         for run in runs.values():
             run()
         seconds: dict[str, list[float]] = {form: [] for form in runs}

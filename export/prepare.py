@@ -28,7 +28,7 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
     input. ``forms`` are by the names of the nodes with their units, dense for those that are left out. What looks like
     a rotation and is none is written to the log (debug).
     """
-    known = [item for item in program.records if isinstance(item, Learners)]
+    known = program.learners
     if program.cache is None and not known:
         return program
     editor, steps = Editor(program, "export"), dict[str, Step[Editor]]()

@@ -14,7 +14,6 @@ from offramp.export.subgraph import unique
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit
 from offramp.program.graph import ancestors
-from offramp.program.learners import Learners
 
 Kind = Literal["entry", "block", "adapter", "head", "outputs", "tail", "rest"]
 
@@ -67,11 +66,8 @@ def _blocks(flow: Dataflow, stack: Stack, segments: int | None) -> Iterator[Requ
         inner = {nodes[name] for name in stack.cuts[first + 1 : last]}
         scores = _scores(flow, exits[last])[0] if last in exits else []
         kept = [node for depth in range(first, last) for node in flow.contents(stack, depth)]
-        counts = [
-            nodes[item.count]
-            for item in flow.program.records
-            if isinstance(item, Learners) and item.stack == stack.name and first < item.block <= last
-        ]
+        learners = (item for item in flow.program.learners if item.stack == stack.name)
+        counts = [nodes[item.count] for item in learners if first < item.block <= last]
         outputs = (nodes[stack.cuts[last]], *scores, *counts, *kept)
         yield Request("block", stack.name, last, outputs, frozenset(flow.cuts - inner))
 

@@ -205,8 +205,7 @@ class InsertAcm(Pass):
 
 def _known(program: Program, stack: str, block: int) -> list[str]:
     """The sites of a block that have learners."""
-    records = [item for item in program.records if isinstance(item, Learners)]
-    return [item.site for item in records if (item.stack, item.block) == (stack, block)]
+    return [item.site for item in program.learners if (item.stack, item.block) == (stack, block)]
 
 
 def _weights(site: Site) -> tuple[str, ...]:

@@ -38,6 +38,11 @@ class Learners(Record):
     hidden: str
 
     @property
+    def name(self) -> str:
+        """The site's name in the program: ``encoder.3.mlp``."""
+        return f"{self.stack}.{self.block}.{self.site}"
+
+    @property
     def section(self) -> str:
         """The stack."""
         return self.stack

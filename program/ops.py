@@ -87,6 +87,11 @@ def attention(
     return torch.matmul(weights, values), key_cache, value_cache
 
 
+def learner_bounds(units: int, learners: int) -> list[int]:
+    """Where each learner's hidden units begin, and behind them where the last one's end."""
+    return [-(-learner * units // learners) for learner in range(learners + 1)]
+
+
 def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int, form: str = "dense") -> Tensor:
     """The hidden units of each token's first ``k`` learners, zeros in the place of the others (ACM, arXiv 2312.10193).
 
@@ -107,8 +112,7 @@ def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int, fo
     chosen = hard + (soft - soft.detach())
     at_least = chosen.flip(-1).cumsum(-1).flip(-1)  # at place i: that k is least + i or more
     units = hidden.shape[-1]
-    bounds = [-(-learner * units // learners) for learner in range(learners + 1)]
-    parts = hidden.split([stop - start for start, stop in pairwise(bounds)], -1)
+    parts = hidden.split([stop - start for start, stop in pairwise(learner_bounds(units, learners))], -1)
     takes = [at_least[..., max(0, learner - least), None].to(hidden.dtype) for learner in range(1, learners + 1)]
     return torch.cat([part * takes_part for part, takes_part in zip(parts, takes, strict=True)], -1)
 

@@ -23,6 +23,7 @@ from offramp.program.cache import Cache
 from offramp.program.dropout import Trainable, keeps, strip
 from offramp.program.exit import Exit
 from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
+from offramp.program.learners import Learners
 from offramp.program.record import Record
 
 
@@ -59,6 +60,11 @@ class Program:
     def cache(self) -> Cache | None:
         """The record of caches; None for a program that sees all tokens at once."""
         return next((item for item in self.records if isinstance(item, Cache)), None)
+
+    @cached_property
+    def learners(self) -> tuple[Learners, ...]:
+        """The records of sites with learners, in the order in which they were inserted."""
+        return tuple(item for item in self.records if isinstance(item, Learners))
 
     @cached_property
     def pinned(self) -> frozenset[str]:

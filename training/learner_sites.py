@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from offramp.errors import SpecError
 from offramp.program.analysis.sites import mlp
 from offramp.program.graph import expression, placeholders, results, shape
 from offramp.program.learners import WIDTH, Learners
+from offramp.program.ops import learner_bounds
 from offramp.program.program import Program
 from offramp.training.losses import Values
 
@@ -55,8 +57,8 @@ class LearnerSite:
         columns = weight if self.units_axis == 0 else weight.t()
         total = hidden.new_zeros(()) if self.bias is None else values[self.bias]
         total = total.float().expand(*hidden.shape[:-1], columns.shape[0])
-        learner = torch.arange(hidden.shape[-1], device=hidden.device) * self.learners.learners // hidden.shape[-1]
-        sizes = learner.bincount(minlength=self.learners.learners).tolist()
+        bounds = learner_bounds(hidden.shape[-1], self.learners.learners)
+        sizes = [stop - start for start, stop in pairwise(bounds)]
         pieces = zip(hidden.split(sizes, -1), columns.split(sizes, 1), strict=True)
         for count in range(self.learners.learners + 1):
             if count:
@@ -72,7 +74,7 @@ def learner_sites(program: Program) -> list[LearnerSite]:
     Raises:
         SpecError: there are none.
     """
-    found = [_site(program, item) for item in program.records if isinstance(item, Learners)]
+    found = [_site(program, item) for item in program.learners]
     if not found:
         raise SpecError("the program has no learners", hint="insert-acm first")
     return found
@@ -89,7 +91,7 @@ def _site(program: Program, item: Learners) -> LearnerSite:
     hidden: Any = masked.args[0]
     last = found.last
     bias = None if last.bias is None else last.bias.name
-    flops = 2 * sum(made.units * made.features for made in found.products) / item.learners
+    flops = found.token_flops / item.learners
     return LearnerSite(
         item, found.input.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis, flops
     )
@@ -97,7 +99,7 @@ def _site(program: Program, item: Learners) -> LearnerSite:
 
 def check_teacher(program: Program, teacher: Program) -> None:
     """Raise a SpecError where the teacher has no values for the program's sites, or has learners there itself."""
-    split = {(item.stack, item.block) for item in teacher.records if isinstance(item, Learners)}
+    split = {(item.stack, item.block) for item in teacher.learners}
     for site in learner_sites(program):
         item, stack = site.learners, teacher.stacks.get(site.learners.stack)
         where = f"{item.site} of block {item.block} of stack {item.stack!r}"

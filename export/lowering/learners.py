@@ -15,7 +15,7 @@ from offramp.export.lowering.table import lowering
 from offramp.program.analysis.products import Product
 from offramp.program.analysis.sites import Site, half, mlp
 from offramp.program.graph import aten, expression, is_tensor, shape, source
-from offramp.program.ops import FIRST_LEARNERS
+from offramp.program.ops import FIRST_LEARNERS, learner_bounds
 
 
 @lowering(FIRST_LEARNERS)
@@ -33,13 +33,17 @@ def _learners(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least
 def _dense(b: Builder, hidden: fx.Node, choice: fx.Node, learners: int, least: int) -> fx.Node:
     """``hidden`` where the greatest of ``choice`` is at the learner's place or behind it, else 0."""
     units = int(shape(hidden)[-1])
-    chosen = b.call(aten.add.Tensor, b.call(aten.argmax.default, choice, -1), least)  # which is counted, too
-    chosen = b.call(aten.unsqueeze.default, chosen, -1)
+    chosen = b.call(aten.unsqueeze.default, _chosen(b, choice, least), -1)
     place = b.call(aten.mul.Tensor, b.call(aten.arange.default, units, dtype=torch.int64), learners)
     place = b.call(aten.div.Tensor_mode, place, units, rounding_mode="floor")
     place = b.call(aten.add.Tensor, place, 1)
     kept = b.call(aten.ge.Tensor, chosen, place)
     return b.call(aten.mul.Tensor, hidden, b.call(aten._to_copy.default, kept, dtype=hidden.meta["val"].dtype))
+
+
+def _chosen(b: Builder, choice: fx.Node, least: int) -> fx.Node:
+    """How many learners a token takes, as ``insert-acm`` counts them: the two become one node."""
+    return b.call(aten.add.Tensor, b.call(aten.argmax.default, choice, -1), least)
 
 
 def _grouped(b: Builder, site: Site, choice: fx.Node, learners: int, least: int) -> fx.Node:
@@ -49,8 +53,7 @@ def _grouped(b: Builder, site: Site, choice: fx.Node, learners: int, least: int)
     and the inverse of the order is gathered.
     """
     x, units, out = site.input, site.last.features, int(shape(site.output)[-1])
-    chosen = b.call(aten.add.Tensor, b.call(aten.argmax.default, choice, -1), least)
-    chosen = b.call(aten.reshape.default, chosen, [-1])
+    chosen = b.call(aten.reshape.default, _chosen(b, choice, least), [-1])
     flat = b.call(aten.reshape.default, x, [-1, int(shape(x)[-1])])
     total = b.onnx("Shape", [chosen], {}, [[1]], like=chosen)[0]
     tokens = b.size(flat, 0)
@@ -59,7 +62,7 @@ def _grouped(b: Builder, site: Site, choice: fx.Node, learners: int, least: int)
     flat = b.call(aten.index_select.default, flat, 0, order)
     zero = b.call(aten.full.default, [1], 0, dtype=torch.int64)
     made: fx.Node | None = None
-    count = zero
+    count, bounds = zero, learner_bounds(units, learners)
     for last in range(learners, max(least, 1) - 1, -1):  # those that all tokens take are one
         first = last if last > least else 1
         here, rows, size = flat, total, tokens
@@ -68,8 +71,7 @@ def _grouped(b: Builder, site: Site, choice: fx.Node, learners: int, least: int)
             rows = b.call(aten.sum.dim_IntList, taking, [0], True)
             size = b.number(rows)
             here = b.onnx("Slice", [flat, zero, rows, zero], {}, [[size, int(shape(x)[-1])]], like=x)[0]
-        span = (-(-(first - 1) * units // learners), -(-last * units // learners))
-        found = _part(b, site, here, *span)
+        found = _part(b, site, here, bounds[first - 1], bounds[last])
         made = found if made is None else b.call(aten.add.Tensor, found, _padded(b, made, count, rows, [size, out]))
         count = rows
     assert made is not None

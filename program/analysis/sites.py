@@ -97,6 +97,11 @@ class Site:
         return sum(2 * numel(item.node) * item.features for item in self.products)
 
     @property
+    def token_flops(self) -> int:
+        """Floating-point operations of its products for one token."""
+        return sum(2 * item.units * item.features for item in self.products)
+
+    @property
     def residual(self) -> bool:
         """Whether the output, normalised perhaps, goes into sums with other values, and nowhere else."""
         own, joins = {self.output}, list[fx.Node]()
