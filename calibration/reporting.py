@@ -1,4 +1,4 @@
-"""`report`: do a bundle's exits pay, here and on these examples? Quality against time, and the best there could be.
+"""`report`: do a bundle's exits and widths pay, here and on these examples? Quality against time, and the best.
 
 All points of the frontier are run, in turns with full depth. The oracle is reckoned from the times of the segments:
 a gate that costs nothing and lets every step leave at the first exit that answers as full depth does, late
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
@@ -20,43 +20,32 @@ from offramp.bundle.manifest import Stack
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, read
 from offramp.calibration.gates import Fit, policy_of
-from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, stack_of, time_rows
+from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, scored, stack_of, time_rows
 from offramp.calibration.quality import Quality, answers_of, classes_of, graded, same_class, same_tokens
-from offramp.runtime import Chain, Never, Policy
+from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
+from offramp.calibration.widths import ALL, time_widths
+from offramp.runtime import Chain, Never, Policy, Width
 
 FULL, OWN, PERFECT = "full depth", "the bundle's own policy", "a perfect gate (reckoned)"
 _POINTS = 8
-_KEEP = 0.99  # of the quality, for a setting to count as one that keeps it
-_WORTH = 0.05  # of the time; less is not worth an exit
-_LITTLE = 0.10  # of the time; where even the oracle saves less, gates are not what is missing
-
-
-@dataclass(frozen=True)
-class Point:
-    """One way to run: its quality, and milliseconds a step, wall-clock, beside those of full depth in turns with it.
-
-    ``exits`` has the share of steps that left after so many blocks.
-    """
-
-    policy: str
-    quality: float
-    milliseconds: float
-    speedup: float
-    exits: Mapping[int, float]
+_WIDTHS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Whether exits pay.
+    """Whether exits pay, or widths.
 
     Attributes:
         verdict: The answer in a sentence.
         step: What is decided and timed: a "row", or a "token" behind the prompt.
-        stack, blocks: The stack that is left.
-        measure: What the frontier's settings compare with thresholds.
-        full: Quality and milliseconds at full depth.
-        frontier: Settings from careful to bold; behind them the bundle's own policy, unless that is `Never`.
-        oracle: The best there could be; its milliseconds are those of full depth times the reckoned share.
+        stack, blocks: The stack that is left, or whose tokens take learners.
+        measure: What the frontier's settings of exits compare with thresholds.
+        full: Quality and milliseconds at full depth, with all learners.
+        frontier: Settings of exits from careful to bold, and widths; behind them the bundle's own policy, unless that
+            is `Never`.
+        oracle: The best there could be; its milliseconds are those of full depth times the reckoned share. None for
+            widths alone.
+        widths: For each width, the share of a step's time that it saves, one row at a time.
         depths: For each exit, the share of a step's time that leaving there saves, no gate, no late computation.
         segments: Milliseconds of what each exit adds: ``blocks`` from the exit before, ``leave``, and ``gate`` by
             measure; ``around`` the stack under 0.
@@ -74,6 +63,7 @@ class Report:
     depths: Mapping[int, float]
     segments: Mapping[int, Mapping[str, float]]
     dropped: Mapping[int, str]
+    widths: Mapping[float, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -107,6 +97,11 @@ class _Bench:
 
     def costs(self, examples: Examples) -> Costs:
         return self.observe(examples)[1] if self.tokens else time_rows(self.chain, self.stack, examples.inputs)
+
+    def widths(self, examples: Examples) -> dict[float, float]:
+        """The share of a step's time that each width saves."""
+        times = time_widths(self.chain, examples.inputs, [ALL, *_WIDTHS], self.options)
+        return {budget: 1 - times[budget] / times[ALL] for budget in _WIDTHS}
 
     def play(self, example: Example, policy: Policy) -> tuple[Any, float, Sequence[int]]:
         """The answer, milliseconds in all, and after how many blocks each step left."""
@@ -167,24 +162,58 @@ def report(
     tokens = chain.generates is not None
     if judge and not tokens and quality is None:
         classes_of(chain)
-    bench = _Bench(chain, stack_of(chain, stack), quality or (same_tokens if tokens else same_class), options)
+    wide = next((item.stack for item in chain.manifest.learners.values()), None)
+    alone = wide if stack is None and not scored(chain) else None
+    left = chain.stacks[alone] if alone else stack_of(chain, stack)
+    bench = _Bench(chain, left, quality or (same_tokens if tokens else same_class), options)
     examples = read(chain, data)
     fitting, held = examples.split(0) if judge and len(examples) > 1 else (examples, examples)
+    widths = bench.widths(held) if wide else {}
+    if alone:
+        return _of_widths(bench, held if judge else None, widths)
     if not judge:
-        return _report(bench, bench.costs(examples), None, [], None, {})
+        return replace(_report(bench, bench.costs(examples), None, [], None, {}), widths=widths)
     seen, costs = bench.observe(held)
-    fit = Fit(bench.observe(fitting)[0], costs, _KEEP, 0.5, len(held), _POINTS)
+    fit = Fit(bench.observe(fitting)[0], costs, KEEP, 0.5, len(held), _POINTS)
     path = fit.chosen()
-    alone = len(chain.stacks) == 1
+    one = len(chain.stacks) == 1
     ways: dict[str, Policy] = {FULL: Never()}
     for thresholds, _ in path.settings:
         shown = ", ".join(f"{bench.stack.exits[at].after}: {number:.4g}" for at, number in thresholds.items())
-        ways[f"{path.measure} {shown}"] = policy_of(bench.stack, path.measure, thresholds, alone=alone)
+        ways[f"{path.measure} {shown}"] = policy_of(bench.stack, path.measure, thresholds, alone=one)
+    ways |= _by_width(widths)
     if chain.policy != Never():
         ways[OWN] = chain.policy
     full, *frontier = bench.points(held, ways)
     dropped = {bench.stack.exits[at].after: why for at, why in path.dropped.items()}
-    return _report(bench, costs, full, frontier, (seen, bench.agreement(held, seen)), dropped, path.measure)
+    found = _report(bench, costs, full, frontier, (seen, bench.agreement(held, seen)), dropped, path.measure)
+    return replace(found, widths=widths)
+
+
+def _by_width(widths: Mapping[float, float]) -> dict[str, Policy]:
+    return {f"width {budget:g}": Width(budget) for budget in widths}
+
+
+def _of_widths(bench: _Bench, held: Examples | None, widths: Mapping[float, float]) -> Report:
+    """Of a bundle that has no exits to choose among."""
+    full, frontier = None, list[Point]()
+    if held is not None:
+        own = {} if bench.chain.policy == Never() else {OWN: bench.chain.policy}
+        full, *frontier = bench.points(held, {FULL: Never(), **_by_width(widths), **own})
+    return Report(
+        verdict=verdict_of_widths(full, frontier, widths),
+        step="token" if bench.tokens else "row",
+        stack=bench.stack.name,
+        blocks=bench.stack.blocks,
+        measure=None,
+        full=full,
+        frontier=frontier,
+        oracle=None,
+        depths={},
+        segments={},
+        dropped={},
+        widths=widths,
+    )
 
 
 def _report(
@@ -230,32 +259,6 @@ def _report(
         depths=depths,
         segments=segments,
         dropped=dropped,
-    )
-
-
-def verdict(
-    full: Point | None, frontier: Sequence[Point], oracle: Point | None, depths: Mapping[int, float], stack: Stack
-) -> str:
-    """Whether exits pay, in a sentence: "yes: ...", "no: ...", "not with these gates: ...", or that nobody can say."""
-    if full is None or oracle is None:
-        depth, most = max(depths.items(), key=lambda item: item[1])
-        return (
-            f"cannot say without examples: leaving after {depth} of {stack.blocks} blocks saves {most:.0%} of the time"
-        )
-    bound = 1 - 1 / oracle.speedup
-    if bound < _LITTLE:
-        return f"no: a perfect gate would save {max(bound, 0):.0%}; train the exits, or leave them out"
-    keeping = [point for point in frontier if point.quality >= _KEEP * full.quality]
-    best = max(keeping, key=lambda point: point.speedup, default=full)
-    saved = 1 - 1 / best.speedup
-    if saved < _WORTH:
-        return (
-            f"not with these gates: a perfect gate would save {bound:.0%}, but no setting that keeps {_KEEP:.0%} of "
-            f"the quality saves {_WORTH:.0%}; train the exits, or gates"
-        )
-    return (
-        f"yes: {best.policy} saves {saved:.0%} of the time ({best.speedup:.2f}x) at "
-        f"{best.quality / full.quality:.1%} of the quality; a perfect gate would save {bound:.0%}"
     )
 
 

@@ -19,7 +19,7 @@ from offramp.calibration.observe import GREEDY, generate
 from offramp.calibration.risk import accepted, losses_of
 from offramp.calibration.sequence import Asked, Tested
 from offramp.errors import InputError
-from offramp.runtime import Never, Policy, Width
+from offramp.runtime import Chain, Never, Policy, Width
 
 ALL = 1.0  # learners
 BUDGETS = tuple(step / 20 for step in range(19, 1, -1))  # from careful to bold
@@ -74,7 +74,7 @@ def path_of(asked: Asked, fitting: Examples, budgets: Sequence[float]) -> Path:
             dropped[budget] = f"it loses too much: it kept {kept:.4f} of the quality in {losses.size} fitting examples"
             break
         good.append(budget)
-    times = time_widths(asked, fitting.inputs, [ALL, *good])
+    times = time_widths(asked.chain, fitting.inputs, [ALL, *good], asked.options)
     settings = [ALL]
     for budget in good:
         before = settings[-1]
@@ -85,25 +85,29 @@ def path_of(asked: Asked, fitting: Examples, budgets: Sequence[float]) -> Path:
     return Path(settings[1:], times, dict(sorted(dropped.items(), reverse=True)))
 
 
-def time_widths(asked: Asked, examples: Sequence[Example], budgets: Sequence[float]) -> dict[float, float]:
+def time_widths(
+    chain: Chain, examples: Sequence[Example], budgets: Sequence[float], options: Mapping[str, Any]
+) -> dict[float, float]:
     """Milliseconds of a step, one row at a time, by budget, in turns; the first budget is what others are ratios of."""
-    some = examples[: _TIMED_ROWS if asked.chain.generates is None else _TIMED_TEXTS]
+    some = examples[: _TIMED_ROWS if chain.generates is None else _TIMED_TEXTS]
     for budget in budgets:
-        _milliseconds(asked, some[0], Width(budget))
-    times = np.array([[_milliseconds(asked, example, Width(budget)) for budget in budgets] for example in some])
+        _milliseconds(chain, some[0], Width(budget), options)
+    times = np.array(
+        [[_milliseconds(chain, example, Width(budget), options) for budget in budgets] for example in some]
+    )
     found = np.median(times[:, 0]) * np.median(times / times[:, :1], 0)
     return dict(zip(budgets, found.tolist(), strict=True))
 
 
-def _milliseconds(asked: Asked, example: Example, policy: Policy) -> float:
+def _milliseconds(chain: Chain, example: Example, policy: Policy, options: Mapping[str, Any]) -> float:
     """Of a row, or on average of the tokens behind the prompt."""
-    if asked.chain.generates is not None:
-        _, steps = generate(asked.chain, example, policy, asked.options)
+    if chain.generates is not None:
+        _, steps = generate(chain, example, policy, options)
         if not steps:
             raise InputError("no token is generated, so there is nothing to time", hint="max_new_tokens=32")
         return mean(step.milliseconds for step in steps[1:] or steps)
     started = perf_counter()
-    asked.chain.run(example, policy)
+    chain.run(example, policy)
     return (perf_counter() - started) * 1e3
 
 

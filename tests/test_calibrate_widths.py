@@ -19,10 +19,11 @@ from test_insert_acm import weights
 
 import offramp
 from offramp.bundle.manifest import MANIFEST_FILE
-from offramp.calibration import calibrator, sequence, widths
+from offramp.calibration import calibrator, reporting, sequence, widths
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Examples, read
 from offramp.calibration.sequence import Asked, Full
+from offramp.calibration.verdicts import Point, verdict_of_widths
 from offramp.errors import InputError
 from offramp.passes import apply
 from offramp.runtime import Chain, Confidence, Entropy, Never, Policy, Width
@@ -70,10 +71,11 @@ def both(encoder: tiny.Captured, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that are proportional to the width, so that what is chosen does not depend on the machine."""
 
-    def times(asked: Asked, examples: object, budgets: Sequence[float]) -> dict[float, float]:
+    def times(chain: object, examples: object, budgets: Sequence[float], options: object) -> dict[float, float]:
         return {budget: 10 * budget for budget in budgets}
 
     monkeypatch.setattr(widths, "time_widths", times)
+    monkeypatch.setattr(reporting, "time_widths", times)
 
 
 def costs(wide: float | None) -> Costs:
@@ -120,13 +122,15 @@ def test_a_quality_that_falls_at_once(encoder: tiny.Captured, tmp_path: Path) ->
 def test_widths_that_save_no_time(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has to be faster than the last that is; what is slower than all learners is not tested."""
     times = {1.0: 10.0, 0.95: 10.5, 0.9: 9.0, 0.85: 8.99, 0.8: 5.0}
-    monkeypatch.setattr(widths, "time_widths", lambda asked, examples, budgets: {b: times.get(b, 5.0) for b in budgets})
+    monkeypatch.setattr(
+        widths, "time_widths", lambda chain, examples, budgets, options: {b: times.get(b, 5.0) for b in budgets}
+    )
     found = no_write(wide, texts(120), keep=0.9, quality=exact)
     assert found.record["budgets"] == [0.9, 0.8]
     assert found.record["dropped"]["0.95"] == "it saves nothing: 10.500 ms, 10.000 ms at width 1"
     assert found.record["dropped"]["0.85"] == "it saves nothing: 8.990 ms, 9.000 ms at width 0.9"
     assert found.policy == Width(0.8)
-    monkeypatch.setattr(widths, "time_widths", lambda asked, examples, budgets: dict.fromkeys(budgets, 3.0))
+    monkeypatch.setattr(widths, "time_widths", lambda chain, examples, budgets, options: dict.fromkeys(budgets, 3.0))
     never = no_write(wide, texts(120), keep=0.9, quality=exact)
     assert never.policy == Never()
     assert "no width is worth a test: at 0.35 it loses too much" in never.record["reason"]
@@ -136,7 +140,7 @@ def test_learners_that_are_all_computed(
     encoder: tiny.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = saved(encoder, tmp_path / "m.offramp", "insert-acm", form="dense")
-    monkeypatch.setattr(widths, "time_widths", lambda asked, examples, budgets: dict.fromkeys(budgets, 3.0))
+    monkeypatch.setattr(widths, "time_widths", lambda chain, examples, budgets, options: dict.fromkeys(budgets, 3.0))
     reason = offramp.calibrate(root, texts(120), keep=0.3).record["reason"]
     assert reason.endswith("learners that run dense are all computed: offramp.save(..., learners='grouped')")
 
@@ -200,8 +204,7 @@ def test_too_few_examples(wide: Path) -> None:
 def test_widths_are_timed_on_this_machine(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     chain = offramp.load(wide)
-    asked = Asked(chain, 0.9, 0.95, exact, {})
-    found = widths.time_widths(asked, read(chain, texts(5)).inputs, [1.0, 0.5])
+    found = widths.time_widths(chain, read(chain, texts(5)).inputs, [1.0, 0.5], {})
     assert list(found) == [1.0, 0.5]
     assert all(0 < value < 1000 for value in found.values())
 
@@ -235,8 +238,8 @@ def test_tokens_are_timed_on_this_machine(
     monkeypatch.undo()
     chain = offramp.load(saved(decoder, tmp_path / "m.offramp", "insert-acm,insert-cache"))
     for new in (1, 3):
-        asked = Asked(chain, 0.9, 0.95, exact, {"max_new_tokens": new})
-        found = widths.time_widths(asked, read(chain, {"input_ids": [[1, 2], [3]]}).inputs, [1.0, 0.5])
+        given = read(chain, {"input_ids": [[1, 2], [3]]}).inputs
+        found = widths.time_widths(chain, given, [1.0, 0.5], {"max_new_tokens": new})
         assert all(0 < value < 1000 for value in found.values())
 
 
@@ -329,3 +332,58 @@ def test_the_command(encoder: tiny.Captured, tmp_path: Path, capsys: pytest.Capt
     assert "width=2.0: 'choose'" in refused(capsys, "calibrate", root, "--data", tmp_path / "data.npz", "--width", "2")
     shown = run(capsys, "calibrate", root, "--data", tmp_path / "data.npz", "--keep", "0.9", "--width", "choose")
     assert "0.95   passed" in shown
+
+
+# The report
+
+
+def test_what_widths_save(wide: Path) -> None:
+    """Two of four learners do, so that half the width keeps all."""
+    chain = offramp.load(wide)
+    found = reporting.report(chain, texts(20), quality=exact)
+    assert (found.stack, found.blocks, found.oracle, dict(found.segments)) == ("encoder", 4, None, {})
+    assert found.full
+    assert found.full.quality == 1
+    grades = {point.policy: point.quality for point in found.frontier}
+    assert grades["width 0.5"] == grades["width 0.9"] == 1
+    assert grades["width 0.1"] == 0
+    assert found.widths == {width: pytest.approx(1 - width) for width in (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)}
+    assert "width" in found.verdict
+    assert json.loads(json.dumps(found.to_dict()))["widths"]["0.5"] == 0.5
+    blind = reporting.report(chain, texts(3), judge=False)
+    assert blind.verdict == "cannot say without examples: width 0.1 saves 90% of the time"
+    assert (blind.full, list(blind.frontier)) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("points", "said"),
+    [
+        ([(0.8, 1.25), (0.5, 2.0)], "yes: width saves 20% of the time (1.25x) at 100.0% of the quality"),
+        ([(0.5, 2.0)], "no: no width that keeps 99% of the quality saves 5% of the time, the smallest saves 60%"),
+    ],
+)
+def test_the_sentence(points: list[tuple[float, float]], said: str) -> None:
+    full = Point("Never()", 0.8, 10.0, 1.0, {4: 1.0})
+    frontier = [Point("width", quality, 10 / speed, speed, {4: 1.0}) for quality, speed in points]
+    assert verdict_of_widths(full, frontier, {0.1: 0.6}).startswith(said)
+
+
+def test_exits_and_widths_in_one_report(both: Path) -> None:
+    found = reporting.report(offramp.load(both), texts(20), quality=exact)
+    policies = [point.policy for point in found.frontier]
+    assert any(policy.startswith("top1 ") for policy in policies)
+    assert "width 0.5" in policies
+    assert found.oracle
+    assert len(found.widths) == 8
+    assert len(reporting.report(offramp.load(both), texts(3), judge=False).widths) == 8
+
+
+def test_the_report_on_the_command_line(wide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = texts(8)
+    np.savez(tmp_path / "texts.npz", input_ids=given["input_ids"], attention_mask=given["attention_mask"])
+    picture = tmp_path / "widths.png"
+    said = run(capsys, "report", str(wide), "--data", str(tmp_path / "texts.npz"), "--figure", str(picture))
+    assert "width 0.5" in said
+    assert "saves" in said
+    assert picture.stat().st_size > 5000
+    assert "cannot say without examples: width" in run(capsys, "report", str(wide))

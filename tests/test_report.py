@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 import offramp
 from offramp.calibration import reporting
 from offramp.calibration.costs import Costs
-from offramp.calibration.reporting import Point, Report, report
+from offramp.calibration.reporting import Report, report
+from offramp.calibration.verdicts import Point, verdict
 from offramp.errors import InputError
 from offramp.runtime import Chain
 
@@ -93,7 +94,7 @@ def test_the_sentence(frontier: list[tuple[float, float]], oracle: float, said: 
     points = [Point("some policy", quality, 10 / speed, speed, ALL) for quality, speed in frontier]
     perfect = replace(FULL, milliseconds=10 / oracle, speedup=oracle)
     stack = offramp.load(root).stacks["encoder"]
-    assert reporting.verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
+    assert verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
 
 
 def test_without_examples_only_times(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Do a bundle's exits pay, on this machine? Quality against time over the thresholds, and the best there could be.
+"""Do a bundle's exits and widths pay, on this machine? Quality against time, and the best there could be.
 
 With --data every setting is run in turns with full depth, beside the bundle's own policy; a perfect gate is reckoned
 from the times of the segments. Without --data only times are measured. Needs no torch.
@@ -15,7 +15,8 @@ from offramp.cli import _common, _data, _figures, _inputs
 from offramp.errors import InputError
 
 if TYPE_CHECKING:
-    from offramp.calibration.reporting import Point, Report
+    from offramp.calibration.reporting import Report
+    from offramp.calibration.verdicts import Point
 
 _MADE_UP_ROWS, _MADE_UP_TOKENS = 8, 64
 
@@ -53,9 +54,14 @@ def run(args: argparse.Namespace) -> int:
 def text(found: Report) -> str:
     """The sentence, and plain tables."""
     parts = [found.verdict]
-    if found.full and found.oracle:
-        rows = [_row(point) for point in (found.full, *found.frontier, found.oracle)]
+    if found.full:
+        rows = [_row(point) for point in (found.full, *found.frontier, *([found.oracle] if found.oracle else []))]
         parts.append(_common.table(("policy", "quality", f"ms a {found.step}", "speed-up", "left after"), rows))
+    if found.widths:
+        saved = [(f"{budget:g}", f"{share:.0%}") for budget, share in found.widths.items()]
+        parts.append(_common.table(("width", "saves"), saved))
+    if not found.segments:
+        return "\n\n".join(parts)
     gates = sorted({name for times in found.segments.values() for name in times if name.startswith("gate ")})
     costs: list[tuple[object, ...]] = [
         (
@@ -87,7 +93,7 @@ def _row(point: Point) -> tuple[object, ...]:
 
 
 def draw(found: Report, file: Path) -> None:
-    """Quality against milliseconds: the frontier, full depth, and the perfect gate.
+    """Quality against milliseconds: the frontier of exits and that of widths, full depth, and the perfect gate.
 
     Raises:
         InputError: the file cannot be written.
@@ -97,18 +103,20 @@ def draw(found: Report, file: Path) -> None:
     from offramp.calibration.reporting import OWN
 
     assert found.full is not None
-    assert found.oracle is not None
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
-    line = sorted((point for point in found.frontier if point.policy != OWN), key=lambda point: point.milliseconds)
-    axes.plot(
-        [point.milliseconds for point in line], [point.quality for point in line], "o-", label=f"by {found.measure}"
-    )
+    settings = sorted((point for point in found.frontier if point.policy != OWN), key=lambda point: point.milliseconds)
+    for measure in dict.fromkeys(point.policy.split()[0] for point in settings):
+        line = [point for point in settings if point.policy.split()[0] == measure]
+        axes.plot(
+            [point.milliseconds for point in line], [point.quality for point in line], "o-", label=f"by {measure}"
+        )
     axes.plot(found.full.milliseconds, found.full.quality, "ks", label=found.full.policy)
     for point in found.frontier:
         if point.policy == OWN:
             axes.plot(point.milliseconds, point.quality, "rD", label=OWN)
-    axes.plot(found.oracle.milliseconds, found.oracle.quality, "g*", markersize=12, label=found.oracle.policy)
+    if found.oracle is not None:
+        axes.plot(found.oracle.milliseconds, found.oracle.quality, "g*", markersize=12, label=found.oracle.policy)
     axes.axhline(found.full.quality, color="0.8", linewidth=1, zorder=0)
     axes.set_xlabel(f"milliseconds a {found.step}")
     axes.set_ylabel("quality")
