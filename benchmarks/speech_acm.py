@@ -77,7 +77,7 @@ class Students:
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps, self.teacher = folder, steps, captured()
         same = training.WidthBudget(teacher=self.teacher, output="memory", distance="mse", low=LEAST)
-        self._budget = replace(same, diversity=0.0)  # a batch is one recording
+        self._budget = replace(same, entropy=0.0, diversity=0.0)  # a batch is one recording
 
     def learnt(self, name: str) -> Program:
         """ "adaptive", "static", or the "learners" that both start from."""
@@ -97,12 +97,12 @@ class Students:
         self._fit(program, training.LearnerDistillation(self.teacher), self.steps // 3, 5e-4)
 
     def _adaptive(self, program: Program) -> None:
-        self._fit(program, training.GateDistillation(self.teacher, low=LEAST), self.steps // 6, 1e-2)
-        self._fit(program, replace(self._budget, budget=1.0, entropy=0.01), self.steps, 2e-4)
+        self._fit(program, training.GateDistillation(self.teacher, low=LEAST), self.steps, 5e-3)
+        self._fit(program, replace(self._budget, budget=1.0), self.steps, 5e-5)
 
     def _static(self, program: Program) -> None:
         gates = {id(weight) for name, weight in program.module.named_parameters() if ".gate." in name}
-        self._fit(program, replace(self._budget, budget=0.0, entropy=0.0), self.steps, 2e-4, gates)
+        self._fit(program, replace(self._budget, budget=0.0), 2 * self.steps, 5e-5, gates)
 
     def _fit(
         self, program: Program, what: training.Objective, steps: int, rate: float, frozen: Collection[int] = ()

@@ -35,9 +35,9 @@ from offramp.training import (
     fit,
     width_objectives,
 )
+from offramp.training.allocation import Allocation, allocate
 from offramp.training.learner_sites import learner_sites, width
 from offramp.training.objective_module import ObjectiveModule
-from offramp.training.width_objectives import allocate
 
 FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
 TEXTS = ["bert", "vit", "wav2vec2", "llama", "gpt2", "t5", "bart", "whisper"]
@@ -251,10 +251,13 @@ def test_labels_are_the_allocation_of_least_error() -> None:
         every.append((spent, sum(float(errors[i // 3][i % 3, k]) for i, k in enumerate(picks))))
     seen = set()
     for share in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
-        found = allocate(errors, costs, share)
+        found, price = allocate(errors, costs, share)
         spent = sum(float(cost[k].sum()) for cost, k in zip(costs, found, strict=True))
         error = sum(float(e.gather(1, k[:, None]).sum()) for e, k in zip(errors, found, strict=True))
         assert spent <= share * 33 + 1e-4
+        for e, cost, k in zip(errors, costs, found, strict=True):
+            paid = e + price * cost
+            torch.testing.assert_close(paid.gather(1, k[:, None]), paid.amin(-1, keepdim=True))
         assert error <= min(e for s, e in every if s <= spent) + 1e-5
         seen.add(spent)
     assert len(seen) > 3
@@ -264,7 +267,7 @@ def test_labels_are_the_allocation_of_least_error() -> None:
 def test_labels_meet_the_share_where_more_learners_do_worse() -> None:
     generator = torch.Generator().manual_seed(0)
     errors = [torch.rand(500, 5, generator=generator).sort(-1).values]
-    (found,) = allocate(errors, [torch.arange(5.0)], 0.6)
+    ((found,), _) = allocate(errors, [torch.arange(5.0)], 0.6)
     assert float(found.float().mean()) / 4 == pytest.approx(0.6, abs=0.01)
 
 
@@ -295,12 +298,28 @@ def test_gates_keep_the_width_and_choose_better_than_all_alike() -> None:
     assert float(means.max() - means.min()) > 0.1  # sites differ
 
 
+def test_gates_weigh_what_a_choice_loses() -> None:
+    """Of tokens that a gate cannot tell apart a few lose much by few learners: all take more, whatever most should."""
+    losing = torch.arange(1000) < 200
+    errors, costs = torch.stack((0.1 + 100.0 * losing, torch.zeros(1000)), 1), torch.tensor([0.0, 1.0])
+    teacher, _ = pair()
+
+    def slope(labels: float) -> float:
+        logits = torch.zeros(1, 2, requires_grad=True)
+        objective = GateDistillation(teacher, labels=labels, budget=0.0)
+        objective._loss([logits.expand(1000, 2)], [errors], [costs], 0.25).backward()
+        assert logits.grad is not None
+        return float(logits.grad[0, 1])
+
+    assert slope(0.0) < 0 < slope(1e6)
+
+
 def test_labels_are_of_errors_over_the_hidden_state_and_of_flops(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, halves = pair("{blocks=1,learners=2}")
     program = offramp.apply(halves, "insert-acm{blocks=3,least=1}")
     given, seen = batch(), list[Any]()
 
-    def spy(errors: Any, costs: Any, share: float) -> list[Tensor]:
+    def spy(errors: Any, costs: Any, share: float) -> Allocation:
         seen.append((share, errors, [cost.tolist() for cost in costs]))
         return allocate(errors, costs, share)
 

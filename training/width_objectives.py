@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from offramp.errors import SpecError
 from offramp.program.program import Program
+from offramp.training.allocation import allocate
 from offramp.training.learner_sites import LearnerSite, by_row, check_teacher, counting, learner_sites, width
 from offramp.training.losses import Values, counted
 from offramp.training.objectives import Objective, require_one_run
@@ -58,16 +59,24 @@ class LearnerDistillation(Objective):
 class GateDistillation(Objective):
     """Gates learn where learners are worth most, for each width (in the place of ACM, sec. 3.2, phase 2); no labels.
 
-    An error is ``e(k) = ||h(z, k) - o||^2`` over the squared norm of the hidden state behind the block. For a width, a
-    token's label is ``argmin_k e(k) + lambda cost(k)``, with the one ``lambda`` for all tokens and sites of the batch
-    for which they take that share of the learners' FLOPs: the allocation of least error. The loss is the labels'
-    cross-entropy, the mean over ``draws`` widths a step between ``low`` and ``high``. Learners get no gradient.
+    An error is ``e(k) = ||h(z, k) - o||^2`` over the squared norm of the hidden state behind the block. For a width
+    there is one price ``lambda`` for which the choices ``argmin_k e(k) + lambda cost(k)`` of all tokens and sites of
+    the batch take that share of the learners' FLOPs: the allocation of least error. The loss is
+
+    - what a gate's choice is expected to lose against that, ``sum_k p(k) (e(k) + lambda cost(k)) - min_k``, in units of
+      what the allocation itself costs: a few tokens have most of the error, and labels alone do not say which;
+    - ``labels`` times the cross-entropy with the allocation (the paper's loss);
+    - ``budget`` times what the choices that are made cost more or less than the width, at the same price;
+
+    the mean over ``draws`` widths a step between ``low`` and ``high``. Learners get no gradient.
     """
 
     teacher: Program = field(repr=False)
     low: float = 0.25
     high: float = 1.0
     draws: int = 4
+    labels: float = 0.1
+    budget: float = 1.0
     mask: str | None = "attention_mask"
     seed: int = 0
 
@@ -84,13 +93,30 @@ class GateDistillation(Objective):
         drawn, losses = random.Random(f"{self.seed} {step}").random(), list[Tensor]()
         for part in range(self.draws):
             share = self.low + (self.high - self.low) * (part + drawn) / self.draws
-            labels = allocate(errors, costs, share)
             given = {**taught, **width(program, share, errors[0])}
             choices = model.values([site.learners.choice for site in sites], batch, given)
-            for site, which, label in zip(sites, counts, labels, strict=True):
-                losses.append(F.cross_entropy(choices[site.learners.choice][which].float(), label))
+            logits = [choices[site.learners.choice][at].float() for site, at in zip(sites, counts, strict=True)]
+            losses.append(self._loss(logits, errors, costs, share))
         # an error that is not finite gives labels that mean nothing: the loss says so
         return {"gates": torch.stack(losses).mean() + 0 * torch.stack([error.sum() for error in errors]).sum()}
+
+    def _loss(
+        self, logits: Sequence[Tensor], errors: Sequence[Tensor], costs: Sequence[Tensor], share: float
+    ) -> Tensor:
+        """Of one width; all are ``[tokens, counts]`` for each site, costs ``[counts]``."""
+        best, price = allocate(errors, costs, share)
+        lost, least, spent, most, apart = (list[Tensor]() for _ in range(5))
+        for logit, error, cost, label in zip(logits, errors, costs, best, strict=True):
+            paid = error + price * cost
+            lost.append((logit.softmax(-1) * (paid - paid.amin(-1, keepdim=True))).sum(-1))
+            least.append(error.gather(1, label[:, None])[:, 0])
+            spent.append(_made(logit) @ cost)
+            most.append(cost.max().expand(len(error)))
+            apart.append(F.cross_entropy(logit, label))
+        allowed = share * torch.cat(most).mean()
+        unit = (torch.cat(least).mean() + price.abs() * allowed).clamp(min=1e-12)
+        beside = price.abs() * (torch.cat(spent).mean() - allowed).abs()
+        return (torch.cat(lost).mean() + self.budget * beside) / unit + self.labels * torch.stack(apart).mean()
 
     def _errors(
         self, model: ObjectiveModule, batch: Values, sites: Sequence[LearnerSite]
@@ -194,9 +220,7 @@ class WidthBudget(Objective):
             counts = by_row(
                 program, batch, name, counting(program, batch, self.mask, name, logits)[..., None]
             )  # [rows, tokens, 1]
-            soft = by_row(program, batch, name, logits).softmax(-1)
-            hard = F.one_hot(soft.argmax(-1), soft.shape[-1])
-            chosen = (hard + soft - soft.detach()) * counts
+            chosen = _made(by_row(program, batch, name, logits)) * counts
             tokens = counts.sum(1).clamp(min=1)
             taken.append((chosen.sum(1) @ chosen.new_tensor(site.counts)) * site.flops)
             most.append(counts.sum((1, 2)) * site.learners.learners * site.flops)
@@ -208,37 +232,6 @@ class WidthBudget(Objective):
         return share, torch.stack(entropies).mean()
 
 
-def allocate(errors: Sequence[Tensor], costs: Sequence[Tensor], share: float) -> list[Tensor]:
-    """The choices of least error that cost a share of the most that they may cost (a Lagrangian, by bisection).
-
-    ``errors`` are ``[tokens, choices]`` for each site, ``costs`` ``[choices]`` of one token. Returns int64 ``[tokens]``
-    for each site: ``argmin error + lambda cost``, whose ``lambda`` is negative where more learners do worse than the
-    share allows.
-    """
-    unit = max(float(cost.max()) for cost in costs)
-    grouped: dict[tuple[float, ...], list[int]] = {}  # sites of equal costs are chosen for at once
-    for place, cost in enumerate(costs):
-        grouped.setdefault(tuple((cost / unit).tolist()), []).append(place)
-    together = [torch.cat([errors[place] for place in places]) for places in grouped.values()]
-    prices = [together[0].new_tensor(cost) for cost in grouped]
-    allowed = share * torch.stack([len(error) * cost.max() for error, cost in zip(together, prices, strict=True)]).sum()
-    step = min(float(cost.diff().min()) for cost in prices)
-    high = torch.stack([error.max() for error in together if error.numel()]).max() / step + 1
-    low = -high
-
-    def chosen(price: Tensor) -> list[Tensor]:
-        return [(error + price * cost).argmin(-1) for error, cost in zip(together, prices, strict=True)]
-
-    for _ in range(50):
-        middle = (low + high) / 2
-        spent = torch.stack([cost[k].sum() for k, cost in zip(chosen(middle), prices, strict=True)]).sum()
-        low, high = torch.where(spent > allowed, middle, low), torch.where(spent > allowed, high, middle)
-    found: dict[int, Tensor] = {}
-    for places, k in zip(grouped.values(), chosen(high), strict=True):
-        found |= zip(places, k.split([len(errors[place]) for place in places]), strict=True)
-    return [found[place] for place in range(len(errors))]
-
-
 def _taught(
     model: ObjectiveModule, batch: Values, sites: Sequence[LearnerSite], more: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -246,6 +239,12 @@ def _taught(
     taught = model.taught([*more, *(name for site in sites for name in (site.input, site.output))], batch)
     given = {site.input: taught[site.input] for site in sites}
     return taught, model.values([name for site in sites for name in site.parts], batch, given)
+
+
+def _made(logits: Tensor) -> Tensor:
+    """The choices that are made, one-hot, with the gradient of their probabilities."""
+    soft = logits.softmax(-1)
+    return F.one_hot(soft.argmax(-1), soft.shape[-1]) + soft - soft.detach()
 
 
 def _mean(value: Tensor, counts: Tensor) -> Tensor:
