@@ -1,11 +1,12 @@
 """How much of the FLOPs that learners save becomes time, in which form, at how many tokens?
 
-Whole models, every MLP in four learners, with gates that are not trained but choose differently for each token; in
-turns with the model as it was.
+Whole models, every MLP (or what ``--sites`` says) in four learners, with gates that are not trained but choose
+differently for each token; in turns with the model as it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,10 +37,10 @@ def undecided(program: offramp.Program) -> offramp.Program:
     return program
 
 
-def chains(name: str) -> dict[str, offramp.Chain]:
+def chains(name: str, sites: str = "mlp") -> dict[str, offramp.Chain]:
     """The model as it was, and with learners in each form."""
     whole = offramp.capture(*zoo.load(name))
-    split = undecided(offramp.apply(whole, "insert-acm"))
+    split = undecided(offramp.apply(whole, f"insert-acm{{sites={sites}}}"))
     if name == "smollm2":
         whole, split = (offramp.apply(program, "insert-cache") for program in (whole, split))
     found = {}
@@ -65,9 +66,13 @@ def runner(name: str, batch: int, tokens: int) -> Callable[[offramp.Chain, offra
 
 def main() -> None:
     """Print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sites", default="mlp", help="what is split: mlp, projections, qkv, output, ... (mlp)")
+    parser.add_argument("--models", nargs="+", choices=tuple(CASES), default=tuple(CASES), help="(all)")
+    args = parser.parse_args()
     rows: list[Row] = []
-    for name, cases in CASES.items():
-        ways = chains(name)
+    for name in args.models:
+        cases, ways = CASES[name], chains(name, args.sites)
         for batch, tokens in cases:
             run = runner(name, batch, tokens)
             runs: dict[str, Callable[[], object]] = {"none": functools.partial(run, ways["none"], offramp.Never())}
@@ -81,7 +86,8 @@ def main() -> None:
                 row |= {form: round(times[f"{form} {budget}"] / times["none"], 3) for form in FORMS}
                 row["ms without"] = times["none"]
                 rows.append(shown(row))
-    report("learner_forms", "Time with learners over the time of the model without, by form and width", rows)
+    title = f"Time with learners ({args.sites}) over the time of the model without, by form and width"
+    report("learner_forms", title, rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ from benchmarks._common import BUILD, Row, data, report, rounds, say, shown, spr
 from benchmarks.speech import MODEL, Clip, Heard, clips, decoded, distance, word_errors
 from examples import train_speech_adapters as recipe
 from offramp import training, zoo
+from offramp.cli._learners_figure import draw
+from offramp.cli._learners_picture import Picture
 from offramp.program import Program
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
@@ -35,6 +37,7 @@ PASS = "insert-acm{learners=4,least=0}"
 LEAST = 0.1  # the smallest width that is trained for
 SECOND = 16000  # samples
 FRAMES, FEATURES, HIDDEN, GATE, LEARNERS = 1500, 512, 2048, 16, 4
+FIGURE = "adaptive 0.4"
 ADAPTIVE, STATIC = (0.75, 0.5, 0.4, 0.3, 0.2), (0.75, 0.5, 0.25)
 
 
@@ -220,6 +223,16 @@ def row(way: Way, recordings: Sequence[Clip], runs: Sequence[Run], whole: Sequen
     }
 
 
+def drawn(way: Way, clip: Clip, file: Path) -> None:
+    """Draw how many learners each frame of the recording took, below its waveform; the silence behind it is left out."""
+    samples, rate = read_wav(data("ljspeech") / f"{clip.name}.wav")
+    counts = way.chain.run({"input_features": clip.features}, way.policy).learners
+    frames = round(len(samples) / rate * FRAMES / 30)
+    shares = np.stack([taken[0, :frames] for taken in counts.values()]) / LEARNERS
+    blocks, stack = tuple(range(1, len(shares) + 1)), next(iter(way.chain.stacks))
+    draw(Picture("sound", stack, blocks, shares, shares[:, :0], samples, len(samples) / rate), file)
+
+
 def main() -> None:
     """Train or read, measure, print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -227,10 +240,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240, help="of training, each 30 s of sound (240)")
     parser.add_argument("--learners", choices=("dense", "grouped"), help="how learners run (what is faster)")
     parser.add_argument("--clips", type=int, help="how many recordings (32)")
+    parser.add_argument("--figure", type=Path, help="where one recording and what its frames took is drawn")
     rounds(parser)
     args = parser.parse_args()
     recordings = clips()[: args.clips]
     every = ways(Students(args.weights, args.steps), args.learners)
+    if args.figure:
+        drawn(next(way for way in every if way.name == FIGURE), recordings[0], args.figure)
     decoder, words = writer()
     for way in every:
         ran(way, recordings[0], decoder)  # warms up
