@@ -224,7 +224,7 @@ def row(way: Way, recordings: Sequence[Clip], runs: Sequence[Run], whole: Sequen
 
 
 def drawn(way: Way, clip: Clip, file: Path) -> None:
-    """Draw how many learners each frame of the recording took, below its waveform; the silence behind it is left out."""
+    """Draw how many learners each frame took below the waveform; the silence behind it is left out."""
     samples, rate = read_wav(data("ljspeech") / f"{clip.name}.wav")
     counts = way.chain.run({"input_features": clip.features}, way.policy).learners
     frames = round(len(samples) / rate * FRAMES / 30)
