@@ -1,8 +1,8 @@
 """Does adaptive width pay? ViT-S on CIFAR-10: at the same share of the blocks' FLOPs, accuracy and time in one row.
 
 One model with learners serves all shares, by the width that its gates are given; so does one model with exits, by its
-thresholds. Both are chosen on held-out images. Each static student is a model of its own. All have learnt alike, from
-one teacher, for as many steps; all are measured in turns. "share" is what the test images took.
+thresholds, and one with both. All are chosen on held-out images. Each static student is a model of its own. All have
+learnt alike, from one teacher, for as many steps; all are measured in turns. "share" is what the test images took.
 
 ``--train`` trains what is missing, minutes on a GPU and days on two cores; trained weights are kept in
 ``benchmarks/results/vision_acm``.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ import torch
 import offramp
 from benchmarks import _vision as vision
 from benchmarks._common import BUILD, Row, alternate, report, rounds, say, shown, spread
-from benchmarks._vision import DEPTH, Recipe, captured, share, width_of
+from benchmarks._vision import DEPTH, LEARNERS, Recipe, captured, share, width_of
 from offramp import training
 from offramp.program import Program
 
 SHARES = (0.75, 0.6, 0.4, 0.25)
 EXITS = (3, 5, 7, 9)
+BOTH = (7, 9)  # exits of the model that has learners too
+WIDTHS, CONFIDENCES = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2), (0.8, 0.9, 0.95, 0.99, 2.0)
 BATCHES = (1, 16)
 TIMED = 32  # images a turn
 Examples = list[dict[str, np.ndarray[Any, Any]]]
@@ -153,17 +156,49 @@ class Students:
         grid = np.linspace(0, 1, 11)
         took = [_width([loaded.run(each, offramp.Width(width)) for each in images]) for width in grid]
 
-        def executed(results: Sequence[offramp.Result]) -> float:
-            return share(_width(results), gates=True) * blocks / DEPTH
-
         found = []
         for asked in SHARES:
             wanted = width_of(asked * DEPTH / blocks, gates=True)
             if took[0] <= wanted <= took[-1] + 0.05:
                 policy = offramp.Width(float(np.interp(wanted, took, grid)))
                 say(f"{kind}: {asked} of the FLOPs with {policy}")
-                found.append(Way(kind, loaded, executed, policy))
+                found.append(Way(kind, loaded, _of_learners, policy))
         return found
+
+    def both(self) -> list[Way]:
+        """One model with learners and exits: for each share the width and confidence that do best on held-out ones."""
+        after = "|".join(map(str, BOTH))
+        program = self.rewritten(f"insert-exits{{after={after},head=own}},insert-acm")
+        if not self.trained("acm-exits", program, lambda: vision.widths(program, self.teacher, self.recipe)):
+            return []
+        loaded = chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
+        given, labels = examples("held out", 50, 200)
+        tried = []
+        for width, sure in itertools.product(WIDTHS, CONFIDENCES):
+            policy = offramp.Width(width, offramp.Confidence(thresholds=dict.fromkeys(BOTH, sure)))
+            results = [loaded.run(each, policy) for each in given]
+            tried.append((_right(results, labels), _of_learners(results), policy))
+        found = []
+        for asked in SHARES:
+            fitting = [each for each in tried if each[1] <= asked + 0.01]
+            if fitting:
+                best = max(fitting, key=lambda each: each[:2])[-1]
+                say(f"width and exits: {asked} of the FLOPs with {best}")
+                found.append(Way("adaptive width and exits", loaded, _of_learners, best))
+        return found
+
+
+def _right(results: Sequence[offramp.Result], labels: np.ndarray[Any, Any]) -> float:
+    found = np.concatenate([each.outputs["logits"].argmax(-1) for each in results]) == labels
+    return float(found.mean())
+
+
+def _of_learners(results: Sequence[offramp.Result]) -> float:
+    """The share of the blocks' FLOPs, gates too, that was executed: rows that had left a block took -1 there."""
+    counts = [taken for each in results for taken in each.learners.values()]
+    least, units = share(0, gates=True), share(1) - share(0)
+    found = [np.where(taken < 0, 0, least + units * taken / LEARNERS).mean() for taken in counts]
+    return float(np.mean(found)) * len(counts) / len(results) / DEPTH
 
 
 def _width(results: Sequence[offramp.Result]) -> float:
@@ -189,8 +224,8 @@ def measured(ways: Sequence[Way], count: int | None) -> list[Row]:
     rows: list[Row] = []
     for way in ways:
         results = [way.chain.run(each, way.policy) for each in given]
-        right = np.concatenate([each.outputs["logits"].argmax(-1) for each in results]) == labels
-        rows.append({"": way.kind, "share": round(way.executed(results), 3), "accuracy": round(float(right.mean()), 4)})
+        accuracy = round(_right(results, labels), 4)
+        rows.append({"": way.kind, "share": round(way.executed(results), 3), "accuracy": accuracy})
         say(f"{way.kind}: {rows[-1]}")
     for size in BATCHES:
         say(f"batches of {size}: {len(ways)} ways in turns")
@@ -246,6 +281,7 @@ def main() -> None:
     students = Students(taught, recipe, folder, read_only=not (args.train or args.quick))
     ways = [*students.static(), *students.exits(), *students.widths("adaptive width", "acm", "insert-acm", DEPTH)]
     ways += students.widths("adaptive width, 9 blocks", "acm9", "truncate{after=9},insert-acm", 9)
+    ways += students.both()
     runs = [measured(ways, limit or args.images) for _ in range(args.rounds)]
     plot(runs[0], BUILD / "vision_acm.png")
     report("vision_acm", "CIFAR-10 test, ViT-S at 112 px: share of the blocks' FLOPs, accuracy, time", spread(runs))

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import functools
 import itertools
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -236,6 +238,31 @@ def test_batches_are_not_kept() -> None:
     fit(program, stream(), LearnerDistillation(teacher), steps=12)
     assert len(alive) == 12
     assert max(alive) <= 3
+
+
+MEMORY = """
+import resource, torch, offramp, tiny
+from offramp.training import LearnerDistillation, fit
+
+teacher = offramp.capture(tiny.seeded(tiny.Encoder), tiny.text())
+program = offramp.apply(teacher, "insert-acm")
+peaks = []
+for steps in (5, 60):
+    mask = tiny.padding(rows=2000)
+    batches = ({"input_ids": tiny.ids(rows=2000, seed=seed), "attention_mask": mask} for seed in range(steps))
+    fit(program, batches, LearnerDistillation(teacher), steps=steps)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(*peaks)
+"""
+
+
+def test_memory_does_not_grow_with_the_data() -> None:
+    """What sites read and make in 55 further batches would be some 300 MB."""
+    said = subprocess.run(
+        [sys.executable, "-c", MEMORY], check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    few, many = map(float, said.stdout.split())
+    assert many < few + 50
 
 
 # Gates
