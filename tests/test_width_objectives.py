@@ -38,7 +38,7 @@ from offramp.training import (
     width_objectives,
 )
 from offramp.training.allocation import Allocation, allocate
-from offramp.training.learner_sites import learner_sites, width
+from offramp.training.learner_sites import learner_sites, rest_of, width
 from offramp.training.objective_module import ObjectiveModule
 
 FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
@@ -365,6 +365,37 @@ def test_labels_are_of_errors_over_the_hidden_state_and_of_flops(monkeypatch: py
         alone = dataclasses.replace(program, records=(item.learners,))
         wanted = site_errors(alone, teacher, given)[0] / residual[cut].square().sum(-1)
         torch.testing.assert_close(found, wanted[:, counts].T)
+
+
+def test_errors_are_of_the_hidden_state_whatever_lies_before_it() -> None:
+    """A scale behind an MLP (DINOv2, CaiT) differs by block: what a site makes is worth that much more or less."""
+    pytest.importorskip("transformers")
+    module, example = architectures.OTHERS["dinov2"]()
+    scales = [scale for name, scale in module.named_parameters() if "layer_scale2" in name]
+    with torch.no_grad():
+        for block, scale in enumerate(scales):
+            scale.fill_(10.0**-block)
+    teacher = capture(module, example)
+    program, given = offramp.apply(teacher, "insert-acm"), dict(teacher.example_inputs)
+    sites, objective = learner_sites(program), GateDistillation(teacher)
+    found, *_ = objective._errors(ObjectiveModule(program, objective), given, sites)
+    own = site_errors(program, teacher, given)
+    with torch.no_grad():
+        cuts = teacher.stacks[sites[0].learners.stack].cuts
+        residual = ObjectiveModule(teacher, Objective()).values(cuts, given)
+    assert len(found) == len(scales) > 1
+    for block, (errors, local) in enumerate(zip(found, own, strict=True)):
+        size = residual[cuts[sites[block].learners.block]].square().sum(-1)
+        wanted = (local / size * 100.0**-block).flatten(1).T
+        torch.testing.assert_close(errors[:, :-1], wanted[:, :-1], rtol=1e-2, atol=1e-9)
+
+
+def test_where_attention_follows_a_token_has_its_own_error() -> None:
+    """Keys of one token change what others are made of."""
+    teacher = captured()
+    program = offramp.apply(teacher, "insert-acm{sites=projections}")
+    alone = {site.learners.site: rest_of(teacher, site).beside is not None for site in learner_sites(program)}
+    assert alone == {"query": False, "kv": False, "output": True}
 
 
 def test_widths_are_drawn_anew_each_step_and_the_same_again() -> None:

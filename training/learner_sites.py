@@ -6,14 +6,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from offramp.errors import SpecError
-from offramp.program.analysis.sites import mlp
-from offramp.program.graph import expression, placeholders, results, shape
+from offramp.program.analysis.sites import attentions, mlp
+from offramp.program.graph import (
+    ancestors,
+    data_inputs,
+    dependents,
+    expression,
+    is_tensor,
+    placeholders,
+    results,
+    shape,
+)
 from offramp.program.learners import WIDTH, Learners
 from offramp.program.ops import learner_bounds
 from offramp.program.program import Program
@@ -95,6 +104,28 @@ def _site(program: Program, item: Learners) -> LearnerSite:
     return LearnerSite(
         item, found.input.name, hidden.name, last.node.name, last.weight.name, bias, last.units_axis, flops
     )
+
+
+class Rest(NamedTuple):
+    """What becomes of what a site makes: the hidden state ``end`` behind its block, of it and the nodes ``beside`` it.
+
+    ``beside`` is None where tokens meet on the way there, so that what comes of one token is no longer its own.
+    """
+
+    end: str
+    beside: tuple[str, ...] | None
+
+
+def rest_of(teacher: Program, site: LearnerSite) -> Rest:
+    """The part of the teacher's block behind a site."""
+    stack = teacher.stacks[site.learners.stack]
+    end = teacher.nodes[stack.cuts[site.learners.block]]
+    between = dependents([teacher.nodes[site.output]], teacher.graph) & ancestors([end])
+    if any(item.weights in between or item.output in between for item in attentions(teacher.graph)):
+        return Rest(end.name, None)
+    read = {node for each in between for node in data_inputs(each)} - between
+    kept = {node for node in read if node.op == "call_function" and is_tensor(node)}
+    return Rest(end.name, tuple(sorted(node.name for node in kept if node.name != site.output)))
 
 
 def check_teacher(program: Program, teacher: Program) -> None:

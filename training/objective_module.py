@@ -48,11 +48,11 @@ class ObjectiveModule(torch.nn.Module):
         """The losses by name; their sum is what is minimised."""
         return self.objective.compute(self, batch, step)
 
-    def taught(self, wanted: Iterable[str], batch: Batch) -> dict[str, Tensor]:
+    def taught(self, wanted: Iterable[str], batch: Batch, given: Batch | None = None) -> dict[str, Tensor]:
         """What the teacher makes of a batch, by name as in `values`, without gradient."""
         assert self.teacher is not None
         with torch.no_grad():
-            return self.teacher.values(wanted, batch)
+            return self.teacher.values(wanted, batch, given)
 
     def values(self, wanted: Iterable[str], batch: Batch, given: Batch | None = None) -> dict[str, Tensor]:
         """Outputs of the program, or values of nodes, by name; ``given`` are values of nodes that do not run."""

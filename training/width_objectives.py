@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from offramp.errors import SpecError
 from offramp.program.program import Program
 from offramp.training.allocation import allocate
-from offramp.training.learner_sites import LearnerSite, by_row, check_teacher, counting, learner_sites, width
+from offramp.training.learner_sites import LearnerSite, by_row, check_teacher, counting, learner_sites, rest_of, width
 from offramp.training.losses import Values, counted
 from offramp.training.objectives import Objective, require_one_run
 
@@ -59,9 +59,10 @@ class LearnerDistillation(Objective):
 class GateDistillation(Objective):
     """Gates learn where learners are worth most, for each width (in the place of ACM, sec. 3.2, phase 2); no labels.
 
-    An error is ``e(k) = ||h(z, k) - o||^2`` over the squared norm of the hidden state behind the block. For a width
-    there is one price ``lambda`` for which the choices ``argmin_k e(k) + lambda cost(k)`` of all tokens and sites of
-    the batch take that share of the learners' FLOPs: the allocation of least error. The loss is
+    An error ``e(k)`` is how far the hidden state behind the block moves where the site makes ``h(z, k)``, and all else
+    is the teacher's, squared and over its squared norm; where attention follows the site, how far what it makes is off,
+    over the same. For a width there is one price ``lambda`` for which the choices ``argmin_k e(k) + lambda cost(k)`` of
+    all tokens and sites of the batch take that share of the learners' FLOPs: the allocation of least error. The loss is
 
     - what a gate's choice is expected to lose against that, ``sum_k p(k) (e(k) + lambda cost(k)) - min_k``, in units of
       what the allocation itself costs: a few tokens have most of the error, and labels alone do not say which;
@@ -122,17 +123,25 @@ class GateDistillation(Objective):
         self, model: ObjectiveModule, batch: Values, sites: Sequence[LearnerSite]
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         """For each site the errors ``[tokens, counts]`` of tokens that count, which those are, and what it reads."""
-        behind = [self.teacher.stacks[site.learners.stack].cuts[site.learners.block] for site in sites]
+        rests = [rest_of(self.teacher, site) for site in sites]
+        read = [name for rest in rests for name in (rest.end, *(rest.beside or ()))]
         with torch.no_grad():
-            taught, values = _taught(model, batch, sites, behind)
+            taught, values = _taught(model, batch, sites, read)
             errors, which = [], []
-            for site, residual in zip(sites, behind, strict=True):
-                wanted = taught[site.output].float()
+            for site, (end, beside) in zip(sites, rests, strict=True):
+                wanted, state = taught[site.output], taught[end].float()
                 counts = counting(model.program, batch, self.mask, site.output, wanted)
-                size = taught[residual].float().square().sum(-1)
+                size = state.square().sum(-1)
                 same = size.shape == counts.shape or (counts.dim() == 1 and size.numel() == counts.numel())
                 size = (size.reshape(counts.shape)[counts] if same else size.mean()).clamp(min=1e-12)
-                found = [(made - wanted).square().sum(-1)[counts] / size for _, made in site.outputs(values)]
+                found = []
+                for _, made in site.outputs(values):
+                    if same and beside is not None:
+                        given = {**{name: taught[name] for name in beside}, site.output: made.to(wanted.dtype)}
+                        lost = model.taught([end], batch, given)[end].float() - state
+                        found.append(lost.square().sum(-1).reshape(counts.shape)[counts] / size)
+                    else:
+                        found.append((made - wanted.float()).square().sum(-1)[counts] / size)
                 errors.append(torch.stack(found, -1))
                 which.append(counts)
         return errors, which, {site.input: taught[site.input] for site in sites}
