@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,48 @@ def test_a_token_does_not_depend_on_its_batch(labeller: tiny.Captured, tmp_path:
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6)
 
 
+class _Flat(nn.Module):
+    """An MLP of the tokens of all rows one after another."""
+
+    def __init__(self, mlp: nn.Sequential, within: bool = False) -> None:
+        super().__init__()
+        self.up, self.act, self.down = mlp
+        self.within = within
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.act(self.up(x)).flatten(0, 1) if self.within else self.act(self.up(x.flatten(0, 1)))
+        return torch.as_tensor(self.down(flat).unflatten(0, x.shape[:2]))
+
+
+def _flat(make: Callable[[], tiny.Encoder], within: bool = False) -> tiny.Encoder:
+    module = tiny.seeded(make)
+    for block in module.blocks:
+        block.mlp = _Flat(block.mlp, within)
+    return module
+
+
+def test_rows_leave_whose_tokens_lie_one_after_another(tmp_path: Path) -> None:
+    program = capture(_flat(tiny.Encoder), tiny.text())
+    offramp.save(apply(program, "insert-acm,insert-exits{after=2}"), tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    found = chain.run({name: value.numpy() for name, value in tiny.text().items()}, lambda state: state.rows == 1)
+    assert found.exits["encoder"].tolist() == [4, 2]
+    assert {counts.shape for counts in found.learners.values()} == {(tiny.ROWS, tiny.TOKENS)}
+    assert (found.learners["encoder.3.mlp"][1] == -1).all()
+
+
+@pytest.mark.parametrize("text", ["insert-acm{sites=mlp},insert-cache", "insert-cache,insert-acm"])
+def test_a_decoder_generates_whose_tokens_lie_one_after_another(text: str, tmp_path: Path) -> None:
+    program = capture(_flat(tiny.Decoder), {"input_ids": tiny.ids()})
+    offramp.save(apply(program, text), tmp_path / "m.offramp")
+    found = offramp.load(tmp_path / "m.offramp").generate({"input_ids": tiny.ids().numpy()}, max_new_tokens=3, stop=[])
+    ids = tiny.ids()
+    for place in range(3):
+        logits = tiny.outputs(program.module, {"input_ids": ids})[program.outputs[0]]
+        assert logits[:, -1].argmax(-1).tolist() == [tokens[place] for tokens in found.tokens]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+
+
 # Projections
 
 
@@ -306,6 +348,13 @@ def test_without_a_residual_each_token_takes_one() -> None:
     with pytest.raises(SpecError, match="least=0: no residual goes around the MLP of block 1 of stack 'encoder'"):
         apply(program, "insert-acm{least=0}")
     assert [item.least for item in records(apply(program, "insert-acm"))] == [1, 1]
+
+
+def test_hidden_units_that_lie_otherwise_than_tokens() -> None:
+    with pytest.raises(
+        SpecError, match=r"(?s)MLP of block 1 .* shape \['batch', 'tokens'\], .* \['batch\*tokens'\].*try"
+    ):
+        apply(capture(_flat(tiny.Encoder, within=True), tiny.text()), "insert-acm")
 
 
 @pytest.mark.parametrize(
