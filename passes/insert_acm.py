@@ -27,6 +27,8 @@ from offramp.program.program import Program, evaluate
 _GATE = 16  # hidden units of a gate
 _ORDERS = ("activation", "importance", "given")
 _SITES: Mapping[str, tuple[str, ...]] = {"projections": KINDS[1:], **{kind: (kind,) for kind in KINDS}}
+_MLP = "an MLP is two products (three in a gated one) with hidden units between them that are changed one by one"
+_PROJECTION = "a projection is a product with a matrix next to an attention; one that makes several is qkv or kv"
 
 
 @dataclass(frozen=True, repr=False)
@@ -110,9 +112,8 @@ class InsertAcm(Pass):
                     raise SpecError(
                         f"block {block} of stack {stack!r} has no {'MLP' if name == 'mlp' else name}: "
                         f"{', '.join(site.kind for site in every) or 'no products'}",
-                        hint="an MLP is two products (three in a gated one) with hidden units between them that are "
-                        "changed one by one; adapters (LoRA) and parametrizations (weight norm) have to be merged "
-                        "into the weights first; `offramp inspect` shows what is there",
+                        hint=f"{_MLP if name == 'mlp' else _PROJECTION}; adapters (LoRA) and parametrizations (weight "
+                        "norm) have to be merged into the weights first; `offramp inspect` shows what is there",
                     )
             kinds = {kind for name in self._named for kind in _SITES[name]}
             yield block, [site for site in whole if site.kind in kinds]

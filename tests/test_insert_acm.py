@@ -125,6 +125,42 @@ def test_a_weight_that_blocks_share_has_an_order_for_each() -> None:
     assert len({name for name in weights(program) if name.endswith("mlp.0.weight") and ".gate." not in name}) == 2
 
 
+class _Twice(nn.Module):
+    """A square weight by which units are made, and by which they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tiny.WIDTH, tiny.WIDTH) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, self.weight)), self.weight)
+
+
+class _Back(nn.Module):
+    """The product with a layer's weight, the other way round."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_weight_that_is_used_both_ways() -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        for block in module.blocks:
+            block.mlp = _Twice()
+            block.attention.q.weight.data = torch.randn(16, 5) @ torch.randn(5, 16) / 10
+            block.attention.out = _Back(block.attention.q)
+        return module
+
+    captured = tiny.captured(make, tiny.text())
+    program = apply(captured.program, "insert-acm{sites=mlp|query|output}")  # factors of half the rank hold all of it
+    tiny.assert_same(tiny.outputs(program.module, captured.inputs), captured.eager(), atol=1e-4)
+
+
 def test_the_least_that_a_token_takes(encoder: tiny.Captured) -> None:
     program = undecided(apply(encoder.program, "insert-acm{learners=3,least=1}"))
     counts = torch.cat([each.flatten() for each in chosen(program, encoder.inputs)])
@@ -366,7 +402,7 @@ def test_hidden_units_that_lie_otherwise_than_tokens() -> None:
         ("least=-1", "least=-1"),
         ("order=random", "order=.?random"),
         ("sites=mlp|head", "sites=head: there are projections, mlp, query"),
-        ("sites=qkv", "block 1 of stack 'encoder' has no qkv: query, kv, output, mlp"),
+        ("sites=qkv", "(?s)block 1 of stack 'encoder' has no qkv: query, kv, output, mlp.*try: a projection is"),
         ("blocks=0|2|5", r"blocks=0\|5: stack 'encoder' has the blocks 1 to 4"),
         ("stack=other", "unknown stack 'other'"),
     ],
