@@ -12,12 +12,14 @@ from torch import Tensor, fx
 
 from offramp.errors import PassError, SpecError
 from offramp.passes.acm.factors import factorize, rank
+from offramp.passes.acm.rows import by_row
 from offramp.passes.acm.units import ranked, reorder
 from offramp.passes.infra.contract import Pass, PassResult, numbers, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.sites import KINDS, Site, attentions, find_sites
+from offramp.program.analysis.token_axes import Axes
 from offramp.program.compare import TOLERANCE, relative_error
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import aten, shape
 from offramp.program.learners import WIDTH, Learners
 from offramp.program.ops import FIRST_LEARNERS
 from offramp.program.program import Program, evaluate
@@ -25,6 +27,8 @@ from offramp.program.program import Program, evaluate
 _GATE = 16  # hidden units of a gate
 _ORDERS = ("activation", "importance", "given")
 _SITES: Mapping[str, tuple[str, ...]] = {"projections": KINDS[1:], **{kind: (kind,) for kind in KINDS}}
+_MLP = "an MLP is two products (three in a gated one) with hidden units between them that are changed one by one"
+_PROJECTION = "a projection is a product with a matrix next to an attention; one that makes several is qkv or kv"
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,19 +74,22 @@ class InsertAcm(Pass):
             raise SpecError(f"sites={'|'.join(unknown)}: there are {', '.join(_SITES)}")
         for block, found in self._found(program, name):
             for site in found:
-                self._fits(site, f"the {_word(site)} of block {block} of stack {name!r}")
+                self._fits(program.axes, site, f"the {_word(site)} of block {block} of stack {name!r}")
 
     @property
     def _named(self) -> tuple[str, ...]:
         return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
 
-    def _fits(self, site: Site, where: str) -> None:
+    def _fits(self, axes: Axes, site: Site, where: str) -> None:
         units = site.last.features if site.inner else rank(site.last)
         if units < self.learners:
             raise SpecError(f"learners={self.learners}: {where} has {units} hidden units")
-        leading = [[expression(size) for size in shape(node)[:-1]] for node in (site.input, site.last.data)]
-        if leading[0] != leading[1]:
-            raise SpecError(f"{where} reads tokens of shape {leading[0]}, and its hidden units lie as {leading[1]}")
+        read, lie = ([axes.describe(size) for size in shape(node)[:-1]] for node in (site.input, site.last.data))
+        if read != lie:
+            raise SpecError(
+                f"{where} reads tokens of shape {read}, and its hidden units lie as {lie}",
+                hint="a model that reshapes before the first product or behind the last one, not in between",
+            )
         if self.least == 0 and not site.residual:
             raise SpecError(f"least=0: no residual goes around {where}", hint="least=1")
 
@@ -105,8 +112,8 @@ class InsertAcm(Pass):
                     raise SpecError(
                         f"block {block} of stack {stack!r} has no {'MLP' if name == 'mlp' else name}: "
                         f"{', '.join(site.kind for site in every) or 'no products'}",
-                        hint="an MLP is two products (three in a gated one) with hidden units between them that are "
-                        "changed one by one; `offramp inspect` shows what is there",
+                        hint=f"{_MLP if name == 'mlp' else _PROJECTION}; adapters (LoRA) and parametrizations (weight "
+                        "norm) have to be merged into the weights first; `offramp inspect` shows what is there",
                     )
             kinds = {kind for name in self._named for kind in _SITES[name]}
             yield block, [site for site in whole if site.kind in kinds]
@@ -185,6 +192,7 @@ class InsertAcm(Pass):
             given = at = editor.call(aten.gelu.default, choice, at=choice) if layer == "0" else choice
         count = editor.call(aten.argmax.default, choice, -1, at=choice)
         count = editor.call(aten.add.Tensor, count, least, at=count)
+        count = by_row(editor, count, x)
         return choice, count, editor.call(FIRST_LEARNERS, hidden, choice, self.learners, least, at=count)
 
     def ensures(self, before: Program, result: PassResult) -> None:

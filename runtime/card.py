@@ -6,7 +6,6 @@ other. A ``README.md`` that the manifest lists is the user's own, and stays.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Manifest, Value
+from offramp.runtime.engine.widths import kinds
 
 CARD_FILE = "README.md"
 _TOKENIZER = "tokenizer.json"
@@ -102,8 +102,8 @@ def _stacks(manifest: Manifest) -> str:
 def _learners(manifest: Manifest) -> str:
     if not manifest.learners:
         return ""
-    kinds = Counter((item.stack, item.site, item.learners, item.form) for item in manifest.learners.values())
-    rows = [(stack, site, str(blocks), str(count), form) for (stack, site, count, form), blocks in kinds.items()]
+    found = kinds(manifest).items()
+    rows = [(stack, site, str(blocks), str(count), form) for (stack, site, count, form), blocks in found]
     table = _table(("stack", "site", "blocks", "learners", "form"), rows)
     return (
         f"{table}\n\nOf these learners a token takes as many as it needs: `Width(0.5)` lets them take half on average."

@@ -15,6 +15,7 @@ from offramp.bundle import directory
 from offramp.bundle.manifest import Manifest, Stack, Value
 from offramp.bundle.options import Sampling
 from offramp.errors import InputError
+from offramp.runtime.engine import widths
 from offramp.runtime.engine.binding import bind_takers
 from offramp.runtime.engine.engine import Engine
 from offramp.runtime.engine.inputs import Inputs
@@ -290,6 +291,7 @@ class Chain:
             f"<offramp.Chain {manifest.model!r}, {manifest.precision}, {size:,} bytes",
             f"  inputs {_listed(self.inputs)}; outputs {_listed(self.outputs)}",
             listing(manifest.stacks),
+            widths.listing(manifest),
             f"  {len(manifest.segments)} segments of {files} files; policy {self.policy!r}>",
         ]
         return "\n".join(line for line in lines if line)

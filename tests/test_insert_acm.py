@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,42 @@ def test_a_weight_that_blocks_share_has_an_order_for_each() -> None:
     assert len({name for name in weights(program) if name.endswith("mlp.0.weight") and ".gate." not in name}) == 2
 
 
+class _Twice(nn.Module):
+    """A square weight by which units are made, and by which they are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(tiny.WIDTH, tiny.WIDTH) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.gelu(nn.functional.linear(x, self.weight)), self.weight)
+
+
+class _Back(nn.Module):
+    """The product with a layer's weight, the other way round."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_a_weight_that_is_used_both_ways() -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        for block in module.blocks:
+            block.mlp = _Twice()
+            block.attention.q.weight.data = torch.randn(16, 5) @ torch.randn(5, 16) / 10
+            block.attention.out = _Back(block.attention.q)
+        return module
+
+    captured = tiny.captured(make, tiny.text())
+    program = apply(captured.program, "insert-acm{sites=mlp|query|output}")  # factors of half the rank hold all of it
+    tiny.assert_same(tiny.outputs(program.module, captured.inputs), captured.eager(), atol=1e-4)
+
+
 def test_the_least_that_a_token_takes(encoder: tiny.Captured) -> None:
     program = undecided(apply(encoder.program, "insert-acm{learners=3,least=1}"))
     counts = torch.cat([each.flatten() for each in chosen(program, encoder.inputs)])
@@ -191,6 +227,48 @@ def test_a_token_does_not_depend_on_its_batch(labeller: tiny.Captured, tmp_path:
     for row in range(tiny.ROWS):
         alone = chain.run({name: value[row : row + 1] for name, value in arrays.items()}).outputs["logits"]
         np.testing.assert_allclose(alone[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+class _Flat(nn.Module):
+    """An MLP of the tokens of all rows one after another."""
+
+    def __init__(self, mlp: nn.Sequential, within: bool = False) -> None:
+        super().__init__()
+        self.up, self.act, self.down = mlp
+        self.within = within
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.act(self.up(x)).flatten(0, 1) if self.within else self.act(self.up(x.flatten(0, 1)))
+        return torch.as_tensor(self.down(flat).unflatten(0, x.shape[:2]))
+
+
+def _flat(make: Callable[[], tiny.Encoder], within: bool = False) -> tiny.Encoder:
+    module = tiny.seeded(make)
+    for block in module.blocks:
+        block.mlp = _Flat(block.mlp, within)
+    return module
+
+
+def test_rows_leave_whose_tokens_lie_one_after_another(tmp_path: Path) -> None:
+    program = capture(_flat(tiny.Encoder), tiny.text())
+    offramp.save(apply(program, "insert-acm,insert-exits{after=2}"), tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    found = chain.run({name: value.numpy() for name, value in tiny.text().items()}, lambda state: state.rows == 1)
+    assert found.exits["encoder"].tolist() == [4, 2]
+    assert {counts.shape for counts in found.learners.values()} == {(tiny.ROWS, tiny.TOKENS)}
+    assert (found.learners["encoder.3.mlp"][1] == -1).all()
+
+
+@pytest.mark.parametrize("text", ["insert-acm{sites=mlp},insert-cache", "insert-cache,insert-acm"])
+def test_a_decoder_generates_whose_tokens_lie_one_after_another(text: str, tmp_path: Path) -> None:
+    program = capture(_flat(tiny.Decoder), {"input_ids": tiny.ids()})
+    offramp.save(apply(program, text), tmp_path / "m.offramp")
+    found = offramp.load(tmp_path / "m.offramp").generate({"input_ids": tiny.ids().numpy()}, max_new_tokens=3, stop=[])
+    ids = tiny.ids()
+    for place in range(3):
+        logits = tiny.outputs(program.module, {"input_ids": ids})[program.outputs[0]]
+        assert logits[:, -1].argmax(-1).tolist() == [tokens[place] for tokens in found.tokens]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
 
 
 # Projections
@@ -308,6 +386,13 @@ def test_without_a_residual_each_token_takes_one() -> None:
     assert [item.least for item in records(apply(program, "insert-acm"))] == [1, 1]
 
 
+def test_hidden_units_that_lie_otherwise_than_tokens() -> None:
+    with pytest.raises(
+        SpecError, match=r"(?s)MLP of block 1 .* shape \['batch', 'tokens'\], .* \['batch\*tokens'\].*try"
+    ):
+        apply(capture(_flat(tiny.Encoder, within=True), tiny.text()), "insert-acm")
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -317,7 +402,7 @@ def test_without_a_residual_each_token_takes_one() -> None:
         ("least=-1", "least=-1"),
         ("order=random", "order=.?random"),
         ("sites=mlp|head", "sites=head: there are projections, mlp, query"),
-        ("sites=qkv", "block 1 of stack 'encoder' has no qkv: query, kv, output, mlp"),
+        ("sites=qkv", "(?s)block 1 of stack 'encoder' has no qkv: query, kv, output, mlp.*try: a projection is"),
         ("blocks=0|2|5", r"blocks=0\|5: stack 'encoder' has the blocks 1 to 4"),
         ("stack=other", "unknown stack 'other'"),
     ],

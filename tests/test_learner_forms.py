@@ -132,6 +132,7 @@ def test_the_card_says_what_has_learners(chains: dict[str, offramp.Chain]) -> No
     text = card.card(chains["grouped"].manifest, "m.offramp")
     assert "| encoder | mlp | 4 | 4 | grouped |" in text
     assert "`Width(0.5)` lets them take half" in text
+    assert "\n  encoder: mlp of 4 blocks in 4 learners, grouped\n" in repr(chains["grouped"])
 
 
 def test_width_as_the_default_policy(labeller: tiny.Captured, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import architectures
@@ -179,6 +180,7 @@ def test_an_image_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixt
     given = ("run", tmp_path / "vit.offramp", "--input", f"pixel_values={tmp_path / 'x.npy'}", "--policy", "width:0.5")
     shown_ = run(capsys, *given, "--figure", tmp_path / "x.png")
     assert shown_.startswith("output")
+    assert re.search(r"\n\n\d+% of the learners ran\n\n", shown_)
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     chain = offramp.load(tmp_path / "vit.offramp")
     learners = chain.run({"pixel_values": pixels}, offramp.Width(0.5)).learners

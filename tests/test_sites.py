@@ -135,6 +135,46 @@ class _Halves(nn.Module):
         return self.down(F.silu(gate) * value[..., : self.first])
 
 
+class _Glu(nn.Module):
+    """Both halves of a gated MLP by one product, and what multiplies them by one operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.up(x)))
+
+
+class _EveryOther(nn.Module):
+    """Of what the first product makes, every other value is a hidden unit: no half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 48), nn.Linear(24, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)[..., ::2]))
+
+
+class _Einsum(nn.Module):
+    """Products as sums over an index."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__()
+        self.equations = first, second
+        up, down = torch.randn(16, 24) / 4, torch.randn(24, 16) / 4
+        self.up = nn.Parameter(up.T.contiguous() if "fi" in first else up)
+        self.down, self.bias = (
+            nn.Parameter(down.T.contiguous() if "of" in second else down),
+            nn.Parameter(torch.randn(24)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(torch.einsum(self.equations[0], x, self.up) + self.bias)
+        return torch.einsum(self.equations[1], hidden, self.down)
+
+
 class _Transposed(nn.Module):
     """Weights lie the other way round."""
 
@@ -199,6 +239,13 @@ MADE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "halves": (lambda: _Halves(split=True), 1),
     "sliced halves": (lambda: _Halves(split=False), 1),
     "less than halves": (lambda: _Halves(split=False, first=16), 0),
+    "glu": (_Glu, 1),
+    "every other": (_EveryOther, 0),
+    "einsum": (lambda: _Einsum("bti,if->btf", "btf,fo->bto"), 1),
+    "einsum, transposed": (lambda: _Einsum("... i, fi -> ... f", "...f,of->...o"), 1),
+    "hardswish": (lambda: nn.Sequential(nn.Linear(16, 24), nn.Hardswish(), nn.Linear(24, 16)), 1),
+    "one slope": (lambda: nn.Sequential(nn.Linear(16, 24), nn.PReLU(), nn.Linear(24, 16)), 1),
+    "slopes of tokens": (lambda: nn.Sequential(nn.Linear(16, 24), nn.PReLU(5), nn.Linear(24, 16)), 0),
     "transposed": (_Transposed, 1),
     "low rank": (lambda: nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16)), 0),
     "normed": (_Normed, 0),
@@ -222,7 +269,7 @@ def test_what_is_an_mlp(name: str) -> None:
     for block in sites(program):
         found = [site for site in block if site.kind == "mlp"]
         assert len(found) == count
-        assert all(site.gated == (name in ("scaled", "halves", "sliced halves")) for site in found)
+        assert all(site.gated == (name in ("scaled", "halves", "sliced halves", "glu")) for site in found)
         assert all(site.importance(program.graph_module).shape == (24,) for site in found)
     if count == 1:  # every copy of a weight is in the order of the learners, or the pass refuses its own result
         assert len(apply(program, "insert-acm{learners=5}").records) == 2

@@ -492,6 +492,19 @@ def test_following_the_teacher_at_any_width(train: Any) -> None:
     assert found[0].losses["teacher"] >= 0
 
 
+def test_an_output_without_a_name_is_followed() -> None:
+    """Which is called as the node that returns it."""
+
+    class Bare(tiny.Encoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(input_ids, attention_mask)["logits"]
+
+    teacher = capture(tiny.seeded(lambda: Bare(pooled=False)), tiny.text())
+    program = offramp.apply(teacher, "insert-acm")
+    found = losses(program, WidthBudget(teacher=teacher, output="output"))
+    assert all(bool(loss.isfinite()) for loss in found.values())
+
+
 def test_the_teacher_stays_where_all_is_trained() -> None:
     teacher, program = pair()
     apart = ObjectiveModule(program, WidthBudget(teacher=teacher), apart=True)

@@ -165,7 +165,7 @@ def counting(program: Program, batch: Values, mask: str | None, name: str, token
     """
     found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
     known = placeholders(program.graph).get(mask or "")
-    node = program.nodes.get(name) or results(program.graph)[name]
+    node = results(program.graph).get(name) or program.nodes[name]  # torch calls what returns them all "output"
     apart = known is not None and _count(shape(known)) != _count(shape(node)[:-1])  # in other sizes than the batch's
     same = found is not None and (found.shape == places or (len(places) == 1 and found.numel() == places[0]))
     if found is None or apart or not same:

@@ -42,11 +42,12 @@ def factorize(
 ) -> tuple[fx.Node, fx.Node]:
     """Let the product be that of two factors: the inner values, and the product, whose node and bias stay.
 
-    ``copies`` are factors that have been made, by weight: blocks that share weights share them.
+    ``copies`` are factors that have been made, by weight and which way it is used: blocks that share weights share
+    them.
     """
-    node, key = editor[item.node.name], str(item.weight.target)
+    node, key = editor[item.node.name], (item.weight.target, item.units_axis)
     if (key, "first") not in copies:
-        weight = attribute(editor.module, key).detach()
+        weight = attribute(editor.module, str(item.weight.target)).detach()
         made = factors(weight if item.units_axis == 0 else weight.T, rank(item), data)
         for name, value in zip(("first", "second"), made, strict=True):
             copies[key, name] = editor.parameter(f"{prefix}.{name}", value, node)

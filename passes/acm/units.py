@@ -32,7 +32,8 @@ def ranked(site: Site, module: torch.nn.Module, order: str, hidden: Tensor | Non
 def reorder(editor: Editor, site: Site, prefix: str, order: Tensor, copies: dict[Any, fx.Node]) -> None:
     """Let the site read copies of its weights, hidden units in this order.
 
-    ``copies`` are those that have been made, by weight and order: sites that share weights share them.
+    ``copies`` are those that have been made, by weight, axis of the units, and order: sites that share weights share
+    them.
     """
     module, units = editor.module, site.last.features
     changed = [(item.reader, item.weight, item.units_axis) for item in site.first]
@@ -41,10 +42,12 @@ def reorder(editor: Editor, site: Site, prefix: str, order: Tensor, copies: dict
         changed += [(node, weight, 0) for weight in weights(node) if shape(weight) == (units,)]
     changed.append((site.last.reader, site.last.weight, 1 - site.last.units_axis))
     for node, weight, axis in changed:
-        target, key = str(weight.target), (weight.target, *order.tolist())
+        target, key = str(weight.target), (weight.target, axis, *order.tolist())
         if key not in copies:
+            taken = {copy.target for copy in copies.values()}
+            name = f"{prefix}.{target}" if f"{prefix}.{target}" not in taken else f"{prefix}.{target}_{axis}"
             value = attribute(module, target)
             places = torch.cat([order + start for start in range(0, value.shape[axis], units)])
             make = editor.parameter if isinstance(value, torch.nn.Parameter) else editor.buffer
-            copies[key] = make(f"{prefix}.{target}", value.detach().index_select(axis, places), editor[node.name])
+            copies[key] = make(name, value.detach().index_select(axis, places), editor[node.name])
         editor.replace_uses(editor[weight.name], copies[key], [editor[node.name]])

@@ -39,6 +39,8 @@ KINDS = ("mlp", "query", "key", "value", "qkv", "kv", "output")
 #: They neither mix features nor make new ones; what lies along the last axis before, does so behind them.
 _SAME_FEATURES = (aten.reshape.default, aten.dropout.default, aten._to_copy.default, aten.clone.default)
 _SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+#: They change values one by one, and torch's own tags do not say so.
+_UNIT_BY_UNIT = (aten.hardswish.default, aten.log_sigmoid.default)
 _LINEAR = (aten.mul.Scalar, aten.div.Scalar, aten.add.Scalar, aten.sub.Scalar, aten.neg.default, *_SAME_FEATURES)
 
 
@@ -223,8 +225,10 @@ def _by_unit(node: fx.Node, units: int) -> bool:
         return all(expression(shape(arg)[-1]) == units for arg in data_inputs(node))
     if node.target is FIRST_LEARNERS:
         return True
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise and bool(data_inputs(node))
+    if node.target is aten.prelu.default:  # of several slopes each is for a place along axis 1
+        return all(shape(weight) == (1,) for weight in weights(node))
+    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return (tagged or node.target in _UNIT_BY_UNIT) and bool(data_inputs(node))
 
 
 def _hidden(node: fx.Node) -> list[fx.Node]:
@@ -239,7 +243,7 @@ def half(node: fx.Node, units: int) -> list[fx.Node] | None:
     if node.target is operator.getitem and args[0].target in _SPLITS:
         halves, args = [args[0], node], list(args[0].args)
         sizes = [expression(value.shape[-1]) for value in halves[0].meta["val"]]
-    elif node.target is aten.slice.Tensor and args[2:3] in ([0], [units]):
+    elif node.target is aten.slice.Tensor and args[2:3] in ([0], [units]) and args[4:] in ([], [1]):
         sizes = [units, units] if expression(shape(node)[-1]) == units else []
         args = [args[0], None, args[1]]
     else:

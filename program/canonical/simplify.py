@@ -11,6 +11,7 @@ from torch import fx
 
 from offramp.program.canonical.attention_axes import four_axes
 from offramp.program.canonical.equal_nodes import call_key, merge_equal
+from offramp.program.canonical.in_other_words import in_other_words
 from offramp.program.dropout import keeps
 from offramp.program.graph import (
     aten,
@@ -33,15 +34,16 @@ def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int
     """Bring the graph of ``module`` into canonical form, in place; returns the number of edits.
 
     Wrappers are inlined, assertions dropped, operations that change nothing removed (clone, detach, full
-    slices, dropout in eval mode, ...), views written as reshapes, fused attention given four axes, sizes read from the
-    inputs where an input has that size, equal pure computations merged, weights named once per storage. Nodes whose
-    names are in ``protected`` stay. A second call makes no edit.
+    slices, dropout in eval mode, ...), views written as reshapes, ``einsum`` with weights and ``glu`` as products,
+    fused attention given four axes, sizes read from the inputs where an input has that size, equal pure computations
+    merged, weights named once per storage. Nodes whose names are in ``protected`` stay. A second call makes no edit.
     """
     graph = module.graph
     edits = _inline_wrappers(module)
     edits += _drop_assertions(graph)
     edits += _sizes_not_tensors(graph)
     edits += _plain_operators(graph)
+    edits += in_other_words(graph)
     edits += four_axes(graph)
     edits += _drop_identities(graph, frozenset(protected))
     edits += sizes_from_inputs(graph)

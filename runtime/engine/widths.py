@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +11,19 @@ from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Learners, Manifest
 from offramp.runtime.engine.memory import Env, Index, Memory, places
+
+
+def kinds(manifest: Manifest) -> Mapping[tuple[str, str, int, str], int]:
+    """How many blocks have learners of a kind, by stack, site, number of learners and form."""
+    return Counter((item.stack, item.site, item.learners, item.form) for item in manifest.learners.values())
+
+
+def listing(manifest: Manifest) -> str:
+    """A line for each kind of learners, for people."""
+    return "\n".join(
+        f"  {stack}: {site} of {blocks} blocks in {count} learners, {form}"
+        for (stack, site, count, form), blocks in kinds(manifest).items()
+    )
 
 
 class Sites:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = _results.outputs(chain, results)
     texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
     parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts)]
-    print(*parts, _exits(chain, results, texts), _trace(results), sep="\n\n")
+    print(*parts, _exits(chain, results, texts), *_width(results), _trace(results), sep="\n\n")
     if args.output:
         args.output.mkdir(parents=True, exist_ok=True)
         for name, array in outputs.items():
@@ -91,6 +91,12 @@ def _exits(chain: Chain, results: Sequence[Result], texts: Sequence[str]) -> str
             rows.append((at, name, f"{after} of {chain.stacks[name].blocks}", scores, text))
     heads = ("row", "stack", "left after", "scores", "text")
     return _common.table(heads if texts else heads[:-1], rows if texts else [row[:-1] for row in rows])
+
+
+def _width(results: Sequence[Result]) -> list[str]:
+    """What ran of the learners, where the bundle has any."""
+    found = [result.width for result in results if result.width is not None]
+    return [f"{sum(found) / len(found):.0%} of the learners ran"] if found else []
 
 
 def _trace(results: Sequence[Result]) -> str:
