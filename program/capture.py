@@ -14,7 +14,7 @@ from offramp.program.canonical.simplify import canonicalize
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.forward import ExampleInputs, doubled, eager, named_inputs, returning_tensors
-from offramp.program.graph import expression, shape
+from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, analyse
 from offramp.program.tracing import Dynamic, exported, flattened
 from offramp.program.unwrap import as_captured, plain
@@ -63,6 +63,7 @@ def capture(
     canonicalize(graph_module)
     if made_real(graph_module):
         canonicalize(graph_module)
+    _rename_like_outputs(graph_module)
     if training:
         same_as_eval(graph_module, inputs, expected)
     else:
@@ -81,6 +82,15 @@ def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:
     if wrong := [f"axis {axis} of {name}" for name, axis, rank in places if not -rank <= axis < rank]:
         raise CaptureError(f"dynamic names axes that are not there: {', '.join(wrong)}")
     return {name: {axis % inputs[name].dim(): word for axis, word in axes.items()} for name, axes in dynamic.items()}
+
+
+def _rename_like_outputs(graph_module: fx.GraphModule) -> None:
+    """No inner node has the name of an output that is another node: objectives ask for both by name."""
+    returned = results(graph_module.graph)
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and returned.get(node.name, node) is not node:
+            node._rename(f"{node.name}_inside")
+    graph_module.recompile()
 
 
 def _same_as_eager(

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from offramp.errors import CaptureError
 from offramp.program import capture
+from offramp.program.graph import results
 from offramp.program.program import Program
 
 
@@ -43,6 +44,21 @@ def test_the_graph_computes_what_eager_computes(name: str, request: pytest.Fixtu
 
 def test_a_program_takes_the_forwards_parameters_by_name(two_stacks: tiny.Captured) -> None:
     assert two_stacks.program.inputs == ("source_ids", "source_mask", "input_ids")
+
+
+def test_an_output_is_called_like_no_other_node() -> None:
+    """Objectives ask for nodes and for outputs by name."""
+
+    class Named(Layer):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"relu": self.layer(x.relu()) + 1, "linear": x - 1, "x": x * 2}
+
+    model = Named()
+    program = capture(model, {"x": X})
+    returned = results(program.graph)
+    assert {name: program.nodes[name] for name in returned if name in program.nodes and name != "x"} == {}
+    for name, value in program.module(x=X).items():
+        torch.testing.assert_close(value, model(X)[name])
 
 
 def test_weights_are_those_of_the_model(decoder: tiny.Captured) -> None:
