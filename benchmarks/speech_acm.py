@@ -37,8 +37,8 @@ PASS = "insert-acm{learners=4,least=0}"
 LEAST = 0.1  # the smallest width that is trained for
 SECOND = 16000  # samples
 FRAMES, FEATURES, HIDDEN, GATE, LEARNERS = 1500, 512, 2048, 16, 4
-FIGURE = "adaptive 0.4"
-ADAPTIVE, STATIC = (0.75, 0.5, 0.4, 0.3, 0.2), (0.75, 0.5, 0.25)
+FIGURE = "adaptive 0.3"
+ADAPTIVE, STATIC = (0.75, 0.5, 0.4, 0.3, 0.25, 0.2), (0.75, 0.5, 0.25)
 
 
 @dataclass
