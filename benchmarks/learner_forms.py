@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,11 @@ def undecided(program: offramp.Program) -> offramp.Program:
     return program
 
 
+def place(name: str, form: str) -> Path:
+    """Where the bundle of a model lies whose learners run so; "none" is that without."""
+    return BUILD / f"{name}-learners-{form}.offramp"
+
+
 def chains(name: str, sites: str = "mlp") -> dict[str, offramp.Chain]:
     """The model as it was, and with learners in each form."""
     whole = offramp.capture(*zoo.load(name))
@@ -45,23 +51,29 @@ def chains(name: str, sites: str = "mlp") -> dict[str, offramp.Chain]:
         whole, split = (offramp.apply(program, "insert-cache") for program in (whole, split))
     found = {}
     for form, program in (("none", whole), ("dense", split), ("grouped", split)):
-        path = BUILD / f"{name}-learners-{form}.offramp"
+        path = place(name, form)
         offramp.save(program, path, segments=1, learners=None if form == "none" else form)  # type: ignore[arg-type]
         found[form] = offramp.load(path)
     return found
 
 
-def runner(name: str, batch: int, tokens: int) -> Callable[[offramp.Chain, offramp.Policy], Any]:
-    """One run of a chain: of random inputs, or of eight tokens of a generation."""
+def inputs(name: str, batch: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Random ones; a generation begins with four tokens."""
     random = np.random.default_rng(0)
     if name == "vit":
-        pixels = random.standard_normal((batch, 3, 224, 224), np.float32)
-        return lambda chain, policy: chain.run({"pixel_values": pixels}, policy)
+        return {"pixel_values": random.standard_normal((batch, 3, 224, 224), np.float32)}
     ids = random.integers(1000, 20000, (batch, max(tokens, 16)))
     if name == "minilm":
-        given = {"input_ids": ids[:, :tokens], "attention_mask": np.ones((batch, tokens), np.int64)}
-        return lambda chain, policy: chain.run(given, policy)
-    return lambda chain, policy: chain.generate({"input_ids": ids[:, :4]}, policy, max_new_tokens=8, stop=[])
+        return {"input_ids": ids[:, :tokens], "attention_mask": np.ones((batch, tokens), np.int64)}
+    return {"input_ids": ids[:, :4]}
+
+
+def runner(name: str, batch: int, tokens: int) -> Callable[[offramp.Chain, offramp.Policy], Any]:
+    """One run of a chain: of random inputs, or of eight tokens of a generation."""
+    given = inputs(name, batch, tokens)
+    if name == "smollm2":
+        return lambda chain, policy: chain.generate(given, policy, max_new_tokens=8, stop=[])
+    return lambda chain, policy: chain.run(given, policy)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 import offramp
 from benchmarks._common import BUILD, Row, report, shown
-from benchmarks.learner_forms import chains
+from benchmarks.learner_forms import chains, inputs, place
 from offramp.bundle.manifest import WIDTH
 from offramp.runtime.engine.sessions import session_options
 
@@ -26,27 +26,18 @@ CASES = {"minilm": (8, 128), "vit": (8, 257)}
 RUNS, WARM_UP = 12, 3
 
 
-def given(name: str, batch: int, tokens: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Random inputs."""
-    random = np.random.default_rng(0)
-    if name == "vit":
-        return {"pixel_values": random.standard_normal((batch, 3, 224, 224), np.float32)}
-    ids = random.integers(1000, 20000, (batch, tokens))
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-
-
-def profiled(chain: offramp.Chain, name: str, inputs: Mapping[str, np.ndarray[Any, Any]]) -> Counter[str]:
+def profiled(chain: offramp.Chain, root: Path, given: Mapping[str, np.ndarray[Any, Any]]) -> Counter[str]:
     """Milliseconds of a run of a bundle without exits, by operator."""
     options = session_options()
     options.enable_profiling = True
     options.profile_file_prefix = str(BUILD / "profile")
     segments = chain.manifest.segments
     sessions = {
-        key: ort.InferenceSession(BUILD / name / segment.file, options, providers=["CPUExecutionProvider"])
+        key: ort.InferenceSession(root / segment.file, options, providers=["CPUExecutionProvider"])
         for key, segment in segments.items()
     }
     for _ in range(WARM_UP + RUNS):
-        values = dict(inputs)
+        values = dict(given)
         for key, segment in segments.items():  # in the order that they run in
             found = sessions[key].run(
                 list(segment.outputs), {port: values[value] for port, value in segment.inputs.items()}
@@ -70,11 +61,10 @@ def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     rows: list[Row] = []
     for name, (batch, tokens) in CASES.items():
-        ways, inputs = chains(name), given(name, batch, tokens)
-        inputs[WIDTH] = np.array([0.5], np.float32)
-        result = ways["grouped"].run({k: v for k, v in inputs.items() if k != WIDTH}, offramp.Width(0.5))
-        before = profiled(ways["none"], f"{name}-learners-none.offramp", inputs)
-        after = profiled(ways["grouped"], f"{name}-learners-grouped.offramp", inputs)
+        ways, given = chains(name), inputs(name, batch, tokens)
+        result = ways["grouped"].run(given, offramp.Width(0.5))
+        given[WIDTH] = np.array([0.5], np.float32)
+        before, after = (profiled(ways[form], place(name, form), given) for form in ("none", "grouped"))
         most = before | after
         for operator in sorted(most, key=lambda each: -most[each]):
             if most[operator] > 0.01 * before.total():

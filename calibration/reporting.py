@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -172,7 +172,7 @@ def report(
     if alone:
         return _of_widths(bench, held if judge else None, widths)
     if not judge:
-        return replace(_report(bench, bench.costs(examples), None, [], None, {}), widths=widths)
+        return _report(bench, bench.costs(examples), None, [], None, {}, widths)
     seen, costs = bench.observe(held)
     fit = Fit(bench.observe(fitting)[0], costs, KEEP, 0.5, len(held), _POINTS)
     path = fit.chosen()
@@ -186,8 +186,7 @@ def report(
         ways[OWN] = chain.policy
     full, *frontier = bench.points(held, ways)
     dropped = {bench.stack.exits[at].after: why for at, why in path.dropped.items()}
-    found = _report(bench, costs, full, frontier, (seen, bench.agreement(held, seen)), dropped, path.measure)
-    return replace(found, widths=widths)
+    return _report(bench, costs, full, frontier, (seen, bench.agreement(held, seen)), dropped, widths, path.measure)
 
 
 def _by_width(widths: Mapping[float, float]) -> dict[str, Policy]:
@@ -223,6 +222,7 @@ def _report(
     frontier: Sequence[Point],
     held: tuple[Observed, NDArray[np.bool_]] | None,
     dropped: Mapping[int, str],
+    widths: Mapping[float, float],
     measure: str | None = None,
 ) -> Report:
     stack = bench.stack
@@ -259,6 +259,7 @@ def _report(
         depths=depths,
         segments=segments,
         dropped=dropped,
+        widths=widths,
     )
 
 

@@ -87,10 +87,11 @@ def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:
 def _rename_like_outputs(graph_module: fx.GraphModule) -> None:
     """No inner node has the name of an output that is another node: objectives ask for both by name."""
     returned = results(graph_module.graph)
-    for node in graph_module.graph.nodes:
-        if node.op == "call_function" and returned.get(node.name, node) is not node:
+    nodes = [node for node in graph_module.graph.nodes if node.op == "call_function"]
+    if alike := [node for node in nodes if returned.get(node.name, node) is not node]:
+        for node in alike:
             node._rename(f"{node.name}_inside")
-    graph_module.recompile()
+        graph_module.recompile()
 
 
 def _same_as_eager(

@@ -47,6 +47,11 @@ def is_symint(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool))
 
 
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether the node changes values one by one, as torch tags its operator (some it leaves out, hardswish say)."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def is_weight(node: fx.Node) -> bool:
     """Whether the node is a tensor of the model: in a program's graph, or in that of a computation of its own."""
     return node.op == "get_attr" or bool(node.meta.get("weight"))

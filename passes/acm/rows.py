@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx
 
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.products import product
-from offramp.program.graph import aten, data_inputs, expression, shape
+from offramp.program.graph import aten, data_inputs, expression, is_pointwise, shape
 
 _NORMS = (aten.layer_norm.default, aten.rms_norm.default)
 
@@ -44,8 +43,7 @@ def _apart(tokens: fx.Node) -> fx.Node | None:
 
 
 def _token_by_token(node: fx.Node) -> bool:
-    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return pointwise or node.target in _NORMS or product(node) is not None
+    return is_pointwise(node) or node.target in _NORMS or product(node) is not None
 
 
 def _size(editor: Editor, node: fx.Node, axis: int) -> Any:

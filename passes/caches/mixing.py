@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from offramp.program.graph import aten, expression, is_tensor, shape
+from offramp.program.graph import aten, expression, is_pointwise, is_tensor, shape
 
 #: Operators that mix along their argument ``dim``, ``dims`` or ``dimension``.
 _ALONG = re.compile(
@@ -29,7 +28,7 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
     schema = getattr(node.target, "_schema", None)
     if schema is None:  # getitem
         return None
-    if torch.Tag.pointwise in node.target.tags:  # type: ignore[union-attr]
+    if is_pointwise(node):
         return None
     name = str(schema.name).rpartition("::")[2]
     tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
-import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.program.graph import FILLED, aten, expression, is_tensor, shape, source, symbols
+from offramp.program.graph import FILLED, aten, expression, is_pointwise, is_tensor, shape, source, symbols
 
 KEY, QUERY = "key", "query"
 Roles: TypeAlias = tuple[str, ...]
@@ -99,8 +98,7 @@ def arguments(node: fx.Node, roles: Roles) -> list[tuple[fx.Node, Roles]]:
 
 def broadcasts(node: fx.Node) -> bool:
     """Whether a node's arguments are broadcast to its own shape."""
-    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return pointwise or node.target in _SAME or node.target in _SPREAD
+    return is_pointwise(node) or node.target in _SAME or node.target in _SPREAD
 
 
 def _broadcast(arg: fx.Node, roles: Roles) -> Roles:

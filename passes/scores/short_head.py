@@ -12,7 +12,17 @@ from torch import fx
 from offramp.errors import SpecError
 from offramp.passes.infra.editor import Editor
 from offramp.passes.scores.score_builder import ScoreBuilder
-from offramp.program.graph import ancestors, aten, attribute, data_inputs, dependents, is_tensor, shape, source
+from offramp.program.graph import (
+    ancestors,
+    aten,
+    attribute,
+    data_inputs,
+    dependents,
+    is_pointwise,
+    is_tensor,
+    shape,
+    source,
+)
 from offramp.program.program import evaluate
 
 #: Where products have their activations and their weight, and which axis of that counts classes.
@@ -87,7 +97,7 @@ def _keeps_classes(node: fx.Node, classes: int) -> bool:
     if node.target in _RESHAPES:
         sizes: Any = node.args[1]
         return _spans(node.args[0], classes) and sizes[-1] in (classes, -1)
-    return node.target in _IDENTITIES or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return node.target in _IDENTITIES or is_pointwise(node)
 
 
 def _spans(node: Any, classes: int) -> bool:

@@ -26,6 +26,7 @@ from offramp.program.graph import (
     attribute,
     data_inputs,
     expression,
+    is_pointwise,
     is_tensor,
     read_by,
     shape,
@@ -227,8 +228,7 @@ def _by_unit(node: fx.Node, units: int) -> bool:
         return True
     if node.target is aten.prelu.default:  # of several slopes each is for a place along axis 1
         return all(shape(weight) == (1,) for weight in weights(node))
-    tagged = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return (tagged or node.target in _UNIT_BY_UNIT) and bool(data_inputs(node))
+    return (is_pointwise(node) or node.target in _UNIT_BY_UNIT) and bool(data_inputs(node))
 
 
 def _hidden(node: fx.Node) -> list[fx.Node]:
