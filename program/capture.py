@@ -10,6 +10,7 @@ from torch import fx
 
 from offramp.errors import CaptureError
 from offramp.program.canonical.complex_pairs import made_real
+from offramp.program.canonical.equal_lengths import equal_lengths
 from offramp.program.canonical.simplify import canonicalize
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.dropout import same_as_eval, switch_off
@@ -50,18 +51,18 @@ def capture(
     inputs = named_inputs(module, example_inputs)
     if dynamic is not None:
         dynamic = _counted(dynamic, inputs)
-    with as_captured(module), returning_tensors(module, inputs):
+    with as_captured(module), returning_tensors(module, inputs) as left_out:
         if dynamic is None:
             inputs = doubled(module, inputs)
         module.train(training)
         traced = exported(module, inputs, dynamic)  # before any call: models cache tables of the first length
         module.eval()
-        expected = eager(module, inputs)
+        expected = {name: value for name, value in eager(module, inputs).items() if name not in left_out}
     graph_module = flattened(traced, inputs, list(expected))
     if training:
         switch_off(graph_module.graph)
     canonicalize(graph_module)
-    if made_real(graph_module):
+    if made_real(graph_module) | equal_lengths(graph_module.graph):
         canonicalize(graph_module)
     _rename_like_outputs(graph_module)
     if training:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from offramp.errors import CaptureError, ForwardError
+from offramp.program.listed_rows import is_row
 from offramp.program.unwrap import signature, takes_anything
 
 log = logging.getLogger(__name__)
@@ -89,25 +90,28 @@ def doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[st
 
 
 @contextlib.contextmanager
-def returning_tensors(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def returning_tensors(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> Iterator[set[str]]:
     """As long as it lasts, the forward returns its tensors by name, as `named_outputs` has them.
 
     If it takes anything it names ``inputs``. torch.export knows mappings and tuples, but neither dataclasses nor
     texts. It is the instance's forward that changes, so that the paths of submodules, which give names to stacks,
-    stay what they are.
+    stay what they are. Gives the names of outputs that are left out: rows in a list, of which a graph knows no number.
     """
+    left_out = set[str]()
     forward, own = module.forward, "forward" in vars(module)
 
     @functools.wraps(forward)
     def named(*args: Any, **inputs: Any) -> dict[str, torch.Tensor]:
-        return named_outputs(forward(*args, **inputs))
+        found = named_outputs(forward(*args, **inputs))
+        left_out.update(name for name, value in found.items() if is_row(value))
+        return {name: value for name, value in found.items() if name not in left_out}
 
     if takes_anything(module):
         names = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in inputs]
         named.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
     module.forward = named
     try:
-        yield
+        yield left_out
     finally:
         if own:
             module.forward = forward

@@ -12,8 +12,9 @@ _library = torch.library.Library("offramp", "DEF")
 _library.define("append(Tensor cache, Tensor new, Tensor lengths, int axis) -> Tensor")
 _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, "
-    "Tensor? bias, float scale, int window) -> (Tensor, Tensor, Tensor)"
+    "Tensor? bias, float scale, int window, bool causal=True) -> (Tensor, Tensor, Tensor)"
 )
+_library.define("fill_places(Tensor tokens, Tensor places, Tensor rows) -> Tensor")
 _library.define("first_learners(Tensor hidden, Tensor choice, int learners, int least, str form='dense') -> Tensor")
 
 
@@ -48,6 +49,7 @@ def attention(
     bias: Tensor | None,
     scale: float,
     window: int,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Causal attention of a chunk of new tokens over all tokens so far; also returns both caches, appended to.
 
@@ -62,6 +64,7 @@ def attention(
         bias: float (added to the scores) or bool (keeps) ``[1 or rows, 1 or heads, chunk, capacity]``.
         scale: factor of the scores.
         window: how many keys, its own included, a token sees; 0 for all before it.
+        causal: if not, a token sees later ones of its chunk too, where ``bias`` lets it.
     """
     key_cache = append(key_cache, key, lengths, 2)
     value_cache = append(value_cache, value, lengths, 2)
@@ -78,7 +81,7 @@ def attention(
         scores = torch.where(bias, scores, -torch.inf) if bias.dtype == torch.bool else scores + bias
     here = positions(lengths, query.shape[2], key_cache.shape[2])[:, None, :, None]
     there = torch.arange(key_cache.shape[2], device=lengths.device)
-    unseen = there > here
+    unseen = there > (here if causal else here[:, :, -1:])
     if window:
         unseen = unseen | (there <= here - window)
     scores = scores.masked_fill(unseen, -torch.inf)
@@ -117,10 +120,34 @@ def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int, fo
     return torch.cat([part * takes_part for part, takes_part in zip(parts, takes, strict=True)], -1)
 
 
+def fill_places(tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+    """The tokens, others in some places: the ``k``-th place of a row that is marked gets the ``k``-th of its ``rows``.
+
+    That is how the features of an image take the places that a text keeps for them.
+
+    Args:
+        tokens: ``[batch, tokens, features]``.
+        places: bool ``[batch, tokens]``, in each row as many as there are ``rows``.
+        rows: ``[batch, n, features]``.
+
+    Raises:
+        IndexError: a row has more places, or fewer.
+    """
+    if isinstance(tokens, FakeTensor):  # the shape is all that is asked for
+        return tokens.new_empty(tokens.shape)
+    batch, count = rows.shape[:2]
+    at = places.long().cumsum(1)
+    beyond = (at[:, -1:] != count) * (batch * count)
+    at = torch.where(places, at - 1, 0) + beyond + count * torch.arange(batch, device=at.device)[:, None]
+    return torch.where(places[..., None], rows.flatten(0, 1)[at], tokens)
+
+
 _library.impl("append", append, "CompositeImplicitAutograd")
 _library.impl("attention", attention, "CompositeImplicitAutograd")
+_library.impl("fill_places", fill_places, "CompositeImplicitAutograd")
 _library.impl("first_learners", first_learners, "CompositeImplicitAutograd")
 
 APPEND = torch.ops.offramp.append.default
 ATTENTION = torch.ops.offramp.attention.default
+FILL_PLACES = torch.ops.offramp.fill_places.default
 FIRST_LEARNERS = torch.ops.offramp.first_learners.default

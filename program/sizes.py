@@ -12,7 +12,7 @@ from offramp.program.program import Program
 
 
 def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tensor]:
-    """The example inputs, cropped or repeated along the axes named by their symbols in ``sizes``."""
+    """The example inputs, cropped or repeated (there and back) along the axes named by their symbols in ``sizes``."""
     inputs = {}
     nodes = placeholders(program.graph)
     for name in program.inputs:
@@ -20,7 +20,8 @@ def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tenso
         for axis, size in enumerate(shape(node)):
             wanted = sizes.get(expression(size))
             if wanted is not None and wanted != value.shape[axis]:
-                places = torch.arange(wanted) % value.shape[axis]
+                places = torch.arange(wanted) % (2 * value.shape[axis])
+                places = torch.minimum(places, 2 * value.shape[axis] - 1 - places)
                 value = value.index_select(axis, places)
         inputs[name] = value
     return inputs

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from offramp.errors import CaptureError
 from offramp.program.forward import eager
 from offramp.program.functional import functional
+from offramp.program.listed_rows import Lists, RowAloneError
 from offramp.program.silence import quiet
 
 log = logging.getLogger(__name__)
@@ -73,19 +74,36 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
     ) from first
 
 
-class _Detaching(TorchFunctionMode):
-    """``x.data`` is ``x.detach()``: torch.export takes the former for a constant that nothing made."""
+class _Tracing(TorchFunctionMode):
+    """What torch.export would take for a constant, or make one of.
+
+    ``x.data`` is ``x.detach()``, which torch.export takes for something that nothing made. With ``lists`` the rows of a
+    batch may be listed, ``torch.cat(list(x))``, without fixing how many there are.
+    """
+
+    def __init__(self, lists: bool) -> None:
+        super().__init__()
+        self._lists = Lists() if lists else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
-        return func(*args, **(kwargs or {}))
+        found = self._lists(func, args, kwargs or {}) if self._lists else NotImplemented
+        return func(*args, **(kwargs or {})) if found is NotImplemented else found
 
 
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
-    with _Detaching():
-        traced: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+    try:
+        traced = _traced(module, inputs, dims, lists=True)
+    except RowAloneError:
+        traced = _traced(module, inputs, dims, lists=False)
     return functional(traced)
+
+
+def _traced(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool) -> ExportedProgram:
+    with _Tracing(lists):
+        found: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
+    return found
 
 
 def flattened(traced: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:

@@ -7,18 +7,39 @@ from functools import reduce
 from typing import Any
 
 import onnx
+import torch
 from onnxscript import opset23
 from torch import fx
 
 from offramp.export.lowering.node_builder import Builder
 from offramp.export.lowering.table import lowering, onnx_functions
 from offramp.program.graph import aten
+from offramp.program.ops import FILL_PLACES
 
 
 @lowering(aten.sym_stride.int)
 def _stride(b: Builder, tensor: fx.Node, axis: int) -> Any:
     """Torch may name a size of a (contiguous) input by the stride that equals it."""
     return reduce(lambda size, other: b.call(operator.mul, size, other), b.sizes(tensor)[axis + 1 :])
+
+
+@lowering(FILL_PLACES)
+def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node) -> fx.Node:
+    """As in torch: where a row has another number of places, a row is gathered that is not there, which is an error."""
+    batch, count, features = b.sizes(rows)
+    at = b.call(aten.cumsum.default, b.call(aten._to_copy.default, places, dtype=torch.int64), 1)
+    found = b.call(aten.slice.Tensor, at, 1, -1, 2**63 - 1)
+    wrong = b.call(aten.ne.Tensor, found, b.call(aten.scalar_tensor.default, count, dtype=torch.int64))
+    total = b.call(operator.mul, batch, count)
+    beyond = b.call(aten.mul.Tensor, b.call(aten._to_copy.default, wrong, dtype=torch.int64), total)
+    none = b.call(aten.zeros_like.default, at)
+    at = b.call(aten.where.self, places, b.call(aten.sub.Tensor, at, 1), none)
+    first = b.call(aten.mul.Tensor, b.call(aten.arange.default, batch), count)
+    at = b.call(aten.add.Tensor, at, b.call(aten.add.Tensor, beyond, b.call(aten.unsqueeze.default, first, 1)))
+    flat = b.call(aten.reshape.default, rows, [-1, features])
+    taken = b.call(aten.index_select.default, flat, 0, b.call(aten.reshape.default, at, [-1]))
+    taken = b.call(aten.reshape.default, taken, b.sizes(tokens))
+    return b.call(aten.where.self, b.call(aten.unsqueeze.default, places, -1), taken, tokens)
 
 
 def _grouped_product(rows: Any, weights: Any, ends: Any) -> Any:

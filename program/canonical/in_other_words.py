@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import sympy
+import torch
 from torch import fx
 
-from offramp.program.graph import add_call, aten, expression, fake_mode, is_weight, shape
+from offramp.program.graph import add_call, aten, expression, fake_mode, is_weight, shape, symbols
+from offramp.program.ops import FILL_PLACES
 
 _Call = Callable[..., fx.Node]
 _Form = Callable[[fx.Node, _Call], tuple[Any, tuple[Any, ...]] | None]
 
 
 def in_other_words(graph: fx.Graph) -> int:
-    """``einsum`` with a matrix of weights becomes a product, ``glu`` a product of halves; returns how many did."""
+    """``einsum`` with weights becomes a product, ``glu`` one of halves, a scatter by mask rows in places.
+
+    Returns how many did.
+    """
     return sum(_rewrite(graph, node, _FORMS[node.target]) for node in list(graph.nodes) if node.target in _FORMS)
 
 
@@ -61,4 +68,41 @@ def _halves(node: fx.Node, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
     return aten.mul.Tensor, (first, call(aten.sigmoid.default, second))
 
 
-_FORMS = {aten.einsum.default: _product, aten.glu.default: _halves}
+def _scattered(node: fx.Node, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
+    """``masked_scatter(tokens, mask, features)``: features, as many for every row, fill the places that are masked."""
+    args: list[Any] = list(node.args)
+    return _filling(args[0], args[1], args[2], call)
+
+
+def _put(node: fx.Node, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
+    """``tokens[mask] = features`` is the same."""
+    args: list[Any] = list(node.args)
+    if len(args[1]) != 1 or not isinstance(args[1][0], fx.Node) or any(args[3:]):
+        return None
+    return _filling(args[0], args[1][0], args[2], call)
+
+
+def _filling(tokens: Any, mask: Any, values: Any, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
+    while mask.target in (aten.unsqueeze.default, aten.expand.default) and len(shape(mask)) > 2:
+        mask = mask.args[0]
+    sizes = [expression(size) for size in shape(tokens)]
+    if len(sizes) != 3 or [expression(size) for size in shape(mask)] != sizes[:2]:
+        return None
+    if mask.meta["val"].dtype != torch.bool or expression(shape(values)[-1]) != sizes[2]:
+        return None
+    places = math.prod(expression(size) for size in shape(values)[:-1])
+    count = sympy.simplify(places / sympy.sympify(sizes[0]))
+    if not count.is_integer or symbols(shape(tokens)[0]) & count.free_symbols:  # not as many in each row
+        return None
+    if len(shape(values)) != 3 or expression(shape(values)[0]) != sizes[0]:
+        rows = sizes[0] if isinstance(sizes[0], int) else call(aten.sym_size.int, tokens, 0)
+        values = call(aten.reshape.default, values, [rows, -1, sizes[2]])
+    return FILL_PLACES, (tokens, mask, values)
+
+
+_FORMS = {
+    aten.einsum.default: _product,
+    aten.glu.default: _halves,
+    aten.masked_scatter.default: _scattered,
+    aten.index_put.default: _put,
+}

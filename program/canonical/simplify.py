@@ -214,13 +214,27 @@ _IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
 }
 
 
+#: What writes over all of its first argument is its second one.
+_WRITES = (aten.copy.default, aten.slice_scatter.default, aten.select_scatter.default)
+
+
+def _written(node: fx.Node) -> Any:
+    """The argument that a node is equal to; None where it is equal to none."""
+    check = _IDENTITIES.get(node.target) if node.op == "call_function" else None
+    if check is not None:
+        return node.args[0] if check(node) else None
+    if node.target in _WRITES and isinstance(node.args[1], fx.Node) and shape_key(node.args[1]) == shape_key(node):
+        return node.args[1]
+    return None
+
+
 def _drop_identities(graph: fx.Graph, protected: frozenset[str]) -> int:
     edits = 0
     for node in list(graph.nodes):
-        check = _IDENTITIES.get(node.target) if node.op == "call_function" else None
-        if check is None or node.name in protected or not check(node):
+        equal = None if node.name in protected else _written(node)
+        if equal is None:
             continue
-        node.replace_all_uses_with(node.args[0])
+        node.replace_all_uses_with(equal)
         graph.erase_node(node)
         edits += 1
     return edits
