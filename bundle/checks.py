@@ -58,7 +58,8 @@ def generation_problems(generation: Generation) -> Iterator[str]:
 
 
 def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
-    for name in (*cache.tokens, cache.lengths, cache.places, *cache.buffers, *cache.buffers.values()):
+    of_prompt = (cache.prompt.tokens, cache.prompt.lengths) if cache.prompt else ()
+    for name in (*cache.tokens, cache.lengths, cache.places, *of_prompt, *cache.buffers, *cache.buffers.values()):
         if name not in manifest.values:
             yield f"cache: there is no value {name!r}"
     for kind, axis in (("chunk", cache.chunk), ("capacity", cache.capacity)):
@@ -74,6 +75,8 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
         yield f"cache.logits: {cache.logits!r} is no output with a fixed number of classes on its last axis"
     if not set(cache.tokens) <= set(manifest.inputs):
         yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
+    if cache.prompt and not set(cache.prompt.given) <= set(manifest.inputs):
+        yield f"cache.prompt.given: {list(cache.prompt.given)} are not all inputs"
     for name, item in cache.implied.items():
         yield from _implied(manifest, name, item)
 
@@ -231,7 +234,9 @@ class _Flow:
             yield from self._make(name, "the inputs", there)
         if manifest.cache is not None:
             yield from _cache(manifest.cache, manifest)
-            for name in (manifest.cache.lengths, manifest.cache.places, *manifest.cache.buffers):
+            prompt = manifest.cache.prompt
+            of_prompt = (prompt.tokens, prompt.lengths) if prompt else ()
+            for name in (manifest.cache.lengths, manifest.cache.places, *of_prompt, *manifest.cache.buffers):
                 yield from self._make(name, "the cache", there)
         if manifest.learners:
             yield from self._make(WIDTH, "the width", there)

@@ -181,6 +181,34 @@ class Implied:
 
 
 @dataclass(frozen=True)
+class Placeholder:
+    """Places that a text keeps for something else, an image say: the id ``token`` in ``input``.
+
+    Each row has it ``count`` times, a number or an expression over axes.
+    """
+
+    input: str
+    token: int
+    count: int | str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What of a prompt enters at once, since there is more in it than text: an image among its tokens, say.
+
+    ``tokens`` is a value that holds the ids of the whole prompt, ``[batch, prompt]``; ``lengths``, int64 [batch], says
+    how many of those each row has. ``filler`` is an id for the places behind them. ``given`` are inputs over the
+    prompt's tokens, and what they hold behind it. ``whole``: some of its tokens see later ones, so they run together.
+    """
+
+    tokens: str
+    lengths: str
+    filler: int
+    given: Mapping[str, int] = field(default_factory=dict)
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class Cache:
     """Keys and values of earlier tokens, kept between chunks.
 
@@ -191,6 +219,7 @@ class Cache:
     a chunk. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token ids. With ``rowwise`` the
     segments that read buffers take several rows only when their chunk is one token.
     ``implied`` are inputs of the model that the graph makes itself, by the names that a user may give them under.
+    ``prompt`` is there where a prompt is more than its tokens one by one.
     """
 
     tokens: tuple[str, ...]
@@ -204,6 +233,7 @@ class Cache:
     vocabulary: int | None = None
     rowwise: bool = False
     implied: Mapping[str, Implied] = field(default_factory=dict)
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -278,7 +308,8 @@ class Manifest:
     to the values of full depth. ``batch`` is the axis that rows lie on, None when the model has none: then a
     run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device. ``calibration`` says how
     ``policy`` was chosen, for people. ``learners`` are by the name of their site; `WIDTH` is a value of bundles
-    that have some. ``labels`` names, by output, the places of its last axis: the classes of logits.
+    that have some. ``placeholders`` are ids that stand for other inputs. ``labels`` names, by output, the places of its
+    last axis: the classes of logits.
     """
 
     model: str
@@ -294,6 +325,7 @@ class Manifest:
     take: Mapping[str, str] = field(default_factory=dict)
     cache: Cache | None = None
     learners: Mapping[str, Learners] = field(default_factory=dict)
+    placeholders: tuple[Placeholder, ...] = ()
     policy: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None
     generation: Generation = field(default_factory=Generation)

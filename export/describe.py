@@ -21,8 +21,9 @@ from offramp.passes.caches.outputs import vocabulary
 from offramp.program.analysis.sites import mlp
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit
-from offramp.program.graph import expression, placeholders, results, shape
+from offramp.program.graph import aten, expression, placeholders, results, shape
 from offramp.program.learners import Learners
+from offramp.program.ops import FILL_PLACES
 from offramp.program.program import Program
 
 Progress = Callable[[str, int, int], None]
@@ -98,6 +99,7 @@ class Describer:
             files={},
             take=take,
             cache=self._cache(),
+            placeholders=self._placeholders(),
             learners={item.name: self._learner(item) for item in self.program.learners},
             policy=policy,
             provenance=provenance,
@@ -138,7 +140,20 @@ class Describer:
             vocabulary([node]),
             rowwise,
             {name: self._implied(item) for name, item in cache.implied.items()},
+            cache.prompt,
         )
+
+    def _placeholders(self) -> tuple[m.Placeholder, ...]:
+        """The ids in whose places other inputs' values are put."""
+        cache, found = self.program.cache, list[m.Placeholder]()
+        given = {cache.prompt.tokens: cache.tokens[0]} if cache and cache.prompt else {}
+        for node in self.program.graph.find_nodes(op="call_function", target=FILL_PLACES):
+            _, places, rows = node.args
+            if places.target is aten.eq.Scalar and places.args[0].op == "placeholder":
+                name = str(places.args[0].target)
+                count = self._size(self.program.axes.describe(shape(rows)[1]))
+                found.append(m.Placeholder(given.get(name, name), int(places.args[1]), count))
+        return tuple(found)
 
     def _implied(self, item: m.Implied) -> m.Implied:
         """An input that the graph makes itself, in numbers that JSON has."""

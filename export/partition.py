@@ -163,16 +163,16 @@ class _Planner:
         """What runs before a stack: its input, and values that are read there or later and can be made by then."""
         flow, stack = self.flow, self.flow.stacks[index]
         entry = entering(flow, stack)
-        here = [node for node in flow.program.graph.nodes if node in self.read and flow.level[node] == index]
         others = flow.cuts - set(entry)
-        outputs = [n for n in unique([*entry, *here]) if n.op == "call_function" and n not in others]
-        known = {node for node in self.shared if (flow.level[node] or 0) < index}
+        known = {node for node in self.shared if (flow.level[node] or 0) <= index}
         made: dict[When, Subgraph] = {}
-        for when, name in zip(WHEN, ("before", "tables", "enter"), strict=True):
+        for when, name in reversed([*zip(WHEN, ("before", "tables", "enter"), strict=True)]):  # each reads earlier ones
+            here = [node for node in flow.program.graph.nodes if node in self.read and flow.level[node] == index]
+            outputs = [n for n in unique([*entry, *here]) if n.op == "call_function" and n not in others]
             group = [node for node in outputs if flow.when(node) == when]
+            known -= {node for node in known if flow.level[node] == index and flow.when(node) == when}
             if group:
                 made[when] = self._made(f"{name}-{stack.name}", group, (flow.cuts - set(group)) | known)
-            known |= set(group)
         return made
 
     def _enter(self, index: int, ahead: list[dict[When, Subgraph]]) -> None:

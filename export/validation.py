@@ -204,9 +204,12 @@ def _stepwise(wanted: _Wanted, chain: Chain) -> float:
     passes = {after: _Pass(wanted.cut(stack, after), name, wanted.outputs(stack, after)) for after in depths}
     random = np.random.default_rng(0)
     rows, total = inputs[name].shape
-    at = random.integers(1, total - 1, rows)
+    assert program.cache is not None
+    at = random.integers(program.cache.least, max(program.cache.least + 1, total - 1), rows)
     chunks = [row[:n] for row, n in zip(inputs[name], at, strict=True)]
-    session = chain.session({**inputs, name: chunks}, _coin(stack))
+    given = program.cache.prompt.given if program.cache.prompt else ()
+    beside = {key: [row[:n] for row, n in zip(inputs[key], at, strict=True)] for key in given}
+    session = chain.session({**inputs, **beside, name: chunks}, _coin(stack))
     output = session.plan.cache.logits
     largest = 0.0
     while session.rows:
@@ -238,8 +241,9 @@ class _Pass:
 
     def _of(self, count: int) -> dict[str, torch.Tensor]:
         if count not in self._made:
-            inputs = dict(self._program.example_inputs)
-            inputs[self._tokens] = inputs[self._tokens][:, :count]
+            inputs, cache = dict(self._program.example_inputs), self._program.cache
+            for name in (self._tokens, *(cache.prompt.given if cache and cache.prompt else ())):
+                inputs[name] = inputs[name][:, :count]
             self._made[count] = eager(self._program, inputs)
         return self._made[count]
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
 
+from offramp.bundle.manifest import Prompt
 from offramp.errors import PassError, SpecError
 from offramp.passes.caches.cached_sites import CachedSites
 from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
-from offramp.passes.caches.chunk_graph import LENGTHS, PLACES
+from offramp.passes.caches.chunk_graph import LENGTHS, PLACES, PROMPT_LENGTHS
 from offramp.passes.caches.chunks import check_chunks
 from offramp.passes.caches.incremental import Rebuilder
+from offramp.passes.caches.joins import Joins
 from offramp.passes.caches.outputs import last_places, logits_of
 from offramp.passes.infra.contract import Pass, PassResult
 from offramp.program.analysis.token_axes import Axes
@@ -85,6 +88,7 @@ class _Insertion:
         self.cached = CachedSites(self.facts, self.builder)
         self.builder.last = last_places(self.facts)
         self.logits = logits_of(self.facts, self.builder.last)
+        self.joins = Joins(self.facts)
 
     def result(self) -> PassResult:
         """The rebuilt program."""
@@ -92,12 +96,16 @@ class _Insertion:
         needed = self._needed()
         builder.unneeded = {node for node in graph.nodes if node not in needed}
         builder.mixed |= {site.output for site in facts.sites if site.output not in needed}
-        sums = graph.find_nodes(op="call_function", target=aten.cumsum.default)
+        apart = self.joins.apart()
+        sums = set(graph.find_nodes(op="call_function", target=aten.cumsum.default)) - apart
         self.cached.visit(
             [site for site in facts.sites if site.output in needed and facts.attends_to_tokens(site)],
             [node for node in sums if node in needed and self._sums_tokens(node)],
         )
-        builder.build(self.cached.hooks, self.cached.after)
+        builder.skipped |= apart
+        joined = [*self.joins.nodes, *self.joins.told]
+        self.cached.hooks |= {node: partial(self.joins.hook, builder) for node in joined if node in needed}
+        builder.build(self.cached.hooks, self.cached.after, partial(self.joins.enter, builder), self.joins.given)
         returned = {name: builder.value(node, "chunk") for name, node in results(graph).items()}
         new.output({**returned, **self.cached.returned})
         pinned = self._pinned()
@@ -171,19 +179,29 @@ class _Insertion:
                 found.append(name)
         return tuple(found)
 
+    def _prompt(self) -> Prompt | None:
+        """What of a prompt is made once."""
+        if not self.joins:
+            return None
+        joins = self.joins
+        given = {str(node.target): int(value) for node, value in joins.given.items()}
+        whole = any(self.facts.together(site) for site in self.facts.sites)
+        return Prompt(str(self.builder.prompts[joins.ids].target), PROMPT_LENGTHS, joins.filler, given, whole)
+
     def _program(self) -> Program:
         program, facts = self.program, self.facts
         renamed = self.builder.new.renamed
         capacity = expression(self.builder.new.capacity)
+        made = {capacity: "capacity"} | ({expression(self.builder.new.prompt): "prompt"} if self.joins else {})
         axes = Axes(
-            {renamed[old]: name for old, name in program.axes.names.items() if old in renamed} | {capacity: "capacity"},
+            {renamed[old]: name for old, name in program.axes.names.items() if old in renamed} | made,
             renamed.get(program.axes.batch),
             tuple(renamed[old] for old in program.axes.tokens if old in renamed),
             {renamed[old]: limits for old, limits in program.axes.ranges.items() if old in renamed}
-            | {capacity: (1, facts.limit)},
+            | dict.fromkeys(made, (1, facts.limit)),
         )
         cache = Cache(
-            tuple(str(node.target) for node in facts.own if node not in facts.implied),
+            tuple(str(n.target) for n in facts.own if n not in facts.implied and n not in self.joins.given),
             LENGTHS,
             PLACES,
             self.cached.buffers,
@@ -192,9 +210,11 @@ class _Insertion:
             facts.limit,
             self.logits,
             self._whole(),
+            self._prompt(),
+            self.joins.least,
         )
         kept = {name: value for name, value in program.example_inputs.items() if name not in cache.implied}
-        made = replace(
+        result = replace(
             program,
             graph_module=fx.GraphModule(program.graph_module, self.builder.new.graph, "Program"),
             axes=axes,
@@ -202,4 +222,4 @@ class _Insertion:
             history=(*program.history, self.text),
             records=(*program.records, cache),
         )
-        return replace(made, example_inputs=made.fresh(kept, self.capacity))
+        return replace(result, example_inputs=result.fresh(kept, self.capacity))

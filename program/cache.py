@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from offramp.bundle.manifest import Implied
+from offramp.bundle.manifest import Implied, Prompt
 from offramp.program.record import Record, Truncation
 
 if TYPE_CHECKING:
@@ -24,7 +24,9 @@ class Cache(Record):
     (padding masks: rows have lengths instead; positions): the rewritten graph makes them itself. ``limit`` is the
     greatest number of tokens, None for no limit.
     ``logits`` is the output that generation reads: of each token of the chunk, or of the last one. ``whole`` are the
-    outputs that mix tokens: those are right where one chunk holds all of them.
+    outputs that mix tokens: those are right where one chunk holds all of them. ``prompt`` is there where
+    values of other inputs are put among a prompt's tokens; ``least`` is how many tokens of the example it then has to
+    have, so that what follows is text.
     """
 
     kind: ClassVar[str] = "cache"
@@ -38,11 +40,14 @@ class Cache(Record):
     limit: int | None = None
     logits: str = ""
     whole: tuple[str, ...] = ()
+    prompt: Prompt | None = None
+    least: int = 1
 
     @property
     def graph_inputs(self) -> tuple[str, ...]:
         """Lengths, places, and earlier contents."""
-        return (self.lengths, self.places, *self.buffers)
+        of_prompt = (self.prompt.tokens, self.prompt.lengths) if self.prompt else ()
+        return (self.lengths, self.places, *of_prompt, *self.buffers)
 
     @property
     def graph_outputs(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from offramp.bundle.expressions import evaluate as evaluate_size
 from offramp.bundle.implied import fill
 from offramp.bundle.manifest import Implied
 from offramp.errors import StructureError
-from offramp.program.analysis.attention import AttentionSite, is_causal
+from offramp.program.analysis.attention import AttentionSite, together
 from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.analysis.stack_names import name_stacks
 from offramp.program.analysis.stacks import Stack, find_stacks, why_none
@@ -128,6 +128,9 @@ class Program:
         place = self.axes.batch_axis(chunk)
         rows = given[self.cache.tokens[0]].shape[place[0]] if place else 1
         given[self.cache.lengths] = torch.zeros(rows, dtype=torch.int64)
+        if self.cache.prompt is not None:  # the tokens are all the prompt's
+            given[self.cache.prompt.tokens] = given[self.cache.tokens[0]]
+            given[self.cache.prompt.lengths] = torch.full((rows,), given[self.cache.tokens[0]].shape[axis])
         capacity = capacity or given[self.cache.tokens[0]].shape[axis]
         given[self.cache.places] = torch.arange(capacity)
         for name, along in self.cache.axes.items():
@@ -229,7 +232,7 @@ def analyse(
     sites = attention_sites(graph_module.graph)
     found = find_stacks(graph_module.graph, sites)
     causal = [
-        any(_is_causal(graph_module, site, example_inputs) for site in sites if _inside(site, stack)) for stack in found
+        any(_generates(graph_module, site, example_inputs) for site in sites if _inside(site, stack)) for stack in found
     ]
     return Program(
         graph_module,
@@ -245,8 +248,9 @@ def _inside(site: AttentionSite, stack: Any) -> bool:
     return any(site.weights in block for block in stack.blocks)
 
 
-def _is_causal(module: fx.GraphModule, site: AttentionSite, example: Mapping[str, torch.Tensor]) -> bool:
-    return is_causal(site, evaluate(module, [mask.node for mask in site.masks], example))
+def _generates(module: fx.GraphModule, site: AttentionSite, example: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the last tokens of an attention see no later ones."""
+    return together(site, evaluate(module, [mask.node for mask in site.masks], example)) is not None
 
 
 def evaluate(

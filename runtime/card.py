@@ -187,7 +187,8 @@ def _python(manifest: Manifest, name: str) -> str:
     wanted = [item for item in manifest.inputs if item not in chunk]
     lines = [_array(item, manifest.values[item], sizes) for item in wanted]
     if ids:
-        lines.append(f'    "{ids}": [[1, 1]],  # token ids, as the tokenizer makes them')
+        kept = "".join(f"[{p.token}] * {evaluate(p.count, sizes)} + " for p in manifest.placeholders if p.input == ids)
+        lines.append(f'    "{ids}": [{kept}[1, 1]],  # token ids, as the tokenizer makes them')
     head = ["import numpy as np", "import offramp", "", f'model = offramp.load("{name}")', "inputs = {", *lines, "}"]
     if ids:
         run = ["generated = model.generate(inputs, max_new_tokens=4)", "print(generated.tokens, generated.exits)"]

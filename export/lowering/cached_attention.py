@@ -30,33 +30,41 @@ def _attention(
     bias: fx.Node | None,
     scale: float,
     window: int,
+    causal: bool = True,
 ) -> list[fx.Node]:
-    """GroupQueryAttention, whose time follows the length that is filled; it needs keys and values of equal features.
+    """GroupQueryAttention, whose time follows the length that is filled.
 
-    What does not fit it, and all for ``portable``, becomes TensorScatter and Attention of opset 24, whose time
-    follows the capacity. Both write the caches in place where input and output share memory.
+    It is causal, and needs keys and values of equal features. What does not fit it, and all for ``portable``, becomes
+    TensorScatter and Attention of opset 24, whose time follows the capacity. Both write the caches in place where input
+    and output share memory.
     """
     given = (query, key, value, key_cache, value_cache, lengths, bias, scale, window)
-    made = _grouped(b, *given) if b.target == "ort" and _fits(key, value) else _standard(b, *given)
+    grouped = b.target == "ort" and causal and _fits(key, value)
+    made = _grouped(b, *given) if grouped else _standard(b, *given, causal)
     if bias is not None and any(arg.target is ops.APPEND for arg in ancestors([bias])):
-        made[0] = b.call(aten.where.ScalarOther, _seen(b, query, key_cache, lengths, bias), made[0], 0.0)
+        made[0] = b.call(aten.where.ScalarOther, _seen(b, query, key_cache, lengths, bias, causal), made[0], 0.0)
     return made
 
 
-def _seen(b: Builder, query: fx.Node, key_cache: fx.Node, lengths: fx.Node, bias: fx.Node) -> fx.Node:
+def _seen(b: Builder, query: fx.Node, key_cache: fx.Node, lengths: fx.Node, bias: fx.Node, causal: bool) -> fx.Node:
     """Which queries see any key, bool [rows, 1 or heads, chunk, 1]; others get 0."""
     rows, _, chunk, _ = b.sizes(query)
     visible = bias
     if bias.meta["val"].dtype != torch.bool:
         visible = b.call(aten.ge.Scalar, bias, float(torch.finfo(torch.float32).min))
-    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2))
+    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2), causal)
     both = b.call(aten.logical_and.default, visible, b.call(aten.le.Tensor, there, here))
     count = b.call(aten.amax.default, b.call(aten._to_copy.default, both, dtype=torch.float32), [-1], True)
     return b.call(aten.gt.Scalar, count, 0.5)
 
 
-def _places(b: Builder, lengths: fx.Node, rows: Any, chunk: Any, capacity: Any) -> tuple[fx.Node, fx.Node]:
-    """Places of keys, [capacity], and of queries, [rows, 1, chunk, 1]."""
+def _places(
+    b: Builder, lengths: fx.Node, rows: Any, chunk: Any, capacity: Any, causal: bool
+) -> tuple[fx.Node, fx.Node]:
+    """Places of keys, [capacity], and the last that queries may see, [rows, 1, chunk or 1, 1]: theirs, or the last."""
+    if not causal:
+        last = b.call(aten.sub.Tensor, b.call(aten.add.Tensor, lengths, chunk), 1)
+        return b.call(aten.arange.default, capacity), b.call(aten.reshape.default, last, [rows, 1, 1, 1])
     steps = b.call(aten.arange.default, chunk)
     here = b.call(aten.add.Tensor, b.call(aten.unsqueeze.default, lengths, 1), steps)
     return b.call(aten.arange.default, capacity), b.call(aten.reshape.default, here, [rows, 1, chunk, 1])
@@ -186,12 +194,13 @@ def _standard(
     bias: fx.Node | None,
     scale: float,
     window: int,
+    causal: bool,
 ) -> list[fx.Node]:
     """TensorScatter, then Attention with a mask of what each token sees."""
     keys = _scattered(b, key_cache, key, lengths, 2)
     values = _scattered(b, value_cache, value, lengths, 2)
     rows, heads, chunk, _ = b.sizes(query)
-    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2))
+    there, here = _places(b, lengths, rows, chunk, b.size(key_cache, 2), causal)
     visible = b.call(aten.le.Tensor, there, here)
     if window:
         near = b.call(aten.gt.Tensor, there, b.call(aten.sub.Tensor, here, window))

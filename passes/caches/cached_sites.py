@@ -9,13 +9,14 @@ from functools import partial
 
 from torch import fx
 
+from offramp.errors import PassError
 from offramp.passes.caches.causal import DATA, Causal
 from offramp.passes.caches.chunk_graph import LENGTHS
 from offramp.passes.caches.content_masks import ContentMasks, product_of
 from offramp.passes.caches.incremental import Rebuilder
 from offramp.program import ops
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.graph import aten, expression, shape, symbols
+from offramp.program.graph import aten, expression, shape, source, symbols
 
 _LAYOUT = (
     aten.transpose.int,
@@ -48,6 +49,12 @@ class CachedSites:
         sites = list(sites)
         self.builder.skipped = self.masks.only(sites)
         for site in sites:
+            if site.form != "sdpa" and self.facts.together(site):
+                raise PassError(
+                    f"insert-cache: tokens of a prompt see later ones in an attention that is written out "
+                    f"({source(site.weights)})",
+                    hint="torch's scaled_dot_product_attention (attn_implementation='sdpa')",
+                )
             if site.form == "sdpa":
                 self.hooks[site.output] = partial(self._attention, site)
             else:
@@ -87,9 +94,8 @@ class CachedSites:
             query, key, value = (self._regrouped(item, places, 1) for item in (query, key, value))
             bias = bias if bias is None or expression(shape(bias)[0]) == 1 else self._regrouped(bias, places, 1)
         keys, values = self._cache("key", key, 2), self._cache("value", value, 2)
-        called = new.call(
-            ops.ATTENTION, query, key, value, keys[0], values[0], new.inputs[LENGTHS], bias, site.scale, window or 0
-        )
+        given = (query, key, value, keys[0], values[0], new.inputs[LENGTHS], bias, site.scale, window or 0)
+        called = new.call(ops.ATTENTION, *given, *([False] if self.facts.together(site) else []))
         new.edits["replaced"] += 1
         for at, (_, output) in enumerate((keys, values), 1):
             self.returned[output] = new.call(operator.getitem, called, at)

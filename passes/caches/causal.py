@@ -12,7 +12,7 @@ from offramp.errors import PassError
 from offramp.passes.caches.implied_inputs import Meaning, looked_up
 from offramp.passes.caches.masks import plain_window
 from offramp.passes.caches.roles import Roles, leaves, roles_of
-from offramp.program.analysis.attention import AttentionSite, is_causal
+from offramp.program.analysis.attention import AttentionSite, is_causal, together
 from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
 from offramp.program.program import Program, as_tensor, evaluate
@@ -27,6 +27,7 @@ class Causal:
     Attributes:
         tokens: the symbol of that axis.
         own: the inputs that have it.
+        holding: those of them that hold the tokens.
         implied: those of them that follow from the number of tokens, and what they hold: masks, positions.
         kinds: of every tensor node. *Data* depends on the contents of the tokens, *memory* on those of other inputs
             only (an encoder's side), *positional* on shapes only, *constant* on nothing. *Chunk* is positional over
@@ -44,13 +45,15 @@ class Causal:
         self.tokens = self._token_symbol()
         inputs = program.graph.find_nodes(op="placeholder")
         self.own = [node for node in inputs if any(self.tokens in symbols(size) for size in shape(node))]
-        self.implied = Meaning(program, self.sites, self.own, self.tokens).implied
+        meaning = Meaning(program, self.sites, self.own, self.tokens)
+        self.implied, self.holding = meaning.implied, meaning.contents
         self.example = max(
             program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own if n not in self.implied
         )
         self.kinds = self._kinds()
         self.limit = self._limit()
         self._windows: dict[fx.Node, int | None] = {}
+        self._together: dict[fx.Node, int] = {}
 
     def _token_symbol(self) -> Any:
         found = {}
@@ -174,12 +177,13 @@ class Causal:
                     hint="masks of the tokens' own ids, or inputs over the tokens",
                 )
         values = self.values([mask.node for mask in site.masks])
-        if not is_causal(site, values):
+        if (first := together(site, values)) is None:
             raise PassError(
                 f"insert-cache: an attention over the tokens is not causal ({source(site.weights)})",
-                hint="a model whose tokens do not see later ones",
+                hint="a model whose tokens do not see later ones, or do so at the beginning of a prompt only",
             )
-        for seed in range(3) if self.contents(site) else ():
+        self._together[site.output] = first
+        for seed in range(3) if self.contents(site) and not first else ():
             if not is_causal(site, values | self._otherwise(site, seed), whole=False):
                 raise PassError(
                     "insert-cache: in an attention over the tokens their contents decide which later tokens are seen "
@@ -187,6 +191,10 @@ class Causal:
                     hint="a mask that hides later tokens whatever the contents are",
                 )
         return True
+
+    def together(self, site: AttentionSite) -> int:
+        """How many of the example's tokens must be there together, since some see later ones: 0 where none does."""
+        return self._together.get(site.output, 0)
 
     def contents(self, site: AttentionSite) -> dict[fx.Node, Roles]:
         """The masks of a site that depend on the contents of tokens, and which of their axes count what."""
@@ -220,7 +228,7 @@ class Causal:
         if not site.masks:
             return 0
         mask = site.masks[0]
-        if self.is_data(mask.node):
+        if self.is_data(mask.node) or self.together(site):
             return None
         if mask.node not in self._windows:
             self._windows[mask.node] = plain_window(

@@ -24,13 +24,16 @@ from offramp.program.symbols import new_axis
 LENGTHS = "lengths"
 #: The input whose size is the capacity of the caches: its positions, int64 [capacity].
 PLACES = "places"
+#: The input that says how many tokens each row's prompt has, int64 [rows].
+PROMPT_LENGTHS = "prompt_lengths"
 
 
 class ChunkGraph:
     """A graph whose token axis has two sizes: ``chunk`` for data, ``capacity`` for what is made for all positions.
 
-    ``batch`` is the size that counts rows, None where the program has no batch axis; ``tokens`` the symbol of the token
-    axis in the given program. ``origin`` is the node of that which new ones are made for.
+    ``prompt`` is how many tokens the longest prompt has. ``batch`` is the size that counts rows, None where the program
+    has no batch axis; ``tokens`` the symbol of the token axis in the given program. ``origin`` is the node of that
+    which new ones are made for.
     """
 
     def __init__(self, program: Program, text: str, tokens: Any, capacity: int) -> None:
@@ -45,6 +48,7 @@ class ChunkGraph:
         self.batch = self._symbols.get(program.axes.batch)
         self.chunk = self._symbols[tokens]
         self.capacity = new_axis(self._env, "capacity", capacity)
+        self.prompt = new_axis(self._env, "prompt", capacity)
 
     # symbols
 

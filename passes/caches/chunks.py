@@ -102,7 +102,7 @@ def _ends(before: Program, after: Program, inputs: dict[str, torch.Tensor]) -> l
     nodes, (chunk, _) = placeholders(after.graph), _tokens(after, inputs)
     found = []
     for lengths, counts, made in _steps(after, inputs, 0):
-        for row in torch.nonzero(counts == counts.max()).flatten().tolist():
+        for row in torch.nonzero((counts == counts.max()) & (lengths + counts >= after.cache.least)).flatten().tolist():
             cut = dict(inputs)
             for name in after.cache.tokens:
                 axis = [expression(size) for size in shape(nodes[name])].index(chunk)
@@ -132,14 +132,18 @@ def _steps(
     nodes = placeholders(module.graph)
     axes = {name: [expression(size) for size in shape(nodes[name])].index(chunk) for name in cache.tokens}
     widest = min(total, 4)
+    generator = torch.Generator().manual_seed(seed)
+    first = cache.least if cache.prompt is not None and cache.prompt.whole else 1
+    widest = max(widest, first)
     capacity = total + widest if cache.limit is None else min(total + widest, cache.limit)
     state = program.fresh(inputs, capacity)
+    state |= _prompt(program, state, total, generator)
     rows = state[cache.lengths].shape[0]
     step = _Step(module, state, {*cache.tokens, cache.lengths, *cache.buffers})
-    generator = torch.Generator().manual_seed(seed)
     while int(state[cache.lengths].min()) < total:
         lengths = state[cache.lengths]
-        counts = torch.minimum(torch.randint(1, widest + 1, (rows,), generator=generator), total - lengths)
+        counts = torch.randint(1, widest + 1, (rows,), generator=generator)
+        counts = torch.minimum(torch.where(lengths == 0, counts.clamp(min=first), counts), total - lengths)
         if int(lengths.max() + counts.max()) > capacity:  # what a shorter row is filled up with must have room
             unfinished = lengths < total
             together = min(int(counts[unfinished].min()), total - int(lengths[unfinished].max()))
@@ -152,6 +156,21 @@ def _steps(
         yield lengths, counts, made
         state |= {name: made[output] for name, output in cache.buffers.items()}
         state[cache.lengths] = lengths + counts
+
+
+def _prompt(
+    program: Program, state: Mapping[str, torch.Tensor], total: int, generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """A prompt of random length for each row; the tokens behind it are text."""
+    assert program.cache is not None
+    prompt = program.cache.prompt
+    if prompt is None:
+        return {}
+    lengths = torch.randint(program.cache.least, total + 1, state[prompt.lengths].shape, generator=generator)
+    inside = torch.arange(total) < lengths[:, None]
+    fillers = {prompt.tokens: prompt.filler, **prompt.given}
+    made = {name: torch.where(inside, state[name], filler) for name, filler in fillers.items()}
+    return {prompt.lengths: lengths, **made}
 
 
 class _Step:

@@ -16,7 +16,7 @@ from offramp.errors import PassError
 from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
 from offramp.passes.caches.chunk_graph import PLACES
 from offramp.passes.caches.incremental import Rebuilder
-from offramp.passes.caches.roles import KEY, QUERY, Roles, arguments, broadcasts, is_leaf
+from offramp.passes.caches.roles import KEY, QUERY, Roles, arguments, broadcasts, is_leaf, role_of_index
 from offramp.program.analysis.attention import SOFTMAX, AttentionSite
 from offramp.program.graph import (
     FILLED,
@@ -156,7 +156,8 @@ class ContentMask:
             offset = len(args[1]) - len(roles)
             args[1] = [self._length(size, roles[i - offset] if i >= offset else "") for i, size in enumerate(args[1])]
         elif node.target is aten.index.Tensor:
-            args[1] = [builder.value(index) for index in args[1]]
+            sizes = ["chunk" if role_of_index(index, roles) == QUERY else "" for index in args[1]]
+            args[1] = [builder.value(index, extent) for index, extent in zip(args[1], sizes, strict=True)]
 
         def argument(arg: fx.Node) -> fx.Node:
             if arg in made:

@@ -15,7 +15,7 @@ from torch import fx
 
 from offramp.bundle.manifest import Implied
 from offramp.errors import PassError
-from offramp.program.analysis.attention import AttentionSite, Mask
+from offramp.program.analysis.attention import AttentionSite, Mask, is_causal
 from offramp.program.graph import aten, data_inputs, expression, read_by, results, shape
 from offramp.program.program import Program, as_tensor, evaluate
 
@@ -38,6 +38,7 @@ class Meaning:
     """The inputs ``own`` over the axis ``tokens``, by what they mean.
 
     Attributes:
+        contents: those that hold the tokens.
         implied: those that follow from the number of tokens, and what they hold.
 
     Raises:
@@ -45,10 +46,10 @@ class Meaning:
     """
 
     def __init__(self, program: Program, sites: Sequence[AttentionSite], own: Sequence[fx.Node], tokens: Any) -> None:
-        self.program, self.tokens = program, tokens
+        self.program, self.tokens, self.sites = program, tokens, sites
         self.masks = list({mask.node: mask for site in sites for mask in site.masks}.values())
         self.example = {node: program.example_inputs[str(node.target)] for node in own}
-        contents = self._contents()
+        self.contents = contents = self._contents()
         self.implied: dict[fx.Node, Implied] = {}
         for node in own:
             found = None if node in contents else self._mask(node)
@@ -111,8 +112,18 @@ class Meaning:
         if len(known) > 2:
             return None
         seen = {number: self._seen(node, self._implied(node, number), read) for number in {0.0, 1.0} | known}
+        if len({self._later(node, number) for number in seen}) > 1:  # it tells who sees later tokens
+            return None
         found = self._neutral(seen, self._seen(node, None, read))
         return None if found is None else replace(self._implied(node, found[0]), padding=found[1])
+
+    def _later(self, node: fx.Node, number: float) -> bool:
+        """Whether an attention sees later tokens where an input holds one number."""
+        sites = [site for site in self.sites if any(node in read_by([mask.node]) for mask in site.masks)]
+        given = dict(self.program.example_inputs)
+        given[str(node.target)] = as_tensor(self._implied(node, number), self.example[node].shape)
+        values = evaluate(self.program.graph_module, [mask.node for site in sites for mask in site.masks], given)
+        return not all(is_causal(site, values, whole=False) for site in sites)
 
     def _neutral(
         self, seen: Mapping[float, tuple[list[torch.Tensor], float]], example: Any

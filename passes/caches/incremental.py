@@ -8,7 +8,7 @@ taken out. Axes need no other label than these two sizes.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Rebuilder:
         #: Nodes that generation does not need: they may mix tokens, and those that do are in ``mixed``.
         self.unneeded: set[fx.Node] = set()
         self.mixed: set[fx.Node] = set()
+        #: The prompt's inputs, by the inputs of tokens.
+        self.prompts: dict[fx.Node, fx.Node] = {}
         #: Nodes that take the last token's place, which is the chunk's last.
         self.last: set[fx.Node] = set()
 
@@ -47,16 +49,20 @@ class Rebuilder:
         self,
         hooks: Mapping[fx.Node, Callable[[fx.Node], fx.Node]],
         after: Mapping[fx.Node, Sequence[Callable[[fx.Node], None]]],
+        enter: Callable[[], None],
+        given: Collection[fx.Node],
     ) -> None:
         """Rebuild every node that is data, memory or constant; positional ones are made where they are read.
 
-        ``hooks`` make a node's new value themselves; ``after`` are called with a node once it has one.
+        ``hooks`` make a node's new value themselves; ``after`` are called with a node once it has one. ``enter`` makes
+        further inputs, and values of those that are ``given`` for a prompt only.
         """
         for node in self.program.graph.find_nodes(op="placeholder"):
-            if self.kinds[node] != POSITIONAL:
+            if self.kinds[node] != POSITIONAL and node not in given:
                 self.values[node, ""] = self.same(node)
         self.new.placeholder(LENGTHS, [self.new.batch if self.new.batch is not None else 1], torch.int64)
         self.new.placeholder(PLACES, [self.new.capacity], torch.int64)
+        enter()
         for node in self.program.graph.nodes:
             if node.op in ("output", "placeholder") or is_symint(node) or self.kinds[node] in (POSITIONAL, CHUNK):
                 continue
@@ -68,13 +74,18 @@ class Rebuilder:
                 follow(node)
 
     def value(self, node: fx.Node, extent: str = "") -> fx.Node:
-        """The new value of a tensor node; a positional one for the ``"capacity"`` or the ``"chunk"``."""
-        if self.kinds[node] not in (POSITIONAL, CHUNK):
+        """The new value of a tensor node; a positional one for the ``"capacity"`` or the ``"chunk"``.
+
+        For the ``"prompt"`` that of all its tokens together, in the place of a chunk's.
+        """
+        whole = extent == "prompt" and self.kinds[node] in (DATA, POSITIONAL, CHUNK)
+        if not whole and self.kinds[node] not in (POSITIONAL, CHUNK):
             return self.values[node, ""]
-        extent = "chunk" if self.kinds[node] == CHUNK else extent or "capacity"
+        if not whole:
+            extent = "chunk" if self.kinds[node] == CHUNK else extent or "capacity"
         if (node, extent) not in self.values:
             before, self.new.origin = self.new.origin, node
-            self.values[node, extent] = self._positional(node, extent)
+            self.values[node, extent] = self._again(node, extent)
             self.new.origin = before
         return self.values[node, extent]
 
@@ -119,25 +130,29 @@ class Rebuilder:
 
     def copied(self, node: fx.Node, args: Any, kwargs: Any, name: str | None = None) -> fx.Node:
         """A call of the node's target under the node's name, which records of cuts and exits rely on."""
-        made = self.new.call(node.target, *args, name=name or node.name, **kwargs)
+        return self.copied_as(node, node.target, *args, name=name, **kwargs)
+
+    def copied_as(self, node: fx.Node, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
+        """A call of something else in the node's place."""
+        made = self.new.call(target, *args, name=name or node.name, **kwargs)
         if name is None and made.name != node.name:
             raise PassError(f"the name {node.name} is taken")
         made.meta = {**node.meta, "val": made.meta["val"]} if name is None else {**node.meta, **made.meta}
         self.new.edits["inserted"] -= 1
         return made
 
-    def _positional(self, node: fx.Node, extent: str) -> fx.Node:
+    def _again(self, node: fx.Node, extent: str) -> fx.Node:
+        """The node for another number of tokens."""
         if node.op == "placeholder":
-            return self._made(node, extent)
-        if node.target in FILLED and node.args[0] in self.skipped:
-            return self.filled(node, [self.new.capacity if extent == "capacity" else self.new.chunk] * len(shape(node)))
+            return self.prompts[node] if node in self.prompts else self._made(node, extent)
+        if node.target in FILLED and not isinstance(_filling(node), fx.Node):
+            return self.filled(node, [self._tokens(extent)] * len(shape(node)))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, extent))
         return self.copied(node, args, kwargs, name=f"{node.name}_{extent}")
 
     def filled(self, node: fx.Node, tokens: Sequence[Any]) -> fx.Node:
         """A tensor of one number, with ``tokens[axis]`` tokens along each axis of tokens."""
-        value = FILLED[node.target]
-        number: Any = node.kwargs.get("fill_value", node.args[-1]) if value is None else value
+        number = _filling(node)
         sizes = [
             self.new.sizer(self.new.size_value(size, count)) for size, count in zip(shape(node), tokens, strict=True)
         ]
@@ -146,7 +161,7 @@ class Rebuilder:
     def _made(self, node: fx.Node, extent: str) -> fx.Node:
         """An input that follows from the number of tokens."""
         item, dtype = self.implied[node], node.meta["val"].dtype
-        size = self.new.capacity if extent == "capacity" else self.new.chunk
+        size = self._tokens(extent)
         sizes = [self.new.sizer(self.new.size_value(s, size)) for s in shape(node)]
         if item.axis is None:
             whole = self.new.call(aten.full.default, sizes, _number(item.value, dtype), dtype=dtype)
@@ -156,7 +171,7 @@ class Rebuilder:
             past = self.new.call(aten.ge.Tensor, self.new.call(aten.unsqueeze.default, places, 1), places)
             hidden = self.new.call(aten.full.default, [], _number(item.hidden, dtype), dtype=dtype)
             return self.new.call(aten.where.self, past, whole, hidden)
-        if extent == "capacity":
+        if extent != "chunk":
             places = self.new.call(aten.arange.default, sizes[item.axis])
         elif item.axis == 1 and len(sizes) == 2 and self.new.counts_rows(self.new.size_value(shape(node)[0], size)):
             places = self.rows.positions()
@@ -179,10 +194,13 @@ class Rebuilder:
 
     # sizes
 
+    def _tokens(self, extent: str) -> Any:
+        """How many tokens the chunk has, or the capacity, or the prompt."""
+        return {"capacity": self.new.capacity, "chunk": self.new.chunk, "prompt": self.new.prompt}[extent]
+
     def size(self, node: fx.Node, extent: str) -> Any:
-        """A size of the given graph, with the token axis as the ``"chunk"`` or the ``"capacity"``."""
-        tokens = self.new.capacity if extent == "capacity" else self.new.chunk
-        value = self.new.size_value(node.meta["val"], tokens)
+        """A size of the given graph, with the token axis as the ``"chunk"``, the ``"capacity"`` or the ``"prompt"``."""
+        value = self.new.size_value(node.meta["val"], self._tokens(extent))
         if isinstance(value, torch.SymInt):
             for other in self.new.inputs.values():
                 for axis, known in enumerate(shape(other)):
@@ -256,6 +274,12 @@ class Rebuilder:
                 if expression(size) != 1 and (sizes[axis] is None or self.new.label(size) == "capacity"):
                     sizes[axis] = size
         return sizes
+
+
+def _filling(node: fx.Node) -> Any:
+    """What a tensor of one number holds everywhere."""
+    value = FILLED[node.target]
+    return node.kwargs.get("fill_value", node.args[-1]) if value is None else value
 
 
 def _number(value: float, dtype: torch.dtype) -> float | int | bool:

@@ -82,7 +82,7 @@ def arguments(node: fx.Node, roles: Roles) -> list[tuple[fx.Node, Roles]]:
     first: Any = args[0]
     if broadcasts(node):
         return [(arg, _broadcast(arg, roles)) for arg in tensors]
-    if target is aten.index.Tensor and all(index is not None for index in args[1]) and QUERY not in roles:  # type: ignore[union-attr]
+    if target is aten.index.Tensor and all(index is not None for index in args[1]):  # type: ignore[union-attr]
         return [(first, _indexed(node, roles))]
     if target in (aten.matmul.default, aten.bmm.default) and all(len(shape(arg)) == len(roles) for arg in tensors):
         left, right = args[0], args[1]
@@ -101,6 +101,12 @@ def broadcasts(node: fx.Node) -> bool:
     return is_pointwise(node) or node.target in _SAME or node.target in _SPREAD
 
 
+def role_of_index(index: fx.Node, roles: Roles) -> str:
+    """What an index of a mask counts: queries, keys, or neither."""
+    found = set(_broadcast(index, roles)) - {""}
+    return found.pop() if len(found) == 1 else ""
+
+
 def _broadcast(arg: fx.Node, roles: Roles) -> Roles:
     sizes = shape(arg)
     aligned = roles[len(roles) - len(sizes) :]
@@ -109,12 +115,8 @@ def _broadcast(arg: fx.Node, roles: Roles) -> Roles:
 
 def _indexed(node: fx.Node, roles: Roles) -> Roles:
     """Of a value whose every axis is indexed: an axis is what the places of its index are."""
-    found = []
     indices: Any = node.args[1]
-    for index in indices:
-        inner = set(_broadcast(index, roles)) - {""}
-        found.append(inner.pop() if len(inner) == 1 else "")
-    return tuple(found)
+    return tuple(role_of_index(index, roles) for index in indices)
 
 
 def _viewed(node: fx.Node, roles: Roles) -> Roles | None:

@@ -11,10 +11,10 @@ from torch import fx
 
 from offramp.bundle.measures import Measure
 from offramp.passes.infra.editor import Editor
-from offramp.program.analysis.attention import HIDDEN, Mask, padding_mask
+from offramp.program.analysis.attention import HIDDEN, AttentionSite, Mask, padding_mask, together
 from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import aten, expression, shape
-from offramp.program.program import Program
+from offramp.program.program import Program, evaluate
 
 
 class ScoreBuilder:
@@ -59,17 +59,26 @@ class ScoreBuilder:
         return sizes.index(self.tokens) if self.tokens in sizes else None
 
     def padding(self, name: str) -> fx.Node | None:
-        """Which tokens of each row are real, ``bool[batch, tokens]``, from the first block's attention mask."""
+        """Which tokens of each row are real, ``bool[batch, tokens]``, from the first block's attention mask.
+
+        None where nothing tells: no mask, or one that says who sees later tokens.
+        """
         stack = self.program.stacks[name]
         inside = {node.name for node in self.program.block_nodes(stack, 0)}
         for site in attention_sites(self.program.graph):
             mask = padding_mask(site, self.program.axes.batch) if site.weights.name in inside else None
-            if mask is not None:
+            if mask is not None and not (self.tokens is not None and self._prefixed(site)):
                 node = self.visible(mask)
                 rows = next(i for i, s in enumerate(shape(node)) if expression(s) == self.program.axes.batch)
                 others = [i for i in range(len(shape(node)) - 1) if i != rows]
                 return self.call(aten.any.dims, node, others) if others else node
         return None
+
+    def _prefixed(self, site: AttentionSite) -> bool:
+        """Whether some tokens of a causal attention see later ones, so that its mask is not one of padding."""
+        masks = [mask.node for mask in site.masks]
+        module, example = self.program.graph_module, self.program.example_inputs
+        return bool(together(site, evaluate(module, masks, example)))
 
     def visible(self, mask: Mask) -> fx.Node:
         """Which keys a mask lets through, as ``Mask.visible`` computes it."""

@@ -84,15 +84,34 @@ def is_causal(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor], whole
     """
     if site.causal_flag:
         return True
+    seen = _seen(site, values)
+    # a later token that sees itself tells causal from padded down to the first token
+    causal = seen is not None and not bool(seen.triu(1).any())
+    return causal and (not whole or (seen is not None and bool(seen.diagonal()[1:].any())))
+
+
+def together(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor]) -> int | None:
+    """How many tokens at the beginning must be there together, since some see later ones of them (a prefix, an image).
+
+    0 for a causal attention; None for an encoder's, where a token sees the last one.
+    """
+    if is_causal(site, values):
+        return 0
+    seen = _seen(site, values)
+    if seen is None or not bool(seen[-1, -1]) or bool(seen[:-1, -1].any()):
+        return None
+    return int(seen.triu(1).any(0).nonzero().max()) + 1
+
+
+def _seen(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor]) -> torch.Tensor | None:
+    """Which keys a query sees in some row and head, bool [tokens, tokens]; None where no mask tells."""
     seen: torch.Tensor | None = None
     for mask in site.masks:
         value = values[mask.node]
         if value.dim() >= 2 and value.shape[-2] == value.shape[-1] > 1:
             visible = mask.visible(value).reshape(-1, *value.shape[-2:]).any(0)
             seen = visible if seen is None else seen & visible
-    # a later token that sees itself tells causal from padded down to the first token
-    causal = seen is not None and not bool(seen.triu(1).any())
-    return causal and (not whole or (seen is not None and bool(seen.diagonal()[1:].any())))
+    return seen
 
 
 def padding_mask(site: AttentionSite, batch: Any) -> Mask | None:

@@ -20,7 +20,7 @@ class Inputs:
     def __init__(self, manifest: Manifest) -> None:
         self._values = {name: manifest.values[name] for name in manifest.inputs}
         self._axes, self._batch = manifest.axes, manifest.batch
-        self._implied = ImpliedInputs(manifest)
+        self._implied, self._placeholders = ImpliedInputs(manifest), manifest.placeholders
         self._dims = [
             (name, axis, size)
             for name, value in self._values.items()
@@ -57,8 +57,22 @@ class Inputs:
             problems = list(self._sizes(arrays, sizes))
         if problems:
             raise InputError("\n  ".join([*problems, f"(this bundle takes: {expected})"]))
+        problems = list(self._places(arrays, sizes))
+        if problems:
+            raise InputError("\n  ".join(problems))
         self._implied.check(given, sizes)
         return arrays, 1 if self._batch is None else sizes[self._batch]
+
+    def _places(self, arrays: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> Iterator[str]:
+        """What is wrong with the places that texts keep for other inputs."""
+        for item in self._placeholders:
+            wanted = evaluate(item.count, sizes)
+            for row, found in enumerate((arrays[item.input] == item.token).sum(-1).reshape(-1).tolist()):
+                if found != wanted:
+                    yield (
+                        f"row {row} of {item.input!r} has the id {item.token} {found} times; it keeps a place for each "
+                        f"of {wanted}"
+                    )
 
     def _sizes(self, arrays: Mapping[str, NDArray[Any]], sizes: dict[str, int]) -> Iterator[str]:
         """Find the length of each axis; yield what contradicts it or its range."""

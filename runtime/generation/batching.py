@@ -114,12 +114,12 @@ def greatest(array: Index) -> int:
     return int(array[0]) if array.size == 1 else int(array.max())
 
 
-def padded(rows: Sequence[Array]) -> Array:
-    """Rows of different numbers of tokens as one array, zeros behind the shorter ones; no copy of a single one."""
+def padded(rows: Sequence[Array], filler: int = 0) -> Array:
+    """Rows of different numbers of tokens as one array, filled up behind the shorter ones; no copy of a single one."""
     if len(rows) == 1:
         return rows[0][None]
     widest = max(len(row) for row in rows)
-    whole = np.zeros((len(rows), widest, *rows[0].shape[1:]), rows[0].dtype)
+    whole = np.full((len(rows), widest, *rows[0].shape[1:]), filler, rows[0].dtype)
     for row, array in zip(whole, rows, strict=True):
         row[: len(array)] = array
     return whole

@@ -24,6 +24,9 @@ def fresh(manifest: Manifest, inputs: Mapping[str, Array], rows: int, capacity: 
     made: dict[str, Array] = {name: empty(manifest.values[name], sizes) for name in cache.buffers}
     made[cache.lengths] = np.zeros(rows, np.int64)
     made[cache.places] = np.arange(capacity)
+    if cache.prompt is not None:  # the tokens are all the prompt's
+        made[cache.prompt.tokens] = inputs[cache.tokens[0]]
+        made[cache.prompt.lengths] = np.full(rows, chunk_of(manifest, inputs))
     return made
 
 

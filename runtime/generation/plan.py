@@ -41,6 +41,7 @@ class GenerationPlan:
         assert manifest.cache is not None
         self.manifest, self.cache, self._engine, self._device = manifest, manifest.cache, engine, device
         kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places, WIDTH}
+        kept |= {self.cache.prompt.lengths} if self.cache.prompt else set()
         kept |= {name for step in engine.schedule.steps if step.stage.when != "chunk" for name in step.makes}
         self.spans: tuple[ChunkSpan, ...] = chunk_spans(manifest, sessions, frozenset(kept))
         calls = [call for span in self.spans for call in (*span.calls, *span.branch_calls)]
@@ -71,15 +72,30 @@ class GenerationPlan:
         Raises:
             InputError: the inputs do not fit the bundle.
         """
-        least = self.manifest.axes[self.cache.chunk][0]
-        tokens = padded([*prompts, np.zeros(least, np.int64)])[:-1]  # what is asked of tokens are their sizes
+        least, prompt = self.manifest.axes[self.cache.chunk][0], self.cache.prompt
+        tokens = padded([*prompts, np.zeros(least, np.int64)], prompt.filler if prompt else 0)[:-1]
         name = self.cache.tokens[0]
         others = {key: value for key, value in inputs.items() if key not in self.cache.implied}
+        for key, filler in prompt.given.items() if prompt else ():
+            others[key] = self._beside(key, inputs, prompts, filler)
         given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
+        if prompt is not None:
+            given[prompt.tokens], given[prompt.lengths] = given[name], np.array([row.size for row in prompts])
         policies = {name: StackPolicy(policy, stack, rows) for name, stack in self.manifest.stacks.items()}
         memory = self._engine.memory
         return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")
+
+    def _beside(self, name: str, inputs: Mapping[str, Any], prompts: Prompts, filler: int) -> Array:
+        """An input over the tokens of prompts, filled up behind the shorter ones."""
+        ids, given = self.cache.tokens[0], inputs.get(name)
+        if given is None:
+            raise InputError(f"{name!r} is missing: it has a number for each token of {ids!r}")
+        rows = [np.asarray(row) for row in given]
+        if [row.shape for row in rows] != [row.shape for row in prompts]:
+            sizes = [list(row.shape) for row in rows], [list(row.shape) for row in prompts]
+            raise InputError(f"{name!r} has rows of {sizes[0]} numbers; {ids!r} has {sizes[1]} tokens")
+        return padded(rows, filler).astype(self.manifest.values[name].dtype)
 
     def tables(self, ran: Ran, capacity: int) -> dict[str, Array]:
         """What chunks read and do not change, where caches have room for so many tokens."""

@@ -121,7 +121,9 @@ class _Maker:
         named = self.beside.text
         if "attention_mask" in self.accepted and (named is None or "attention_mask" in named):
             inputs["attention_mask"] = mask
-        types = torch.zeros_like(ids) if prompt else self._types(ids)
+        types = None if prompt else self._types(ids)
+        if prompt and "token_type_ids" in self.accepted:
+            types = self._seen_together({**signals, **inputs, "input_ids": ids}, ids.shape[1] - TOKENS)
         if "token_type_ids" in self.accepted and types is not None:
             inputs["token_type_ids"] = types
         if "bbox" in self.accepted:
@@ -140,6 +142,23 @@ class _Maker:
             return None
         second = torch.arange(ids.shape[1]) >= ids.shape[1] // 2
         return (second & (count is None or count > 1)).to(torch.int64).expand(ids.shape).contiguous()
+
+    def _seen_together(self, inputs: Inputs, count: int) -> Tensor:
+        """Types of an image's ``count`` tokens, which may see each other, and of text, which sees no later token."""
+        ids = inputs["input_ids"]
+        other = ids.clone()
+        other[:, -1] = ids[:, -2]
+        for text in (0, 1):
+            types = torch.full_like(ids, text)
+            with torch.no_grad():
+                one, two = (
+                    self.model(**{**inputs, "input_ids": given, "token_type_ids": types}).logits[:, :-1]
+                    for given in (ids, other)
+                )
+            if torch.equal(one, two):
+                types[:, :count] = 1 - text
+                return types
+        return torch.zeros_like(ids)
 
     def _joined(self, signals: Inputs, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The text behind as many tokens of images as the model has features of one."""

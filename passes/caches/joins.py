@@ -1,0 +1,174 @@
+"""Where what is no text takes the place of tokens: the features of an image, say.
+
+A chunk of new tokens does not hold the others that this depends on, and features belong to a prompt. So what a prompt's
+tokens become is made once, for all of them together, and a chunk's rows are taken from it. A token behind the prompt is
+one of the text: it stays what it is where nothing is put in its place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from offramp.errors import PassError
+from offramp.passes.caches.causal import DATA, MEMORY, Causal
+from offramp.passes.caches.chunk_graph import PROMPT_LENGTHS
+from offramp.passes.caches.incremental import Rebuilder
+from offramp.program.graph import ancestors, aten, is_tensor, read_by, shape, source
+from offramp.program.ops import FILL_PLACES
+
+_PUT = (FILL_PLACES, aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default)
+_HINT = "embeddings [batch, tokens, features] of one input of token ids; example rows that end with text"
+
+
+class Joins:
+    """The places of a program where other inputs' values are put among its tokens, and inputs that belong to a prompt.
+
+    Attributes:
+        nodes: The nodes that put values among tokens.
+        given: Inputs over a prompt's tokens that say more of them (which see later ones, say), and what they are of
+            text behind it.
+        told: What masks read that is made of those inputs alone (groups of tokens that see each other, say), and what
+            that is of text.
+        filler: An id of the example that stays what it is: it stands behind the shorter prompts of a batch.
+        least: How many tokens of the example a prompt must have, so that all behind it stay what they are.
+    """
+
+    def __init__(self, facts: Causal) -> None:
+        self.facts = facts
+        self.nodes = [node for node in facts.program.graph.nodes if self._joins(node)]
+        self.given = {node: value for node in facts.own if (value := self._of_text(node)) is not None}
+        self.told = self._told() if self.given else {}
+        self.filler, self.least = self._text() if self.nodes or self.given else (0, 1)
+
+    def __bool__(self) -> bool:
+        return bool(self.nodes or self.given)
+
+    def _joins(self, node: fx.Node) -> bool:
+        kinds = self.facts.kinds
+        if node.target not in _PUT or kinds[node] != DATA or kinds[node.args[0]] != DATA:  # type: ignore[index]
+            return False
+        return any(kinds[arg] == MEMORY for arg in node.all_input_nodes if is_tensor(arg))
+
+    def _of_text(self, node: fx.Node) -> float | None:
+        """What an input beside the ids is of the tokens that the example's rows end with; None where that differs."""
+        facts, value = self.facts, self.facts.program.example_inputs[str(node.target)]
+        if node in facts.implied or node in facts.holding or value.dim() != 2 or value.is_floating_point():
+            return None
+        ends = value[:, -2:]
+        return float(ends[0, 0]) if bool((ends == ends[0, 0]).all()) else None
+
+    def _told(self) -> dict[fx.Node, float]:
+        facts, found = self.facts, dict[fx.Node, float]()
+        masks = [site for site in facts.sites if facts.kinds[site.output] == DATA and facts.contents(site)]
+        nodes = {leaf for site in masks for leaf in facts.leaves(site)}
+        made = {
+            node
+            for node in nodes
+            if read_by([node]).intersection(facts.own) <= self.given.keys() | facts.implied.keys()
+        }
+        for node, value in facts.values(made - self.given.keys()).items():
+            ends = value[:, -2:] if value.dim() > 1 else value[:0]
+            if not ends.numel() or not bool((ends == ends.flatten()[0]).all()):
+                raise PassError(
+                    f"insert-cache: what {[str(item.target) for item in self.given]} say of the example's last tokens "
+                    f"differs ({source(node)})",
+                    hint=_HINT,
+                )
+            found[node] = float(ends.flatten()[0])
+        return found
+
+    def apart(self) -> set[fx.Node]:
+        """The nodes that nothing but what is told is made of."""
+        needed = ancestors([self.facts.program.graph.output_node()], self.told)
+        return {node for node in ancestors(self.told) - needed if self.facts.kinds.get(node) == DATA}
+
+    @property
+    def ids(self) -> fx.Node:
+        """The input of token ids.
+
+        Raises:
+            PassError: there is none, or several.
+        """
+        found = [node for node in self.facts.own if node not in self.facts.implied and node not in self.given]
+        if len(found) != 1 or found[0].meta["val"].dtype.is_floating_point or len(shape(found[0])) != 2:
+            names = [str(node.target) for node in found]
+            raise PassError(f"insert-cache: which of {names} are ids of a prompt that is more than text?", hint=_HINT)
+        ids: fx.Node = found[0]
+        return ids
+
+    def _text(self) -> tuple[int, int]:
+        """An id that stays what it is, and how many tokens there are up to the last that does not."""
+        facts, example = self.facts, self.facts.program.example_inputs
+        ids = example[str(self.ids.target)]
+        wanted = [*self.told, *(arg for node in self.nodes for arg in (node, node.args[0]))]
+        found = facts.values(wanted)
+        text = torch.ones_like(ids, dtype=torch.bool)
+        for node, value in self.given.items():
+            text &= example[str(node.target)] == value
+        for node, value in self.told.items():
+            text &= (found[node] == value).flatten(1).reshape(*text.shape, -1).all(-1)
+        for node in self.nodes:
+            same = found[node] == found[node.args[0]]
+            if same.dim() < 3 or same.shape[:2] != ids.shape:
+                raise PassError(
+                    f"insert-cache: values are put among tokens in an unknown layout ({source(node)})", hint=_HINT
+                )
+            text &= same.flatten(2).all(-1)
+        if not bool(text[:, -1].all()):
+            raise PassError(
+                f"insert-cache: the example ends with what is no text ({source(self.nodes[0])})", hint=_HINT
+            )
+        places = torch.arange(1, ids.shape[1] + 1)
+        return int(ids[0, -1]), max(1, int((~text * places).max()))
+
+    def enter(self, builder: Rebuilder) -> None:
+        """Make the inputs that hold a prompt, where that is more than text."""
+        if not self:
+            return
+        new = builder.new
+        for node in (self.ids, *self.given):
+            name = str(node.target) if node in self.given else f"prompt_{node.target}"
+            sizes = [new.size_value(size, new.prompt) for size in shape(node)]
+            builder.prompts[node] = new.placeholder(name, sizes, node.meta["val"].dtype)
+        new.placeholder(PROMPT_LENGTHS, [new.batch if new.batch is not None else 1], torch.int64)
+        for node, value in self.given.items():
+            target, *args = self._chosen(builder, builder.prompts[node], self._same(builder, node, value))
+            builder.values[node, ""] = new.call(target, *args)
+
+    def _same(self, builder: Rebuilder, node: fx.Node, value: float) -> fx.Node:
+        """One number for each token of the chunk."""
+        new, dtype = builder.new, node.meta["val"].dtype
+        sizes = [new.sizer(new.size_value(size, new.chunk)) for size in shape(node)]
+        number: Any = value if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
+        return new.call(aten.full.default, sizes, number, dtype=dtype)
+
+    def hook(self, builder: Rebuilder, node: fx.Node) -> fx.Node:
+        """The node's value on a chunk: the prompt's rows where the chunk is in it, else the tokens' own."""
+        told = self.told.get(node)
+        own = builder.value(node.args[0]) if told is None else self._same(builder, node, told)  # type: ignore[arg-type]
+        table = builder.value(node, "prompt")
+        builder.new.edits["replaced"] += 1
+        target, *args = self._chosen(builder, table, own)
+        return builder.copied_as(node, target, *args)
+
+    def _chosen(self, builder: Rebuilder, table: fx.Node, own: fx.Node) -> tuple[Any, ...]:
+        """A call that gives what a chunk's tokens are: of the prompt's from the table, else their own."""
+        new = builder.new
+        if new.batch is None:
+            raise new.refusal("the rows of a batch are not computed apart", hint="an example of two rows or more")
+        positions = builder.rows.positions()
+        ends = new.call(aten.unsqueeze.default, new.inputs[PROMPT_LENGTHS], 1)
+        inside = new.call(aten.lt.Tensor, positions, ends)
+        at = new.call(aten.minimum.default, positions, new.call(aten.sub.Tensor, ends, 1))
+        rows = new.call(aten.unsqueeze.default, new.call(aten.arange.default, new.sizer(new.batch)), 1)
+        for _ in shape(own)[2:]:
+            inside = new.call(aten.unsqueeze.default, inside, -1)
+        taken = new.call(aten.index.Tensor, table, [rows, at])
+        if own.meta["val"].dtype != torch.bool:
+            return aten.where.self, inside, taken, own
+        taken = new.call(aten.logical_and.default, inside, taken)  # ONNX Runtime selects no truth values
+        own = new.call(aten.logical_and.default, new.call(aten.logical_not.default, inside), own)
+        return aten.logical_or.default, taken, own
