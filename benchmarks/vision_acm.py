@@ -1,8 +1,8 @@
 """Does adaptive width pay? ViT-S on CIFAR-10: at the same share of the blocks' FLOPs, accuracy and time in one row.
 
-One model with learners serves all shares, by the width that its gates are given; so does one model with exits, by its
-thresholds, and one with both. All are chosen on held-out images. Each static student is a model of its own. All have
-learnt alike, from one teacher, for as many steps; all are measured in turns. "share" is what the test images took.
+One model with learners and exits serves all shares, by the width that its gates are given and by its thresholds; so
+does one with exits alone. All are chosen on held-out images. Each static student is a model of its own. All learn from
+one teacher; all are measured in turns. "share" is what the test images took.
 
 ``--train`` trains what is missing, minutes on a GPU and days on two cores; trained weights are kept in
 ``benchmarks/results/vision_acm``.
@@ -33,7 +33,10 @@ from offramp.program import Program
 SHARES = (0.75, 0.6, 0.4, 0.25)
 EXITS = (3, 5, 7, 9)
 BOTH = (7, 9)  # exits of the model that has learners too
-WIDTHS, CONFIDENCES = (1.0, 0.8, 0.6, 0.4, 0.3, 0.2), (0.8, 0.9, 0.95, 0.99, 2.0)
+NEVER = 2.0  # a confidence that none has
+WIDTHS = (1.0, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.1, 0.0)
+CONFIDENCES = (0.7, 0.8, 0.9, 0.95, 0.99, NEVER)
+CHOSEN_BY = 500  # held-out images
 BATCHES = (1, 16)
 TIMED = 32  # images a turn
 Examples = list[dict[str, np.ndarray[Any, Any]]]
@@ -125,7 +128,7 @@ class Students:
             return []
         loaded = chain("exits", offramp.apply(program, "insert-scores{measure=top1}"))
         (stack,) = loaded.stacks
-        never = offramp.Confidence(thresholds=dict.fromkeys(EXITS, 2.0))
+        never = offramp.Confidence(thresholds=dict.fromkeys(EXITS, NEVER))
         results = [loaded.run(each, never) for each in examples("held out", 100)[0]]
         sure = {after: np.concatenate([each.scores[stack][after]["top1"] for each in results]) for after in EXITS}
 
@@ -147,44 +150,27 @@ class Students:
                 found.append(Way("exits", loaded, executed, policy))
         return found
 
-    def widths(self, kind: str, name: str, passes: str, blocks: int) -> list[Way]:
-        """One model with learners, by the widths that take each share of the held-out images' FLOPs."""
-        program = self.rewritten(passes)
-        if not self.trained(name, program, lambda: vision.widths(program, self.teacher, self.recipe)):
-            return []
-        loaded, images = chain(name, program), examples("held out", 50, 100)[0]
-        grid = np.linspace(0, 1, 11)
-        took = [_width([loaded.run(each, offramp.Width(width)) for each in images]) for width in grid]
-
-        found = []
-        for asked in SHARES:
-            wanted = width_of(asked * DEPTH / blocks, gates=True)
-            if took[0] <= wanted <= took[-1] + 0.05:
-                policy = offramp.Width(float(np.interp(wanted, took, grid)))
-                say(f"{kind}: {asked} of the FLOPs with {policy}")
-                found.append(Way(kind, loaded, _of_learners, policy))
-        return found
-
-    def both(self) -> list[Way]:
-        """One model with learners and exits: for each share the width and confidence that do best on held-out ones."""
+    def adaptive(self) -> list[Way]:
+        """One model with learners and exits: for each share what does best on held-out images, exits asked or not."""
         after = "|".join(map(str, BOTH))
         program = self.rewritten(f"insert-exits{{after={after},head=own}},insert-acm")
         if not self.trained("acm-exits", program, lambda: vision.widths(program, self.teacher, self.recipe)):
             return []
         loaded = chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
-        given, labels = examples("held out", 50, 200)
+        given, labels = examples("held out", 50, CHOSEN_BY)
         tried = []
         for width, sure in itertools.product(WIDTHS, CONFIDENCES):
             policy = offramp.Width(width, offramp.Confidence(thresholds=dict.fromkeys(BOTH, sure)))
             results = [loaded.run(each, policy) for each in given]
-            tried.append((_right(results, labels), _of_learners(results), policy))
+            tried.append((_right(results, labels), _of_learners(results), sure, policy))
         found = []
-        for asked in SHARES:
-            fitting = [each for each in tried if each[1] <= asked + 0.01]
-            if fitting:
-                best = max(fitting, key=lambda each: each[:2])[-1]
-                say(f"width and exits: {asked} of the FLOPs with {best}")
-                found.append(Way("adaptive width and exits", loaded, _of_learners, best))
+        for kind, sures in (("adaptive width", (NEVER,)), ("adaptive width and exits", CONFIDENCES)):
+            for asked in SHARES:
+                fitting = [each for each in tried if each[1] <= asked + 0.01 and each[2] in sures]
+                if fitting:
+                    best = max(fitting, key=lambda each: each[:2])[-1]
+                    say(f"{kind}: {asked} of the FLOPs with {best}")
+                    found.append(Way(kind, loaded, _of_learners, best))
         return found
 
 
@@ -199,10 +185,6 @@ def _of_learners(results: Sequence[offramp.Result]) -> float:
     least, units = share(0, gates=True), share(1) - share(0)
     found = [np.where(taken < 0, 0, least + units * taken / LEARNERS).mean() for taken in counts]
     return float(np.mean(found)) * len(counts) / len(results) / DEPTH
-
-
-def _width(results: Sequence[offramp.Result]) -> float:
-    return float(np.mean([each.width for each in results]))
 
 
 def _always(value: float) -> Callable[[Sequence[offramp.Result]], float]:
@@ -279,9 +261,7 @@ def main() -> None:
     folder = BUILD / "vision_acm_quick" if args.quick else args.weights
     taught, recipe = (Recipe(epochs, rate, batch, images=limit) for rate in (vision.TEACHER_RATE, vision.RATE))
     students = Students(taught, recipe, folder, read_only=not (args.train or args.quick))
-    ways = [*students.static(), *students.exits(), *students.widths("adaptive width", "acm", "insert-acm", DEPTH)]
-    ways += students.widths("adaptive width, 9 blocks", "acm9", "truncate{after=9},insert-acm", 9)
-    ways += students.both()
+    ways = [*students.static(), *students.exits(), *students.adaptive()]
     runs = [measured(ways, limit or args.images) for _ in range(args.rounds)]
     plot(runs[0], BUILD / "vision_acm.png")
     report("vision_acm", "CIFAR-10 test, ViT-S at 112 px: share of the blocks' FLOPs, accuracy, time", spread(runs))
