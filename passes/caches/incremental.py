@@ -145,7 +145,8 @@ class Rebuilder:
         """The node for another number of tokens."""
         if node.op == "placeholder":
             return self.prompts[node] if node in self.prompts else self._made(node, extent)
-        if node.target in FILLED and not isinstance(_filling(node), fx.Node):
+        apart = self.kinds[node] == POSITIONAL or node.args[0] in self.skipped
+        if node.target in FILLED and apart and not isinstance(_filling(node), fx.Node):
             return self.filled(node, [self._tokens(extent)] * len(shape(node)))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, extent))
         return self.copied(node, args, kwargs, name=f"{node.name}_{extent}")
