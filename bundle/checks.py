@@ -58,8 +58,7 @@ def generation_problems(generation: Generation) -> Iterator[str]:
 
 
 def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
-    of_prompt = (cache.prompt.tokens, cache.prompt.lengths) if cache.prompt else ()
-    for name in (*cache.tokens, cache.lengths, cache.places, *of_prompt, *cache.buffers, *cache.buffers.values()):
+    for name in (*cache.tokens, *cache.values, *cache.buffers.values()):
         if name not in manifest.values:
             yield f"cache: there is no value {name!r}"
     for kind, axis in (("chunk", cache.chunk), ("capacity", cache.capacity)):
@@ -234,9 +233,7 @@ class _Flow:
             yield from self._make(name, "the inputs", there)
         if manifest.cache is not None:
             yield from _cache(manifest.cache, manifest)
-            prompt = manifest.cache.prompt
-            of_prompt = (prompt.tokens, prompt.lengths) if prompt else ()
-            for name in (manifest.cache.lengths, manifest.cache.places, *of_prompt, *manifest.cache.buffers):
+            for name in manifest.cache.values:
                 yield from self._make(name, "the cache", there)
         if manifest.learners:
             yield from self._make(WIDTH, "the width", there)

@@ -235,6 +235,12 @@ class Cache:
     implied: Mapping[str, Implied] = field(default_factory=dict)
     prompt: Prompt | None = None
 
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The values that a run gives beside the inputs."""
+        of_prompt = (self.prompt.tokens, self.prompt.lengths) if self.prompt else ()
+        return (self.lengths, self.places, *of_prompt, *self.buffers)
+
 
 @dataclass(frozen=True)
 class File:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import fx
@@ -88,7 +87,7 @@ class _Insertion:
         self.cached = CachedSites(self.facts, self.builder)
         self.builder.last = last_places(self.facts)
         self.logits = logits_of(self.facts, self.builder.last)
-        self.joins = Joins(self.facts)
+        self.joins = Joins(self.facts, self.builder)
 
     def result(self) -> PassResult:
         """The rebuilt program."""
@@ -103,9 +102,9 @@ class _Insertion:
             [node for node in sums if node in needed and self._sums_tokens(node)],
         )
         builder.skipped |= apart
-        joined = [*self.joins.nodes, *self.joins.told]
-        self.cached.hooks |= {node: partial(self.joins.hook, builder) for node in joined if node in needed}
-        builder.build(self.cached.hooks, self.cached.after, partial(self.joins.enter, builder), self.joins.given)
+        joined = [*self.joins.nodes, *self.joins.derived]
+        self.cached.hooks |= {node: self.joins.hook for node in joined if node in needed}
+        builder.build(self.cached.hooks, self.cached.after, self.joins.enter, self.joins.given)
         returned = {name: builder.value(node, "chunk") for name, node in results(graph).items()}
         new.output({**returned, **self.cached.returned})
         pinned = self._pinned()

@@ -7,6 +7,7 @@ one of the text: it stays what it is where nothing is put in its place.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,17 +31,17 @@ class Joins:
         nodes: The nodes that put values among tokens.
         given: Inputs over a prompt's tokens that say more of them (which see later ones, say), and what they are of
             text behind it.
-        told: What masks read that is made of those inputs alone (groups of tokens that see each other, say), and what
-            that is of text.
+        derived: What masks read that is made of those inputs alone (groups of tokens that see each other, say), and
+            what that is of text.
         filler: An id of the example that stays what it is: it stands behind the shorter prompts of a batch.
         least: How many tokens of the example a prompt must have, so that all behind it stay what they are.
     """
 
-    def __init__(self, facts: Causal) -> None:
-        self.facts = facts
+    def __init__(self, facts: Causal, builder: Rebuilder) -> None:
+        self.facts, self.builder = facts, builder
         self.nodes = [node for node in facts.program.graph.nodes if self._joins(node)]
         self.given = {node: value for node in facts.own if (value := self._of_text(node)) is not None}
-        self.told = self._told() if self.given else {}
+        self.derived = self._derived() if self.given else {}
         self.filler, self.least = self._text() if self.nodes or self.given else (0, 1)
 
     def __bool__(self) -> bool:
@@ -60,7 +61,7 @@ class Joins:
         ends = value[:, -2:]
         return float(ends[0, 0]) if bool((ends == ends[0, 0]).all()) else None
 
-    def _told(self) -> dict[fx.Node, float]:
+    def _derived(self) -> dict[fx.Node, float]:
         facts, found = self.facts, dict[fx.Node, float]()
         masks = [site for site in facts.sites if facts.kinds[site.output] == DATA and facts.contents(site)]
         nodes = {leaf for site in masks for leaf in facts.leaves(site)}
@@ -81,9 +82,9 @@ class Joins:
         return found
 
     def apart(self) -> set[fx.Node]:
-        """The nodes that nothing but what is told is made of."""
-        needed = ancestors([self.facts.program.graph.output_node()], self.told)
-        return {node for node in ancestors(self.told) - needed if self.facts.kinds.get(node) == DATA}
+        """The nodes that nothing but what is derived from those inputs is made of."""
+        needed = ancestors([self.facts.program.graph.output_node()], self.derived)
+        return {node for node in ancestors(self.derived) - needed if self.facts.kinds.get(node) == DATA}
 
     @property
     def ids(self) -> fx.Node:
@@ -103,12 +104,12 @@ class Joins:
         """An id that stays what it is, and how many tokens there are up to the last that does not."""
         facts, example = self.facts, self.facts.program.example_inputs
         ids = example[str(self.ids.target)]
-        wanted = [*self.told, *(arg for node in self.nodes for arg in (node, node.args[0]))]
+        wanted = [*self.derived, *(arg for node in self.nodes for arg in (node, node.args[0]))]
         found = facts.values(wanted)
         text = torch.ones_like(ids, dtype=torch.bool)
         for node, value in self.given.items():
             text &= example[str(node.target)] == value
-        for node, value in self.told.items():
+        for node, value in self.derived.items():
             text &= (found[node] == value).flatten(1).reshape(*text.shape, -1).all(-1)
         for node in self.nodes:
             same = found[node] == found[node.args[0]]
@@ -124,46 +125,52 @@ class Joins:
         places = torch.arange(1, ids.shape[1] + 1)
         return int(ids[0, -1]), max(1, int((~text * places).max()))
 
-    def enter(self, builder: Rebuilder) -> None:
+    def enter(self) -> None:
         """Make the inputs that hold a prompt, where that is more than text."""
         if not self:
             return
-        new = builder.new
+        builder, new = self.builder, self.builder.new
         for node in (self.ids, *self.given):
             name = str(node.target) if node in self.given else f"prompt_{node.target}"
             sizes = [new.size_value(size, new.prompt) for size in shape(node)]
             builder.prompts[node] = new.placeholder(name, sizes, node.meta["val"].dtype)
         new.placeholder(PROMPT_LENGTHS, [new.batch if new.batch is not None else 1], torch.int64)
         for node, value in self.given.items():
-            target, *args = self._chosen(builder, builder.prompts[node], self._same(builder, node, value))
+            target, *args = self._chosen(builder.prompts[node], self._same(node, value))
             builder.values[node, ""] = new.call(target, *args)
 
-    def _same(self, builder: Rebuilder, node: fx.Node, value: float) -> fx.Node:
+    def _same(self, node: fx.Node, value: float) -> fx.Node:
         """One number for each token of the chunk."""
-        new, dtype = builder.new, node.meta["val"].dtype
+        new, dtype = self.builder.new, node.meta["val"].dtype
         sizes = [new.sizer(new.size_value(size, new.chunk)) for size in shape(node)]
         number: Any = value if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
         return new.call(aten.full.default, sizes, number, dtype=dtype)
 
-    def hook(self, builder: Rebuilder, node: fx.Node) -> fx.Node:
+    def hook(self, node: fx.Node) -> fx.Node:
         """The node's value on a chunk: the prompt's rows where the chunk is in it, else the tokens' own."""
-        told = self.told.get(node)
-        own = builder.value(node.args[0]) if told is None else self._same(builder, node, told)  # type: ignore[arg-type]
+        text, builder = self.derived.get(node), self.builder
+        own = builder.value(node.args[0]) if text is None else self._same(node, text)  # type: ignore[arg-type]
         table = builder.value(node, "prompt")
         builder.new.edits["replaced"] += 1
-        target, *args = self._chosen(builder, table, own)
+        target, *args = self._chosen(table, own)
         return builder.copied_as(node, target, *args)
 
-    def _chosen(self, builder: Rebuilder, table: fx.Node, own: fx.Node) -> tuple[Any, ...]:
-        """A call that gives what a chunk's tokens are: of the prompt's from the table, else their own."""
-        new = builder.new
+    @cached_property
+    def _places(self) -> tuple[fx.Node, fx.Node, fx.Node]:
+        """Which of a chunk's tokens are the prompt's, ``[rows, chunk]``, and where those lie in it: rows, places."""
+        new = self.builder.new
         if new.batch is None:
             raise new.refusal("the rows of a batch are not computed apart", hint="an example of two rows or more")
-        positions = builder.rows.positions()
+        positions = self.builder.rows.positions()
         ends = new.call(aten.unsqueeze.default, new.inputs[PROMPT_LENGTHS], 1)
-        inside = new.call(aten.lt.Tensor, positions, ends)
         at = new.call(aten.minimum.default, positions, new.call(aten.sub.Tensor, ends, 1))
         rows = new.call(aten.unsqueeze.default, new.call(aten.arange.default, new.sizer(new.batch)), 1)
+        return new.call(aten.lt.Tensor, positions, ends), rows, at
+
+    def _chosen(self, table: fx.Node, own: fx.Node) -> tuple[Any, ...]:
+        """A call that gives what a chunk's tokens are: of the prompt's from the table, else their own."""
+        new = self.builder.new
+        inside, rows, at = self._places
         for _ in shape(own)[2:]:
             inside = new.call(aten.unsqueeze.default, inside, -1)
         taken = new.call(aten.index.Tensor, table, [rows, at])
