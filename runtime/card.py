@@ -184,11 +184,14 @@ def _python(manifest: Manifest, name: str) -> str:
         axis: max(low, min(1 if axis == manifest.batch else _TOKENS, high or _TOKENS))
         for axis, (low, high) in manifest.axes.items()
     }
+    kept = [(item.token, evaluate(item.count, sizes)) for item in manifest.placeholders if item.input == ids]
+    if cache and cache.prompt:  # what is given for each token of the prompt
+        sizes[str(manifest.values[cache.prompt.tokens].shape[1])] = sum(count for _, count in kept) + 2
     wanted = [item for item in manifest.inputs if item not in chunk]
     lines = [_array(item, manifest.values[item], sizes) for item in wanted]
     if ids:
-        kept = "".join(f"[{p.token}] * {evaluate(p.count, sizes)} + " for p in manifest.placeholders if p.input == ids)
-        lines.append(f'    "{ids}": [{kept}[1, 1]],  # token ids, as the tokenizer makes them')
+        places = "".join(f"[{token}] * {count} + " for token, count in kept)
+        lines.append(f'    "{ids}": [{places}[1, 1]],  # token ids, as the tokenizer makes them')
     head = ["import numpy as np", "import offramp", "", f'model = offramp.load("{name}")', "inputs = {", *lines, "}"]
     if ids:
         run = ["generated = model.generate(inputs, max_new_tokens=4)", "print(generated.tokens, generated.exits)"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from offramp.errors import ExecutionError, InputError, PassError
 from offramp.passes.caches.chunks import check_chunks
 from offramp.program import ops
 from offramp.program.graph import expression, placeholders, shape
+from offramp.runtime.card import CARD_FILE
 
 IMAGE, FEATURES, PATCHES, TOKENS = tiny.WORDS - 1, 5, 3, 12
 Join = Callable[["Reader", Tensor, Tensor], Tensor]
@@ -310,7 +312,7 @@ def test_a_prefix_that_sees_itself_is_together() -> None:
     assert check_chunks(program, cached) < 1e-5
 
 
-def test_a_prefix_generates_as_the_model_does(tmp_path: Path) -> None:
+def test_a_prefix_generates_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = prefixed()
     program = offramp.apply(offramp.capture(model, inputs), "insert-exits,insert-scores{measure=top1},insert-cache")
     offramp.save(program, tmp_path / "prefix.offramp")
@@ -326,6 +328,9 @@ def test_a_prefix_generates_as_the_model_does(tmp_path: Path) -> None:
             assert token == int(logits.argmax())
             ids = torch.cat([ids, torch.tensor([[token]])], 1)
             groups = torch.cat([groups, torch.zeros(1, 1, dtype=torch.int64)], 1)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "prefix.offramp" / CARD_FILE).read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, CARD_FILE, "exec"), {"__name__": "card"})
     with pytest.raises(InputError, match="'groups' is missing"):
         chain.generate({"image": inputs["image"].numpy(), "input_ids": rows["input_ids"]})
     with pytest.raises(InputError, match="'groups' has rows of"):
