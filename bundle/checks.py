@@ -263,13 +263,18 @@ class _Flow:
         inner = set(there)
         exits = {exit_.after: exit_ for exit_ in stack.exits}
         yield from self._there([stack.input], there, f"{where}.input")
+        if stack.groups:
+            yield from self._make(stack.places or "", f"{where}.places", inner)
+            for group in stack.groups:
+                if unknown := names(group.tokens) - self._manifest.axes.keys():
+                    yield f"{where}.groups: no such axes: {', '.join(sorted(unknown))}"
         for part in stack.parts:
             for segment in part.segments:
                 yield from self._run(segment, inner)
             yield from self._there([part.output], inner, f"{where}, part {part.depth}, output")
             if part.depth in exits:
                 place = f"{where}, exit after {part.depth}"
-                yield from self._leave(exits[part.depth], inner, place, stack.output, ends=ends)
+                yield from self._leave(exits[part.depth], inner, place, stack, ends=ends)
         outputs = {str(sorted(exit_.outputs)) for exit_ in stack.exits}
         if len(outputs) > 1:
             yield f"{where}.exits: their outputs differ: {' and '.join(sorted(outputs))}"
@@ -279,7 +284,7 @@ class _Flow:
         else:
             yield f"{where}.output: {stack.output!r} is not {last!r}, and {self._made[stack.output]} makes it"
 
-    def _leave(self, exit_: Exit, inner: set[str], where: str, output: str, *, ends: bool) -> Iterator[str]:
+    def _leave(self, exit_: Exit, inner: set[str], where: str, stack: Stack, *, ends: bool) -> Iterator[str]:
         here = set(inner)
         for segment in exit_.segments:
             yield from self._run(segment, here)
@@ -287,7 +292,7 @@ class _Flow:
             yield f"{where}: " + ("has no outputs" if ends else "has outputs, but other stages follow")
         yield from self._there([exit_.state], here, f"{where}, state")
         yield from self._there(exit_.outputs.values(), here, f"{where}, outputs")
-        stands_for = {exit_.state: output} if not ends else {}
+        stands_for = {exit_.state: stack.output} if not ends else {}
         stands_for |= {made: self._manifest.outputs.get(name, made) for name, made in exit_.outputs.items()}
         for made, full in stands_for.items():
             if _kind(self._manifest, made) != _kind(self._manifest, full):
@@ -297,7 +302,8 @@ class _Flow:
             if name not in self._manifest.values:
                 continue  # which is said above
             rank, place = _kind(self._manifest, name)[1:]
-            by_token = rank == 2 and isinstance(self._manifest.values[name].shape[1], str)
+            wide = self._manifest.values[name].shape[1] if rank == 2 else None
+            by_token = isinstance(wide, str) or (wide or 0) == len(stack.groups) > 0
             dtype, expected = self._manifest.values[name].dtype, measure_named(measure).dtype
             if measure in MEASURES and dtype != expected:
                 yield f"{where}, score {measure}: {name!r} is {dtype}, expected {expected}"

@@ -13,7 +13,7 @@ depth, rows may leave.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from offramp.bundle.expressions import multiple
@@ -21,7 +21,7 @@ from offramp.bundle.measures import PICK
 from offramp.bundle.preprocessing import Preprocessing
 
 FORMAT = "offramp"
-VERSION = 6
+VERSION = 7
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 #: The value that says which share of its learners a token is to take on average, float32 [1].
@@ -129,10 +129,20 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Group:
+    """Some of a stack's tokens, which leave it together: ``tokens`` of them, a number or an expression over axes."""
+
+    name: str
+    tokens: int | str
+
+
+@dataclass(frozen=True)
 class Stack:
     """A loop of ``blocks`` transformer blocks from value ``input`` to value ``output``.
 
     Where the first part makes the hidden state that enters the stack, ``input`` are the tokens that it is made of.
+    Where tokens leave in ``groups``, which lie one behind the other, the value ``places`` says where those are that
+    have not left, int64 [batch, tokens that have not]; scores are [batch, groups] then, and the others stay as they are.
     """
 
     name: str
@@ -142,6 +152,16 @@ class Stack:
     output: str
     parts: tuple[Part, ...]
     exits: tuple[Exit, ...]
+    groups: tuple[Group, ...] = ()
+    places: str | None = None
+
+    @property
+    def by_group(self) -> Mapping[str, Stack]:
+        """What leaves, by the names that policies have for it: the stack itself, or ``STACK.GROUP`` for each group."""
+        if not self.groups:
+            return {self.name: self}
+        names = (f"{self.name}.{group.name}" for group in self.groups)
+        return {name: replace(self, name=name, groups=(), places=None) for name in names}
 
     @property
     def asking(self) -> tuple[Exit, ...]:
@@ -342,3 +362,8 @@ class Manifest:
     validation: Mapping[str, Any] = field(default_factory=dict)
     format: str = FORMAT
     version: int = VERSION
+
+    @property
+    def leaving(self) -> Mapping[str, Stack]:
+        """What leaves early, by the names that policies have for it: stacks, and groups of tokens (``STACK.GROUP``)."""
+        return {name: stack for item in self.stacks.values() for name, stack in item.by_group.items()}

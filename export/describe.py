@@ -179,7 +179,17 @@ class Describer:
             self._name(stack.output),
             tuple(parts),
             tuple(exits),
+            *self._groups(stack),
         )
+
+    def _groups(self, stack: Stack) -> tuple[tuple[m.Group, ...], str | None]:
+        """The groups in which tokens leave a stack, and the value of the places of those that have not."""
+        given = placeholders(self.program.graph)
+        for item in self.program.groups:
+            if item.stack == stack.name and item.places in given:
+                self._value(item.places, given[item.places])
+                return item.groups, item.places
+        return (), None
 
     def _full(self, plan: StackPlan, item: Exit | None, final: bool) -> m.Exit:
         stack = plan.stack

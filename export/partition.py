@@ -82,7 +82,7 @@ def partition(program: Program, segments: int | None = None) -> Plan:
     returned = results(program.graph)
     if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:
         raise ExportError(f"the outputs {fixed} are weights, whatever the inputs are", hint="a model without them")
-    fed = {WIDTH, *(program.cache.graph_inputs if program.cache else ())}
+    fed = {WIDTH, *(program.cache.graph_inputs if program.cache else ()), *(item.places for item in program.groups)}
     if strange := [item for item in program.records if set(item.graph_inputs) - fed]:
         raise ExportError(
             f"the {strange[0].kind} ({strange[0].summary(program)}) has the inputs {list(strange[0].graph_inputs)}, "

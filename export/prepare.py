@@ -8,12 +8,17 @@ from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
+import torch
+from torch import fx
+
 from offramp.export.lowering.merged_products import merge_products
 from offramp.export.lowering.pipeline import Step, rewrite
 from offramp.export.lowering.rotary import fuse_rotary
+from offramp.passes.groups.active import run_on_active
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.verifier import verify
-from offramp.program.graph import attribute
+from offramp.program.graph import attribute, expression, placeholders, shape
+from offramp.program.groups import Groups
 from offramp.program.learners import FORMS, WIDTH, Learners
 from offramp.program.program import Program
 
@@ -29,9 +34,11 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
     a rotation and is none is written to the log (debug).
     """
     known = program.learners
-    if program.cache is None and not known:
+    leaving = [item for item in program.groups if _first(program, item) is not None]
+    if program.cache is None and not known and not leaving:
         return program
     editor, steps = Editor(program, "export"), dict[str, Step[Editor]]()
+    places = {item.places: _active(editor, item) for item in leaving}
     if known:
         steps["width"] = partial(_execution, records=known, forms=forms)
     if program.cache is not None:
@@ -39,10 +46,36 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
     rewrite(editor, steps, "lowering", text=lambda edited: str(edited.graph))
     editor.drop_dead(keep=program.pinned)
     width = {WIDTH: attribute(program.graph_module, WIDTH)} if known else {}
-    made = editor.finish(example_inputs={**program.example_inputs, **width}).program
+    axes = program.axes
+    for name, node in places.items():
+        axis = expression(shape(node)[1])
+        axes = replace(axes, names={**axes.names, axis: f"{name}_1"}, ranges={**axes.ranges, axis: (1, None)})
+    everywhere = {item.places: _everywhere(program, item) for item in leaving}
+    made = editor.finish(example_inputs={**program.example_inputs, **width, **everywhere}, axes=axes).program
     made = replace(made, history=program.history)
     verify(made, "before it is cut")
     return made
+
+
+def _first(program: Program, item: Groups) -> int | None:
+    """After how many blocks a group can first leave; None where there is no exit."""
+    blocks = program.stacks[item.stack].blocks
+    return min((exit_.after for exit_ in program.exits_of(item.stack) if exit_.after < blocks), default=None)
+
+
+def _active(editor: Editor, item: Groups) -> fx.Node:
+    """Let the blocks behind the first exit run on the tokens that have not left."""
+    first = _first(editor.program, item)
+    assert first is not None
+    return run_on_active(editor, item, first)
+
+
+def _everywhere(program: Program, item: Groups) -> torch.Tensor:
+    """The places of all tokens, in the example."""
+    name, node = next((n, node) for n, node in placeholders(program.graph).items() if program.axes.batch_axis(node))
+    place = program.axes.batch_axis(node)
+    rows = program.example_inputs[name].shape[place[0]] // place[1] if place else 1
+    return torch.arange(item.total(program)).repeat(rows, 1)
 
 
 def _execution(editor: Editor, records: Sequence[Learners], forms: Mapping[str, str]) -> None:
@@ -52,7 +85,8 @@ def _execution(editor: Editor, records: Sequence[Learners], forms: Mapping[str, 
         node.args = (*node.args, forms.get(item.hidden, FORMS[0]))
     for width in editor.graph.find_nodes(op="get_attr"):
         if width.target == WIDTH:
-            given = editor.input(WIDTH, attribute(editor.module, WIDTH))
+            value = attribute(editor.module, WIDTH)
+            given = editor.input(WIDTH, value.shape, value.dtype)
             editor.replace_uses(width, given, list(width.users))
 
 

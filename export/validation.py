@@ -15,6 +15,7 @@ from offramp.errors import ExportError, InputError
 from offramp.passes import Truncate
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import run
+from offramp.program.groups import left_early
 from offramp.program.program import Program
 from offramp.program.sizes import at_other_sizes
 from offramp.runtime.chain import Chain
@@ -59,7 +60,8 @@ def validate(
 
     Returns the largest relative errors: ``segments`` (each segment on torch's values of its inputs), ``chain``
     (full depth), ``exits`` (every exit forced, against the truncated program), ``rows`` (rows that leave at
-    different exits, against each row alone), ``other_shapes`` (other batch sizes and lengths).
+    different exits, against each row alone), ``other_shapes`` (other batch sizes and lengths), ``groups`` (groups of
+    tokens that leave at different exits, each row at its own).
 
     Raises:
         ExportError: an error is above the tolerance; the message names the segment or exit.
@@ -96,12 +98,14 @@ def validate(
             if item.after == program.stacks[stack].blocks:
                 continue
             expected = wanted.outputs(stack, item.after)
-            found = _run(chain, program.example_inputs, Depth({stack: item.after}))
+            found = _run(chain, program.example_inputs, Depth(dict.fromkeys(manifest.stacks[stack].by_group, item.after)))
             figures["exits"] = max(
                 figures["exits"],
                 _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected), bound),
             )
     figures["rows"] = _rows(program, chain)
+    if program.groups:
+        figures["groups"] = _checked("groups of tokens that leave apart", _groups(program, chain), bound)
     if program.cache is not None:
         figures["cache"] = _checked("the chain step by step", _stepwise(wanted, chain), bound)
     return {**figures, "tolerance": bound}
@@ -252,6 +256,33 @@ def _coin(stack: str) -> Callable[[State], Any]:
     """Leave the stack at random exits."""
     random = np.random.default_rng(1)
     return lambda state: (random.random(state.rows.size) < 0.4) & (state.stack == stack)
+
+
+def _groups(program: Program, chain: Chain) -> float:
+    """Groups of tokens leave at random exits, in each row at others; the largest relative error."""
+    random, largest = np.random.default_rng(2), 0.0
+    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    for _ in range(4):
+        drawn: dict[str, Any] = {}
+
+        def leave(state: State, drawn: dict[str, Any] = drawn) -> Any:
+            if state.stack not in chain.manifest.stacks:  # a group
+                depths = [exit_.after for exit_ in chain.stacks[state.stack].exits]
+                at = drawn.setdefault(state.stack, random.choice(depths, chain.manifest.batch and 64))
+                return at[state.rows % 64] == state.after
+            return np.zeros(state.rows.size, np.bool_)
+
+        found = chain.run(inputs, leave)
+        depths = {
+            item.stack: torch.from_numpy(
+                np.stack([found.exits[name] for name in chain.manifest.stacks[item.stack].by_group], 1)
+            )
+            for item in program.groups
+        }
+        with torch.no_grad():
+            expected = left_early(program, program.fresh(program.example_inputs), depths)
+        largest = max(largest, worst(found.outputs, {name: expected[name] for name in program.outputs}))
+    return largest
 
 
 def _rows(program: Program, chain: Chain) -> float:

@@ -8,6 +8,7 @@ from offramp.passes.insert_adapter import InsertAdapter
 from offramp.passes.insert_cache import InsertCache
 from offramp.passes.insert_exits import InsertExits
 from offramp.passes.insert_scores import InsertScores
+from offramp.passes.split_modalities import SplitModalities
 from offramp.passes.truncate import Truncate
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "InsertScores",
     "Pass",
     "PassResult",
+    "SplitModalities",
     "Truncate",
     "apply",
 ]

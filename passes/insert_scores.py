@@ -50,7 +50,8 @@ class InsertScores(Pass):
     the head where they are sure enough: there a policy says whether the token that was picked will do.
 
     Where logits have more axes than rows and classes, the least sure place that is not padding decides; in a causal
-    stack each token has a score of its own, since each may leave at another exit.
+    stack each token has a score of its own, since each may leave at another exit; where tokens leave in groups
+    (``split-modalities``) each group has one, [batch, groups], and cosine alone is made of them.
 
     Requires: exits; for all but cosine and learned, a stack whose tail ends in logits; for short scores, logits of
     one product with a weight, and operators that keep classes apart after it (scale, bias, soft-cap).
@@ -82,6 +83,11 @@ class InsertScores(Pass):
             raise SpecError(
                 f"stack {stack!r} has exits after {sorted(have) or 'no block'}",
                 hint=f"insert-exits{{stack={stack}}} first",
+            )
+        if program.groups_of(stack) and set(self.measures) != {"cosine"}:
+            raise SpecError(
+                f"measure={'|'.join(self.measures)}: tokens leave stack {stack!r} in groups, of which no output tells",
+                hint="measure=cosine",
             )
         if set(self.measures) - set(OF_STATE):
             if following := program.next_stack(stack):
@@ -215,7 +221,8 @@ class InsertScores(Pass):
         builder = ScoreBuilder(editor, program, self._tokens(program))
         hidden = editor[item.hidden]
         if measure.source == "hidden states":
-            return builder.cosine(editor[stack.cuts[item.after - 1]], hidden, builder.padding(stack.name))
+            before, groups = editor[stack.cuts[item.after - 1]], program.groups_of(stack.name)
+            return builder.cosine(before, hidden, builder.padding(stack.name), groups)
         if measure.source == "gate":
             return builder.learned(hidden, builder.padding(stack.name), f"exits.{item.stack}.{item.after}.gate")
         logits = results(editor.graph)[item.outputs[self._logits(program)]]

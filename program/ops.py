@@ -15,6 +15,8 @@ _library.define(
     "Tensor? bias, float scale, int window, bool causal=True) -> (Tensor, Tensor, Tensor)"
 )
 _library.define("fill_places(Tensor tokens, Tensor places, Tensor rows) -> Tensor")
+_library.define("take_tokens(Tensor tokens, Tensor places, int axis) -> Tensor")
+_library.define("put_tokens(Tensor tokens, Tensor places, Tensor taken, int axis) -> Tensor")
 _library.define("first_learners(Tensor hidden, Tensor choice, int learners, int least, str form='dense') -> Tensor")
 
 
@@ -142,12 +144,47 @@ def fill_places(tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
     return torch.where(places[..., None], rows.flatten(0, 1)[at], tokens)
 
 
+def take_tokens(tokens: Tensor, places: Tensor, axis: int) -> Tensor:
+    """Of each row the tokens at some places.
+
+    Args:
+        tokens: ``[rows, ...]`` with tokens along ``axis``; one row stands for all, several may be one row's (heads).
+        places: int64 ``[batch, taken]``; one may come repeatedly.
+        axis: the axis of tokens, not the first.
+    """
+    batch, count = places.shape
+    if isinstance(tokens, FakeTensor):  # the shape is all that is asked for
+        rows = batch if tokens.shape[0] == 1 else tokens.shape[0]
+        return tokens.new_empty((rows, *tokens.shape[1:axis], count, *tokens.shape[axis + 1 :]))
+    wide = tokens.expand(batch, *tokens.shape[1:]) if tokens.shape[0] == 1 else tokens
+    return wide.gather(axis, _spread(places, wide, axis))
+
+
+def put_tokens(tokens: Tensor, places: Tensor, taken: Tensor, axis: int) -> Tensor:
+    """The tokens, those at some places replaced by ``taken``, which `take_tokens` had given; equal where one repeats."""
+    if isinstance(tokens, FakeTensor):  # the shape is all that is asked for
+        return torch.empty_like(tokens)
+    return tokens.scatter(axis, _spread(places, taken, axis), taken)
+
+
+def _spread(places: Tensor, like: Tensor, axis: int) -> Tensor:
+    """The places of tokens along ``axis``, as ``gather`` and ``scatter`` have them."""
+    places = places.repeat_interleave(like.shape[0] // places.shape[0], 0)
+    sizes = [1] * like.dim()
+    sizes[0], sizes[axis] = places.shape
+    return places.reshape(sizes).expand(*like.shape[:axis], places.shape[1], *like.shape[axis + 1 :])
+
+
 _library.impl("append", append, "CompositeImplicitAutograd")
 _library.impl("attention", attention, "CompositeImplicitAutograd")
 _library.impl("fill_places", fill_places, "CompositeImplicitAutograd")
+_library.impl("take_tokens", take_tokens, "CompositeImplicitAutograd")
+_library.impl("put_tokens", put_tokens, "CompositeImplicitAutograd")
 _library.impl("first_learners", first_learners, "CompositeImplicitAutograd")
 
 APPEND = torch.ops.offramp.append.default
 ATTENTION = torch.ops.offramp.attention.default
 FILL_PLACES = torch.ops.offramp.fill_places.default
 FIRST_LEARNERS = torch.ops.offramp.first_learners.default
+TAKE_TOKENS = torch.ops.offramp.take_tokens.default
+PUT_TOKENS = torch.ops.offramp.put_tokens.default

@@ -23,6 +23,7 @@ from offramp.program.cache import Cache
 from offramp.program.dropout import Trainable, keeps, strip
 from offramp.program.exit import Exit
 from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
+from offramp.program.groups import Groups
 from offramp.program.learners import Learners
 from offramp.program.record import Record
 
@@ -65,6 +66,11 @@ class Program:
     def learners(self) -> tuple[Learners, ...]:
         """The records of sites with learners, in the order in which they were inserted."""
         return tuple(item for item in self.records if isinstance(item, Learners))
+
+    @cached_property
+    def groups(self) -> tuple[Groups, ...]:
+        """The records of stacks whose tokens leave in groups."""
+        return tuple(item for item in self.records if isinstance(item, Groups))
 
     @cached_property
     def pinned(self) -> frozenset[str]:
@@ -176,6 +182,10 @@ class Program:
             if other != name and self.nodes[stack.cuts[1]] in reached:
                 return other
         return None
+
+    def groups_of(self, stack: str) -> Groups | None:
+        """The groups in which tokens leave a stack, None where rows leave it as a whole."""
+        return next((item for item in self.groups if item.stack == stack), None)
 
     def exits_of(self, stack: str) -> list[Exit]:
         """The exits of a stack, shallowest first."""

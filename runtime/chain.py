@@ -31,7 +31,7 @@ from offramp.runtime.generation.stopping import Ends, own_tokenizer
 from offramp.runtime.generation.tokens import Generated, Token
 from offramp.runtime.policies import builtin
 from offramp.runtime.policies.base import Function, Policy, State, listing
-from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.policies.group_policy import asked_at
 from offramp.runtime.policies.width import parted
 from offramp.runtime.result import Result
 
@@ -105,8 +105,8 @@ class Chain:
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
-        """The stacks that rows can leave early, by name."""
-        return self.manifest.stacks
+        """The stacks that rows can leave early, by name; of one whose tokens leave in groups ``STACK.GROUP`` for each."""
+        return self.manifest.leaving
 
     def run(self, inputs: Mapping[str, Any], policy: Policy | Callable[[State], Any] | None = None) -> Result:
         """Run the model on a batch.
@@ -127,11 +127,11 @@ class Chain:
         refuse(policy, "run() generates nothing")
         arrays, batch = self._inputs.check(inputs)
         arrays |= {**fresh(self.manifest, arrays, batch), **width}
-        policies = {name: StackPolicy(policy, stack, batch) for name, stack in self.stacks.items()}
+        policies = asked_at(self.manifest.stacks, policy, batch, self._inputs.sizes(arrays))
         memory = self._engine.memory
         ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
         outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}
-        scores = {name: asked.record for name, asked in policies.items()}
+        scores = {name: record for asked in policies.values() for name, record in asked.records().items()}
         return Result(outputs, ran.exits, scores, tuple(ran.trace), ran.widths.by_row(batch), ran.widths.share)
 
     def stream(
@@ -290,7 +290,7 @@ class Chain:
         lines = [
             f"<offramp.Chain {manifest.model!r}, {manifest.precision}, {size:,} bytes",
             f"  inputs {_listed(self.inputs)}; outputs {_listed(self.outputs)}",
-            listing(manifest.stacks),
+            listing(manifest.leaving),
             widths.listing(manifest),
             f"  {len(manifest.segments)} segments of {files} files; policy {self.policy!r}>",
         ]

@@ -7,14 +7,15 @@ from functools import reduce
 from typing import Any
 
 import onnx
+import sympy
 import torch
 from onnxscript import opset23
 from torch import fx
 
 from offramp.export.lowering.node_builder import Builder
 from offramp.export.lowering.table import lowering, onnx_functions
-from offramp.program.graph import aten
-from offramp.program.ops import FILL_PLACES
+from offramp.program.graph import aten, expression, shape
+from offramp.program.ops import FILL_PLACES, PUT_TOKENS, TAKE_TOKENS
 
 
 @lowering(aten.sym_stride.int)
@@ -40,6 +41,43 @@ def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node) -> fx.N
     taken = b.call(aten.index_select.default, flat, 0, b.call(aten.reshape.default, at, [-1]))
     taken = b.call(aten.reshape.default, taken, b.sizes(tokens))
     return b.call(aten.where.self, b.call(aten.unsqueeze.default, places, -1), taken, tokens)
+
+
+@lowering(TAKE_TOKENS)
+def _taken(b: Builder, tokens: fx.Node, places: fx.Node, axis: int) -> fx.Node:
+    """Whole rows of features are gathered, so that it takes what a copy does."""
+    inner = b.call(aten.movedim.int, tokens, axis, 1) if axis != 1 else tokens
+    sizes = b.sizes(inner)
+    batch, count = b.sizes(places)
+    if sizes[0] == 1:
+        flat = b.call(aten.reshape.default, places, [-1])
+        made = b.call(aten.index_select.default, b.call(aten.squeeze.dim, inner, 0), 0, flat)
+        made = b.call(aten.reshape.default, made, [batch, count, *sizes[2:]])
+    else:
+        (made,) = b.onnx(
+            "GatherND", [inner, _rows(b, places, inner)], {"batch_dims": 1}, [[sizes[0], count, *sizes[2:]]], like=inner
+        )
+    return b.call(aten.movedim.int, made, 1, axis) if axis != 1 else made
+
+
+@lowering(PUT_TOKENS)
+def _put(b: Builder, tokens: fx.Node, places: fx.Node, taken: fx.Node, axis: int) -> fx.Node:
+    """Whole rows of features are written into a copy."""
+    if axis != 1:
+        tokens, taken = (b.call(aten.movedim.int, node, axis, 1) for node in (tokens, taken))
+    at = _rows(b, places, tokens)
+    rows = b.call(aten.reshape.default, b.call(aten.arange.default, b.size(tokens, 0)), [-1, 1, 1])
+    rows = b.call(aten.expand.default, rows, b.sizes(at))
+    where = b.call(aten.cat.default, [rows, at], -1)
+    (made,) = b.onnx("ScatterND", [tokens, where, taken], {}, [b.sizes(tokens)], like=tokens)
+    return b.call(aten.movedim.int, made, 1, axis) if axis != 1 else made
+
+
+def _rows(b: Builder, places: fx.Node, like: fx.Node) -> fx.Node:
+    """Places ``[rows, taken, 1]``, of as many rows as there are tensors of tokens."""
+    at = b.call(aten.unsqueeze.default, places, -1)
+    heads = sympy.simplify(sympy.sympify(expression(shape(like)[0])) / sympy.sympify(expression(shape(places)[0])))
+    return at if heads == 1 else b.call(aten.repeat_interleave.self_int, at, int(heads), 0)
 
 
 def _grouped_product(rows: Any, weights: Any, ends: Any) -> Any:

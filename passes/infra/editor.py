@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from offramp.errors import PassError
 from offramp.passes.infra.contract import PassResult
 from offramp.program.graph import add_call, attribute, copied, fake_mode, results
 from offramp.program.program import Program
+from offramp.program.symbols import new_axis
 
 
 class Editor:
@@ -60,12 +61,18 @@ class Editor:
         node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
         return self._made(node, like)
 
-    def input(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A new input of the program, of the shape of ``value`` whatever the others are."""
+    def input(self, name: str, sizes: Sequence[Any], dtype: torch.dtype) -> fx.Node:
+        """A new input of the program; a size may be that of another value, or one of `new_size`."""
         with self.graph.inserting_before(next(node for node in self.graph.nodes if node.op != "placeholder")):
             node = self.graph.placeholder(name)
-        node.meta["val"] = self._fake.from_tensor(value, static_shapes=True)
+        with self._fake:
+            node.meta["val"] = torch.empty(tuple(sizes), dtype=dtype)
         return self._made(node, node)
+
+    def new_size(self, name: str, hint: int) -> torch.SymInt:
+        """A size of any length that is equal to no other; ``hint`` is its length where torch looks for one."""
+        assert self._fake.shape_env is not None
+        return new_axis(self._fake.shape_env, name, hint)
 
     def call(self, target: Any, *args: Any, at: fx.Node, **kwargs: Any) -> fx.Node:
         """A new call of ``target`` right after node ``at``; the value's shape is computed from the arguments'."""

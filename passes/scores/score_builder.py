@@ -10,10 +10,12 @@ import torch
 from torch import fx
 
 from offramp.bundle.measures import Measure
+from offramp.passes.groups.bounds import group_bounds
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.attention import HIDDEN, AttentionSite, Mask, padding_mask, together
 from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import aten, expression, shape
+from offramp.program.groups import Groups, token_axis
 from offramp.program.program import Program, evaluate
 
 
@@ -31,6 +33,10 @@ class ScoreBuilder:
         """A new call, after the one before."""
         self.here = self.editor.call(target, *args, at=self.here, **kwargs)
         return self.here
+
+    def new_call(self, target: Any, *args: Any) -> fx.Node:
+        """`call` with nodes of the given graph."""
+        return self.call(target, *fx.node.map_arg(args, lambda arg: self.editor[arg.name]))
 
     def by_rows(self, node: fx.Node) -> fx.Node:
         """The node in float32, with an axis that counts rows only (a row may take several places of one)."""
@@ -139,16 +145,23 @@ class ScoreBuilder:
         products = self.call(aten.mul.Tensor, self.call(aten.exp.default, logs), logs)
         return self.call(aten.neg.default, self.call(aten.sum.dim_IntList, products, [-1]))
 
-    def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None) -> fx.Node:
-        """Similarity of two states, all values of a row (or of one of its tokens) as one vector."""
+    def cosine(
+        self, before: fx.Node, after: fx.Node, valid: fx.Node | None, groups: Groups | None = None
+    ) -> fx.Node:
+        """Similarity of two states, all values of a row (of one of its tokens, of a group of them) as one vector."""
         before, after = self.by_rows(before), self.by_rows(after)
         real = self.spread(valid, after)
+        bounds = group_bounds(self.program, groups.groups, self.new_call) if groups else []
 
         def dot(a: fx.Node, b: fx.Node) -> fx.Node:
             product = self.call(aten.mul.Tensor, a, b)
             if real is not None:
                 product = self.call(aten.where.ScalarOther, real, product, 0.0)
-            return self.per_row(product, aten.sum.dim_IntList)
+            if groups is None:
+                return self.per_row(product, aten.sum.dim_IntList)
+            axis = token_axis(self.program, self.program.stacks[groups.stack].input)
+            parts = [self.call(aten.slice.Tensor, product, axis, start, end) for start, end in bounds]
+            return self.call(aten.stack.default, [self.per_row(part, aten.sum.dim_IntList) for part in parts], 1)
 
         lengths = self.call(aten.sqrt.default, self.call(aten.mul.Tensor, dot(before, before), dot(after, after)))
         return self.call(aten.div.Tensor, dot(before, after), self.call(aten.clamp_min.default, lengths, 1e-12))

@@ -15,7 +15,7 @@ from offramp.runtime.engine.binding import bind
 from offramp.runtime.engine.loop import Loop, depths, joined
 from offramp.runtime.engine.memory import Env, Index, Memory
 from offramp.runtime.engine.widths import Sites, Widths
-from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.policies.group_policy import Asked
 from offramp.runtime.result import Timing
 
 
@@ -42,7 +42,7 @@ class Engine:
         self._calls = bind(manifest, sessions, memory)
         self._sites = Sites(manifest)
 
-    def run(self, values: Env, batch: int, policies: Mapping[str, StackPolicy], when: str | None = None) -> Ran:
+    def run(self, values: Env, batch: int, policies: Mapping[str, Asked], when: str | None = None) -> Ran:
         """Run the stages of that ``when``, and keep every value; or (None) all of them, for the outputs alone.
 
         ``values`` are this engine's memory's, and left as they are.
@@ -56,7 +56,7 @@ class Engine:
                 self._step(step, ran, batch, policies)
         return ran
 
-    def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, StackPolicy]) -> None:
+    def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, Asked]) -> None:
         loop, rows = Loop(self._calls, self.memory, ran.trace, ran.widths), np.arange(batch)
         if step.stack is None:
             loop.segments(step.segments, ran.values, rows)
@@ -65,6 +65,7 @@ class Engine:
         started = perf_counter()
         inside = self.memory.take(ran.values, step.reads, None)
         left = loop.stack(step.spans, inside, rows, policies[name])
-        ran.exits[name] = depths(left, batch)
-        policies[name].report(ran.exits[name], (perf_counter() - started) * 1e3)
+        found = depths(left, batch)
+        ran.exits |= policies[name].exits(found)
+        policies[name].report(found, (perf_counter() - started) * 1e3)
         ran.values |= joined(left, self._manifest.values, self._manifest.batch, batch, self.memory)

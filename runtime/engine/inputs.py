@@ -63,6 +63,13 @@ class Inputs:
         self._implied.check(given, sizes)
         return arrays, 1 if self._batch is None else sizes[self._batch]
 
+    def sizes(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+        """The length of each axis of inputs that fit."""
+        found: dict[str, int] = {}
+        for _ in self._sizes(arrays, found):
+            pass
+        return found
+
     def _places(self, arrays: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> Iterator[str]:
         """What is wrong with the places that texts keep for other inputs."""
         for item in self._placeholders:

@@ -20,7 +20,7 @@ from offramp.runtime.generation.buffers import Store
 from offramp.runtime.generation.chunk_spans import ChunkSpan, check_layout, chunk_spans
 from offramp.runtime.generation.defaults import merged
 from offramp.runtime.policies.base import Policy
-from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.policies.group_policy import asked_at
 
 Array = NDArray[Any]
 Prompts: TypeAlias = list[NDArray[np.int64]]
@@ -82,7 +82,7 @@ class GenerationPlan:
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         if prompt is not None:
             given[prompt.tokens], given[prompt.lengths] = given[name], np.array([row.size for row in prompts])
-        policies = {name: StackPolicy(policy, stack, rows) for name, stack in self.manifest.stacks.items()}
+        policies = asked_at(self.manifest.stacks, policy, rows, self._inputs.sizes(given))
         memory = self._engine.memory
         return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")
 

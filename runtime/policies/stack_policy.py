@@ -63,6 +63,14 @@ class StackPolicy:
             )
         return leave
 
+    def records(self) -> dict[str, dict[int, dict[str, NDArray[Any]]]]:
+        """The scores by the stack's name."""
+        return {self._stack.name: self.record}
+
+    def exits(self, depths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Where rows left that left the stack after ``depths`` blocks, by the stack's name."""
+        return {self._stack.name: depths}
+
     def report(self, depths: Sequence[int] | NDArray[np.int64], milliseconds: float) -> None:
         """Tell the policy what the stack took, if it wants to know."""
         if self._costs:

@@ -1,0 +1,78 @@
+"""``split-modalities``: image and text leave an encoder each on its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from offramp.errors import SpecError
+from offramp.passes.groups.apart import run_apart
+from offramp.passes.groups.joined import joined_groups
+from offramp.passes.infra.contract import Pass, PassResult, stack_named
+from offramp.passes.infra.editor import Editor
+from offramp.program.groups import Groups
+from offramp.program.program import Program
+
+
+@dataclass(frozen=True, repr=False)
+class SplitModalities(Pass):
+    """Groups of an encoder's tokens, one for each input that they are made of, leave it at exits of their own (MuE).
+
+    ``cat(image, text) -> blocks``  becomes, with ``form=separate``,  ``cat(blocks(image), blocks(text))``
+
+    Options: ``stack`` (may be left out where there is one encoder); ``form``:
+
+    - joint: all tokens attend to all, and a group that has left stays visible as it is: the blocks behind make keys
+      and values of its last states, queries and all else of the other tokens alone. Without exits nothing changes
+    - separate: a stack for each group, with the same weights, which attends to its own tokens alone (MuE, arXiv
+      2211.11152, sec. 3.1). That is another model: it has to be trained so
+
+    ``names`` are those of the groups in their order; left out they are image, text, or the inputs'. With ``joint`` they
+    are policies' names for them, ``STACK.GROUP``; with ``separate`` those of the stacks.
+
+    Requires: an encoder, before which ``torch.cat`` joins tokens of several inputs; rows are computed apart.
+    Ensures: the outputs are what they were (joint), or what no attention between groups gives (separate).
+    Invalidates: exits of the stack, so they come after it.
+    """
+
+    name: ClassVar[str] = "split-modalities"
+    stack: str | None = None
+    form: Literal["joint", "separate"] = "joint"
+    names: tuple[str, ...] | str = ()
+
+    def requires(self, program: Program) -> None:
+        """There is an encoder, without exits yet, whose tokens are joined from several inputs."""
+        name = self._stack(program)
+        if self.form not in ("joint", "separate"):
+            raise SpecError(f"form={self.form!r}: there are joint and separate")
+        if program.stacks[name].role == "decoder":
+            raise SpecError(
+                f"stack {name!r} is causal: each of its tokens leaves on its own already", hint="insert-exits, insert-cache"
+            )
+        if program.axes.batch is None:
+            raise SpecError(f"the rows of stack {name!r} are not computed apart", hint="a model with a batch axis")
+        if program.exits_of(name):
+            raise SpecError(f"stack {name!r} has exits already", hint="split-modalities, then insert-exits")
+        joined_groups(program, name, self._names)
+
+    def run(self, program: Program) -> PassResult:
+        """Note the groups, or give each its own stack."""
+        name = self._stack(program)
+        if any(item.stack == name for item in program.groups):
+            return PassResult(program, notes=(f"the tokens of stack {name} are in groups already",))
+        groups = joined_groups(program, name, self._names)
+        if self.form == "separate":
+            return run_apart(Editor(program, repr(self)), name, groups)
+        made = replace(
+            program, records=(*program.records, Groups(name, groups)), history=(*program.history, repr(self))
+        )
+        return PassResult(made, {"noted": len(groups)})
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (self.names,) if isinstance(self.names, str) else tuple(self.names)
+
+    def _stack(self, program: Program) -> str:
+        """The stack that is named, or the only encoder."""
+        encoders = [name for name, stack in program.require_stacks().items() if stack.role != "decoder"]
+        return encoders[0] if self.stack is None and len(encoders) == 1 else stack_named(program, self.stack)

@@ -1,0 +1,106 @@
+"""Groups of tokens that leave an encoder apart: the patches of an image and the words of a question, say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from offramp.bundle.expressions import evaluate
+from offramp.bundle.manifest import Group
+from offramp.program.graph import expression, placeholders, results, run, shape
+from offramp.program.record import Record
+
+if TYPE_CHECKING:
+    from offramp.program.program import Program
+
+__all__ = ["Group", "Groups", "left_early", "token_axis"]
+
+
+@dataclass(frozen=True)
+class Groups(Record):
+    """The tokens of a stack in groups, one behind the other, that leave it at exits of their own.
+
+    A group that has left stays visible: the others go on attending to its last states.
+    """
+
+    kind: ClassVar[str] = "groups"
+
+    stack: str
+    groups: tuple[Group, ...]
+
+    @property
+    def section(self) -> str:
+        """The stack."""
+        return self.stack
+
+    @property
+    def places(self) -> str:
+        """The input of the exported graph that says which tokens have not left: int64 [batch, tokens that have not]."""
+        return f"{self.stack}_places"
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """The places, where they have become an input: nobody who runs the captured model knows of them."""
+        return (self.places,)
+
+    def counts(self, program: Program, inputs: Mapping[str, torch.Tensor]) -> list[int]:
+        """How many tokens each group has for these inputs."""
+        sizes = {
+            program.axes.names[expression(size)]: inputs[name].shape[axis]
+            for name, node in placeholders(program.graph).items()
+            for axis, size in enumerate(shape(node))
+            if expression(size) in program.axes.names and name in inputs
+        }
+        return [evaluate(group.tokens, sizes) for group in self.groups]
+
+    def total(self, program: Program) -> int:
+        """How many tokens there are in the example."""
+        return sum(self.counts(program, program.example_inputs))
+
+    def summary(self, program: Program) -> str:
+        """The groups and their tokens."""
+        return "tokens in groups: " + ", ".join(f"{group.name} ({group.tokens})" for group in self.groups)
+
+
+def token_axis(program: Program, hidden: str) -> int:
+    """The axis of tokens of a hidden state: the first that neither counts rows nor is the last one."""
+    node = program.nodes[hidden]
+    place = program.axes.batch_axis(node)
+    return next(axis for axis in range(len(shape(node))) if place is None or axis != place[0])
+
+
+def left_early(
+    program: Program, inputs: Mapping[str, torch.Tensor], depths: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What the graph returns where groups of tokens leave stacks early, and stay visible there as they are.
+
+    Args:
+        program: one with `Groups`.
+        inputs: as the graph takes them.
+        depths: for each of these stacks, after how many blocks each group of each row leaves, int64 [batch, groups].
+
+    Returns:
+        The outputs by name; gradients flow through them.
+    """
+    values: dict[Any, Any] = {node: inputs[name] for name, node in placeholders(program.graph).items()}
+    order = [node for node in program.graph.nodes if node.op != "output"]
+    done = 0
+    for item in program.records:
+        if not isinstance(item, Groups) or item.stack not in depths:
+            continue
+        stack = program.stacks[item.stack]
+        axis = token_axis(program, stack.input)
+        counts = torch.tensor(item.counts(program, inputs))
+        per_token = depths[item.stack].repeat_interleave(counts, 1)[..., None]
+        per_token = per_token if axis == 1 else per_token.transpose(0, 1)
+        for depth, (before, after) in enumerate(zip(stack.cuts, stack.cuts[1:], strict=False), 1):
+            at = order.index(program.nodes[after]) + 1
+            run(program.graph_module, order[done:at], values)
+            done = at
+            old, new = values[program.nodes[before]], values[program.nodes[after]]
+            values[program.nodes[after]] = torch.where(per_token >= depth, new, old)
+    run(program.graph_module, order[done:], values)
+    return {name: values[node] for name, node in results(program.graph).items()}
