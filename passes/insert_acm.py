@@ -64,6 +64,11 @@ class InsertAcm(Pass):
     def requires(self, program: Program) -> None:
         """The stack, the blocks, the sites and the numbers of learners exist."""
         name = stack_named(program, self.stack)
+        if program.groups_of(name):
+            raise SpecError(
+                f"tokens leave stack {name!r} in groups, and learners are counted for all of its tokens",
+                hint="leave insert-acm out; or split-modalities{form=separate}",
+            )
         if not isinstance(self.learners, int) or self.learners < 2:
             raise SpecError(f"learners={self.learners}: a whole number, 2 or more")
         if self.least is not None and not (isinstance(self.least, int) and 0 <= self.least < self.learners):

@@ -50,6 +50,11 @@ class InsertAdapter(Pass):
     def requires(self, program: Program) -> None:
         """The kind is known and every count has an exit."""
         stack = stack_named(program, self.stack)
+        if program.groups_of(stack):
+            raise SpecError(
+                f"tokens leave stack {stack!r} in groups, each at another exit, and go through one tail",
+                hint="leave insert-adapter out; or split-modalities{form=separate}",
+            )
         if self.kind not in KINDS:
             raise SpecError(f"kind={self.kind!r}: there are {', '.join(KINDS)}")
         if self.width is not None and (not isinstance(self.width, int) or self.width < 1):

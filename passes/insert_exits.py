@@ -45,6 +45,8 @@ class InsertExits(Pass):
         blocks_named(program, stack, self.after)
         if self.head not in ("shared", "own"):
             raise SpecError(f"head={self.head!r}: there are shared and own")
+        if self.head == "own" and program.groups_of(stack):
+            raise SpecError(f"head=own: tokens leave stack {stack!r} at different exits", hint="head=shared")
         if self.head == "own" and (following := program.next_stack(stack)):
             raise SpecError(
                 f"head=own: stack {stack!r} ends in stack {following!r}, not in a head",

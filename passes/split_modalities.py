@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from offramp.errors import SpecError
-from offramp.passes.groups.apart import run_apart
+from offramp.passes.groups.apart import check_apart, run_apart
 from offramp.passes.groups.joined import joined_groups
 from offramp.passes.infra.contract import Pass, PassResult, stack_named
 from offramp.passes.infra.editor import Editor
@@ -43,8 +43,6 @@ class SplitModalities(Pass):
     def requires(self, program: Program) -> None:
         """There is an encoder, without exits yet, whose tokens are joined from several inputs."""
         name = self._stack(program)
-        if self.form not in ("joint", "separate"):
-            raise SpecError(f"form={self.form!r}: there are joint and separate")
         if program.stacks[name].role == "decoder":
             raise SpecError(
                 f"stack {name!r} is causal: each of its tokens leaves on its own already", hint="insert-exits, insert-cache"
@@ -53,6 +51,10 @@ class SplitModalities(Pass):
             raise SpecError(f"the rows of stack {name!r} are not computed apart", hint="a model with a batch axis")
         if program.exits_of(name):
             raise SpecError(f"stack {name!r} has exits already", hint="split-modalities, then insert-exits")
+        if any(item.stack == name for item in program.learners):
+            raise SpecError(
+                f"stack {name!r} has learners, which are counted for all of its tokens", hint="leave insert-acm out"
+            )
         joined_groups(program, name, self._names)
 
     def run(self, program: Program) -> PassResult:
@@ -67,6 +69,12 @@ class SplitModalities(Pass):
             program, records=(*program.records, Groups(name, groups)), history=(*program.history, repr(self))
         )
         return PassResult(made, {"noted": len(groups)})
+
+    def ensures(self, before: Program, result: PassResult) -> None:
+        """Stacks of single groups give what the one gives without attention between groups."""
+        name = self._stack(before)
+        if self.form == "separate":
+            check_apart(before, result.program, name, joined_groups(before, name, self._names))
 
     @property
     def _names(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from offramp.export.lowering.pipeline import equal_sizes
-from offramp.program.graph import expression, fake_result, shape
+from offramp.program.graph import aten, expression, fake_result, is_weight, shape
 from offramp.program.symbols import new_axis
 
 _log = logging.getLogger(__name__)
@@ -26,13 +26,17 @@ def generic_axes(graph: fx.Graph) -> fx.Graph:
     """A computation's graph over axes of its own, of any size from 2 on.
 
     Every size that its inputs have is an axis, whatever it is made of: blocks over ``tokens`` and over
-    ``frames//2 + 1`` are one computation. Where the shapes need to know how these sizes belong together, the
-    symbols in them are the axes. Where they follow from the example (a table cut at 64 rows, say), it is the graph
-    itself.
+    ``frames//2 + 1`` are one computation. So is a number that the graph reads from them as a size. Where the shapes
+    need to know how these sizes belong together, the symbols in them are the axes. Where they follow from the example
+    (a table cut at 64 rows, say), it is the graph itself.
     """
-    sizes = _unique(expression(size) for node in graph.find_nodes(op="placeholder") for size in shape(node))
-    symbols = [size for size in sizes if size.is_Symbol]
-    symbols = _unique([*symbols, *(s for size in sizes for s in sorted(size.free_symbols, key=str))])
+    read = {expression(node.meta["val"]) for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)}
+    given = [node for node in graph.find_nodes(op="placeholder") if not is_weight(node)]
+    sizes = _unique(expression(size) for node in given for size in shape(node))
+    sizes = [size for size in sizes if not isinstance(size, int) or size in read]
+    symbols = [size for size in sizes if isinstance(size, int) or size.is_Symbol]
+    inner = (s for size in sizes if not isinstance(size, int) for s in sorted(size.free_symbols, key=str))
+    symbols = _unique([*symbols, *inner])
     for axes in (sizes, symbols) if sizes != symbols else (sizes,):
         try:
             return _over(axes, graph)
@@ -42,7 +46,7 @@ def generic_axes(graph: fx.Graph) -> fx.Graph:
 
 
 def _unique(sizes: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(size for size in sizes if not isinstance(size, int)))
+    return list(dict.fromkeys(sizes))
 
 
 class _Axes:
@@ -62,7 +66,7 @@ class _Axes:
         """A size of an input."""
         known = expression(old)
         if isinstance(known, int) or known in self._made:
-            return known if isinstance(known, int) else self._made[known]
+            return self._made.get(known, known)
         assert self.mode.shape_env is not None
         renamed = known.xreplace({axis: expression(new) for axis, new in self._made.items()})
         return self.mode.shape_env.create_symintnode(renamed, hint=None)
@@ -87,7 +91,8 @@ def _over(axes: Iterable[Any], graph: fx.Graph) -> fx.Graph:
             break
         if node.op == "placeholder":
             with symbols.mode:
-                value = torch.empty([symbols.size(size) for size in shape(node)], dtype=node.meta["val"].dtype)
+                sizes = shape(node) if is_weight(node) else [symbols.size(size) for size in shape(node)]
+                value = torch.empty(sizes, dtype=node.meta["val"].dtype)
         else:
             with enable_python_dispatcher():
                 value = fake_result(symbols.mode, node.target, env[node].args, env[node].kwargs)

@@ -46,31 +46,35 @@ def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node) -> fx.N
 @lowering(TAKE_TOKENS)
 def _taken(b: Builder, tokens: fx.Node, places: fx.Node, axis: int) -> fx.Node:
     """Whole rows of features are gathered, so that it takes what a copy does."""
-    inner = b.call(aten.movedim.int, tokens, axis, 1) if axis != 1 else tokens
-    sizes = b.sizes(inner)
     batch, count = b.sizes(places)
-    if sizes[0] == 1:
+    if expression(shape(tokens)[0]) == 1:
         flat = b.call(aten.reshape.default, places, [-1])
-        made = b.call(aten.index_select.default, b.call(aten.squeeze.dim, inner, 0), 0, flat)
-        made = b.call(aten.reshape.default, made, [batch, count, *sizes[2:]])
-    else:
-        (made,) = b.onnx(
-            "GatherND", [inner, _rows(b, places, inner)], {"batch_dims": 1}, [[sizes[0], count, *sizes[2:]]], like=inner
-        )
-    return b.call(aten.movedim.int, made, 1, axis) if axis != 1 else made
+        made = b.call(aten.index_select.default, b.call(aten.squeeze.dim, tokens, 0), axis - 1, flat)
+        sizes = b.sizes(tokens)
+        made = b.call(aten.reshape.default, made, [*sizes[1:axis], batch, count, *sizes[axis + 1 :]])
+        return _moved(b, made, axis - 1, 0)
+    inner = _moved(b, tokens, axis, 1)
+    sizes = [b.size(inner, 0), count, *b.sizes(inner)[2:]]
+    (made,) = b.onnx("GatherND", [inner, _rows(b, places, inner)], {"batch_dims": 1}, [sizes], like=inner)
+    return _moved(b, made, 1, axis)
 
 
 @lowering(PUT_TOKENS)
 def _put(b: Builder, tokens: fx.Node, places: fx.Node, taken: fx.Node, axis: int) -> fx.Node:
     """Whole rows of features are written into a copy."""
-    if axis != 1:
-        tokens, taken = (b.call(aten.movedim.int, node, axis, 1) for node in (tokens, taken))
+    tokens, taken = (_moved(b, node, axis, 1) for node in (tokens, taken))
     at = _rows(b, places, tokens)
     rows = b.call(aten.reshape.default, b.call(aten.arange.default, b.size(tokens, 0)), [-1, 1, 1])
-    rows = b.call(aten.expand.default, rows, b.sizes(at))
-    where = b.call(aten.cat.default, [rows, at], -1)
+    where = b.call(aten.cat.default, [b.call(aten.expand.default, rows, b.sizes(at)), at], -1)
     (made,) = b.onnx("ScatterND", [tokens, where, taken], {}, [b.sizes(tokens)], like=tokens)
-    return b.call(aten.movedim.int, made, 1, axis) if axis != 1 else made
+    return _moved(b, made, 1, axis)
+
+
+def _moved(b: Builder, node: fx.Node, source: int, target: int) -> fx.Node:
+    """The tensor with one axis at another place."""
+    order = [axis for axis in range(len(shape(node))) if axis != source]
+    order.insert(target, source)
+    return node if source == target else b.call(aten.permute.default, node, order)
 
 
 def _rows(b: Builder, places: fx.Node, like: fx.Node) -> fx.Node:

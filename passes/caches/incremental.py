@@ -207,10 +207,13 @@ class Rebuilder:
                 for axis, known in enumerate(shape(other)):
                     if expression(known) == expression(value):
                         return self.new.sizer(value, other, axis)
-        if isinstance(expression(value), int):
+        number = isinstance(expression(value), int)
+        if number and not isinstance(expression(node.meta["val"]), int):
             return expression(value)
-        if node.target is aten.sym_size.int:
+        if node.target is aten.sym_size.int:  # of a fixed number too: who reads it, means whatever it is
             return self.new.call(aten.sym_size.int, self.value(node.args[0], extent), node.args[1])  # type: ignore[arg-type]
+        if number:
+            return expression(value)
         args = fx.node.map_arg(node.args, lambda arg: self._plain(arg, extent))
         return self.new.call(node.target, *args)
 

@@ -1,0 +1,339 @@
+"""split-modalities: groups of an encoder's tokens leave apart, visible to the others (joint) or not (separate)."""
+
+# mypy: disable-error-code="no-any-return"
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from two_modalities import PATCHES, Joined, inputs, joined
+
+import offramp
+from offramp.errors import PolicyError, SpecError
+from offramp.program import Program
+from offramp.program.groups import left_early
+from offramp.program.ops import put_tokens, take_tokens
+from offramp.runtime.policies.base import State
+from offramp.runtime.policies.group_policy import active_places
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "text first": {"first": "text"},
+    "written out": {"written": True},
+    "norm behind": {"post": True},
+    "bias of pairs": {"bias": True},
+    "classifier": {"decodes": False},
+}
+EXITS = "insert-exits{stack=encoder},insert-scores{stack=encoder,measure=cosine}"
+
+
+class Case:
+    """A model, its program with groups and exits, and its chain."""
+
+    def __init__(self, path: Path, **how: Any) -> None:
+        self.model, self.inputs = joined(**how), inputs(how.get("decodes", True))
+        self.captured = offramp.capture(self.model, self.inputs)
+        self.program = offramp.apply(self.captured, f"split-modalities{{stack=encoder}},{EXITS}")
+        self.figures = offramp.save(self.program, path)
+        self.chain = offramp.load(path)
+        self.arrays = {name: value.numpy() for name, value in self.inputs.items()}
+
+    def expected(self, depths: Tensor) -> np.ndarray[Any, Any]:
+        """The model's own modules, in which a token that has left stays as it is; ``depths`` [rows, (image, text)]."""
+        model = self.model
+        blocks = list(model.encoder)
+        counts = [PATCHES + 1, self.inputs["input_ids"].shape[1]]
+        order = [0, 1] if model.first == "image" else [1, 0]
+        per_token = depths[:, order].repeat_interleave(torch.tensor([counts[i] for i in order]), 1)[..., None]
+
+        class Leaving(torch.nn.Module):
+            def __init__(self, block: torch.nn.Module, depth: int) -> None:
+                super().__init__()
+                self.block, self.depth = block, depth
+
+            def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+                return torch.where(per_token >= self.depth, self.block(x, mask), x)
+
+        model.encoder = torch.nn.ModuleList(Leaving(block, at) for at, block in enumerate(blocks, 1))
+        try:
+            with torch.no_grad():
+                return model(**self.inputs)["logits"].numpy()
+        finally:
+            model.encoder = torch.nn.ModuleList(blocks)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("bundle") / "model.offramp", **KINDS[request.param])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("bundle") / "plain.offramp")
+
+
+def _close(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
+    np.testing.assert_allclose(found, expected, atol=2e-5 * max(1.0, float(np.abs(expected).max())))
+
+
+def test_groups_are_what_tokens_are_made_of(case: Case) -> None:
+    (item,) = case.program.groups
+    found = {group.name: group.tokens for group in item.groups}
+    assert found == {"image": PATCHES + 1, "text": "tokens"}
+    assert [group.name for group in item.groups] == (["image", "text"] if case.model.first == "image" else ["text", "image"])
+    assert "tokens in groups: " in str(case.program)
+
+
+def test_without_exits_nothing_changes(case: Case) -> None:
+    split = offramp.apply(case.captured, "split-modalities")
+    before, after = case.captured.module(**case.inputs), split.module(**case.inputs)
+    assert all(torch.equal(before[name], after[name]) for name in case.captured.outputs)
+
+
+def test_every_pair_of_depths_is_exact(case: Case) -> None:
+    for image, text in itertools.product((1, 2, 3), repeat=2):
+        result = case.chain.run(case.arrays, offramp.Depth({"encoder.image": image, "encoder.text": text}))
+        _close(result.outputs["logits"], case.expected(torch.tensor([[image, text]] * 3)))
+        assert result.exits["encoder.image"].tolist() == [image] * 3
+        assert result.exits["encoder.text"].tolist() == [text] * 3
+
+
+def test_what_left_early_says_is_what_the_modules_give(case: Case) -> None:
+    drawn = torch.tensor([[1, 3], [3, 2], [2, 2]])
+    order = [0, 1] if case.model.first == "image" else [1, 0]
+    found = left_early(case.program, case.program.fresh(case.inputs), {"encoder": drawn[:, order]})
+    _close(found["logits"].detach().numpy(), case.expected(drawn))
+
+
+def test_rows_of_different_depths_are_the_rows_alone(case: Case) -> None:
+    depths = {"encoder.image": np.array([1, 3, 2]), "encoder.text": np.array([3, 1, 2])}
+
+    def leave(state: State) -> Any:
+        return depths[state.stack][state.rows] == state.after if state.stack in depths else np.zeros(state.rows.size, bool)
+
+    together = case.chain.run(case.arrays, leave)
+    for row in range(3):
+        own = {name: int(depth[row]) for name, depth in depths.items()}
+        alone = case.chain.run({name: value[row : row + 1] for name, value in case.arrays.items()}, offramp.Depth(own))
+        _close(together.outputs["logits"][row], alone.outputs["logits"][0])
+        assert {name: together.exits[name][row] for name in own} == own
+
+
+def test_save_validates_groups(case: Case) -> None:
+    assert case.figures["groups"] < 1e-5
+    assert case.figures["exits"] < 1e-5
+
+
+def test_scores_are_of_each_group_without_padding(plain: Case) -> None:
+    result = plain.chain.run(plain.arrays, offramp.Confidence(2.0, measure="cosine"))
+    states = [plain.program.nodes[name] for name in plain.program.stacks["encoder"].cuts]
+    values = offramp.program.program.evaluate(plain.program.graph_module, states, plain.inputs)
+    before, after = (values[node].detach() for node in states[1:3])
+    lengths = plain.inputs["attention_mask"].sum(1)
+    for row in range(3):
+        image, text = slice(0, PATCHES + 1), slice(PATCHES + 1, PATCHES + 1 + int(lengths[row]))
+        for name, tokens in (("encoder.image", image), ("encoder.text", text)):
+            one = F.cosine_similarity(before[row, tokens].flatten(), after[row, tokens].flatten(), 0)
+            assert result.scores[name][2]["cosine"][row] == pytest.approx(one.item(), abs=1e-5)
+
+
+def test_a_group_that_has_left_is_not_asked_again(plain: Case) -> None:
+    asked = []
+
+    def leave(state: State) -> Any:
+        asked.append((state.stack, state.after, state.rows.tolist()))
+        return np.array([state.stack == "encoder.image"] * state.rows.size)
+
+    result = plain.chain.run(plain.arrays, leave)
+    assert asked == [("encoder.image", 1, [0, 1, 2]), ("encoder.text", 1, [0, 1, 2]), ("encoder.text", 2, [0, 1, 2])]
+    assert result.scores["encoder.image"].keys() == {1}
+
+
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=3, max_size=3))
+@settings(max_examples=25, deadline=None)
+def test_any_rows_leave_anywhere(plain: Case, drawn: list[tuple[int, int]]) -> None:
+    depths = np.array(drawn)
+
+    def leave(state: State) -> Any:
+        return depths[state.rows, ["encoder.image", "encoder.text"].index(state.stack)] == state.after
+
+    _close(plain.chain.run(plain.arrays, leave).outputs["logits"], plain.expected(torch.tensor(drawn)))
+
+
+def test_with_caches_text_is_generated_from_what_is_left(tmp_path: Path) -> None:
+    model, given_ = joined(), inputs()
+    pipeline = f"split-modalities,{EXITS},insert-exits{{stack=decoder}},insert-scores{{stack=decoder}},insert-cache"
+    figures = offramp.save(offramp.apply(offramp.capture(model, given_), pipeline), tmp_path / "m.offramp")
+    assert figures["cache"] < 1e-5
+    chain = offramp.load(tmp_path / "m.offramp")
+    arrays = {name: value.numpy() for name, value in given_.items() if name != "decoder_input_ids"}
+    arrays["decoder_input_ids"] = np.ones((3, 1), np.int64)
+    early = offramp.Each({"encoder.image": offramp.Depth(1), "encoder.text": offramp.Depth(2)})
+    found = chain.generate(arrays, early, max_new_tokens=5)
+    program = offramp.apply(offramp.capture(model, given_), "split-modalities")
+    ids = torch.ones(3, 1, dtype=torch.int64)
+    depths = {"encoder": torch.tensor([[1, 2]] * 3)}
+    for _ in range(5):
+        logits = left_early(program, {**given_, "decoder_input_ids": ids}, depths)["logits"]
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    assert [row.tolist() for row in found.tokens] == ids[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_separate_stacks_are_the_blocks_without_attention_between_groups(kind: str, tmp_path: Path) -> None:
+    model, given_ = joined(**KINDS[kind]), inputs(KINDS[kind].get("decodes", True))
+    pipeline = "split-modalities{form=separate}"
+    for name in ("image", "text"):
+        pipeline += f",insert-exits{{stack=encoder.{name}}},insert-scores{{stack=encoder.{name},measure=cosine}}"
+    program = offramp.apply(offramp.capture(model, given_), pipeline)
+    sizes = [PATCHES + 1, given_["input_ids"].shape[1]]
+    group = torch.arange(2).repeat_interleave(torch.tensor(sizes if model.first == "image" else sizes[::-1]))
+    expected = _apart(model, given_, group)
+    _close(program.module(**given_)["logits"].detach().numpy(), expected)
+    assert not np.allclose(expected, model(**given_)["logits"].detach().numpy(), atol=1e-3)
+    offramp.save(program, tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    arrays = {name: value.numpy() for name, value in given_.items()}
+    _close(chain.run(arrays).outputs["logits"], expected)
+    files = [{chain.manifest.segments[f"encoder.{name}.{at}"].file for name in ("image", "text")} for at in (1, 2, 3)]
+    assert [len(found) for found in files] == ([1, 1, 1] if kind != "bias of pairs" else [len(f) for f in files])
+    for image, text in itertools.product((1, 3), repeat=2):
+        found = chain.run(arrays, offramp.Depth({"encoder.image": image, "encoder.text": text}))
+        cut = "".join(f",truncate{{stack=encoder.{n},after={d}}}" for n, d in (("image", image), ("text", text)) if d < 3)
+        short = offramp.apply(program, cut[1:]) if cut else program
+        _close(found.outputs["logits"], short.module(**given_)["logits"].detach().numpy())
+
+
+def _apart(model: Joined, given_: dict[str, Tensor], group: Tensor) -> np.ndarray[Any, Any]:
+    """The model where its encoder's tokens see those of their group alone."""
+    hidden = group[:, None] != group
+
+    def hiding(mask: Tensor) -> Tensor:
+        return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -1e9)
+
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: (args[0], hiding(args[1]), *args[2:])) for block in model.encoder
+    ]
+    with torch.no_grad():
+        made = model(**given_)["logits"].numpy()
+    for hook in hooks:
+        hook.remove()
+    return made
+
+
+_PEAK = """
+import sys
+import numpy as np
+import offramp
+chain = offramp.load(sys.argv[1], threads=1)
+for _ in range(3):
+    chain.run(dict(np.load(sys.argv[2])))
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="resident memory is read from /proc")
+def test_groups_share_their_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("two_modalities.FEATURES", 768)
+    model, given_ = joined(decodes=False), inputs(decodes=False)
+    captured = offramp.capture(model, given_)
+    np.savez(tmp_path / "inputs.npz", **{name: value.numpy() for name, value in given_.items()})
+    found = {}
+    for form in ("whole", "joint", "separate"):
+        split = captured if form == "whole" else offramp.apply(captured, f"split-modalities{{form={form}}}")
+        exits = ",".join(f"insert-exits{{stack={name}}}" for name in split.stacks)
+        offramp.save(offramp.apply(split, exits), tmp_path / form)
+        command = [sys.executable, "-c", _PEAK, str(tmp_path / form), str(tmp_path / "inputs.npz")]
+        found[form] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) / 1024
+    weights = sum(weight.nbytes for weight in model.encoder.parameters()) / 2**20
+    assert weights > 25
+    assert max(found["joint"], found["separate"]) - found["whole"] < 0.3 * weights, (found, weights)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "reason"),
+    [
+        ("split-modalities{stack=decoder}", "is causal"),
+        ("split-modalities{form=loose}", "form=loose is not joint or separate"),
+        ("split-modalities{names=a|b|c}", "tokens of 2 kinds are joined before stack 'encoder'"),
+        ("insert-exits{stack=encoder},split-modalities", "has exits already"),
+        ("split-modalities,insert-exits{stack=encoder},insert-scores{stack=encoder,measure=learned}", "in groups"),
+        ("split-modalities,insert-exits{stack=encoder},insert-adapter{stack=encoder}", "in groups"),
+        ("split-modalities,insert-acm{stack=encoder}", "in groups"),
+        ("insert-acm{stack=encoder},split-modalities", "has learners"),
+    ],
+)
+def test_refusals_say_why(pipeline: str, reason: str) -> None:
+    captured = offramp.capture(joined(), inputs())
+    with pytest.raises(SpecError, match=reason):
+        offramp.apply(captured, pipeline)
+
+
+def test_a_stack_of_one_input_has_no_groups(one_input: Program) -> None:
+    with pytest.raises(SpecError, match="no tokens of several inputs are joined before stack"):
+        offramp.apply(one_input, "split-modalities")
+
+
+@pytest.fixture
+def one_input() -> Program:
+    class Text(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = joined(decodes=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.model.words(input_ids)
+            for block in self.model.encoder:
+                x = block(x, None)
+            return self.model.head(x)
+
+    return offramp.capture(Text().eval(), {"input_ids": inputs()["input_ids"]})
+
+
+def test_names_are_taken_and_twice_is_once() -> None:
+    once = offramp.apply(offramp.capture(joined(), inputs()), "split-modalities{names=pixels|words}")
+    assert [group.name for group in once.groups[0].groups] == ["pixels", "words"]
+    assert offramp.apply(once, "split-modalities").groups == once.groups
+
+
+def test_policies_name_groups_and_no_stack(plain: Case) -> None:
+    with pytest.raises(PolicyError, match=r"there is no stack 'encoder'(.*\n)*.*encoder.image: exits after 1, 2, 3"):
+        plain.chain.run(plain.arrays, offramp.Depth({"encoder": 1}))
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_places_of_active_tokens(drawn: list[list[bool]]) -> None:
+    inside = np.array(drawn)
+    inside[:, 2] |= ~inside.any(1)
+    found = active_places(inside)
+    for row, places in zip(inside, found, strict=True):
+        assert set(places) == set(np.flatnonzero(row))
+        assert places[: row.sum()].tolist() == np.flatnonzero(row).tolist()
+
+
+@given(st.integers(1, 3), st.sampled_from([1, 2, "one"]), st.integers(1, 2), st.integers(0, 2**31))
+@settings(deadline=None)
+def test_taken_tokens_are_put_back(batch: int, heads: int | str, axis: int, seed: int) -> None:
+    drawn = torch.Generator().manual_seed(seed)
+    rows = 1 if heads == "one" else batch * int(heads)
+    sizes = (rows, 5, 3) if axis == 1 else (rows, 2, 5, 3)
+    tokens = torch.randn(sizes, generator=drawn)
+    places = torch.stack([torch.randperm(5, generator=drawn)[:3] for _ in range(batch)])
+    found = take_tokens(tokens, places, axis)
+    for row in range(found.shape[0]):
+        own = places[row * batch // found.shape[0]]
+        assert torch.equal(found[row], tokens[min(row, rows - 1)].index_select(axis - 1, own))
+    if rows > 1 or batch == 1:
+        assert torch.equal(put_tokens(tokens, places, found, axis), tokens)
+        changed = put_tokens(tokens, places, found + 1, axis)
+        assert torch.equal(take_tokens(changed, places, axis), found + 1)
