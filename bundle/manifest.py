@@ -141,8 +141,8 @@ class Stack:
     """A loop of ``blocks`` transformer blocks from value ``input`` to value ``output``.
 
     Where the first part makes the hidden state that enters the stack, ``input`` are the tokens that it is made of.
-    Where tokens leave in ``groups``, which lie one behind the other, the value ``places`` says where those are that
-    have not left, int64 [batch, tokens that have not]; scores are [batch, groups] then, and the others stay as they are.
+    Where tokens leave in ``groups``, which lie one behind the other, scores are [batch, groups], and the value
+    ``places`` says where the tokens are that have not left, int64 [batch, tokens that have not].
     """
 
     name: str

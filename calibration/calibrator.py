@@ -20,12 +20,21 @@ from offramp.calibration import sequence, widths
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Examples, read
 from offramp.calibration.gates import Fit, Path, Thresholds, leaves, policy_of
-from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, scored, stack_of, time_rows
+from offramp.calibration.observe import (
+    Observed,
+    generate,
+    observe_rows,
+    observe_tokens,
+    runs_once,
+    scored,
+    stack_of,
+    time_rows,
+)
 from offramp.calibration.quality import Quality, classes_of, same_class, same_tokens
 from offramp.calibration.risk import accepted, losses_of, p_value
 from offramp.calibration.sequence import Asked, Tested
 from offramp.errors import InputError
-from offramp.runtime import Chain, Never, Policy, card, load
+from offramp.runtime import Chain, Each, Never, Policy, Width, card, load
 from offramp.runtime.engine.cores import physical_cores
 
 _Width: TypeAlias = float | Literal["choose"] | None
@@ -67,6 +76,7 @@ def calibrate(
     stack: str | None = None,
     measure: str | None = None,
     width: float | Literal["choose"] | None = None,
+    others: Policy | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Calibration:
@@ -74,8 +84,8 @@ def calibrate(
 
     With a probability of at least ``confidence`` over the examples, the expected quality is at least ``keep`` times
     that at full depth with all learners, on data like them. What costs more than it saves on this machine, one row at
-    a time, is left out. Other stacks run to full depth. A bundle that is given by its path gets the policy as its
-    default.
+    a time, is left out. Other stacks run to full depth, or as ``others`` says. A bundle that is given by its path gets
+    the policy as its default.
 
     Args:
         model: A loaded bundle, or the path of one.
@@ -85,12 +95,14 @@ def calibrate(
         quality: ``(answer, reference) -> [0, 1]``: see `offramp.calibration.quality`. If left out, whether the highest
             of the logits is right, or for generations 1 less the normalised edit distance. The reference is the
             label; without labels the answer at full depth.
-        stack: The stack whose exits are chosen among; the last one with scores if left out. Of a generator, the last
-            that runs for each token.
+        stack: The stack whose exits are chosen among, or the group of tokens (``STACK.GROUP``); the last one with
+            scores if left out. Of a generator, the last that runs for each token, or one that runs once.
         measure: The score that is compared with thresholds; the one that is expected to be fastest if left out.
         width: For bundles with learners. "choose" chooses the budget of a `Width`, at full depth. With a budget exits
             are chosen at that width, if that alone passes; it should come from other examples. If left out, exits are
             chosen with all learners, or where no exit has a score, the width.
+        others: What the other stacks do, an `Each` that was chosen before on other examples: image first, say, then
+            text, then the decoder. What is proven is proven of all of them together.
         seed: Of the split into examples that are fitted on and examples that are tested on.
         options: Of a generation: ``max_new_tokens``, ``stop``, ... It is greedy.
 
@@ -107,14 +119,15 @@ def calibrate(
         raise InputError("a calibration compares greedy texts", hint="leave temperature and beams out")
     judged = quality or (same_class if chain.generates is None else same_tokens)
     asked = Asked(chain, keep, confidence, judged, options)
-    exits, budgets = _exits(asked, stack, measure, width), _budgets(width)
+    exits, budgets = _exits(asked, stack, measure, width, others), _budgets(width)
     if quality is None and chain.generates is None:
         classes_of(chain)
     fitting, testing = examples.split(seed)
     policy: Policy = Never()
     found: dict[str, Any] = {"reason": asked.too_few(fitting, testing)}
     if found["reason"] is None and exits is not None:
-        policy, found = (_tokens if chain.generates is not None else _rows)(exits, fitting, testing)
+        by_token = chain.generates is not None and not runs_once(chain, exits.stack)
+        policy, found = (_tokens if by_token else _rows)(exits, fitting, testing)
     elif found["reason"] is None:
         policy, found = widths.choose(asked, fitting, testing, budgets)
     record = {
@@ -137,20 +150,22 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Exits:
-    """Exits are to be chosen: of which stack, by which score, and with how many learners (None for all)."""
+    """Exits are to be chosen: of which stack, by which score, and beside what (None: full depth and all learners)."""
 
     asked: Asked
     stack: Stack
     measure: str | None
-    width: float | None
+    beside: Policy | None
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"stack": self.stack.name, **({} if self.width is None else {"width": self.width})}
+        exits = self.beside.exits if isinstance(self.beside, Width) else self.beside
+        width = {"width": self.beside.budget} if isinstance(self.beside, Width) else {}
+        return {"stack": self.stack.name, **width, **({"others": exits.to_dict()} if exits is not None else {})}
 
     def policy(self, path: Path, thresholds: Thresholds) -> Policy:
         alone = len(self.asked.chain.stacks) == 1
-        return policy_of(self.stack, path.measure, thresholds, alone=alone, width=self.width)
+        return policy_of(self.stack, path.measure, thresholds, alone=alone, beside=self.beside)
 
     def fit(self, seen: Observed, costs: Costs, tests: int, points: int) -> Path:
         """The path of the measure that is asked for, or expected to be the fastest."""
@@ -163,7 +178,7 @@ class _Exits:
         return fit.chosen([self.measure] if self.measure is not None else known)
 
 
-def _exits(asked: Asked, stack: str | None, measure: str | None, width: _Width) -> _Exits | None:
+def _exits(asked: Asked, stack: str | None, measure: str | None, width: _Width, others: Policy | None) -> _Exits | None:
     """Which exits are to be chosen; None where it is the width."""
     learners, about_exits = asked.chain.manifest.learners, stack is not None or measure is not None
     if width is not None and not learners:
@@ -175,7 +190,15 @@ def _exits(asked: Asked, stack: str | None, measure: str | None, width: _Width) 
         )
     if width == "choose" or (learners and not about_exits and not scored(asked.chain)):
         return None
-    return _Exits(asked, stack_of(asked.chain, stack), measure, None if width is None else _budgets(width)[0])
+    chosen = stack_of(asked.chain, stack)
+    if others is not None:
+        if not isinstance(others, Each) or chosen.name in others.stacks:
+            raise InputError(
+                f"others={others!r}: what stacks other than {chosen.name!r} do", hint='others=Each({"STACK": policy})'
+            )
+        others.check(asked.chain.stacks)
+    beside = others if width is None else Width(_budgets(width)[0], others)
+    return _Exits(asked, chosen, measure, beside)
 
 
 def _budgets(width: _Width) -> Sequence[float]:
@@ -189,10 +212,11 @@ def _budgets(width: _Width) -> Sequence[float]:
 
 def _rows(exits: _Exits, fitting: Examples, testing: Examples) -> tuple[Policy, dict[str, Any]]:
     """Rows are run once at every exit; then all settings are known without running them."""
-    asked, stack, at = exits.asked, exits.stack, () if exits.width is None else (exits.width,)
-    costs = time_rows(asked.chain, stack, fitting.inputs, *at)
-    path = exits.fit(observe_rows(asked.chain, stack, fitting, asked.quality, *at), costs, len(testing), _ROW_POINTS)
-    held = observe_rows(asked.chain, stack, testing, asked.quality, *at)
+    asked, stack, beside = exits.asked, exits.stack, exits.beside
+    costs = time_rows(asked.chain, stack, fitting.inputs, beside)
+    seen = observe_rows(asked.chain, stack, fitting, asked.quality, beside, asked.options)
+    path = exits.fit(seen, costs, len(testing), _ROW_POINTS)
+    held = observe_rows(asked.chain, stack, testing, asked.quality, beside, asked.options)
     return _chosen(exits, path, tested(path, held, asked.keep), costs)
 
 
@@ -212,7 +236,7 @@ def _tokens(exits: _Exits, fitting: Examples, testing: Examples) -> tuple[Policy
     texts = [generate(asked.chain, example, Never(), asked.options)[0] for example in fitting.inputs]
     if max(text.size for text in texts) < 2:
         return Never(), {"reason": "no text is longer than one token, and the first one never leaves early"}
-    seen, costs = observe_tokens(asked.chain, stack, fitting, texts, asked.options, exits.width)
+    seen, costs = observe_tokens(asked.chain, stack, fitting, texts, asked.options, exits.beside)
     path = exits.fit(seen, costs, len(testing), _TOKEN_POINTS)
     policies = [exits.policy(path, thresholds) for thresholds, _ in path.settings]
     return _chosen(exits, path, sequence.tested(asked, testing, policies), costs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +27,7 @@ class Costs:
         free: By measure whether asking for it costs nothing, bool [exits before full depth]: else the exit's adapter
             and tail run for all who are asked.
         picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits]; None where none does.
-        wide: Of a step to full depth with all learners, where these are the costs of a smaller width; else None.
+        wide: Of a step to full depth with all learners, where these are the costs of a step beside less; else None.
     """
 
     around: float
@@ -52,7 +52,8 @@ class Costs:
         def spent(names: Iterable[str], in_: Mapping[str, float]) -> float:
             return sum(in_.get(name, 0.0) for name in names)
 
-        schedule = Schedule.of(manifest, ("chunk",) if manifest.cache else None)
+        when = next(stage.when for stage in manifest.stages if stage.stack == stack.name)
+        schedule = Schedule.of(manifest, (when,) if manifest.cache else None)
         own = schedule.of_stack(stack.name)
         branches = [span.branch for span in own.spans if span.branch is not None]
         others = [step for step in schedule.steps if step is not own]
@@ -76,6 +77,15 @@ class Costs:
                 for measure in sorted({measure for branch in early for measure in branch.scores})
             },
         )
+
+    @classmethod
+    def of_ways(cls, ways: Sequence[float], wide: float | None, stack: Stack) -> Costs:
+        """From the milliseconds of a row that leaves at each exit, where what it takes is no sum of segments."""
+        steps = np.maximum(np.diff(ways, prepend=0.0), 0.0)
+        none = np.zeros(len(ways))
+        measures = {measure for exit_ in stack.exits[:-1] for measure in exit_.scores}
+        free = {measure: np.ones(len(ways) - 1, np.bool_) for measure in sorted(measures)}
+        return cls(0.0, steps, none, none, free, wide=wide)
 
     @property
     def full(self) -> float:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from offramp.bundle.manifest import Stack
 from offramp.bundle.measures import measure_named
 from offramp.calibration.costs import Costs
-from offramp.calibration.observe import Observed, at_width
+from offramp.calibration.observe import Observed
 from offramp.calibration.risk import losses_of
 from offramp.runtime import Confidence, Each, Entropy, Policy, Width
 
@@ -90,17 +90,21 @@ def leaves(measure: str, scores: NDArray[Any], thresholds: Thresholds) -> NDArra
     return taken
 
 
-def policy_of(stack: Stack, measure: str, thresholds: Thresholds, *, alone: bool, width: float | None = None) -> Policy:
+def policy_of(
+    stack: Stack, measure: str, thresholds: Thresholds, *, alone: bool, beside: Policy | None = None
+) -> Policy:
     """The policy that has these thresholds; ``alone`` where the bundle has no other stack.
 
-    At a smaller ``width`` there may be no thresholds.
+    Beside another policy there may be no thresholds.
     """
-    if width is not None and not thresholds:
-        return Width(width)
+    if beside is not None and not thresholds:
+        return beside
     named = {stack.exits[at].after: threshold for at, threshold in thresholds.items()}
     kind = Entropy if measure_named(measure).surer == "less" else Confidence
     policy = kind(measure=measure, thresholds=named)
-    return at_width(policy if alone else Each({stack.name: policy}), width)
+    exits = beside.exits if isinstance(beside, Width) else beside
+    made = policy if alone else Each({**(exits.stacks if isinstance(exits, Each) else {}), stack.name: policy})
+    return Width(beside.budget, made) if isinstance(beside, Width) else made
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class Fit:
         if kept:
             shares = np.linspace(0, 1, self.points + 1)[1:]
             levels = np.unique(np.quantile(np.concatenate(chances), 1 - shares))[::-1]
-            alone = [] if self.costs.wide is None else [np.inf]  # a smaller width with no exits comes first
+            alone = [] if self.costs.wide is None else [np.inf]  # what is beside, with no exits, comes first
             for level in (*alone, *np.clip(levels, _CLOSE, 1 - _CLOSE)):
                 open_ = {
                     at: scales[at].threshold(measure, level)

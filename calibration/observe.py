@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, together
 from offramp.calibration.quality import Quality, answers_of, graded, same_class
 from offramp.errors import InputError
-from offramp.runtime import Chain, Depth, Never, Policy, State, Width
+from offramp.runtime import Chain, Depth, Each, Never, Policy, State, Width
 from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.generation.sampling import Chooser
 from offramp.runtime.generation.tokens import Token
@@ -43,8 +44,8 @@ class Observed:
         scores: By measure float32 [steps, exits before full depth]; NaN where an exit does not have it.
         quality: float [steps, exits], full depth last.
         lengths: How many steps each example has, int [examples].
-        wide: Quality of full depth with all learners, float [steps], where ``quality`` is of a smaller width; else
-            None.
+        wide: Quality of full depth with all learners, float [steps], where ``quality`` is beside something less than
+            that; else None.
     """
 
     scores: Mapping[str, NDArray[np.float32]]
@@ -111,13 +112,21 @@ def scored(chain: Chain) -> list[Stack]:
 
 
 def _usable(chain: Chain) -> dict[str, Stack]:
-    generates = chain.generates is not None
-    usable = {
-        stage.stack: chain.stacks[stage.stack]
-        for stage in chain.manifest.stages
-        if stage.stack and (not generates or stage.when == "chunk")
-    }
-    return dict(list(usable.items())[-1:]) if generates else usable  # tokens leave the last one
+    """By the names that policies have for them; of those that run for each token the last, which tokens leave."""
+    found = {name: stack for name, stack in chain.stacks.items() if chain.generates is None or runs_once(chain, stack)}
+    last = list(chain.stacks.items())[-1:]
+    return found if chain.generates is None else found | dict(last)
+
+
+def runs_once(chain: Chain, stack: Stack) -> bool:
+    """Whether a stack, or a group of one's tokens, runs once for the inputs of a generation."""
+    stages = {stage.stack: stage for stage in chain.manifest.stages if stage.stack}
+    return chain.generates is not None and stages[_whole(chain, stack).name].when == "input"
+
+
+def _whole(chain: Chain, stack: Stack) -> Stack:
+    """The stack that a group of tokens belongs to; a stack itself."""
+    return next(whole for whole in chain.manifest.stacks.values() if stack.name in whole.by_group)
 
 
 def stack_of(chain: Chain, name: str | None = None) -> Stack:
@@ -140,55 +149,91 @@ def stack_of(chain: Chain, name: str | None = None) -> Stack:
 # Rows
 
 
-def at_width(policy: Policy, width: float | None) -> Policy:
-    """The policy at a width; None is all learners, if there are any."""
-    return policy if width is None else Width(width, policy)
+def within(policy: Policy, stack: str, beside: Policy | None) -> Policy:
+    """The policy at a stack where all else is done as ``beside`` says: a `Width`, or an `Each`; None: in full."""
+    if beside is None:
+        return policy
+    if isinstance(beside, Width):
+        return Width(beside.budget, within(policy, stack, beside.exits))
+    assert isinstance(beside, Each)
+    return Each({**beside.stacks, stack: policy})
+
+
+def _answered(
+    chain: Chain, inputs: Example, policy: Policy, options: Mapping[str, Any]
+) -> tuple[list[NDArray[Any]], Mapping[str, Any]]:
+    """What each row of a batch is answered, and the scores of stacks that run once for it."""
+    if chain.generates is not None:
+        session = chain.session(inputs, policy)
+        session.end()
+        return list(chain.generate(inputs, policy, **{**options, **GREEDY}).tokens), session.scores
+    result, answer = chain.run(inputs, policy), answers_of(chain)
+    output, place = result.outputs[answer], chain.rows_of(answer)
+    return [output] if place is None else list(np.moveaxis(output, place[0], 0)), result.scores
 
 
 def observe_rows(
-    chain: Chain, stack: Stack, examples: Examples, quality: Quality = same_class, width: float | None = None
+    chain: Chain,
+    stack: Stack,
+    examples: Examples,
+    quality: Quality = same_class,
+    beside: Policy | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Observed:
     """What every exit makes of rows; without labels the reference is the answer at full depth with all learners."""
-    answer = answers_of(chain)
-    place = chain.rows_of(answer)
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
     scores = {measure: np.full((len(examples), early), np.nan, np.float32) for measure in sorted(measures)}
     found = np.zeros((len(examples), early + 1))
-    wide = None if width is None else np.zeros(len(examples))
+    wide = None if beside is None else np.zeros(len(examples))
 
-    def graded_rows(output: NDArray[Any], references: Sequence[Any]) -> tuple[list[float], Sequence[Any]]:
-        answers = [output] if place is None else list(np.moveaxis(output, place[0], 0))
+    def graded_rows(answers: Sequence[Any], references: Sequence[Any]) -> tuple[list[float], Sequence[Any]]:
         references = references or answers
         return [graded(quality, *pair) for pair in zip(answers, references, strict=True)], references
 
     for rows, inputs in together(chain, examples.inputs):
         references: Sequence[Any] = [examples.labels[row] for row in rows] if examples.labels is not None else ()
         if wide is not None:
-            wide[rows], references = graded_rows(chain.run(inputs, Never()).outputs[answer], references)
+            wide[rows], references = graded_rows(_answered(chain, inputs, Never(), options)[0], references)
         for at, exit_ in reversed(list(enumerate(stack.exits))):
             full = at == early
             asked = () if full else measures_of(exit_)
-            policy = at_width(Never() if full else Forced(stack.name, exit_.after, asked), width)
-            result = chain.run(inputs, policy)
-            found[rows, at], references = graded_rows(result.outputs[answer], references)
+            policy = within(Never() if full else Forced(stack.name, exit_.after, asked), stack.name, beside)
+            answers, made = _answered(chain, inputs, policy, options)
+            found[rows, at], references = graded_rows(answers, references)
             for measure in asked:
-                scores[measure][rows, at] = result.scores[stack.name][exit_.after][measure]
+                scores[measure][rows, at] = made[stack.name][exit_.after][measure]
     return Observed(scores, found, np.ones(len(examples), np.int64), wide)
 
 
-def time_rows(chain: Chain, stack: Stack, examples: Sequence[Example], width: float | None = None) -> Costs:
+def time_rows(chain: Chain, stack: Stack, examples: Sequence[Example], beside: Policy | None = None) -> Costs:
     """Median milliseconds of every segment, one row at a time, the ways through the stack in turns."""
-    ways = [at_width(Depth({stack.name: exit_.after}), width) for exit_ in stack.exits]
-    chain.run(examples[0], ways[0]), chain.run(examples[0], ways[-1])
-    trace: list[Timing] = []
-    wide: list[Timing] = []
+
+    def trace_of(example: Example, policy: Policy) -> Sequence[Timing]:
+        if chain.generates is None:
+            return chain.run(example, policy).trace
+        session = chain.session(example, policy)
+        session.end()
+        return session.trace
+
+    ways = [within(Depth({stack.name: exit_.after}), stack.name, beside) for exit_ in stack.exits]
+    trace_of(examples[0], ways[0]), trace_of(examples[0], ways[-1])
+    traces: list[list[Sequence[Timing]]] = [[] for _ in ways]
+    wide: list[Sequence[Timing]] = []
     for example in examples[:_TIMED]:
-        for way in ways:
-            trace += chain.run(example, way).trace
-        if width is not None:
-            wide += chain.run(example, Never()).trace
-    return _costs(chain, stack, wide, trace)
+        for found, way in zip(traces, ways, strict=True):
+            found.append(trace_of(example, way))
+        if beside is not None:
+            wide.append(trace_of(example, Never()))
+    if stack.name not in chain.manifest.stacks:  # a group, whose blocks run for the others too
+        return Costs.of_ways([_total(found) for found in traces], _total(wide) if wide else None, stack)
+    flat = [timing for found in traces for trace in found for timing in trace]
+    return _costs(chain, stack, [timing for trace in wide for timing in trace], flat)
+
+
+def _total(traces: Sequence[Sequence[Timing]]) -> float:
+    """The median milliseconds of runs."""
+    return float(np.median([sum(timing.milliseconds for timing in trace) for trace in traces]))
 
 
 def _costs(
@@ -223,7 +268,7 @@ def observe_tokens(
     examples: Examples,
     texts: Sequence[NDArray[np.int64]],
     options: Mapping[str, Any],
-    width: float | None = None,
+    beside: Policy | None = None,
 ) -> tuple[Observed, Costs]:
     """What every exit makes of the tokens of ``texts``, those of full depth with all learners.
 
@@ -244,21 +289,22 @@ def observe_tokens(
     for example, text, skip, length in zip(examples.inputs, texts, skipped, lengths, strict=True):
         for at, exit_ in enumerate(stack.exits):
             asked = measures_of(exit_) if at < early else ()
-            forced = at_width(Forced(stack.name, exit_.after, asked) if at < early else Never(), width)
+            force = Forced(stack.name, exit_.after, asked) if at < early else Never()
+            forced = within(force, stack.name, beside)
             for step, (token, found, timed) in enumerate(_forced_tokens(chain, example, forced, text, options)):
                 quality[start + step, at] = token == text[skip + step]
                 for measure in asked:
                     scores[measure][start + step, at] = found[measure]
                 trace += timed
-        periodic = at_width(_Periodic(stack.name, stack.exits[0].after), width)
+        periodic = within(_Periodic(stack.name, stack.exits[0].after), stack.name, beside)
         for step, (_, _, timed) in enumerate(_forced_tokens(chain, example, periodic, text, options)):
             late += timed if (step + 1) % _PERIOD == 0 else ()
-        if width is not None:
+        if beside is not None:
             wide += [
                 timing for _, _, timed in _forced_tokens(chain, example, Never(), text, options) for timing in timed
             ]
         start += length
-    seen = Observed(scores, quality, lengths, None if width is None else np.ones(len(quality)))
+    seen = Observed(scores, quality, lengths, None if beside is None else np.ones(len(quality)))
     return seen, _costs(chain, stack, wide, trace, late)
 
 

@@ -20,10 +20,20 @@ from offramp.bundle.manifest import Stack
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, read
 from offramp.calibration.gates import Fit, policy_of
-from offramp.calibration.observe import Observed, generate, observe_rows, observe_tokens, scored, stack_of, time_rows
+from offramp.calibration.observe import (
+    Observed,
+    generate,
+    observe_rows,
+    observe_tokens,
+    runs_once,
+    scored,
+    stack_of,
+    time_rows,
+)
 from offramp.calibration.quality import Quality, answers_of, classes_of, graded, same_class, same_tokens
 from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
 from offramp.calibration.widths import ALL, time_widths
+from offramp.errors import InputError
 from offramp.runtime import Chain, Never, Policy, Width
 
 FULL, OWN, PERFECT = "full depth", "the bundle's own policy", "a perfect gate (reckoned)"
@@ -165,6 +175,11 @@ def report(
     wide = next((item.stack for item in chain.manifest.learners.values()), None)
     alone = wide if stack is None and not scored(chain) else None
     left = chain.stacks[alone] if alone else stack_of(chain, stack)
+    if tokens and runs_once(chain, left):
+        raise InputError(
+            f"stack {left.name!r} runs once for a generation, whose tokens are what is timed here",
+            hint="a stack that runs for each token; calibrate chooses the exits of the others",
+        )
     bench = _Bench(chain, left, quality or (same_tokens if tokens else same_class), options)
     examples = read(chain, data)
     fitting, held = examples.split(0) if judge and len(examples) > 1 else (examples, examples)

@@ -98,7 +98,8 @@ def validate(
             if item.after == program.stacks[stack].blocks:
                 continue
             expected = wanted.outputs(stack, item.after)
-            found = _run(chain, program.example_inputs, Depth(dict.fromkeys(manifest.stacks[stack].by_group, item.after)))
+            forced = Depth(dict.fromkeys(manifest.stacks[stack].by_group, item.after))
+            found = _run(chain, program.example_inputs, forced)
             figures["exits"] = max(
                 figures["exits"],
                 _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected), bound),
@@ -262,22 +263,23 @@ def _groups(program: Program, chain: Chain) -> float:
     """Groups of tokens leave at random exits, in each row at others; the largest relative error."""
     random, largest = np.random.default_rng(2), 0.0
     inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    groups = {item.stack: list(chain.manifest.stacks[item.stack].by_group) for item in program.groups}
     for _ in range(4):
-        drawn: dict[str, Any] = {}
+        draws = {
+            name: random.choice([exit_.after for exit_ in chain.stacks[name].exits], 64)
+            for names in groups.values()
+            for name in names
+        }
 
-        def leave(state: State, drawn: dict[str, Any] = drawn) -> Any:
-            if state.stack not in chain.manifest.stacks:  # a group
-                depths = [exit_.after for exit_ in chain.stacks[state.stack].exits]
-                at = drawn.setdefault(state.stack, random.choice(depths, chain.manifest.batch and 64))
-                return at[state.rows % 64] == state.after
+        def leave(state: State, draws: Mapping[str, Any] = draws) -> Any:
+            if state.stack in draws:
+                return draws[state.stack][state.rows % 64] == state.after
             return np.zeros(state.rows.size, np.bool_)
 
         found = chain.run(inputs, leave)
         depths = {
-            item.stack: torch.from_numpy(
-                np.stack([found.exits[name] for name in chain.manifest.stacks[item.stack].by_group], 1)
-            )
-            for item in program.groups
+            stack: torch.from_numpy(np.stack([found.exits[name] for name in names], 1))
+            for stack, names in groups.items()
         }
         with torch.no_grad():
             expected = left_early(program, program.fresh(program.example_inputs), depths)

@@ -45,7 +45,8 @@ class SplitModalities(Pass):
         name = self._stack(program)
         if program.stacks[name].role == "decoder":
             raise SpecError(
-                f"stack {name!r} is causal: each of its tokens leaves on its own already", hint="insert-exits, insert-cache"
+                f"stack {name!r} is causal: each of its tokens leaves on its own already",
+                hint="insert-exits, insert-cache",
             )
         if program.axes.batch is None:
             raise SpecError(f"the rows of stack {name!r} are not computed apart", hint="a model with a batch axis")

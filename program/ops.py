@@ -161,7 +161,7 @@ def take_tokens(tokens: Tensor, places: Tensor, axis: int) -> Tensor:
 
 
 def put_tokens(tokens: Tensor, places: Tensor, taken: Tensor, axis: int) -> Tensor:
-    """The tokens, those at some places replaced by ``taken``, which `take_tokens` had given; equal where one repeats."""
+    """The tokens, with ``taken`` at the places where `take_tokens` had taken them; equal where a place repeats."""
     if isinstance(tokens, FakeTensor):  # the shape is all that is asked for
         return torch.empty_like(tokens)
     return tokens.scatter(axis, _spread(places, taken, axis), taken)

@@ -105,7 +105,7 @@ class Chain:
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
-        """The stacks that rows can leave early, by name; of one whose tokens leave in groups ``STACK.GROUP`` for each."""
+        """The stacks that rows can leave early, by name; ``STACK.GROUP`` where tokens leave in groups."""
         return self.manifest.leaving
 
     def run(self, inputs: Mapping[str, Any], policy: Policy | Callable[[State], Any] | None = None) -> Result:
@@ -131,8 +131,7 @@ class Chain:
         memory = self._engine.memory
         ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
         outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}
-        scores = {name: record for asked in policies.values() for name, record in asked.records().items()}
-        return Result(outputs, ran.exits, scores, tuple(ran.trace), ran.widths.by_row(batch), ran.widths.share)
+        return Result(outputs, ran.exits, ran.scores, tuple(ran.trace), ran.widths.by_row(batch), ran.widths.share)
 
     def stream(
         self,
@@ -207,6 +206,7 @@ class Chain:
             tuple(np.array(row, np.int64) for row in tokens),
             tuple(np.array(row, np.int64) for row in exits),
             width=session.decoder.widths.share,
+            encoders=session.exits,
         )
 
     def rows_of(self, name: str) -> tuple[int, int] | None:

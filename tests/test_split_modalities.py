@@ -90,7 +90,7 @@ def test_groups_are_what_tokens_are_made_of(case: Case) -> None:
     (item,) = case.program.groups
     found = {group.name: group.tokens for group in item.groups}
     assert found == {"image": PATCHES + 1, "text": "tokens"}
-    assert [group.name for group in item.groups] == (["image", "text"] if case.model.first == "image" else ["text", "image"])
+    assert item.groups[0].name == case.model.first
     assert "tokens in groups: " in str(case.program)
 
 
@@ -119,7 +119,9 @@ def test_rows_of_different_depths_are_the_rows_alone(case: Case) -> None:
     depths = {"encoder.image": np.array([1, 3, 2]), "encoder.text": np.array([3, 1, 2])}
 
     def leave(state: State) -> Any:
-        return depths[state.stack][state.rows] == state.after if state.stack in depths else np.zeros(state.rows.size, bool)
+        return (
+            depths[state.stack][state.rows] == state.after if state.stack in depths else np.zeros(state.rows.size, bool)
+        )
 
     together = case.chain.run(case.arrays, leave)
     for row in range(3):
@@ -209,7 +211,9 @@ def test_separate_stacks_are_the_blocks_without_attention_between_groups(kind: s
     assert [len(found) for found in files] == ([1, 1, 1] if kind != "bias of pairs" else [len(f) for f in files])
     for image, text in itertools.product((1, 3), repeat=2):
         found = chain.run(arrays, offramp.Depth({"encoder.image": image, "encoder.text": text}))
-        cut = "".join(f",truncate{{stack=encoder.{n},after={d}}}" for n, d in (("image", image), ("text", text)) if d < 3)
+        cut = "".join(
+            f",truncate{{stack=encoder.{n},after={d}}}" for n, d in (("image", image), ("text", text)) if d < 3
+        )
         short = offramp.apply(program, cut[1:]) if cut else program
         _close(found.outputs["logits"], short.module(**given_)["logits"].detach().numpy())
 
@@ -222,7 +226,8 @@ def _apart(model: Joined, given_: dict[str, Tensor], group: Tensor) -> np.ndarra
         return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, -1e9)
 
     hooks = [
-        block.register_forward_pre_hook(lambda _, args: (args[0], hiding(args[1]), *args[2:])) for block in model.encoder
+        block.register_forward_pre_hook(lambda _, args: (args[0], hiding(args[1]), *args[2:]))
+        for block in model.encoder
     ]
     with torch.no_grad():
         made = model(**given_)["logits"].numpy()
@@ -247,7 +252,8 @@ def test_groups_share_their_weights_in_memory(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("two_modalities.FEATURES", 768)
     model, given_ = joined(decodes=False), inputs(decodes=False)
     captured = offramp.capture(model, given_)
-    np.savez(tmp_path / "inputs.npz", **{name: value.numpy() for name, value in given_.items()})
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in given_.items()}
+    np.savez(tmp_path / "inputs.npz", **arrays)
     found = {}
     for form in ("whole", "joint", "separate"):
         split = captured if form == "whole" else offramp.apply(captured, f"split-modalities{{form={form}}}")

@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre- or post-norm block, with cross-attention if it has a memory; rotary positions if asked for."""
+    """A pre- or post-norm block, with cross-attention if it has a memory."""
 
     def __init__(self, *, written: bool = False, post: bool = False, cross: bool = False) -> None:
         super().__init__()
@@ -43,7 +43,9 @@ class Block(nn.Module):
         self.cross = Attention() if cross else None
         self.mlp = nn.Sequential(nn.Linear(FEATURES, 32), nn.GELU(), nn.Linear(32, FEATURES))
 
-    def forward(self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, memory: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
         if self.post:
             x = self.norm(x + self.attention(x, x, mask))
             return self.norm2(x + self.mlp(x))  # type: ignore[no-any-return]
@@ -57,7 +59,9 @@ class Block(nn.Module):
 class Joined(nn.Module):
     """Patches and words in one encoder; then a decoder, or a classifier of the first place."""
 
-    def __init__(self, *, blocks: int = 3, decodes: bool = True, first: str = "image", bias: bool = False, **how: bool) -> None:
+    def __init__(
+        self, *, blocks: int = 3, decodes: bool = True, first: str = "image", bias: bool = False, **how: bool
+    ) -> None:
         super().__init__()
         self.first, self.decodes = first, decodes
         self.patch = nn.Conv2d(3, FEATURES, 4, 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 
 import torch
 from torch import fx
@@ -21,66 +20,72 @@ from offramp.program.ops import PUT_TOKENS, TAKE_TOKENS
 def run_on_active(editor: Editor, item: Groups, first: int) -> fx.Node:
     """Let the blocks of a stack behind the first ``first`` run on some tokens; returns the input that says on which.
 
-    ``h -> block -> h'``  becomes  ``put(h, places, block(take(h, places), keys = h))``
+    ``h -> block -> h'``  becomes  ``put(h, places, block(take(h, places), keys of h))``
     """
-    program = editor.program
-    stack = program.stacks[item.stack]
-    axis = token_axis(program, stack.input)
-    hidden = program.nodes[stack.input]
-    tokens, rows = expression(shape(hidden)[axis]), 1 - axis
-    count = editor.new_size(f"{item.stack}_active", max(2, item.total(program)))
-    places = editor.input(item.places, (shape(hidden)[rows], count), torch.int64)
-    sites = attention_sites(editor.graph)
-    for depth in range(first, stack.blocks):
-        before, after = editor[stack.cuts[depth]], editor[stack.cuts[depth + 1]]
-        inside = {editor[node.name] for node in program.block_nodes(stack, depth)}
-        _block(editor, [node for node in editor.graph.nodes if node in inside], before, after, places, axis, tokens, sites)
-    editor.drop_dead(keep=program.pinned)
-    return places
+    active = _Active(editor, item)
+    for depth in range(first, editor.program.stacks[item.stack].blocks):
+        active.block(depth)
+    editor.drop_dead(keep=editor.program.pinned)
+    return active.places
 
 
-def _block(
-    editor: Editor,
-    nodes: list[fx.Node],
-    before: fx.Node,
-    after: fx.Node,
-    places: fx.Node,
-    axis: int,
-    tokens: object,
-    sites: Iterable[AttentionSite],
-) -> None:
-    """One block."""
-    inside = {before, *nodes}
-    reads = {node: [arg for arg in data_inputs(node) if arg in inside] for node in nodes}
-    keys = {(reader, arg) for site in sites if site.weights in inside for reader, arg in _keys(site)}
-    whole = ancestors([arg for _, arg in keys], stop=[before])
-    whole |= {node for node in nodes if node.target is operator.getitem and node.args[0] in whole}
-    some = {after}
-    for node in reversed(nodes):
-        if node in some and node not in whole:
-            some.update(arg for arg in reads[node] if (node, arg) not in keys)
+class _Active:
+    """A stack whose blocks are rewritten; ``places`` is the input that says which tokens run."""
 
-    def take(node: fx.Node, along: int) -> fx.Node:
-        turned = along == 0  # rows lie behind the tokens
-        node = editor.call(aten.transpose.int, node, 0, 1, at=after.prev) if turned else node
-        node = editor.call(TAKE_TOKENS, node, places, along or 1, at=after.prev)
-        return editor.call(aten.transpose.int, node, 0, 1, at=after.prev) if turned else node
+    def __init__(self, editor: Editor, item: Groups) -> None:
+        program = editor.program
+        self.editor, self.stack = editor, program.stacks[item.stack]
+        self.axis = token_axis(program, self.stack.input)
+        sizes = shape(program.nodes[self.stack.input])
+        self.tokens = expression(sizes[self.axis])
+        count = editor.new_size(f"{item.stack}_active", max(2, item.total(program)))
+        self.places = editor.input(item.places, (sizes[1 - self.axis], count), torch.int64)
+        self.sites = attention_sites(editor.graph)
 
-    count = editor.call(aten.sym_size.int, places, 1, at=before)
-    copies = Resized(editor, tokens, count, after, take, both=False)
-    for node in [before, *nodes]:
-        if node in some and node in whole | {before}:
-            along = next(i for i, size in enumerate(shape(node)) if expression(size) == tokens)
-            copies.made[node] = take(node, along)
-        elif node in some:
-            copies.copy(node, {arg: arg for arg in reads[node] if (node, arg) in keys})
-    made, old = copies.made[after], before
-    if axis == 0:
-        made, old = (editor.call(aten.transpose.int, node, 0, 1, at=after.prev) for node in (made, old))
-        put = editor.call(PUT_TOKENS, old, places, made, 1, at=after.prev)
-        editor.rewrite(after, aten.transpose.int, put, 0, 1)
-    else:
-        editor.rewrite(after, PUT_TOKENS, old, places, made, axis)
+    def block(self, depth: int) -> None:
+        """Rewrite a block: what queries and all behind them need is copied for the tokens that run."""
+        editor = self.editor
+        before, after = editor[self.stack.cuts[depth]], editor[self.stack.cuts[depth + 1]]
+        nodes = [editor[node.name] for node in editor.program.block_nodes(self.stack, depth)]
+        inside = {before, *nodes}
+        reads = {node: [arg for arg in data_inputs(node) if arg in inside] for node in nodes}
+        keys = {(reader, arg) for site in self.sites if site.weights in inside for reader, arg in _keys(site)}
+        whole = ancestors([arg for _, arg in keys], stop=[before]) | {before}
+        whole |= {node for node in nodes if node.target is operator.getitem and node.args[0] in whole}
+        some = {after}
+        for node in reversed(nodes):
+            if node in some - whole:
+                some.update(arg for arg in reads[node] if (node, arg) not in keys)
+        count = editor.call(aten.sym_size.int, self.places, 1, at=before)
+        copies = Resized(
+            editor, self.tokens, count, after, lambda node, axis: self._take(node, axis, after), both=False
+        )
+        for node in [before, *nodes]:
+            if node in some & whole:
+                axis = next(i for i, size in enumerate(shape(node)) if expression(size) == self.tokens)
+                copies.made[node] = take(node, axis)
+            elif node in some:
+                copies.copy(node, {arg: arg for arg in reads[node] if (node, arg) in keys})
+        self._put(before, copies.made[after], after)
+
+    def _take(self, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
+        """The tokens of a value that run."""
+        node = self._turned(node, end) if axis == 0 else node
+        node = self.editor.call(TAKE_TOKENS, node, self.places, axis or 1, at=end.prev)
+        return self._turned(node, end) if axis == 0 else node
+
+    def _put(self, before: fx.Node, made: fx.Node, after: fx.Node) -> None:
+        """Let the block's output be its input, but for the tokens that ran."""
+        if self.axis == 1:
+            self.editor.rewrite(after, PUT_TOKENS, before, self.places, made, 1)
+            return
+        old, new = self._turned(before, after), self._turned(made, after)
+        put = self.editor.call(PUT_TOKENS, old, self.places, new, 1, at=after.prev)
+        self.editor.rewrite(after, aten.transpose.int, put, 0, 1)
+
+    def _turned(self, node: fx.Node, end: fx.Node) -> fx.Node:
+        """Rows before tokens, or tokens before rows."""
+        return self.editor.call(aten.transpose.int, node, 0, 1, at=end.prev)
 
 
 def _keys(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:

@@ -107,12 +107,14 @@ def _hidden_from_each_other(program: Program, name: str, groups: Sequence[Group]
 
 def _hiding(site: AttentionSite, values: dict[fx.Node, Any], apart: torch.Tensor) -> torch.Tensor:
     """An attention's weights (of the fused one the output) where some keys are hidden from some queries."""
-    args, kwargs = fx.node.map_arg((site.weights.args, dict(site.weights.kwargs)), values.__getitem__)
+    target: Any = site.weights.target
+    given: Any = fx.node.map_arg((site.weights.args, dict(site.weights.kwargs)), values.__getitem__)
+    args, kwargs = list(given[0]), dict(given[1])
     if site.form != "sdpa":
-        return site.weights.target(args[0].masked_fill(apart, -torch.inf), *args[1:], **kwargs)  # type: ignore[operator,no-any-return]
+        return target(args[0].masked_fill(apart, -torch.inf), *args[1:], **kwargs)  # type: ignore[no-any-return]
     mask = args[3] if len(args) > 3 else kwargs.pop("attn_mask", None)
     if mask is None:
         mask = ~apart
     else:
         mask = mask & ~apart if mask.dtype == torch.bool else mask.masked_fill(apart, -torch.inf)
-    return torch.nn.functional.scaled_dot_product_attention(*args[:3], mask, *args[4:], **kwargs)
+    return target(*args[:3], mask, *args[4:], **kwargs)  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -23,7 +24,7 @@ def group_bounds(program: Program, groups: Sequence[Group], call: Call) -> list[
     sizes = [group_size(program, group) for group in groups]
     ends = [sum(sizes[: i + 1], sympy.Integer(0)) for i in range(len(sizes))]
     made = [0, *(size_node(program, end, call) for end in ends[:-1]), 2**63 - 1]
-    return list(zip(made[:-1], made[1:], strict=True))
+    return list(pairwise(made))
 
 
 def group_size(program: Program, group: Group) -> Any:

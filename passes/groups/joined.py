@@ -34,14 +34,14 @@ def joined_groups(program: Program, stack: str, names: Sequence[str]) -> tuple[G
             hint=f"{len(parts)} names",
         )
     named = list(names) or _distinct([_name(program, inputs) for inputs, _ in parts])
-    groups = tuple(
-        Group(name, program.axes.describe(size)) for name, (_, size) in zip(named, parts, strict=True)
-    )
+    groups = tuple(Group(name, program.axes.describe(size)) for name, (_, size) in zip(named, parts, strict=True))
     for group in groups:
         try:
             axes_of(group.tokens)
         except ValueError as error:
-            raise SpecError(f"how many tokens {group.name!r} has is no simple number of an input's sizes: {error}") from error
+            raise SpecError(
+                f"how many tokens {group.name!r} has is no simple number of an input's sizes: {error}"
+            ) from error
     return groups
 
 
@@ -110,5 +110,3 @@ def _distinct(names: Sequence[str]) -> list[str]:
         seen[name] += 1
         found.append(name if total[name] == 1 else f"{name}{seen[name]}")
     return found
-
-

@@ -35,7 +35,8 @@ class Resized:
         """The copy of a node; ``others`` of its arguments stand for themselves (all keys, say)."""
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: others.get(arg, self._argument(node, arg)))
         if node.target in _RESHAPES or node.target is aten.expand.default:
-            args = (args[0], self._sizes(node, args[0]))
+            copied: Any = args[0]
+            args = (copied, self._sizes(node, copied))
         try:
             made = self.editor.call(node.target, *args, at=self.end.prev, **kwargs)
         except Exception as error:

@@ -145,9 +145,7 @@ class ScoreBuilder:
         products = self.call(aten.mul.Tensor, self.call(aten.exp.default, logs), logs)
         return self.call(aten.neg.default, self.call(aten.sum.dim_IntList, products, [-1]))
 
-    def cosine(
-        self, before: fx.Node, after: fx.Node, valid: fx.Node | None, groups: Groups | None = None
-    ) -> fx.Node:
+    def cosine(self, before: fx.Node, after: fx.Node, valid: fx.Node | None, groups: Groups | None = None) -> fx.Node:
         """Similarity of two states, all values of a row (of one of its tokens, of a group of them) as one vector."""
         before, after = self.by_rows(before), self.by_rows(after)
         real = self.spread(valid, after)

@@ -16,16 +16,18 @@ from offramp.runtime.engine.loop import Loop, depths, joined
 from offramp.runtime.engine.memory import Env, Index, Memory
 from offramp.runtime.engine.widths import Sites, Widths
 from offramp.runtime.policies.group_policy import Asked
+from offramp.runtime.policies.stack_policy import Record
 from offramp.runtime.result import Timing
 
 
 @dataclass
 class Ran:
-    """What stages have left behind: values by name, after how many blocks each row left each stack, and what ran."""
+    """What stages have left behind: values by name, where each row left each stack, what was scored, and what ran."""
 
     values: Env
     widths: Widths
     exits: dict[str, Index] = field(default_factory=dict)
+    scores: dict[str, Record] = field(default_factory=dict)
     trace: list[Timing] = field(default_factory=list)
 
 
@@ -67,5 +69,6 @@ class Engine:
         left = loop.stack(step.spans, inside, rows, policies[name])
         found = depths(left, batch)
         ran.exits |= policies[name].exits(found)
+        ran.scores |= policies[name].records()
         policies[name].report(found, (perf_counter() - started) * 1e3)
         ran.values |= joined(left, self._manifest.values, self._manifest.batch, batch, self.memory)

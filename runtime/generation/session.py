@@ -33,7 +33,7 @@ class Session:
     Attributes:
         prompts: Token ids that the rows start with, int64 [n] each.
         rows: For each slot the row that it holds; rows that have ended have none.
-        exits, trace: Of what ran once for the inputs.
+        exits, scores, trace: Of what ran once for the inputs.
     """
 
     def __init__(
@@ -69,6 +69,11 @@ class Session:
     def exits(self) -> Mapping[str, NDArray[np.int64]]:
         """After how many blocks each row left the stacks that run once, int64 [rows]."""
         return self._once.exits
+
+    @property
+    def scores(self) -> Mapping[str, Mapping[int, Mapping[str, NDArray[Any]]]]:
+        """What their exits scored that were asked, by stack, ``after`` and measure."""
+        return self._once.scores
 
     @property
     def trace(self) -> tuple[Timing, ...]:

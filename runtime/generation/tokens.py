@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -43,9 +43,11 @@ class Generated:
     """What `Chain.generate` returns, by row: new token ids int64 [n], and after how many blocks each was made.
 
     ``width`` is the share of the learners' floating-point operations that tokens executed; None without learners.
+    ``encoders`` says after how many blocks each row left the stacks that ran once for the inputs, int64 [rows].
     """
 
     tokens: tuple[NDArray[np.int64], ...]
     exits: tuple[NDArray[np.int64], ...]
     scores: tuple[float, ...] = ()
     width: float | None = None
+    encoders: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)

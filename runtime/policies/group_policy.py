@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Stack
 from offramp.runtime.policies.base import Policy, Rows, Scores
-from offramp.runtime.policies.stack_policy import StackPolicy
+from offramp.runtime.policies.stack_policy import Record, StackPolicy
 
 
 class GroupPolicy:
@@ -38,7 +38,7 @@ class GroupPolicy:
     def _exits(self) -> list[int]:
         return [exit_.after for exit_ in self._stack.exits[:-1]]
 
-    def records(self) -> dict[str, dict[int, dict[str, NDArray[Any]]]]:
+    def records(self) -> dict[str, Record]:
         """The scores by group, ``after`` and measure, as `StackPolicy` has them."""
         return {name: group.record for name, group in self._groups.items()}
 
@@ -62,7 +62,8 @@ class GroupPolicy:
             self._inside[gone, at] = False
             self._depths[rows[gone], at] = after
             group.keep(np.flatnonzero(~leaves))
-        return ~self._inside.any(1)
+        left: Rows = ~self._inside.any(1)
+        return left
 
     def keep(self, stay: NDArray[np.int64]) -> None:
         """Forget the rows that left; ``stay`` says which of the last rows did not."""
@@ -76,7 +77,7 @@ class GroupPolicy:
 
 
 def active_places(inside: Rows) -> NDArray[np.int64]:
-    """Where tokens are True, in their order: int64 [rows, the most of a row]; a row with fewer repeats its first one."""
+    """Where tokens are True, in order: int64 [rows, the most of a row]; a row with fewer repeats its first one."""
     counts = inside.sum(1)
     order = np.argsort(~inside, axis=1, kind="stable")[:, : int(counts.max(initial=1))]
     return np.where(np.arange(order.shape[1]) < counts[:, None], order, order[:, :1])
@@ -86,9 +87,7 @@ def active_places(inside: Rows) -> NDArray[np.int64]:
 Asked: TypeAlias = StackPolicy | GroupPolicy
 
 
-def asked_at(
-    stacks: Mapping[str, Stack], policy: Policy, batch: int, sizes: Mapping[str, int]
-) -> dict[str, Asked]:
+def asked_at(stacks: Mapping[str, Stack], policy: Policy, batch: int, sizes: Mapping[str, int]) -> dict[str, Asked]:
     """A policy at each stack in one run over axes of these sizes."""
     return {
         name: GroupPolicy(policy, stack, batch, sizes) if stack.groups else StackPolicy(policy, stack, batch)

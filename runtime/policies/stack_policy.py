@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from offramp.bundle.manifest import Stack
 from offramp.bundle.measures import PICK, measure_named
 from offramp.errors import ExecutionError, PolicyError
 from offramp.runtime.policies.base import Cost, Policy, Rows, Scores, State, listing
+
+#: Scores by ``after`` and measure, [rows of the batch].
+Record: TypeAlias = dict[int, dict[str, NDArray[Any]]]
 
 
 class StackPolicy:
@@ -24,7 +27,7 @@ class StackPolicy:
         self._policy, self._stack, self._batch = policy, stack, batch
         self._costs = Cost in policy.observes
         self._history: dict[int, Scores] = {}
-        self.record: dict[int, dict[str, NDArray[Any]]] = {}
+        self.record: Record = {}
         self.steps: NDArray[np.int64] | None = None  # by place in the batch
         self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
         if PICK in stack.exits[-1].scores:
@@ -63,7 +66,7 @@ class StackPolicy:
             )
         return leave
 
-    def records(self) -> dict[str, dict[int, dict[str, NDArray[Any]]]]:
+    def records(self) -> dict[str, Record]:
         """The scores by the stack's name."""
         return {self._stack.name: self.record}
 
