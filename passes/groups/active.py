@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 from torch import fx
@@ -57,9 +58,8 @@ class _Active:
             if node in some - whole:
                 some.update(arg for arg in reads[node] if (node, arg) not in keys)
         count = editor.call(aten.sym_size.int, self.places, 1, at=before)
-        copies = Resized(
-            editor, self.tokens, count, after, lambda node, axis: self._take(node, axis, after), both=False
-        )
+        take = partial(self._take, after)
+        copies = Resized(editor, self.tokens, count, after, take, both=False)
         for node in [before, *nodes]:
             if node in some & whole:
                 axis = next(i for i, size in enumerate(shape(node)) if expression(size) == self.tokens)

@@ -62,8 +62,7 @@ class GroupPolicy:
             self._inside[gone, at] = False
             self._depths[rows[gone], at] = after
             group.keep(np.flatnonzero(~leaves))
-        left: Rows = ~self._inside.any(1)
-        return left
+        return np.logical_not(self._inside.any(1))
 
     def keep(self, stay: NDArray[np.int64]) -> None:
         """Forget the rows that left; ``stay`` says which of the last rows did not."""
