@@ -88,7 +88,7 @@ def _value(value: Value) -> str:
 
 def _stacks(manifest: Manifest) -> str:
     rows = []
-    for name, stack in manifest.stacks.items():
+    for name, stack in manifest.leaving.items():
         exits = [item for item in stack.exits if item.after < stack.blocks]
         scores = dict.fromkeys(measure for item in stack.asking for measure in item.scores)
         kinds = dict.fromkeys(f"{item.head} head, {item.adapter} adapter" for item in exits)

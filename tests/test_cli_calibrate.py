@@ -183,3 +183,12 @@ def test_text_needs_a_tokenizer(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("w5\n")
     with pytest.raises(InputError, match=r"has no tokenizer.json"):
         _data.read(offramp.load(bundle), bundle, tmp_path / "a.txt")
+
+
+def test_the_others_of_a_stack_that_is_named(bundle: Path, arrays: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "calibrate", bundle, "--data", arrays, "--others", "own")
+    assert "--others own: the others of which stack?" in said
+    run(capsys, "calibrate", bundle, "--data", arrays, "--keep", "0.5", "--stack", "encoder", "--others", "own")
+    record = offramp.load(bundle).manifest.calibration
+    assert record
+    assert "others" not in record

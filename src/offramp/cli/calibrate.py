@@ -14,9 +14,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from offramp.cli import _common, _data
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
     from offramp.calibration import Calibration
+    from offramp.runtime import Chain, Each
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help='of a bundle with learners: "choose" chooses how many of them tokens take on average; a number, 0.5 for '
         "half of them, is what exits are chosen at; if left out exits are chosen with all learners, or where no exit "
         "has a score, the width",
+    )
+    parser.add_argument(
+        "--others",
+        choices=("full", "own"),
+        default="full",
+        help="what stacks other than --stack do: full depth (the default), or what the bundle's own policy says, from "
+        "a calibration on other examples; so one stack, or one group of tokens, is chosen after the other",
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the split into fitting and testing")
 
@@ -49,12 +58,26 @@ def run(args: argparse.Namespace) -> int:
         stack=args.stack,
         measure=args.measure,
         width=args.width,
+        others=_others(chain, args),
         seed=args.seed,
         **_data.options(args),
     )
     calibration.write(args.bundle)
     print(_text(calibration, "token" if chain.generates else "row"))
     return 0
+
+
+def _others(chain: Chain, args: argparse.Namespace) -> Each | None:
+    """What stacks other than the one that is named do."""
+    if args.others == "full":
+        return None
+    if args.stack is None:
+        raise InputError("--others own: the others of which stack?", hint=f"--stack {next(iter(chain.stacks))}")
+    from offramp.runtime import Each
+
+    own = chain.policy.stacks if isinstance(chain.policy, Each) else {}
+    others = {name: policy for name, policy in own.items() if name != args.stack}
+    return Each(others) if others else None
 
 
 def _width(text: str) -> float | Literal["choose"]:
