@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from offramp._lazy import names_of
 
 if TYPE_CHECKING:
+    from offramp.training.encoder_depths import EncoderDepths
     from offramp.training.fitting import CurvePoint, fit
     from offramp.training.objective_module import remember
     from offramp.training.objectives import (
@@ -26,6 +27,7 @@ __all__ = [
     "CurvePoint",
     "DeepSupervision",
     "DepthWeighted",
+    "EncoderDepths",
     "GateDistillation",
     "LearnedGates",
     "LearnerDistillation",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "encoder_depths": ("EncoderDepths",),
     "objective_module": ("remember",),
     "fitting": ("CurvePoint", "fit"),
     "objectives": (
