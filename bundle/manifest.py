@@ -130,10 +130,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Group:
-    """Some of a stack's tokens, which leave it together: ``tokens`` of them, a number or an expression over axes."""
+    """Some of a stack's tokens: ``tokens`` of them, a number or an expression over axes.
+
+    They leave together, or ``alone``, each where it likes.
+    """
 
     name: str
     tokens: int | str
+    alone: bool = False
+
+    def scores(self, count: int) -> int:
+        """How many scores it has where there are ``count`` tokens: one, or one for each."""
+        return count if self.alone else 1
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,9 @@ class Stack:
     """A loop of ``blocks`` transformer blocks from value ``input`` to value ``output``.
 
     Where the first part makes the hidden state that enters the stack, ``input`` are the tokens that it is made of.
-    Where tokens leave in ``groups``, which lie one behind the other, scores are [batch, groups], and the value
-    ``places`` says where the tokens are that have not left, int64 [batch, tokens that have not].
+    Where tokens leave in ``groups``, which lie one behind the other, scores are [batch, groups] (of tokens that leave
+    alone each has one), and the value ``places`` says where those are that have not left, int64 [batch, tokens that
+    have not].
     """
 
     name: str

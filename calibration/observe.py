@@ -108,7 +108,17 @@ def measures_of(exit_: Exit) -> tuple[str, ...]:
 
 def scored(chain: Chain) -> list[Stack]:
     """The stacks that may be left where there are scores."""
-    return [stack for stack in _usable(chain).values() if any(measures_of(exit_) for exit_ in stack.exits[:-1])]
+    return [
+        stack
+        for stack in _usable(chain).values()
+        if any(measures_of(exit_) for exit_ in stack.exits[:-1]) and not _leave_alone(chain, stack)
+    ]
+
+
+def _leave_alone(chain: Chain, stack: Stack) -> bool:
+    """Whether it is a group of tokens that leave one by one."""
+    whole = _whole(chain, stack)
+    return any(group.alone for group, name in zip(whole.groups, whole.by_group, strict=False) if name == stack.name)
 
 
 def _usable(chain: Chain) -> dict[str, Stack]:
@@ -136,6 +146,11 @@ def stack_of(chain: Chain, name: str | None = None) -> Stack:
         InputError: there is none of that name, or none that has exits with scores.
     """
     usable = _usable(chain)
+    if name in usable and _leave_alone(chain, usable[name]):
+        raise InputError(
+            f"the tokens of {name!r} leave alone, and thresholds are chosen for what leaves together",
+            hint='split-modalities{tokens=group}; or a policy of your own: Confidence(0.99, measure="cosine")',
+        )
     found = [stack for stack in scored(chain) if name in (None, stack.name)]
     if not found:
         what = "has no exit before full depth that has a score" if name in (None, *usable) else "is no stack to choose"

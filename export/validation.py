@@ -278,7 +278,7 @@ def _groups(program: Program, chain: Chain) -> float:
 
         found = chain.run(inputs, leave)
         depths = {
-            stack: torch.from_numpy(np.stack([found.exits[name] for name in names], 1))
+            stack: torch.from_numpy(np.column_stack([found.exits[name] for name in names]))
             for stack, names in groups.items()
         }
         with torch.no_grad():
@@ -291,9 +291,9 @@ def _rows(program: Program, chain: Chain) -> float:
     """Rows that leave one after the other must get what they get together."""
     if chain.manifest.batch is None:
         return 0.0
-    stack = list(chain.stacks.values())[-1]
+    stack = list(chain.manifest.stacks.values())[-1]
     exits = [item.after for item in stack.exits]
-    if len(exits) < 2:
+    if len(exits) < 2 or stack.groups:
         return 0.0
     inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
     mixed = chain.run(

@@ -10,7 +10,7 @@ from offramp.passes.groups.apart import check_apart, run_apart
 from offramp.passes.groups.joined import joined_groups
 from offramp.passes.infra.contract import Pass, PassResult, stack_named
 from offramp.passes.infra.editor import Editor
-from offramp.program.groups import Groups
+from offramp.program.groups import Group, Groups
 from offramp.program.program import Program
 
 
@@ -27,10 +27,14 @@ class SplitModalities(Pass):
     - separate: a stack for each group, with the same weights, which attends to its own tokens alone (MuE, arXiv
       2211.11152, sec. 3.1). That is another model: it has to be trained so
 
+    ``tokens=token``, for ``joint``, lets each token leave alone; those that are padding leave first. Then the tokens
+    need not be made of several inputs: one group has them all.
+
     ``names`` are those of the groups in their order; left out they are image, text, or the inputs'. With ``joint`` they
     are policies' names for them, ``STACK.GROUP``; with ``separate`` those of the stacks.
 
-    Requires: an encoder, before which ``torch.cat`` joins tokens of several inputs; rows are computed apart.
+    Requires: an encoder, before which ``torch.cat`` joins tokens of several inputs (or ``tokens=token``); rows are
+    computed apart.
     Ensures: the outputs are what they were (joint), or what no attention between groups gives (separate).
     Invalidates: exits of the stack, so they come after it.
     """
@@ -38,6 +42,7 @@ class SplitModalities(Pass):
     name: ClassVar[str] = "split-modalities"
     stack: str | None = None
     form: Literal["joint", "separate"] = "joint"
+    tokens: Literal["group", "token"] = "group"
     names: tuple[str, ...] | str = ()
 
     def requires(self, program: Program) -> None:
@@ -56,14 +61,16 @@ class SplitModalities(Pass):
             raise SpecError(
                 f"stack {name!r} has learners, which are counted for all of its tokens", hint="leave insert-acm out"
             )
-        joined_groups(program, name, self._names)
+        if self.tokens == "token" and self.form == "separate":
+            raise SpecError("form=separate: a stack is left by its tokens together", hint="form=joint, or tokens=group")
+        self._groups(program, name)
 
     def run(self, program: Program) -> PassResult:
         """Note the groups, or give each its own stack."""
         name = self._stack(program)
         if any(item.stack == name for item in program.groups):
             return PassResult(program, notes=(f"the tokens of stack {name} are in groups already",))
-        groups = joined_groups(program, name, self._names)
+        groups = self._groups(program, name)
         if self.form == "separate":
             return run_apart(Editor(program, repr(self)), name, groups)
         made = replace(
@@ -76,6 +83,11 @@ class SplitModalities(Pass):
         name = self._stack(before)
         if self.form == "separate":
             check_apart(before, result.program, name, joined_groups(before, name, self._names))
+
+    def _groups(self, program: Program, stack: str) -> tuple[Group, ...]:
+        """The groups of the stack's tokens."""
+        alone = self.tokens == "token"
+        return joined_groups(program, stack, self._names, alone=alone)
 
     @property
     def _names(self) -> tuple[str, ...]:

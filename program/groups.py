@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -56,13 +56,27 @@ class Groups(Record):
         }
         return [evaluate(group.tokens, sizes) for group in self.groups]
 
+    def scores(self, counts: Sequence[int]) -> list[int]:
+        """How many scores each group has, for so many tokens of each."""
+        return [group.scores(count) for group, count in zip(self.groups, counts, strict=True)]
+
+    def by_token(self, depths: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        """The depth of each token [batch, tokens], of depths for each score [batch, scores]."""
+        times = [
+            1 if group.alone else count
+            for group, count in zip(self.groups, counts, strict=True)
+            for _ in range(group.scores(count))
+        ]
+        return depths.repeat_interleave(torch.tensor(times, device=depths.device), 1)
+
     def total(self, program: Program) -> int:
         """How many tokens there are in the example."""
         return sum(self.counts(program, program.example_inputs))
 
     def summary(self, program: Program) -> str:
         """The groups and their tokens."""
-        return "tokens in groups: " + ", ".join(f"{group.name} ({group.tokens})" for group in self.groups)
+        found = (f"{group.name} ({group.tokens}{', each alone' if group.alone else ''})" for group in self.groups)
+        return f"tokens in groups: {', '.join(found)}"
 
 
 def token_axis(program: Program, hidden: str) -> int:
@@ -80,7 +94,8 @@ def left_early(
     Args:
         program: one with `Groups`.
         inputs: as the graph takes them.
-        depths: for each of these stacks, after how many blocks each group of each row leaves, int64 [batch, groups].
+        depths: for each of these stacks, after how many blocks each group of each row leaves, int64 [batch, groups];
+            of a group whose tokens leave alone there is one for each token.
 
     Returns:
         The outputs by name; gradients flow through them.
@@ -93,8 +108,7 @@ def left_early(
             continue
         stack = program.stacks[item.stack]
         axis = token_axis(program, stack.input)
-        counts = torch.tensor(item.counts(program, inputs))
-        per_token = depths[item.stack].repeat_interleave(counts, 1)[..., None]
+        per_token = item.by_token(depths[item.stack], item.counts(program, inputs))[..., None]
         per_token = per_token if axis == 1 else per_token.transpose(0, 1)
         for depth, (before, after) in enumerate(zip(stack.cuts, stack.cuts[1:], strict=False), 1):
             at = order.index(program.nodes[after]) + 1

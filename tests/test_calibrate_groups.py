@@ -135,6 +135,13 @@ def test_others_are_other_stacks(classifier: Path, others: Any) -> None:
         offramp.calibrate(offramp.load(classifier), data(5), stack="encoder.text", others=others)
 
 
+def test_tokens_that_leave_alone_have_no_common_threshold(tmp_path: Path) -> None:
+    program = offramp.capture(joined(decodes=False), inputs(decodes=False))
+    offramp.save(offramp.apply(program, f"split-modalities{{tokens=token}},{EXITS}"), tmp_path / "alone.offramp")
+    with pytest.raises(InputError, match=r"the tokens of 'encoder.text' leave alone"):
+        offramp.calibrate(offramp.load(tmp_path / "alone.offramp"), data(5), stack="encoder.text")
+
+
 def test_reports_are_of_tokens(generator: Chain) -> None:
     with pytest.raises(InputError, match="runs once for a generation"):
         offramp.calibration.report(generator, data(5, decodes=True), stack="encoder.image")

@@ -46,7 +46,7 @@ def of_logits(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize("step", range(3))
 def test_groups_leave_where_they_are_drawn(how: dict[str, Any], step: int) -> None:
     made, objective = program(JOINT, **how), EncoderDepths(CrossEntropy(), full=0.2)
-    depths = objective.drawn(made, step, 3)
+    depths = objective.drawn(made, step, 3, batch())
     assert depths["encoder"].shape == (3, 2)
     expected = left_early(made, made.fresh(inputs(how.get("decodes", True))), depths)["logits"]
     torch.testing.assert_close(loss(made, objective, step, how.get("decodes", True)), of_logits(expected))
@@ -54,7 +54,7 @@ def test_groups_leave_where_they_are_drawn(how: dict[str, Any], step: int) -> No
 
 def test_stacks_of_groups_leave_where_they_are_drawn() -> None:
     made, objective = program(SEPARATE), EncoderDepths(CrossEntropy(), full=0.0)
-    drawn = objective.drawn(made, 0, 3)
+    drawn = objective.drawn(made, 0, 3, batch())
     assert {name: depth.shape for name, depth in drawn.items()} == {"encoder.image": (3, 1), "encoder.text": (3, 1)}
     rows = []
     for row in range(3):
@@ -74,12 +74,14 @@ def test_rows_at_full_depth_are_the_task() -> None:
 
 def test_draws_are_of_all_exits_and_differ_by_step() -> None:
     made, objective = program(JOINT), EncoderDepths(CrossEntropy(), full=0.0, seed=1)
-    seen = torch.cat([objective.drawn(made, step, 3)["encoder"] for step in range(40)])
+    seen = torch.cat([objective.drawn(made, step, 3, batch())["encoder"] for step in range(40)])
     assert set(seen.flatten().tolist()) == {1, 2, 3}
     assert (seen[:, 0] != seen[:, 1]).any()
-    again = EncoderDepths(CrossEntropy(), full=0.0, seed=1).drawn(made, 7, 3)["encoder"]
-    assert torch.equal(again, objective.drawn(made, 7, 3)["encoder"])
-    assert (EncoderDepths(CrossEntropy(), full=0.5).drawn(made, 0, 400)["encoder"] == 3).all(1).float().mean() > 0.4
+    again = EncoderDepths(CrossEntropy(), full=0.0, seed=1).drawn(made, 7, 3, batch())["encoder"]
+    assert torch.equal(again, objective.drawn(made, 7, 3, batch())["encoder"])
+    assert (EncoderDepths(CrossEntropy(), full=0.5).drawn(made, 0, 400, batch())["encoder"] == 3).all(
+        1
+    ).float().mean() > 0.4
 
 
 def test_it_trains_every_depth_with_deep_supervision_of_the_decoder() -> None:

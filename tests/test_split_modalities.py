@@ -23,6 +23,7 @@ from offramp.errors import PolicyError, SpecError
 from offramp.program import Program
 from offramp.program.groups import left_early
 from offramp.program.ops import put_tokens, take_tokens
+from offramp.runtime import Chain
 from offramp.runtime.policies.base import State
 from offramp.runtime.policies.group_policy import active_places
 
@@ -290,7 +291,7 @@ def test_a_stack_of_one_input_has_no_groups(one_input: Program) -> None:
         offramp.apply(one_input, "split-modalities")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_input() -> Program:
     class Text(torch.nn.Module):
         def __init__(self) -> None:
@@ -343,3 +344,55 @@ def test_taken_tokens_are_put_back(batch: int, heads: int | str, axis: int, seed
         assert torch.equal(put_tokens(tokens, places, found, axis), tokens)
         changed = put_tokens(tokens, places, found + 1, axis)
         assert torch.equal(take_tokens(changed, places, axis), found + 1)
+
+
+@pytest.fixture(scope="module", params=["joined", "written out", "one input"])
+def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Chain]:
+    program = offramp.capture(joined(written=request.param == "written out"), inputs())
+    if request.param == "one input":
+        program = request.getfixturevalue("one_input")
+    path = tmp_path_factory.mktemp("bundle") / "alone.offramp"
+    program = offramp.apply(program, f"split-modalities{{tokens=token}},{EXITS}")
+    assert offramp.save(program, path)["groups"] < 1e-5
+    return program, offramp.load(path)
+
+
+def test_tokens_leave_alone(alone: tuple[Program, Chain]) -> None:
+    program, chain = alone
+    (item,) = program.groups
+    given_ = {name: inputs()[name] for name in program.inputs}
+    counts = item.counts(program, given_)
+    drawn = np.random.default_rng(3)
+    for _ in range(5):
+        names = list(chain.stacks)[: len(counts)]
+        depths = {name: drawn.integers(1, 4, (3, count)) for name, count in zip(names, counts, strict=True)}
+
+        def leave(state: State, depths: dict[str, Any] = depths) -> Any:
+            if state.stack not in depths:
+                return np.zeros(state.rows.size, np.bool_)
+            return depths[state.stack].ravel()[state.rows] == state.after
+
+        found = chain.run({name: value.numpy() for name, value in given_.items()}, leave)
+        assert all((found.exits[name] == depth).all() for name, depth in depths.items())
+        wanted = torch.from_numpy(np.concatenate(list(depths.values()), 1))
+        expected = left_early(program, program.fresh(given_), {"encoder": wanted})
+        for name in program.outputs:
+            _close(found.outputs[name], expected[name].detach().numpy())
+
+
+def test_padding_leaves_first_where_tokens_leave_alone(tmp_path: Path) -> None:
+    program = offramp.apply(offramp.capture(joined(), inputs()), f"split-modalities{{tokens=token}},{EXITS}")
+    offramp.save(program, tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    result = chain.run(
+        {name: value.numpy() for name, value in inputs().items()}, offramp.Confidence(0.9999, measure="cosine")
+    )
+    padded = inputs()["attention_mask"].numpy() == 0
+    assert (result.exits["encoder.text"][padded] == 1).all()
+    assert (result.exits["encoder.text"][~padded] > 1).any()
+    scores = result.scores["encoder.text"][1]["cosine"]
+    assert scores.shape == padded.shape
+    states = [program.nodes[name] for name in program.stacks["encoder"].cuts[:2]]
+    before, after = offramp.program.program.evaluate(program.graph_module, states, inputs()).values()
+    expected = F.cosine_similarity(before, after, -1)[:, PATCHES + 1 :].detach().numpy()
+    np.testing.assert_allclose(scores[~padded], expected[~padded], atol=1e-5)

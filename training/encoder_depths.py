@@ -52,15 +52,18 @@ class EncoderDepths(Objective):
         names = {item.stack for item in program.exits if not item.outputs} | {item.stack for item in program.groups}
         return [name for name in program.stacks if name in names and self._early(program, name)]
 
-    def drawn(self, program: Program, step: int, rows: int) -> dict[str, Tensor]:
-        """After how many blocks rows leave in this step, by stack: int64 [rows, groups], one column without groups."""
+    def drawn(self, program: Program, step: int, rows: int, batch: Values) -> dict[str, Tensor]:
+        """After how many blocks rows leave in this step, by stack: int64 [rows, groups], one column without groups.
+
+        Of a group whose tokens leave alone there is a column for each.
+        """
         drawn = torch.Generator().manual_seed(random.Random(f"{self.seed} {step}").getrandbits(62))
         whole = torch.rand(rows, 1, generator=drawn) < self.full
         found = {}
         for name in self.stacks(program):
             blocks, groups = program.stacks[name].blocks, program.groups_of(name)
             depths = torch.tensor([*self._early(program, name), blocks])
-            count = 1 if groups is None else len(groups.groups)
+            count = 1 if groups is None else sum(groups.scores(groups.counts(program, batch)))
             some = depths[torch.randint(len(depths), (rows, count), generator=drawn)]
             found[name] = torch.where(whole, blocks, some)
         return found
@@ -73,7 +76,7 @@ class EncoderDepths(Objective):
             first = model.values([stack.input], batch, given)[stack.input]
             place = program.axes.batch_axis(program.nodes[stack.input])
             assert place is not None  # see check
-            depths = depths or self.drawn(program, step, first.shape[place[0]] // place[1])
+            depths = depths or self.drawn(program, step, first.shape[place[0]] // place[1], batch)
             drawn = depths[name].to(first.device)
             given[stack.output] = (
                 _left(model, batch, name, drawn, given)
@@ -107,8 +110,7 @@ def _left_in_groups(model: ObjectiveModule, batch: Values, item: Groups, depths:
     """The same where groups of tokens leave at their depths, [rows, groups], and stay as they are."""
     program = model.program
     stack = program.stacks[item.stack]
-    counts = torch.tensor(item.counts(program, batch), device=depths.device)
-    by_token = depths.repeat_interleave(counts, 1)[..., None]
+    by_token = item.by_token(depths, item.counts(program, batch))[..., None]
     by_token = by_token if token_axis(program, stack.input) == 1 else by_token.transpose(0, 1)
     others = {name: value for name, value in given.items() if name != stack.input}
     state = given[stack.input]

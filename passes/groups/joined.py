@@ -15,14 +15,19 @@ from offramp.program.groups import Group, token_axis
 from offramp.program.program import Program
 
 
-def joined_groups(program: Program, stack: str, names: Sequence[str]) -> tuple[Group, ...]:
+def joined_groups(program: Program, stack: str, names: Sequence[str], *, alone: bool = False) -> tuple[Group, ...]:
     """The groups of a stack's tokens in their order, under these names (none: those of what they are made of).
+
+    Where each token leaves ``alone``, there may be one group.
 
     Raises:
         SpecError: no tokens are joined there, or there are more or fewer names.
     """
     parts = _merged(_parts(program, stack))
-    if len(parts) < 2:
+    if alone and not parts:
+        first = program.stacks[stack].input
+        parts = [(set(), shape(program.nodes[first])[token_axis(program, first)])]
+    if len(parts) < 2 and not alone:
         raise SpecError(
             f"no tokens of several inputs are joined before stack {stack!r}",
             hint="exits of rows as a whole: insert-exits alone; a model that joins its tokens by torch.cat",
@@ -33,15 +38,14 @@ def joined_groups(program: Program, stack: str, names: Sequence[str]) -> tuple[G
             + "; ".join(", ".join(sorted(inputs)) for inputs, _ in parts),
             hint=f"{len(parts)} names",
         )
-    named = list(names) or _distinct([_name(program, inputs) for inputs, _ in parts])
-    groups = tuple(Group(name, program.axes.describe(size)) for name, (_, size) in zip(named, parts, strict=True))
+    known = _distinct([_name(program, inputs) for inputs, _ in parts]) if len(parts) > 1 else ["tokens"]
+    sizes = [program.axes.describe(size) for _, size in parts]
+    groups = tuple(Group(name, size, alone) for name, size in zip(names or known, sizes, strict=True))
     for group in groups:
         try:
             axes_of(group.tokens)
         except ValueError as error:
-            raise SpecError(
-                f"how many tokens {group.name!r} has is no simple number of an input's sizes: {error}"
-            ) from error
+            raise SpecError(f"the number of tokens of {group.name!r} is no sum of inputs' sizes: {error}") from error
     return groups
 
 

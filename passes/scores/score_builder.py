@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -157,12 +157,27 @@ class ScoreBuilder:
                 product = self.call(aten.where.ScalarOther, real, product, 0.0)
             if groups is None:
                 return self.per_row(product, aten.sum.dim_IntList)
-            axis = token_axis(self.program, self.program.stacks[groups.stack].input)
-            parts = [self.call(aten.slice.Tensor, product, axis, start, end) for start, end in bounds]
-            return self.call(aten.stack.default, [self.per_row(part, aten.sum.dim_IntList) for part in parts], 1)
+            return self._by_group(product, groups, bounds)
 
         lengths = self.call(aten.sqrt.default, self.call(aten.mul.Tensor, dot(before, before), dot(after, after)))
-        return self.call(aten.div.Tensor, dot(before, after), self.call(aten.clamp_min.default, lengths, 1e-12))
+        found = self.call(aten.div.Tensor, dot(before, after), self.call(aten.clamp_min.default, lengths, 1e-12))
+        if real is None or groups is None or not any(group.alone for group in groups.groups):
+            return found
+        nobody = self.call(aten.eq.Scalar, lengths, 0)  # tokens that are padding leave at once
+        return self.call(aten.masked_fill.Scalar, found, nobody, 1.0)
+
+    def _by_group(self, product: fx.Node, groups: Groups, bounds: Sequence[tuple[Any, Any]]) -> fx.Node:
+        """Sums of a product of states, [batch, groups]; of tokens that leave alone there is one for each."""
+        axis = token_axis(self.program, self.program.stacks[groups.stack].input)
+        sums: list[fx.Node] = []
+        for group, (start, end) in zip(groups.groups, bounds, strict=True):
+            part = self.call(aten.slice.Tensor, product, axis, start, end)
+            if group.alone:
+                part = self.call(aten.sum.dim_IntList, part, [-1])
+                sums.append(part if axis == 1 else self.call(aten.transpose.int, part, 0, 1))
+            else:
+                sums.append(self.call(aten.unsqueeze.default, self.per_row(part, aten.sum.dim_IntList), 1))
+        return self.call(aten.cat.default, sums, 1) if len(sums) > 1 else sums[0]
 
     def learned(self, hidden: fx.Node, valid: fx.Node | None, prefix: str) -> fx.Node:
         """A gate on the state's mean over tokens, with new weights named ``prefix`` + weight and bias."""

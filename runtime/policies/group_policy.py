@@ -17,15 +17,23 @@ from offramp.runtime.policies.stack_policy import Record, StackPolicy
 class GroupPolicy:
     """The groups of one stack in one run. A row leaves once all its groups have.
 
-    ``value`` is the name of the value that says where tokens are that have not left.
+    ``value`` is the name of the value that says where tokens are that have not left. Of a group whose tokens leave
+    alone, token ``t`` of row ``r`` is asked as row ``r * tokens + t``.
     """
 
     def __init__(self, policy: Policy, stack: Stack, batch: int, sizes: Mapping[str, int]) -> None:
         self._stack, self.value = stack, stack.places or ""
-        self._groups = {name: StackPolicy(policy, group, batch) for name, group in stack.by_group.items()}
-        self._counts = [evaluate(group.tokens, sizes) for group in stack.groups]
-        self._inside = np.ones((batch, len(self._counts)), np.bool_)  # by rows that are in the stack
-        self._depths = np.full((batch, len(self._counts)), stack.blocks)  # by place in the batch
+        counts = [evaluate(group.tokens, sizes) for group in stack.groups]
+        scores = [group.scores(count) for group, count in zip(stack.groups, counts, strict=True)]
+        self._parts = [slice(end - count, end) for count, end in zip(scores, np.cumsum(scores), strict=True)]
+        times = [count // score for count, score in zip(counts, scores, strict=True) for _ in range(score)]
+        self._tokens = np.repeat(np.arange(sum(scores)), times)
+        self._groups = {
+            name: StackPolicy(policy, group, batch * count)
+            for (name, group), count in zip(stack.by_group.items(), scores, strict=True)
+        }
+        self._inside = np.ones((batch, sum(scores)), np.bool_)  # by rows that are in the stack
+        self._depths = np.full((batch, sum(scores)), stack.blocks)  # by place in the batch
         asked = {after: [group.wanted[after] for group in self._groups.values()] for after in self._exits}
         self.wanted = {
             after: tuple(dict.fromkeys(name for names in found if names is not None for name in names))
@@ -39,28 +47,38 @@ class GroupPolicy:
         return [exit_.after for exit_ in self._stack.exits[:-1]]
 
     def records(self) -> dict[str, Record]:
-        """The scores by group, ``after`` and measure, as `StackPolicy` has them."""
-        return {name: group.record for name, group in self._groups.items()}
+        """The scores by group, ``after`` and measure, as `StackPolicy` has them; [batch, tokens] of tokens alone."""
+        found: dict[str, Record] = {}
+        for (name, asked), group, part in zip(self._groups.items(), self._stack.groups, self._parts, strict=True):
+            sizes = (-1, part.stop - part.start) if group.alone else (-1,)
+            found[name] = {
+                after: {measure: score.reshape(sizes) for measure, score in scores.items()}
+                for after, scores in asked.record.items()
+            }
+        return found
 
     def exits(self, depths: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """After how many blocks each row's tokens left, by group: int64 [batch]."""
-        return dict(zip(self._groups, self._depths.T, strict=True))
+        """After how many blocks each row's tokens left, by group: int64 [batch]; [batch, tokens] of tokens alone."""
+        return {
+            name: self._depths[:, part] if group.alone else self._depths[:, part.start]
+            for name, group, part in zip(self._groups, self._stack.groups, self._parts, strict=True)
+        }
 
     def places(self) -> NDArray[np.int64]:
         """Where the tokens are that have not left: int64 [rows, tokens]; a row with fewer repeats its first."""
-        return active_places(np.repeat(self._inside, self._counts, axis=1))
+        return active_places(self._inside[:, self._tokens])
 
     def leave(self, after: int, rows: NDArray[np.int64], found: Scores) -> Rows:
         """Which of ``rows`` have left altogether; ``found`` has the wanted scores, [rows, groups]."""
-        for at, group in enumerate(self._groups.values()):
-            here = np.flatnonzero(self._inside[:, at])
+        for group, part in zip(self._groups.values(), self._parts, strict=True):
+            here, at = np.nonzero(self._inside[:, part])
             wanted = group.wanted[after]
             if wanted is None or not here.size:
                 continue
-            leaves = group.leave(after, rows[here], {name: found[name][here, at] for name in wanted})
-            gone = here[leaves]
-            self._inside[gone, at] = False
-            self._depths[rows[gone], at] = after
+            scores = {name: found[name][here, part.start + at] for name in wanted}
+            leaves = group.leave(after, rows[here] * (part.stop - part.start) + at, scores)
+            self._inside[here[leaves], part.start + at[leaves]] = False
+            self._depths[rows[here[leaves]], part.start + at[leaves]] = after
             group.keep(np.flatnonzero(~leaves))
         return np.logical_not(self._inside.any(1))
 
@@ -70,9 +88,9 @@ class GroupPolicy:
 
     def report(self, depths: Sequence[int] | NDArray[np.int64], milliseconds: float) -> None:
         """Tell the policy what the stack took, if it wants to know; the groups share it by their tokens."""
-        total = sum(self._counts) or 1
-        for group, count, found in zip(self._groups.values(), self._counts, self._depths.T, strict=True):
-            group.report(found, milliseconds * count / total)
+        for group, part in zip(self._groups.values(), self._parts, strict=True):
+            share = np.isin(self._tokens, np.arange(part.start, part.stop)).mean()
+            group.report(self._depths[:, part].ravel(), milliseconds * float(share))
 
 
 def active_places(inside: Rows) -> NDArray[np.int64]:
