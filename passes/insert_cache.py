@@ -9,6 +9,7 @@ from torch import fx
 
 from offramp.bundle.manifest import Prompt
 from offramp.errors import PassError, SpecError
+from offramp.passes.caches.ahead import with_places_ahead
 from offramp.passes.caches.cached_sites import CachedSites
 from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
 from offramp.passes.caches.chunk_graph import LENGTHS, PLACES, PROMPT_LENGTHS
@@ -79,6 +80,7 @@ class _Insertion:
     """One application of the pass."""
 
     def __init__(self, program: Program, text: str) -> None:
+        program, self.ahead, self.cut = with_places_ahead(program)
         self.program, self.text, self.facts = program, text, Causal(program)
         self._check_axes()
         wanted = self.facts.example + 7
@@ -185,7 +187,7 @@ class _Insertion:
         joins = self.joins
         given = {str(node.target): int(value) for node, value in joins.given.items()}
         whole = any(self.facts.together(site) for site in self.facts.sites)
-        return Prompt(str(self.builder.prompts[joins.ids].target), PROMPT_LENGTHS, joins.filler, given, whole)
+        return Prompt(str(self.builder.prompts[joins.ids].target), PROMPT_LENGTHS, joins.filler, given, whole, self.ahead, self.cut)
 
     def _program(self) -> Program:
         program, facts = self.program, self.facts
@@ -210,7 +212,7 @@ class _Insertion:
             self.logits,
             self._whole(),
             self._prompt(),
-            self.joins.least,
+            self.joins.least + (self.ahead != 0),  # and one of text
         )
         kept = {name: value for name, value in program.example_inputs.items() if name not in cache.implied}
         result = replace(

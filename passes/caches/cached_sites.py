@@ -49,12 +49,6 @@ class CachedSites:
         sites = list(sites)
         self.builder.skipped = self.masks.only(sites)
         for site in sites:
-            if site.form != "sdpa" and self.facts.together(site):
-                raise PassError(
-                    f"insert-cache: tokens of a prompt see later ones in an attention that is written out "
-                    f"({source(site.weights)})",
-                    hint="torch's scaled_dot_product_attention (attn_implementation='sdpa')",
-                )
             if site.form == "sdpa":
                 self.hooks[site.output] = partial(self._attention, site)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import sympy
@@ -155,7 +156,7 @@ class ChunkGraph:
             places = [(other, i) for other in self.inputs.values() for i in range(len(shape(other)))]
             ratios = [sympy.simplify(found / expression(shape(other)[i])) for other, i in places]
             if holder is None and 1 not in ratios:  # several places of every row, say
-                self._sizes[key] = self._times(value, places, ratios)
+                self._sizes[key] = self._made(value, places, ratios)
                 return self._sizes[key]
             if holder is None:
                 holder, axis = places[ratios.index(1)]
@@ -167,10 +168,13 @@ class ChunkGraph:
             self._sizes[key] = node
         return self._sizes[key]
 
-    def _times(self, value: Any, places: Sequence[tuple[fx.Node, int]], ratios: Sequence[Any]) -> fx.Node:
+    def _made(self, value: Any, places: Sequence[tuple[fx.Node, int]], ratios: Sequence[Any]) -> fx.Node:
         for (holder, axis), ratio in zip(places, ratios, strict=True):
             if ratio.is_Integer and not isinstance(expression(shape(holder)[axis]), int):
                 return self.call(operator.mul, self.sizer(shape(holder)[axis]), int(ratio))
+        if expression(value).is_Add:
+            parts = [self.sizer(self._env.create_symintnode(part, hint=None)) for part in expression(value).args]
+            return reduce(lambda one, other: self.call(operator.add, one, other), parts)
         raise self.refusal(f"a size of {expression(value)} is that of no input")
 
     def dimension(self, node: fx.Node, axis: int) -> Any:

@@ -1,0 +1,245 @@
+"""Features that are joined before the text (``cat(image, embed(ids))``): the ids get a place for each of them in front.
+
+So the program's tokens are those that attention sees, and the features take the place of the first ones: that is a join
+as any other. A place in front holds any id: what it becomes is never read.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from offramp.passes.groups.bounds import size_node
+from offramp.passes.groups.resized import Resized
+from offramp.passes.infra.editor import Editor
+from offramp.program.graph import (
+    ancestors,
+    aten,
+    attribute,
+    dependents,
+    expression,
+    fake_result,
+    placeholders,
+    read_by,
+    results,
+    shape,
+)
+from offramp.program.program import Program
+from offramp.program.symbols import new_axis
+
+_END = 2**63 - 1
+
+
+def with_places_ahead(program: Program) -> tuple[Program, int | str, tuple[str, ...]]:
+    """The program whose inputs over tokens have a place in front for each feature that is joined before them.
+
+    Returns it with how many that are (over its axes), and the outputs that have none in front: of them the program
+    gives those places too. Where nothing is joined so, it is the given program, and there are none.
+    """
+    join = _join(program)
+    if join is None:
+        return program, 0, ()
+    *features, text = join.args[0]  # type: ignore[misc]
+    ahead = sum((sympy.sympify(expression(shape(part)[1])) for part in features), sympy.Integer(0))
+    longer, ahead = _longer(program, expression(shape(text)[1]), ahead)
+    made, cut = _all_places(longer, join.name, ahead)
+    return made, made.axes.describe(ahead if not ahead.is_Integer else int(ahead)), cut
+
+
+def _join(program: Program) -> fx.Node | None:
+    """The node that puts features before embedded tokens of a causal stack."""
+    causal = [program.nodes[stack.input] for stack in program.stacks.values() if stack.role == "decoder"]
+    needed = ancestors(causal)
+    for node in program.graph.find_nodes(op="call_function", target=aten.cat.default):
+        if node not in needed or len(shape(node)) != 3 or (node.args[1] if len(node.args) > 1 else 0) not in (1, -2):
+            continue
+        *features, text = node.args[0]  # type: ignore[misc]
+        tokens = expression(shape(text)[1])
+        if tokens not in program.axes.names or not features:
+            continue
+        own = {n for n in placeholders(program.graph).values() if tokens in map(expression, shape(n))}
+        if own & read_by([text]) and not own & read_by(features):
+            return node
+    return None
+
+
+def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any]:
+    """The program whose inputs over ``tokens`` have ``ahead`` more of them in front, which it drops; and how many."""
+    count = _in_example(program, ahead)
+    made = _Resymbolled(program, {tokens: count})
+    nodes, inputs = made.nodes, placeholders(program.graph)
+    start = size_node(program, ahead, lambda target, *args: made.call(target, *fx.node.map_arg(args, made.known)))
+    for node in inputs.values():
+        if tokens in (sizes := [expression(size) for size in shape(node)]):
+            size = made.call(operator.sub, made.call(aten.sym_size.int, nodes[node], sizes.index(tokens)), start)
+            nodes |= {
+                user: size
+                for user in node.users
+                if user.target is aten.sym_size.int and user.args[1] == sizes.index(tokens)
+            }
+            nodes[node] = made.call(aten.slice.Tensor, nodes[node], sizes.index(tokens), start, _END)
+    for node in program.graph.nodes:
+        if node not in nodes and node.op != "output":
+            made.copy(node)
+    made.graph.output(fx.node.map_arg(program.graph.output_node().args[0], nodes.__getitem__))
+    axes, symbols = program.axes, {old: expression(new) for old, new in made.symbols.items()}
+    low, high = axes.ranges[tokens]
+    more = (low + count, high and high + count) if ahead.is_Integer else (low + 1, None)
+    ranges = {**axes.ranges, tokens: more}
+    longer = replace(
+        program,
+        graph_module=fx.GraphModule(program.graph_module, made.graph, "Program"),
+        axes=replace(
+            axes,
+            names={symbols[old]: name for old, name in axes.names.items()},
+            batch=symbols.get(axes.batch),
+            tokens=tuple(symbols[old] for old in axes.tokens),
+            ranges={symbols[old]: limits for old, limits in ranges.items()},
+        ),
+        example_inputs={
+            name: extended(program.example_inputs[name], [expression(s) == tokens for s in shape(node)], count)
+            for name, node in inputs.items()
+        },
+    )
+    return longer, ahead.xreplace(symbols)
+
+
+def _in_example(program: Program, size: Any) -> int:
+    """A size in the program's example."""
+    sizes = {
+        expression(found): length
+        for name, node in placeholders(program.graph).items()
+        for found, length in zip(shape(node), program.example_inputs[name].shape, strict=True)
+    }
+    return int(size.xreplace({symbol: sizes[symbol] for symbol in size.free_symbols}))
+
+
+def extended(value: torch.Tensor, along: Sequence[bool], ahead: int) -> torch.Tensor:
+    """An input with its first place repeated ``ahead`` more times along an axis."""
+    if True not in along:
+        return value
+    axis = list(along).index(True)
+    return value.index_select(axis, (torch.arange(value.shape[axis] + ahead) - ahead).clamp(min=0))
+
+
+class _Resymbolled:
+    """A copy of a program's graph whose sizes are new symbols; ``longer`` says by how much some have grown."""
+
+    def __init__(self, program: Program, longer: Mapping[Any, int]) -> None:
+        self.program, self.graph = program, fx.Graph()
+        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.symbols: dict[Any, torch.SymInt] = {}
+        self.nodes: dict[fx.Node, fx.Node] = {}
+        for name, node in placeholders(program.graph).items():
+            for symbol, length in zip(map(expression, shape(node)), program.example_inputs[name].shape, strict=True):
+                if not isinstance(symbol, int) and symbol not in self.symbols:
+                    assert self.mode.shape_env is not None
+                    hint = max(2, length + longer.get(symbol, 0))
+                    self.symbols[symbol] = new_axis(self.mode.shape_env, str(symbol), hint)
+            sizes = [size if isinstance(size, int) else self.symbols[size] for size in map(expression, shape(node))]
+            with self.mode:
+                value = torch.empty(sizes, dtype=node.meta["val"].dtype)
+            self.nodes[node] = self.graph.placeholder(str(node.target))
+            self.nodes[node].meta = {**node.meta, "val": value}
+
+    def known(self, node: fx.Node) -> fx.Node:
+        """The copy of a node; what is new stands for itself."""
+        return self.nodes.get(node, node)
+
+    def copy(self, node: fx.Node) -> None:
+        """Copy a weight or a call, its shape computed anew."""
+        made = self.graph.node_copy(node, self.nodes.__getitem__)
+        if node.op == "get_attr":
+            weight = attribute(self.program.graph_module, str(node.target))
+            value = self.mode.from_tensor(weight, static_shapes=True)
+        else:
+            value = self._value(node.target, made.args, made.kwargs)
+        made.meta = {**node.meta, "val": value}
+        self.nodes[node] = made
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """A new call."""
+        made = self.graph.call_function(target, args)
+        made.meta = {"val": self._value(target, args, {})}
+        return made
+
+    def _value(self, target: Any, args: Any, kwargs: Any) -> Any:
+        with enable_python_dispatcher():
+            return fake_result(self.mode, target, args, kwargs)
+
+
+def _all_places(program: Program, join: str, ahead: Any) -> tuple[Program, tuple[str, ...]]:
+    """The program in which the embedded text has the places in front too, and the features are put into them."""
+    editor = Editor(program, "insert-cache")
+    node = editor[join]
+    *features, text = node.args[0]  # type: ignore[misc]
+    dropped = {drop: drop.args[0] for drop in _dropping(editor, ahead)}
+    start: Any = next(iter(dropped)).args[2]
+    tokens = expression(shape(text)[1])
+    first: fx.Node = next(iter(dropped.values()))
+    axis = next(i for i, size in enumerate(shape(first)) if expression(size) == expression(shape(node)[1]))
+    count = editor.call(aten.sym_size.int, first, axis, at=first.next)
+    copies = _wider(editor, tokens, count, node, start, dropped, ancestors([text]))
+    joined = features[0] if len(features) == 1 else editor.call(aten.cat.default, features, 1, at=node.prev)
+    editor.rewrite(node, aten.slice_scatter.default, copies[text], joined, 1, 0, start)
+    returned, behind = dict(results(editor.graph)), dependents([node], editor.graph)
+    cuts = {
+        item: item.args[0]
+        for item in editor.graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+        if item in behind and _drops(item, ahead) and tokens == expression(shape(item)[int(item.args[1])])  # type: ignore[arg-type]
+    }
+    ended = [name for name in program.outputs if dependents(cuts, editor.graph) & {returned[name]} or returned[name] in cuts]
+    if cuts and ended:
+        wide = _wider(editor, tokens, count, editor.graph.output_node(), start, cuts, ancestors(returned[n] for n in ended))
+        editor.graph.output_node().args = ({**returned, **{name: wide[returned[name]] for name in ended}},)
+    editor.drop_dead(keep=program.pinned)
+    made = editor.finish().program
+    return replace(made, history=program.history), tuple(ended)
+
+
+def _dropping(editor: Editor, ahead: Any) -> list[fx.Node]:
+    """What drops the places in front of inputs."""
+    found = [user for node in placeholders(editor.graph).values() for user in node.users if user.target is aten.slice.Tensor]
+    return [node for node in found if _drops(node, ahead)]
+
+
+def _drops(node: fx.Node, ahead: Any) -> bool:
+    if node.target is not aten.slice.Tensor or len(node.args) < 3 or node.args[3:4] not in ((), (_END,)):
+        return False
+    start = node.args[2]
+    return bool(expression(start.meta["val"] if isinstance(start, fx.Node) else start) == ahead)
+
+
+def _wider(
+    editor: Editor,
+    tokens: Any,
+    count: fx.Node,
+    end: fx.Node,
+    start: fx.Node | int,
+    known: Mapping[fx.Node, Any],
+    needed: Collection[fx.Node],
+) -> Mapping[fx.Node, fx.Node]:
+    """Copies of what is made of nodes that dropped places, with all of them, as far as it is needed."""
+
+    def take(node: fx.Node, axis: int) -> fx.Node:  # nobody reads what is there
+        one = editor.call(aten.slice.Tensor, node, axis, 0, 1, at=end.prev)
+        sizes = [start if i == axis else -1 for i in range(len(shape(node)))]
+        front = editor.call(aten.expand.default, one, sizes, at=end.prev)
+        return editor.call(aten.cat.default, [front, node], axis, at=end.prev)
+
+    copies = Resized(editor, tokens, count, end, take, both=True)
+    copies.made |= known
+    inside = dependents(known, editor.graph)
+    for node in list(editor.graph.nodes):
+        if node in inside and node in needed and node is not end:
+            copies.copy(node, {})
+    return copies.made
