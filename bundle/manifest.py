@@ -377,6 +377,11 @@ class Manifest:
     version: int = VERSION
 
     @property
+    def cut(self) -> tuple[str, ...]:
+        """The outputs that have nothing of the places in front of the text."""
+        return self.cache.prompt.cut if self.cache and self.cache.prompt else ()
+
+    @property
     def leaving(self) -> Mapping[str, Stack]:
         """What leaves early, by the names that policies have for it: stacks, and groups of tokens (``STACK.GROUP``)."""
         return {name: stack for item in self.stacks.values() for name, stack in item.by_group.items()}

@@ -41,9 +41,16 @@ def worst(found: Arrays, expected: Mapping[str, torch.Tensor]) -> float:
 
 def eager(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The model's own outputs of the program's graph in torch."""
+    return program.as_returned(_returned(program, inputs), inputs)
+
+
+def _returned(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the program's graph returns."""
     with torch.no_grad():
-        returned = program.module(**program.fresh({name: inputs[name] for name in program.inputs}))
-    return {name: returned[name] for name in program.outputs}
+        found: dict[str, torch.Tensor] = program.module(
+            **program.fresh({name: inputs[name] for name in program.inputs})
+        )
+    return found
 
 
 def validate(
@@ -81,7 +88,7 @@ def validate(
         "segments": _segments(lowered or program, manifest, sessions, origin),
         "chain": _checked(
             "the chain at full depth",
-            worst(_run(chain, program.example_inputs), wanted.outputs()),
+            worst(_run(program, chain, program.example_inputs), wanted.outputs()),
             bound,
         ),
         "exits": 0.0,
@@ -91,7 +98,7 @@ def validate(
         sizes = {name: tuple(value.shape) for name, value in inputs.items()}
         figures["other_shapes"] = max(
             figures["other_shapes"],
-            _checked(f"the chain on inputs {sizes}", worst(_run(chain, inputs), outputs), bound),
+            _checked(f"the chain on inputs {sizes}", worst(_run(program, chain, inputs), outputs), bound),
         )
     for stack in program.stacks:
         for item in program.exits_of(stack):
@@ -99,7 +106,7 @@ def validate(
                 continue
             expected = wanted.outputs(stack, item.after)
             forced = Depth(dict.fromkeys(manifest.stacks[stack].by_group, item.after))
-            found = _run(chain, program.example_inputs, forced)
+            found = _run(program, chain, program.example_inputs, forced)
             figures["exits"] = max(
                 figures["exits"],
                 _checked(f"the exit after block {item.after} of stack {stack}", worst(found, expected), bound),
@@ -136,8 +143,13 @@ class _Wanted:
         return self._made[id(program)]
 
 
-def _run(chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
-    return chain.run({name: inputs[name].numpy() for name in chain.inputs}, policy or Never()).outputs
+def _run(program: Program, chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:
+    return chain.run(given(program, inputs), policy or Never()).outputs
+
+
+def given(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Inputs of a program as its bundle takes them."""
+    return {name: value.numpy() for name, value in program.as_captured(inputs).items() if name in program.inputs}
 
 
 def tolerance(manifest: Manifest) -> float:
@@ -206,15 +218,16 @@ def _stepwise(wanted: _Wanted, chain: Chain) -> float:
         return 0.0
     name, stack = chain.generates, list(chain.stacks)[-1]
     depths = {item.after for item in program.exits_of(stack)} | {program.stacks[stack].blocks}
-    passes = {after: _Pass(wanted.cut(stack, after), name, wanted.outputs(stack, after)) for after in depths}
+    passes = {after: _Pass(wanted.cut(stack, after), name) for after in depths}
     random = np.random.default_rng(0)
     rows, total = inputs[name].shape
     assert program.cache is not None
     at = random.integers(program.cache.least, max(program.cache.least + 1, total - 1), rows)
-    chunks = [row[:n] for row, n in zip(inputs[name], at, strict=True)]
-    given = program.cache.prompt.given if program.cache.prompt else ()
-    beside = {key: [row[:n] for row, n in zip(inputs[key], at, strict=True)] for key in given}
-    session = chain.session({**inputs, **beside, name: chunks}, _coin(stack))
+    ahead = program.ahead(program.example_inputs)
+    over_text = (*(program.cache.prompt.given if program.cache.prompt else ()), name)
+    beside = {key: [row[ahead:n] for row, n in zip(inputs[key], at, strict=True)] for key in over_text}
+    chunks = beside[name]
+    session = chain.session({**inputs, **beside}, _coin(stack))
     output = session.plan.cache.logits
     largest = 0.0
     while session.rows:
@@ -230,11 +243,11 @@ def _stepwise(wanted: _Wanted, chain: Chain) -> float:
 
 
 class _Pass:
-    """Logits of the example's tokens in one pass of a program."""
+    """Logits of the example's tokens in one pass of a program, those of places in front of the text too."""
 
-    def __init__(self, program: Program, tokens: str, outputs: dict[str, torch.Tensor]) -> None:
+    def __init__(self, program: Program, tokens: str) -> None:
         self._program, self._tokens = program, tokens
-        self._made = {program.example_inputs[tokens].shape[1]: outputs}
+        self._made: dict[int, dict[str, torch.Tensor]] = {}
 
     def at(self, output: str, row: int, count: int) -> torch.Tensor:
         """Those of the ``count``-th token of a row; a model that gives the last one's only is run on so many."""
@@ -249,7 +262,7 @@ class _Pass:
             inputs, cache = dict(self._program.example_inputs), self._program.cache
             for name in (self._tokens, *(cache.prompt.given if cache and cache.prompt else ())):
                 inputs[name] = inputs[name][:, :count]
-            self._made[count] = eager(self._program, inputs)
+            self._made[count] = _returned(self._program, inputs)
         return self._made[count]
 
 
@@ -262,7 +275,7 @@ def _coin(stack: str) -> Callable[[State], Any]:
 def _groups(program: Program, chain: Chain) -> float:
     """Groups of tokens leave at random exits, in each row at others; the largest relative error."""
     random, largest = np.random.default_rng(2), 0.0
-    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    inputs = given(program, program.example_inputs)
     groups = {item.stack: list(chain.manifest.stacks[item.stack].by_group) for item in program.groups}
     for _ in range(4):
         draws = {
@@ -295,7 +308,7 @@ def _rows(program: Program, chain: Chain) -> float:
     exits = [item.after for item in stack.exits]
     if len(exits) < 2 or stack.groups:
         return 0.0
-    inputs = {name: program.example_inputs[name].numpy() for name in program.inputs}
+    inputs = given(program, program.example_inputs)
     mixed = chain.run(
         inputs,
         lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)),

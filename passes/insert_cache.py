@@ -39,6 +39,9 @@ class InsertCache(Pass):
     the number of tokens go: padding masks (rows have lengths), causal masks, positions, and what is the same everywhere
     in the example.
 
+    Features that the model joins before its text (``cat(image, embed(ids))``) are put among tokens too: in the graph
+    the ids have a place in front for each of them, which a bundle's user leaves out as before.
+
     Generation reads one output: logits of each token, or of the last one alone (``x[:, -1]`` before the head). Others
     may be made from memory or mix the tokens (values pooled over them, say): they are what they were in one pass.
 
@@ -187,7 +190,15 @@ class _Insertion:
         joins = self.joins
         given = {str(node.target): int(value) for node, value in joins.given.items()}
         whole = any(self.facts.together(site) for site in self.facts.sites)
-        return Prompt(str(self.builder.prompts[joins.ids].target), PROMPT_LENGTHS, joins.filler, given, whole, self.ahead, self.cut)
+        return Prompt(
+            str(self.builder.prompts[joins.ids].target),
+            PROMPT_LENGTHS,
+            joins.filler,
+            given,
+            whole,
+            self.ahead,
+            self.cut,
+        )
 
     def _program(self) -> Program:
         program, facts = self.program, self.facts

@@ -15,7 +15,7 @@ from offramp.passes.scores.candidates import short_list
 from offramp.passes.scores.score_builder import ScoreBuilder
 from offramp.passes.scores.short_head import ShortHead, find_head
 from offramp.program.exit import Exit
-from offramp.program.graph import dependents, expression, results, shape
+from offramp.program.graph import dependents, expression, results, shape, symbols
 from offramp.program.program import Program
 from offramp.program.record import exchanged
 
@@ -191,7 +191,7 @@ class InsertScores(Pass):
         if stack.role != "decoder" or program.axes.batch is None:
             return None
         sizes = [expression(size) for size in shape(program.nodes[stack.input])]
-        return next((size for size in sizes if size in program.axes.tokens), None)
+        return next((size for size in sizes if symbols(size) & {*program.axes.tokens}), None)
 
     def run(self, program: Program) -> PassResult:
         """Insert the scores that are not there yet."""

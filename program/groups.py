@@ -10,7 +10,7 @@ import torch
 
 from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Group
-from offramp.program.graph import expression, placeholders, results, run, shape
+from offramp.program.graph import placeholders, results, run, shape
 from offramp.program.record import Record
 
 if TYPE_CHECKING:
@@ -48,12 +48,7 @@ class Groups(Record):
 
     def counts(self, program: Program, inputs: Mapping[str, torch.Tensor]) -> list[int]:
         """How many tokens each group has for these inputs."""
-        sizes = {
-            program.axes.names[expression(size)]: inputs[name].shape[axis]
-            for name, node in placeholders(program.graph).items()
-            for axis, size in enumerate(shape(node))
-            if expression(size) in program.axes.names and name in inputs
-        }
+        sizes = program.sizes(inputs)
         return [evaluate(group.tokens, sizes) for group in self.groups]
 
     def scores(self, counts: Sequence[int]) -> list[int]:

@@ -148,17 +148,45 @@ class Program:
             given[name] = torch.zeros(sizes, dtype=nodes[name].meta["val"].dtype)
         return given
 
+    def ahead(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """How many places for features stand in front of the text in these inputs."""
+        if self.cache is None or self.cache.prompt is None:
+            return 0
+        return evaluate_size(self.cache.prompt.ahead, self.sizes(inputs))
+
+    def as_captured(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The inputs as the captured model takes them: without places in front of the text."""
+        ahead = self.ahead(inputs)
+        if not ahead:
+            return dict(inputs)
+        assert self.cache is not None
+        over_text = {*self.cache.tokens, *self.cache.prompt.given, *self.cache.implied}  # type: ignore[union-attr]
+        return {name: value[:, ahead:] if name in over_text else value for name, value in inputs.items()}
+
+    def as_returned(
+        self, outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The model's outputs as the captured model gives them for these inputs."""
+        cut = self.cache.prompt.cut if self.cache and self.cache.prompt else ()
+        ahead = self.ahead(inputs)
+        return {name: outputs[name][:, ahead:] if name in cut else outputs[name] for name in self.outputs}
+
+    def sizes(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """The lengths of the axes of these inputs, by name."""
+        nodes = placeholders(self.graph)
+        return {
+            self.axes.names[expression(size)]: value.shape[axis]
+            for name, value in inputs.items()
+            if name in nodes
+            for axis, size in enumerate(shape(nodes[name]))
+            if expression(size) in self.axes.names
+        }
+
     def implied(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The inputs of the captured model that ``insert-cache`` made part of the graph, in the sizes of ``inputs``."""
         if self.cache is None:
             return {}
-        nodes = placeholders(self.graph)
-        sizes = {
-            self.axes.names[expression(size)]: inputs[name].shape[axis]
-            for name in self.inputs
-            for axis, size in enumerate(shape(nodes[name]))
-            if expression(size) in self.axes.names
-        }
+        sizes = self.sizes({name: inputs[name] for name in self.inputs})
         return {
             name: as_tensor(item, [evaluate_size(size, sizes) for size in item.shape])
             for name, item in self.cache.implied.items()

@@ -63,7 +63,7 @@ def _outputs(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, 
             returned = program.module(**program.fresh(inputs))
     except (RuntimeError, IndexError, ValueError):
         return None
-    return {name: returned[name] for name in program.outputs}
+    return program.as_returned(returned, inputs)
 
 
 def _within(limits: tuple[int, int | None] | None, size: int) -> int:

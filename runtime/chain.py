@@ -131,6 +131,9 @@ class Chain:
         memory = self._engine.memory
         ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
         outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}
+        for name in self.manifest.cut:
+            axis = self.outputs[name].shape.index(self.manifest.cache.chunk)  # type: ignore[union-attr]
+            outputs[name] = outputs[name][(slice(None),) * axis + (slice(self._inputs.ahead(inputs), None),)]
         return Result(outputs, ran.exits, ran.scores, tuple(ran.trace), ran.widths.by_row(batch), ran.widths.share)
 
     def stream(
@@ -263,7 +266,11 @@ class Chain:
         policy, width = self._asked(policy)
         policy, drafts = in_last(policy, plan.stacks[-1])
         prompts = plan.prompts(inputs)
-        sampling = Sampling() if options is None else plan.sampling(max(row.size for row in prompts), options)
+        sampling = (
+            Sampling()
+            if options is None
+            else plan.sampling(max(row.size for row in prompts), options, plan.ahead(inputs))
+        )
         if drafts and sampling.beams > 1:
             refuse(policy, "beam search keeps several texts of a row (beams=1 keeps one)")
         if drafts and any(value not in ("defer", None) for value in deferral.values()):

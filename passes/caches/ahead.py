@@ -7,8 +7,9 @@ as any other. A place in front holds any id: what it becomes is never read.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import sympy
@@ -48,11 +49,16 @@ def with_places_ahead(program: Program) -> tuple[Program, int | str, tuple[str, 
     join = _join(program)
     if join is None:
         return program, 0, ()
-    *features, text = join.args[0]  # type: ignore[misc]
+    *features, text = _parts(join)
     ahead = sum((sympy.sympify(expression(shape(part)[1])) for part in features), sympy.Integer(0))
     longer, ahead = _longer(program, expression(shape(text)[1]), ahead)
     made, cut = _all_places(longer, join.name, ahead)
     return made, made.axes.describe(ahead if not ahead.is_Integer else int(ahead)), cut
+
+
+def _parts(join: fx.Node) -> list[fx.Node]:
+    """What a concatenation is made of."""
+    return list(join.args[0])  # type: ignore[arg-type]
 
 
 def _join(program: Program) -> fx.Node | None:
@@ -62,13 +68,12 @@ def _join(program: Program) -> fx.Node | None:
     for node in program.graph.find_nodes(op="call_function", target=aten.cat.default):
         if node not in needed or len(shape(node)) != 3 or (node.args[1] if len(node.args) > 1 else 0) not in (1, -2):
             continue
-        *features, text = node.args[0]  # type: ignore[misc]
+        *features, text = _parts(node)
         tokens = expression(shape(text)[1])
-        if tokens not in program.axes.names or not features:
-            continue
         own = {n for n in placeholders(program.graph).values() if tokens in map(expression, shape(n))}
-        if own & read_by([text]) and not own & read_by(features):
-            return node
+        if tokens in program.axes.names and features and own & read_by([text]) and not own & read_by(features):
+            found: fx.Node = node
+            return found
     return None
 
 
@@ -181,65 +186,71 @@ def _all_places(program: Program, join: str, ahead: Any) -> tuple[Program, tuple
     """The program in which the embedded text has the places in front too, and the features are put into them."""
     editor = Editor(program, "insert-cache")
     node = editor[join]
-    *features, text = node.args[0]  # type: ignore[misc]
-    dropped = {drop: drop.args[0] for drop in _dropping(editor, ahead)}
+    *features, text = _parts(node)
+    dropped = {drop: drop.all_input_nodes[0] for drop in _dropping(editor, ahead)}
     start: Any = next(iter(dropped)).args[2]
-    tokens = expression(shape(text)[1])
-    first: fx.Node = next(iter(dropped.values()))
+    tokens, first = expression(shape(text)[1]), next(iter(dropped.values()))
     axis = next(i for i, size in enumerate(shape(first)) if expression(size) == expression(shape(node)[1]))
     count = editor.call(aten.sym_size.int, first, axis, at=first.next)
-    copies = _wider(editor, tokens, count, node, start, dropped, ancestors([text]))
+    wider = _Wider(editor, tokens, count, start)
+    copies = wider.of(dropped, [text], node)
     joined = features[0] if len(features) == 1 else editor.call(aten.cat.default, features, 1, at=node.prev)
     editor.rewrite(node, aten.slice_scatter.default, copies[text], joined, 1, 0, start)
     returned, behind = dict(results(editor.graph)), dependents([node], editor.graph)
     cuts = {
-        item: item.args[0]
+        item: item.all_input_nodes[0]
         for item in editor.graph.find_nodes(op="call_function", target=aten.slice.Tensor)
-        if item in behind and _drops(item, ahead) and tokens == expression(shape(item)[int(item.args[1])])  # type: ignore[arg-type]
+        if item in behind and _drops(item, ahead) and expression(shape(item)[_axis(item)]) == tokens
     }
-    ended = [name for name in program.outputs if dependents(cuts, editor.graph) & {returned[name]} or returned[name] in cuts]
-    if cuts and ended:
-        wide = _wider(editor, tokens, count, editor.graph.output_node(), start, cuts, ancestors(returned[n] for n in ended))
-        editor.graph.output_node().args = ({**returned, **{name: wide[returned[name]] for name in ended}},)
+    inside = {*cuts, *dependents(cuts, editor.graph)}
+    ended = [name for name, made in returned.items() if made in inside]
+    if ended:
+        copies = wider.of(cuts, [returned[name] for name in ended], editor.graph.output_node())
+        editor.graph.output_node().args = ({**returned, **{name: copies[returned[name]] for name in ended}},)
     editor.drop_dead(keep=program.pinned)
     made = editor.finish().program
-    return replace(made, history=program.history), tuple(ended)
+    return replace(made, history=program.history), tuple(name for name in ended if name in program.outputs)
 
 
 def _dropping(editor: Editor, ahead: Any) -> list[fx.Node]:
     """What drops the places in front of inputs."""
-    found = [user for node in placeholders(editor.graph).values() for user in node.users if user.target is aten.slice.Tensor]
-    return [node for node in found if _drops(node, ahead)]
+    return [node for given in placeholders(editor.graph).values() for node in given.users if _drops(node, ahead)]
 
 
 def _drops(node: fx.Node, ahead: Any) -> bool:
+    """Whether a node leaves out the first ``ahead`` places of an axis."""
     if node.target is not aten.slice.Tensor or len(node.args) < 3 or node.args[3:4] not in ((), (_END,)):
         return False
-    start = node.args[2]
+    start: Any = node.args[2]
     return bool(expression(start.meta["val"] if isinstance(start, fx.Node) else start) == ahead)
 
 
-def _wider(
-    editor: Editor,
-    tokens: Any,
-    count: fx.Node,
-    end: fx.Node,
-    start: fx.Node | int,
-    known: Mapping[fx.Node, Any],
-    needed: Collection[fx.Node],
-) -> Mapping[fx.Node, fx.Node]:
-    """Copies of what is made of nodes that dropped places, with all of them, as far as it is needed."""
+def _axis(node: fx.Node) -> int:
+    """The axis of a slice."""
+    axis: Any = node.args[1]
+    return int(axis)
 
-    def take(node: fx.Node, axis: int) -> fx.Node:  # nobody reads what is there
-        one = editor.call(aten.slice.Tensor, node, axis, 0, 1, at=end.prev)
-        sizes = [start if i == axis else -1 for i in range(len(shape(node)))]
-        front = editor.call(aten.expand.default, one, sizes, at=end.prev)
-        return editor.call(aten.cat.default, [front, node], axis, at=end.prev)
 
-    copies = Resized(editor, tokens, count, end, take, both=True)
-    copies.made |= known
-    inside = dependents(known, editor.graph)
-    for node in list(editor.graph.nodes):
-        if node in inside and node in needed and node is not end:
+class _Wider:
+    """Copies of what has ``tokens`` of text along an axis, with all ``count`` places, ``start`` of them in front."""
+
+    def __init__(self, editor: Editor, tokens: Any, count: fx.Node, start: fx.Node | int) -> None:
+        self.editor, self.tokens, self.count, self.start = editor, tokens, count, start
+
+    def of(
+        self, known: Mapping[fx.Node, fx.Node], wanted: Iterable[fx.Node], end: fx.Node
+    ) -> Mapping[fx.Node, fx.Node]:
+        """Copies of all between ``known`` nodes, which have theirs, and ``wanted`` ones, before ``end``."""
+        copies = Resized(self.editor, self.tokens, self.count, end, partial(self._led, end), both=True)
+        copies.made |= known
+        inside = dependents(known, self.editor.graph) & ancestors(wanted)
+        for node in [node for node in self.editor.graph.nodes if node in inside]:
             copies.copy(node, {})
-    return copies.made
+        return copies.made
+
+    def _led(self, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
+        """What is made of positions, its first place repeated in front: nobody reads what is there."""
+        one = self.editor.call(aten.slice.Tensor, node, axis, 0, 1, at=end.prev)
+        sizes = [self.start if i == axis else -1 for i in range(len(shape(node)))]
+        front = self.editor.call(aten.expand.default, one, sizes, at=end.prev)
+        return self.editor.call(aten.cat.default, [front, node], axis, at=end.prev)

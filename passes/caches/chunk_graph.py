@@ -174,7 +174,8 @@ class ChunkGraph:
                 return self.call(operator.mul, self.sizer(shape(holder)[axis]), int(ratio))
         if expression(value).is_Add:
             parts = [self.sizer(self._env.create_symintnode(part, hint=None)) for part in expression(value).args]
-            return reduce(lambda one, other: self.call(operator.add, one, other), parts)
+            total: fx.Node = reduce(lambda one, other: self.call(operator.add, one, other), parts)
+            return total
         raise self.refusal(f"a size of {expression(value)} is that of no input")
 
     def dimension(self, node: fx.Node, axis: int) -> Any:

@@ -14,7 +14,7 @@ from offramp.passes.groups.bounds import group_bounds
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.attention import HIDDEN, AttentionSite, Mask, padding_mask, together
 from offramp.program.analysis.attention_search import attention_sites
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import aten, expression, shape, symbols
 from offramp.program.groups import Groups, token_axis
 from offramp.program.program import Program, evaluate
 
@@ -60,9 +60,9 @@ class ScoreBuilder:
         return reduced if tokens is None or axis < tokens else self.call(aten.transpose.int, reduced, 0, 1)
 
     def token_axis(self, node: fx.Node) -> int | None:
-        """The axis of tokens that have a score each."""
-        sizes = [expression(size) for size in shape(node)]
-        return sizes.index(self.tokens) if self.tokens in sizes else None
+        """The axis of tokens that have a score each; logits may be of the text alone, without what stands before it."""
+        wanted: set[Any] = getattr(self.tokens, "free_symbols", set())
+        return next((axis for axis, size in enumerate(shape(node)) if symbols(size) & wanted), None)
 
     def padding(self, name: str) -> fx.Node | None:
         """Which tokens of each row are real, ``bool[batch, tokens]``, from the first block's attention mask.

@@ -27,7 +27,37 @@ class Inputs:
             for axis, size in enumerate(value.shape)
             if isinstance(size, str)
         ]
+        self._prompt = manifest.cache.prompt if manifest.cache else None
+        self._over_text: dict[str, float] = {}  # by name what stands in front of the text
+        if manifest.cache and self._prompt:
+            self._over_text = {manifest.cache.tokens[0]: self._prompt.filler, **self._prompt.given}
+            self._over_text |= {name: item.value for name, item in manifest.cache.implied.items() if item.axis is None}
         self._dims.sort(key=lambda dim: (len(names(dim[2])), dim[2] not in manifest.axes))
+
+    def ahead(self, given: Mapping[str, Any]) -> int:
+        """How many places for features stand in front of a text, for these inputs."""
+        prompt = self._prompt
+        if prompt is None or not prompt.ahead:
+            return 0
+        sizes = {
+            size: np.shape(given[name])[axis]
+            for name, axis, size in self._dims
+            if name not in self._over_text and name in given and len(np.shape(given[name])) > axis
+        }
+        return evaluate(prompt.ahead, sizes) if names(prompt.ahead) <= sizes.keys() else 0
+
+    def _with_places(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs with those places in front of the text."""
+        ahead = self.ahead(given)
+        if not ahead:
+            return given
+        found = dict(given)
+        for name, filler in self._over_text.items():
+            if name in given and np.ndim(given[name]) == 2:
+                array = np.asarray(given[name])
+                front = np.full((array.shape[0], ahead), filler, array.dtype)
+                found[name] = np.concatenate([front, array], 1)
+        return found
 
     def check(self, given: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], int]:
         """The inputs as contiguous arrays, and how many rows the batch has (1 for a model without a batch).
@@ -42,6 +72,7 @@ class Inputs:
         expected = ", ".join(f"{name} {value}" for name, value in self._values.items())
         if not isinstance(given, Mapping):
             raise InputError(f"inputs map names to arrays, this is a {type(given).__name__}; names: {expected}")
+        given = self._with_places(given)
         problems = [f"{name!r} is missing" for name in self._values if name not in given]
         known = self._values.keys() | self._implied.names
         problems += [f"{name!r} is not an input" for name in given if name not in known]

@@ -81,7 +81,8 @@ class GenerationPlan:
         given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         if prompt is not None:
-            given[prompt.tokens], given[prompt.lengths] = given[name], np.array([row.size for row in prompts])
+            ahead = given[name].shape[1] - tokens.shape[1]
+            given[prompt.tokens], given[prompt.lengths] = given[name], np.array([row.size + ahead for row in prompts])
         policies = asked_at(self.manifest.stacks, policy, rows, self._inputs.sizes(given))
         memory = self._engine.memory
         return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")
@@ -128,8 +129,9 @@ class GenerationPlan:
         if not prompts or any(row.size == 0 for row in prompts):
             raise InputError(f"{name!r}: every row needs at least one token")
         longest = max(row.size for row in prompts)
-        if self.cache.limit is not None and longest > self.cache.limit:
-            raise InputError(f"the prompt has {longest} tokens; the model takes {self.cache.limit}")
+        limit = self._limit(self.ahead(inputs))
+        if limit is not None and longest > limit:
+            raise InputError(f"the prompt has {longest} tokens; the model takes {limit}")
         return prompts
 
     def rows_of_ids(self, given: Any) -> Prompts:
@@ -154,6 +156,14 @@ class GenerationPlan:
             raise InputError(f"{self.cache.tokens[0]!r} has the token ids {wrong[:5]}; they go from 0 to {count - 1}")
         return rows
 
-    def sampling(self, longest: int, options: Mapping[str, Any]) -> Sampling:
-        """How tokens are chosen after prompts of at most ``longest``: see `merged`."""
-        return merged(self.manifest.generation, options, longest, self.vocabulary, self.cache.limit)
+    def sampling(self, longest: int, options: Mapping[str, Any], ahead: int = 0) -> Sampling:
+        """How tokens are chosen after prompts of at most ``longest``, with places ``ahead`` of them: see `merged`."""
+        return merged(self.manifest.generation, options, longest, self.vocabulary, self._limit(ahead))
+
+    def ahead(self, inputs: Mapping[str, Any]) -> int:
+        """How many places for features stand in front of each text."""
+        return self._inputs.ahead(inputs)
+
+    def _limit(self, ahead: int) -> int | None:
+        """How many tokens of text the model takes."""
+        return None if self.cache.limit is None else self.cache.limit - ahead

@@ -52,14 +52,14 @@ class Session:
         _check(policy, propagate, max_pending)
         self.plan, self.policy, self.sampling, self.ends, self.prompts = plan, policy, sampling, ends, prompts
         slots = len(prompts) * sampling.beams
-        self._limit = plan.cache.limit
+        self._limit, self._ahead = plan.cache.limit, plan.ahead(inputs)
         self._once: Ran = plan.once(inputs, prompts, policy, width)
-        capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + 1)
+        capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + self._ahead + 1)
         self.decoder = Decoder(plan.manifest, plan.spans, plan.store(slots, capacity), propagate, max_pending)
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.policies = {name: StackPolicy(policy, plan.manifest.stacks[name], slots) for name in plan.stacks}
-        self._given = np.array([row.size for row in prompts], np.int64)
+        self._given = np.array([row.size for row in prompts], np.int64) + self._ahead
         self._steps = np.zeros(slots, np.int64)
         self._feedback: Feedback | None = None
         if Agreement in policy.observes:
@@ -94,8 +94,10 @@ class Session:
         started = perf_counter()
         policies = self.policies if policies is None else policies
         count = len(tokens)
-        counts = np.array([row.size for row in tokens], np.int64)
         lengths = self.decoder.seen[0, :count]
+        if self._ahead:
+            tokens = [self._led(row) if not seen else row for row, seen in zip(tokens, lengths, strict=True)]
+        counts = np.array([row.size for row in tokens], np.int64)
         self.reserve(greatest(lengths + counts), greatest(lengths) + greatest(counts))
         name, slots = self.plan.cache.tokens[0], np.arange(count)
         chunk = padded(tokens).astype(self.plan.manifest.values[name].dtype, copy=False)
@@ -124,6 +126,11 @@ class Session:
             self._feedback.see(results, [row.size for row in tokens])
         return StepResult(results, self.decoder.runner.trace(), caught_up)
 
+    def _led(self, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+        """A prompt with the places in front of it."""
+        assert self.plan.cache.prompt is not None
+        return np.concatenate([np.full(self._ahead, self.plan.cache.prompt.filler, np.int64), prompt])
+
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""
         self.plan.release(self.decoder.store)
@@ -136,7 +143,7 @@ class Session:
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget a row's tokens behind its first ``length``."""
-        self.decoder.rollback(slot, length)
+        self.decoder.rollback(slot, length + self._ahead)
         if self._feedback is not None:
             self._feedback.rollback(slot)
 
@@ -157,7 +164,8 @@ class Session:
         """Make room for ``needed`` tokens in each row, and for ``wanted`` if the model's limit allows."""
         store = self.decoder.store
         if self._limit is not None and needed > self._limit:
-            raise InputError(f"a row has {needed} tokens; the model takes {self._limit}")
+            tokens = needed - self._ahead, self._limit - self._ahead
+            raise InputError(f"a row has {tokens[0]} tokens; the model takes {tokens[1]}")
         wanted = max(needed, wanted if self._limit is None else min(wanted, self._limit))
         if wanted > store.capacity:
             store.grow(self._capacity(store.capacity * 2, wanted))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offramp import models
 from offramp.errors import OfframpError
 from offramp.export import save
-from offramp.export.validation import Arrays, eager, worst
+from offramp.export.validation import Arrays, eager, given, worst
 from offramp.passes import InsertExits, apply
 from offramp.passes.caches.chunks import cached_stacks, check_chunks
 from offramp.passes.caches.fully_masked import comparable_outputs
@@ -196,21 +196,21 @@ class Check:
 
     def _compare(self, module: nn.Module, captured: Program, program: Program, chain: Chain) -> None:
         inputs = {name: program.example_inputs[name] for name in program.inputs}
-        whole = {**inputs, **program.implied(inputs)}
+        whole = program.as_captured({**inputs, **program.implied(inputs)})
         expected = _outputs(module, whole, program)
         for key, what, found in (
             ("graph", "the captured graph", _arrays(eager(program, inputs))),
-            ("chain", "the chain at full depth", _run(chain, inputs)),
+            ("chain", "the chain at full depth", _run(program, chain, inputs)),
         ):
             self._figure(key, what, *_settled(captured, program, whole, found, expected))
         for others, made in at_other_sizes(program):
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in others.items())
-            whole = {**others, **program.implied(others)}
+            whole = program.as_captured({**others, **program.implied(others)})
             try:
                 expected = _outputs(module, whole, program)
             except Exception:  # noqa: BLE001 - sizes that the model's own code does not take
                 expected = made
-            found = _run(chain, others)
+            found = _run(program, chain, others)
             self._figure("other_shapes", f"the chain on {sizes}", *_settled(captured, program, whole, found, expected))
 
     def _figure(self, key: str, what: str, found: Arrays, expected: Mapping[str, Tensor]) -> None:
@@ -244,8 +244,8 @@ def _forced(program: Program) -> list[tuple[str, int]]:
     return [(item.stack, item.after) for item in program.exits if item.after < program.stacks[item.stack].blocks]
 
 
-def _run(chain: Chain, inputs: Mapping[str, Tensor]) -> Arrays:
-    return chain.run(_arrays({name: inputs[name] for name in chain.inputs}), Never()).outputs
+def _run(program: Program, chain: Chain, inputs: Mapping[str, Tensor]) -> Arrays:
+    return chain.run(given(program, inputs), Never()).outputs
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

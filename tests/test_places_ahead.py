@@ -1,0 +1,195 @@
+"""Features that a model joins before its text: the ids get places in front, which nobody who runs a bundle sees."""
+
+# mypy: disable-error-code="no-any-return, override"
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import offramp
+from offramp.check import check
+from offramp.errors import InputError
+from offramp.passes.caches.ahead import with_places_ahead
+from offramp.program import Program
+from offramp.runtime import Chain
+
+FEATURES, PATCHES, TOKENS = 5, 3, 9
+
+
+class Joined(nn.Module):
+    """Features before embedded ids, which have positions of their own; ``sees`` says which keys a query sees."""
+
+    def __init__(self, *, prefix: bool = False, cut: bool = False, parts: bool = False) -> None:
+        super().__init__()
+        self.look, self.embed = nn.Linear(FEATURES, tiny.WIDTH), nn.Embedding(tiny.WORDS, tiny.WIDTH)
+        self.places, self.norm = nn.Embedding(64, tiny.WIDTH), nn.LayerNorm(tiny.WIDTH)
+        self.first = nn.Parameter(torch.randn(1, 1, tiny.WIDTH))
+        self.blocks, self.head = nn.ModuleList(tiny.Block() for _ in range(3)), nn.Linear(tiny.WIDTH, tiny.WORDS)
+        self.prefix, self.cut, self.parts = prefix, cut, parts
+
+    def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        text = self.norm(self.embed(input_ids) + self.places(torch.arange(input_ids.shape[1])))
+        image = self.look(image)
+        parts = [self.first.expand(image.shape[0], -1, -1), image] if self.parts else [image]
+        x = torch.cat([*parts, text], 1)
+        at, ahead = torch.arange(x.shape[1]), x.shape[1] - input_ids.shape[1]
+        seen = (at <= at[:, None]) | ((at < ahead) & self.prefix)
+        for block in self.blocks:
+            x = block(x, seen)
+        return {"logits": self.head(x[:, ahead:] if self.cut else x)}
+
+
+KINDS: dict[str, dict[str, bool]] = {
+    "causal": {},
+    "a prefix that sees itself": {"prefix": True},
+    "logits of the text alone": {"cut": True},
+    "several parts": {"prefix": True, "cut": True, "parts": True},
+}
+
+
+def example(rows: int = 2, tokens: int = TOKENS, patches: int = PATCHES) -> dict[str, Tensor]:
+    drawn = torch.Generator().manual_seed(0)
+    image = torch.randn(rows, patches, FEATURES, generator=drawn)
+    return {"image": image, "input_ids": torch.randint(1, tiny.WORDS, (rows, tokens), generator=drawn)}
+
+
+def make(kind: str) -> Joined:
+    torch.manual_seed(0)
+    model = Joined(**KINDS[kind]).eval()
+    with torch.no_grad():
+        for weight in model.blocks.parameters():
+            if weight.dim() > 1:
+                weight.mul_(2.0)
+    return model
+
+
+def greedy(model: Callable[..., Any], inputs: dict[str, Tensor], name: str, count: int) -> list[int]:
+    """The tokens of one row."""
+    ids = inputs[name]
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(**{**inputs, name: ids})["logits"][:, -1:].argmax(-1)], 1)
+    return ids[0, inputs[name].shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Joined, Program, Chain]:
+    model = make(request.param)
+    program = offramp.capture(model, example())
+    path = tmp_path_factory.mktemp("bundle") / "model.offramp"
+    cached = offramp.apply(program, "insert-exits,insert-scores{measure=top1},insert-cache")
+    figures = offramp.save(cached, path)
+    assert max(figures["cache"], figures["exits"], figures["other_shapes"]) < 1e-5
+    return model, program, offramp.load(path)
+
+
+@given(st.integers(1, 3), st.integers(2, 12), st.integers(2, 6))
+@settings(max_examples=10, deadline=None)
+def test_places_change_nothing(case: tuple[Joined, Program, Chain], rows: int, tokens: int, patches: int) -> None:
+    model, program, _ = case
+    made, _, cut = with_places_ahead(program)
+    inputs = example(rows, tokens, patches)
+    ahead = patches + model.parts
+    longer = {**inputs, "input_ids": torch.cat([torch.full((rows, ahead), 2), inputs["input_ids"]], 1)}
+    found = made.module(**longer)["logits"]
+    assert cut == (("logits",) if model.cut else ())
+    torch.testing.assert_close(found[:, ahead:] if model.cut else found, model(**inputs)["logits"])
+
+
+def test_what_needs_no_places_stays_as_it_is() -> None:
+    program = offramp.capture(tiny.Talker(), {"input_ids": tiny.ids()})
+    assert with_places_ahead(program) == (program, 0, ())
+
+
+@pytest.mark.parametrize(("rows", "tokens", "patches"), [(2, 9, 3), (1, 2, 3), (3, 12, 5)])
+def test_a_run_takes_and_gives_what_the_model_does(
+    case: tuple[Joined, Program, Chain], rows: int, tokens: int, patches: int
+) -> None:
+    model, _, chain = case
+    inputs = example(rows, tokens, patches)
+    found = chain.run({name: value.numpy() for name, value in inputs.items()}).outputs["logits"]
+    expected = model(**inputs)["logits"].detach().numpy()
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_generations_are_the_model_s(case: tuple[Joined, Program, Chain]) -> None:
+    """Prompts of different lengths; step by step; back again; drafts that full depth checks; beams."""
+    model, _, chain = case
+    inputs, sizes = example(), [4, TOKENS]
+    arrays: dict[str, Any] = {"image": inputs["image"].numpy()}
+    arrays["input_ids"] = [inputs["input_ids"][at, :n].numpy() for at, n in enumerate(sizes)]
+    one = [{name: value[at : at + 1] for name, value in inputs.items()} for at in range(2)]
+    wanted = [
+        greedy(model, {**row, "input_ids": row["input_ids"][:, :n]}, "input_ids", 6)
+        for row, n in zip(one, sizes, strict=True)
+    ]
+    for policy in (offramp.Never(), offramp.Verify(1, 0.05)):
+        found = chain.generate(arrays, policy, max_new_tokens=6)
+        assert [row.tolist() for row in found.tokens] == wanted
+    by_hand = chain.generator(arrays, offramp.Never(), max_new_tokens=6)
+    assert [token.token for token in by_hand.next()] == [row[0] for row in wanted]
+    assert by_hand.tokens(0).tolist() == [*arrays["input_ids"][0].tolist(), wanted[0][0]]
+    by_hand.rewind(4)
+    by_hand.append([[wanted[0][0]], [int(inputs["input_ids"][1, 4])]])
+    assert by_hand.next()[0].token == wanted[0][1]
+    best = chain.generate(arrays, offramp.Never(), max_new_tokens=4, beams=2)
+    assert [len(row) for row in best.tokens] == [4, 4]
+
+
+def test_a_prompt_is_text(case: tuple[Joined, Program, Chain]) -> None:
+    chain = case[2]
+    with pytest.raises(InputError, match="every row needs at least one token"):
+        chain.generate({"image": example()["image"].numpy(), "input_ids": [[], [1]]})
+    with pytest.raises(InputError, match=r"has the token ids \[-1\]"):
+        chain.generate({"image": example(1)["image"].numpy(), "input_ids": [[-1]]})
+
+
+def _git() -> nn.Module:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "image_size": 16, "patch_size": 8,
+    }  # fmt: skip
+    config = transformers.GitConfig(
+        vision_config=vision, vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=24, bos_token_id=1, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.GitForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(3.0)
+    return model
+
+
+def test_git_generates_as_in_transformers(tmp_path: Path) -> None:
+    """Greedy, of prompts of different lengths with an image each; attention that is written out, with a mask given."""
+    model: Any = _git()
+    ids = torch.randint(5, 95, (2, 12), generator=torch.Generator().manual_seed(2))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(2, 3, 16, 16)}
+    report = check(model, inputs)
+    assert report.ok, report.reason
+    assert {stack.name: stack.cached for stack in report.stacks}["encoder"]
+    program = offramp.apply(offramp.capture(model, inputs), "insert-exits{stack=encoder},insert-cache")
+    offramp.save(program, tmp_path / "git.offramp")
+    chain = offramp.load(tmp_path / "git.offramp")
+    pixels, sizes = inputs["pixel_values"], [5, 12]
+    arrays = {"pixel_values": pixels.numpy(), "input_ids": [ids[at, :n].numpy() for at, n in enumerate(sizes)]}
+    found = chain.generate(arrays, offramp.Never(), max_new_tokens=8)
+    for at, n in enumerate(sizes):
+        own = {"pixel_values": pixels[at : at + 1], "input_ids": ids[at : at + 1, :n]}
+        wanted = model.generate(**own, max_new_tokens=8, do_sample=False, use_cache=False)
+        assert found.tokens[at].tolist() == wanted[0, n:].tolist()
+    with pytest.raises(InputError, match="the prompt has 25 tokens; the model takes 24"):
+        chain.generate({**arrays, "input_ids": [[5] * 25, [5]]})
