@@ -43,7 +43,7 @@ class SplitModalities(Pass):
     stack: str | None = None
     form: Literal["joint", "separate"] = "joint"
     tokens: Literal["group", "token"] = "group"
-    names: tuple[str, ...] | str = ()
+    names: tuple[str, ...] = ()
 
     def requires(self, program: Program) -> None:
         """There is an encoder, without exits yet, whose tokens are joined from several inputs."""
@@ -82,16 +82,12 @@ class SplitModalities(Pass):
         """Stacks of single groups give what the one gives without attention between groups."""
         name = self._stack(before)
         if self.form == "separate":
-            check_apart(before, result.program, name, joined_groups(before, name, self._names))
+            check_apart(before, result.program, name, joined_groups(before, name, self.names))
 
     def _groups(self, program: Program, stack: str) -> tuple[Group, ...]:
         """The groups of the stack's tokens."""
         alone = self.tokens == "token"
-        return joined_groups(program, stack, self._names, alone=alone)
-
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return (self.names,) if isinstance(self.names, str) else tuple(self.names)
+        return joined_groups(program, stack, self.names, alone=alone)
 
     def _stack(self, program: Program) -> str:
         """The stack that is named, or the only encoder."""

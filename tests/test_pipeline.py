@@ -25,6 +25,7 @@ from offramp.passes import (
     InsertScores,
     Pass,
     PassResult,
+    SplitModalities,
     Truncate,
     apply,
 )
@@ -52,6 +53,13 @@ _passes: dict[type[Pass], st.SearchStrategy[Pass]] = {
     ),
     InsertAdapter: st.builds(InsertAdapter, _stacks, _after, st.sampled_from(KINDS), st.none() | st.integers(1, 999)),
     InsertCache: st.just(InsertCache()),
+    SplitModalities: st.builds(
+        SplitModalities,
+        _stacks,
+        st.sampled_from(["joint", "separate"]),
+        st.sampled_from(["group", "token"]),
+        st.sampled_from([(), ("image",), ("image", "text")]),
+    ),
     InsertExits: st.builds(InsertExits, _stacks, _after, st.sampled_from(["shared", "own"])),
     InsertScores: st.builds(
         InsertScores,

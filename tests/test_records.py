@@ -49,7 +49,9 @@ def test_text_finds_a_pass_of_another_package() -> None:
     assert found == MarkBlock(after=2, factor=0.001, returned=True)
     assert repr(found) == "mark-block{after=2,factor=0.001,returned=True}"
     assert parse(repr(found)) == [found]
-    with pytest.raises(SpecError, match=r"unknown pass 'mark'; there are .*, insert-scores, mark-block, truncate"):
+    with pytest.raises(
+        SpecError, match=r"unknown pass 'mark'; there are .*, insert-scores, mark-block, split-modalities, truncate"
+    ):
         parse("mark")
 
 
