@@ -1,11 +1,13 @@
 """Train the model that answers questions about images and describes them, on easy-VQA; an hour on two cores.
 
-    python -m examples.vision_language.train [--plain] [--epochs N] [--out DIRECTORY]
+    python -m examples.vision_language.train [--form joint|separate|plain] [--epochs N] [--out DIRECTORY]
 
 Needs ``pip install --no-deps easy-vqa==1.0``. An exit after every decoder block but the last learns with the model:
-``L_avg + L_N`` of DEED (arXiv 2311.08623), two exits drawn at each step; ``--plain`` trains the same model without.
-An interrupted run goes on when started again. At the end: what share of the questions is answered, and of the requests
-with one of the sentences that fit.
+``L_avg + L_N`` of DEED (arXiv 2311.08623), two exits drawn at each step. Patches and words leave the encoder at exits
+of their own (MuE, arXiv 2211.11152), which are drawn for each row: visible to the others as they are (``joint``), or
+encoded without seeing each other (``separate``). ``--form plain`` trains the same model without exits. An interrupted
+run goes on when started again. At the end: what share of the questions is answered, and of the requests with one of
+the sentences that fit.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import offramp
 from examples.vision_language.data import REQUESTS, Batches, Split, Task, collated, load, tokenizer
-from examples.vision_language.model import BEGIN, BLOCKS, END, LONGEST, VisionLanguage, example
+from examples.vision_language.model import BEGIN, END, LONGEST, VisionLanguage, example
 from offramp.program import Program
+from offramp.training.encoder_depths import EncoderDepths
 from offramp.training.fitting import CurvePoint, fit
-from offramp.training.objectives import CrossEntropy, DeepSupervision
+from offramp.training.objectives import CrossEntropy, DeepSupervision, Objective
 from offramp.training.weights import save_weights
 from offramp.zoo._declare import Generation
 
@@ -47,14 +50,19 @@ def captured(vocabulary: int) -> Program:
     return offramp.capture(VisionLanguage(vocabulary), example(), training=True)
 
 
-def program(vocabulary: int, exits: Sequence[int] = range(1, BLOCKS)) -> Program:
-    """The model with exits in its decoder, an adapter at each; the weights of all that this returns are the same."""
-    if not exits:
+def program(vocabulary: int, form: str = "joint") -> Program:
+    """The model with exits after every block, in the decoder with an adapter at each.
+
+    The weights of all that this returns are the same.
+    """
+    if form == "plain":
         return captured(vocabulary)
-    listed = "|".join(map(str, exits))
-    return offramp.apply(
-        captured(vocabulary), f"insert-exits{{stack=decoder,after={listed}}},insert-adapter{{stack=decoder}}"
-    )
+    split = offramp.apply(captured(vocabulary), f"split-modalities{{form={form}}}")
+    encoders = [name for name in split.stacks if name != "decoder"]
+    pipeline = [f"insert-exits{{stack={name}}},insert-scores{{stack={name},measure=cosine}}" for name in encoders]
+    pipeline += ["insert-exits{stack=decoder},insert-adapter{stack=decoder}"]
+    pipeline += ["insert-scores{stack=decoder,measure=top1|entropy|cosine|prediction}"]
+    return offramp.apply(split, ",".join(pipeline))
 
 
 @torch.no_grad()
@@ -113,7 +121,7 @@ def show(point: CurvePoint) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--plain", action="store_true", help="without exits")
+    parser.add_argument("--form", choices=("joint", "separate", "plain"), default="joint")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("build/vision_language"))
     args = parser.parse_args()
@@ -121,8 +129,10 @@ def main() -> None:
     words = tokenizer()
     words.save(str(args.out / "tokenizer.json"))
     size = words.get_vocab_size()
-    trained = program(size, ()) if args.plain else program(size)
-    objective = CrossEntropy() if args.plain else DeepSupervision(sample=2)
+    trained = program(size, args.form)
+    objective: Objective = CrossEntropy()
+    if args.form != "plain":
+        objective = EncoderDepths(DeepSupervision(stack="decoder", sample=2))
 
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the backward pass of the fused kernel takes longer
         fit(
@@ -135,10 +145,10 @@ def main() -> None:
             warmup=300,
             optimizer=lambda weights: torch.optim.AdamW(weights, 1e-3, (0.9, 0.98), 1e-9, 1e-2),
             precision="bf16",
-            folder=args.out / ("plain" if args.plain else "exits"),
+            folder=args.out / args.form,
             progress=show,
         )
-    file = args.out / ("plain.safetensors" if args.plain else "exits.safetensors")
+    file = args.out / f"{args.form}.safetensors"
     save_weights(trained, file, "all", torch.float16)
     print(f"wrote {file}: {file.stat().st_size:,} bytes")
     for name in ("validation", "test"):
