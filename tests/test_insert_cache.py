@@ -632,18 +632,6 @@ class HalfOpen(tiny.Decoder):
         self.blocks[1].causal = False
 
 
-class Prefixed(Decoder):
-    """Learned tokens before the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.prefix = nn.Parameter(torch.randn(3, tiny.WIDTH))
-
-    def forward(self, input_ids: Tensor) -> Any:
-        x = torch.cat([self.prefix.expand(input_ids.shape[0], -1, -1), self.embed(input_ids)], 1)
-        return self.run(x, None)[:, 3:]
-
-
 class TwoDecoders(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -680,7 +668,6 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
         "input masks has an axis 'masks_1' that no other input has",
     ),
     "block that sees all": (HalfOpen, IDS, r"attention over the tokens is not causal \(blocks.1.attention "),
-    "prefix": (Prefixed, IDS, r"hidden state .* shape \['batch', 'tokens \+ 3', 16\], none .*Prefixed\)"),
     "two decoders": (TwoDecoders, {**IDS, "other_ids": tiny.ids(9)}, "causal stacks .* read different axes of tokens"),
     "a taken name": (Named, {"lengths": tiny.ids()}, "the program already has something called lengths"),
 }  # fmt: skip

@@ -49,6 +49,22 @@ class Joined(nn.Module):
         return {"logits": self.head(x[:, ahead:] if self.cut else x)}
 
 
+class Tuned(nn.Module):
+    """Learned tokens before the text, which the logits leave out (prompt tuning)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefix, self.embed = nn.Parameter(torch.randn(3, tiny.WIDTH)), nn.Embedding(tiny.WORDS, tiny.WIDTH)
+        self.blocks = nn.ModuleList(tiny.Block(causal=True) for _ in range(2))
+        self.head = nn.Linear(tiny.WIDTH, tiny.WORDS)
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = torch.cat([self.prefix.expand(input_ids.shape[0], -1, -1), self.embed(input_ids)], 1)
+        for block in self.blocks:
+            x = block(x, None)
+        return {"logits": self.head(x[:, 3:])}
+
+
 KINDS: dict[str, dict[str, bool]] = {
     "causal": {},
     "a prefix that sees itself": {"prefix": True},
@@ -145,6 +161,18 @@ def test_generations_are_the_model_s(case: tuple[Joined, Program, Chain]) -> Non
     assert by_hand.next()[0].token == wanted[0][1]
     best = chain.generate(arrays, offramp.Never(), max_new_tokens=4, beams=2)
     assert [len(row) for row in best.tokens] == [4, 4]
+
+
+def test_learned_tokens_stand_before_the_text(tmp_path: Path) -> None:
+    model = tiny.seeded(Tuned)
+    ids = example()["input_ids"]
+    offramp.save(offramp.apply(offramp.capture(model, {"input_ids": ids}), "insert-cache"), tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    found = chain.run({"input_ids": ids.numpy()}).outputs["logits"]
+    np.testing.assert_allclose(found, model(ids)["logits"].detach().numpy(), atol=1e-5)
+    made = chain.generate({"input_ids": [ids[0, :4].numpy(), ids[1].numpy()]}, max_new_tokens=5)
+    for at, n in enumerate((4, TOKENS)):
+        assert made.tokens[at].tolist() == greedy(model, {"input_ids": ids[at : at + 1, :n]}, "input_ids", 5)
 
 
 def test_a_prompt_is_text(case: tuple[Joined, Program, Chain]) -> None:

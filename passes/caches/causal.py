@@ -67,8 +67,8 @@ class Causal:
                 raise PassError(
                     f"insert-cache: the hidden state of stack {stack.name} has shape {sizes}, none of whose axes is "
                     f"the tokens of an input ({source(hidden)})",
-                    hint="capture with free token axes, sources and targets of different lengths; models that put "
-                    "other tokens (of an image, say) before the text are not supported",
+                    hint="capture with free token axes, sources and targets of different lengths; features of an image "
+                    "may stand before the text: torch.cat([features, embed(ids)], 1)",
                 )
             found[stack.name] = axes[0]
         if len(set(found.values())) > 1:

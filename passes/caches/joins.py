@@ -51,6 +51,8 @@ class Joins:
         kinds = self.facts.kinds
         if node.target not in _PUT or kinds[node] != DATA or kinds[node.args[0]] != DATA:  # type: ignore[index]
             return False
+        if node.target is aten.slice_scatter.default:  # learned features as well
+            return kinds.get(node.args[1]) != DATA  # type: ignore[arg-type]
         return any(kinds[arg] == MEMORY for arg in node.all_input_nodes if is_tensor(arg))
 
     def _of_text(self, node: fx.Node) -> float | None:
