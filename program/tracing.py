@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
@@ -22,6 +24,7 @@ from offramp.program.silence import quiet
 log = logging.getLogger(__name__)
 
 Dynamic = Mapping[str, Mapping[int, str]]
+_CONSTANTS = 4096  # elements
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -92,6 +95,20 @@ class _Tracing(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
 
 
+@contextmanager
+def _constants() -> Iterator[None]:
+    """Let what a forward writes down (the grid of an image, say), and computes of that alone, decide what it does next.
+
+    torch knows the contents of constants of one element; a list of sizes has more.
+    """
+    before = fake_tensor.CONSTANT_NUMEL_LIMIT
+    fake_tensor.CONSTANT_NUMEL_LIMIT = _CONSTANTS
+    try:
+        yield
+    finally:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = before
+
+
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
     try:
         traced = _traced(module, inputs, dims, lists=True)
@@ -101,7 +118,7 @@ def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: 
 
 
 def _traced(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool) -> ExportedProgram:
-    with _Tracing(lists):
+    with _Tracing(lists), _constants():
         found: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
     return found
 

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses import fake_tensor
 
 from offramp.errors import CaptureError
 from offramp.program import capture
@@ -392,3 +393,24 @@ def test_data_of_a_tensor() -> None:
     captured = tiny.captured(_Data, {"ids": tiny.ids()})
     for ids in (tiny.ids(), tiny.ids(4, 3)):
         tiny.assert_same(tiny.outputs(captured.program.module, {"ids": ids}), captured.eager({"ids": ids}))
+
+
+class Pieces(nn.Module):
+    """Windows whose sizes are computed from a grid that the forward writes down."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = torch.tensor([[1, 2, 2], [1, 1, 3]])
+        ends = torch.nn.functional.pad(grid.prod(1).cumsum(0), (1, 0))
+        found = []
+        for piece in torch.split(x, (ends[1:] - ends[:-1]).tolist(), 1):
+            found.append(piece - piece.mean(1, keepdim=True))
+        return torch.cat(found, 1)
+
+
+def test_what_a_forward_writes_down_may_decide_what_it_does() -> None:
+    x = torch.randn(2, 7, 3)
+    program = capture(Pieces(), {"x": x})
+    (name,) = program.outputs
+    longer = torch.randn(3, 7, 3)
+    torch.testing.assert_close(program.module(x=longer)[name], Pieces()(longer))
+    assert fake_tensor.CONSTANT_NUMEL_LIMIT == 1
