@@ -38,6 +38,7 @@ def problems_of(manifest: Manifest) -> list[str]:
         *(text for name, value in manifest.values.items() for text in _value(manifest, name, value)),
         *_references(manifest),
         *_learners(manifest),
+        *_groups(manifest),
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
         *generation_problems(manifest.generation),
         *preprocessing_problems(manifest.preprocessing),
@@ -78,6 +79,12 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
         yield f"cache.prompt.given: {list(cache.prompt.given)} are not all inputs"
     for name, item in cache.implied.items():
         yield from _implied(manifest, name, item)
+    if cache.prompt:
+        yield from _size(manifest, "cache.prompt.ahead", cache.prompt.ahead)
+        for name in cache.prompt.cut:
+            value = manifest.values.get(manifest.outputs.get(name, ""))
+            if value is None or cache.chunk not in value.shape:
+                yield f"cache.prompt.cut: {name!r} is no output with the axis {cache.chunk!r}"
 
 
 def _learners(manifest: Manifest) -> Iterator[str]:
@@ -98,6 +105,44 @@ def _learners(manifest: Manifest) -> Iterator[str]:
             yield f"{where}.form: {item.form!r} is none of {', '.join(FORMS)}"
         if item.count in manifest.values and manifest.values[item.count].dtype != "int64":
             yield f"{where}.count: {item.count!r} is {manifest.values[item.count].dtype}, expected int64"
+
+
+def _groups(manifest: Manifest) -> Iterator[str]:
+    policies = [name for stack in manifest.stacks.values() for name in _leaving(stack)]
+    for name in sorted({name for name in policies if policies.count(name) > 1}):
+        yield f"stacks: {name!r} is the name of several things that leave"
+    for name, stack in manifest.stacks.items():
+        where = f"stacks.{name}"
+        if bool(stack.groups) != (stack.places is not None):
+            yield f"{where}: has groups or places, and not both"
+        places = manifest.values.get(stack.places or "")
+        if places is not None and (places.dtype, len(places.shape)) != ("int64", 2):
+            yield f"{where}.places: {stack.places!r} is {places}, expected int64 [batch, tokens]"
+        for group in stack.groups:
+            yield from _size(manifest, f"{where}.groups.{group.name}", group.tokens)
+
+
+def _leaving(stack: Stack) -> list[str]:
+    return [f"{stack.name}.{group.name}" for group in stack.groups] or [stack.name]
+
+
+def _scores(stack: Stack) -> int | None:
+    """How many scores the groups of a stack have; None where that depends on the inputs."""
+    counts = [group.tokens if group.alone else 1 for group in stack.groups]
+    return sum(count for count in counts if isinstance(count, int)) if all(type(c) is int for c in counts) else None
+
+
+def _size(manifest: Manifest, where: str, size: int | str) -> Iterator[str]:
+    """What is wrong with a number of tokens."""
+    try:
+        unknown = names(size) - manifest.axes.keys()
+    except ValueError as error:
+        yield f"{where}: {error}"
+        return
+    if unknown:
+        yield f"{where}: no such axes: {', '.join(sorted(unknown))}"
+    if isinstance(size, int) and size < 0:
+        yield f"{where}: {size} tokens"
 
 
 def _implied(manifest: Manifest, name: str, item: Implied) -> Iterator[str]:
@@ -265,9 +310,6 @@ class _Flow:
         yield from self._there([stack.input], there, f"{where}.input")
         if stack.groups:
             yield from self._make(stack.places or "", f"{where}.places", inner)
-            for group in stack.groups:
-                if unknown := names(group.tokens) - self._manifest.axes.keys():
-                    yield f"{where}.groups: no such axes: {', '.join(sorted(unknown))}"
         for part in stack.parts:
             for segment in part.segments:
                 yield from self._run(segment, inner)
@@ -303,7 +345,7 @@ class _Flow:
                 continue  # which is said above
             rank, place = _kind(self._manifest, name)[1:]
             wide = self._manifest.values[name].shape[1] if rank == 2 else None
-            by_token = isinstance(wide, str) or (wide or 0) == len(stack.groups) > 0
+            by_token = isinstance(wide, str) or (wide is not None and wide == _scores(stack))
             dtype, expected = self._manifest.values[name].dtype, measure_named(measure).dtype
             if measure in MEASURES and dtype != expected:
                 yield f"{where}, score {measure}: {name!r} is {dtype}, expected {expected}"

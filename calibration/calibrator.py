@@ -34,7 +34,7 @@ from offramp.calibration.quality import Quality, classes_of, same_class, same_to
 from offramp.calibration.risk import accepted, losses_of, p_value
 from offramp.calibration.sequence import Asked, Tested
 from offramp.errors import InputError
-from offramp.runtime import Chain, Each, Never, Policy, Width, card, load
+from offramp.runtime import Chain, Each, Never, Policy, Verify, Width, card, load
 from offramp.runtime.engine.cores import physical_cores
 
 _Width: TypeAlias = float | Literal["choose"] | None
@@ -52,6 +52,11 @@ class Calibration:
 
     policy: Policy
     record: Mapping[str, Any]
+
+    @property
+    def chosen(self) -> bool:
+        """Whether there is something to make the default: beside other stacks' policies, which stay if not."""
+        return "others" not in self.record or self.record["reason"] is None
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Make it the default of the bundle at ``path``: its manifest is replaced at once, and its card after it."""
@@ -102,7 +107,8 @@ def calibrate(
             are chosen at that width, if that alone passes; it should come from other examples. If left out, exits are
             chosen with all learners, or where no exit has a score, the width.
         others: What the other stacks do, an `Each` that was chosen before on other examples: image first, say, then
-            text, then the decoder. What is proven is proven of all of them together.
+            text, then the decoder. What is proven is proven of all of them together; where nothing is, a bundle that
+            is given by its path keeps the policy that it has.
         seed: Of the split into examples that are fitted on and examples that are tested on.
         options: Of a generation: ``max_new_tokens``, ``stop``, ... It is greedy.
 
@@ -143,7 +149,7 @@ def calibrate(
         "machine": f"{platform.machine()}, {physical_cores()} cores",
     }
     calibration = Calibration(policy, record)
-    if not isinstance(model, Chain):
+    if not isinstance(model, Chain) and calibration.chosen:
         calibration.write(model)
     return calibration
 
@@ -197,6 +203,11 @@ def _exits(asked: Asked, stack: str | None, measure: str | None, width: _Width, 
                 f"others={others!r}: what stacks other than {chosen.name!r} do", hint='others=Each({"STACK": policy})'
             )
         others.check(asked.chain.stacks)
+        if others.observes or any(isinstance(policy, Verify) for policy in others.stacks.values()):
+            raise InputError(
+                f"others={others!r}: what learns or checks drafts is not the same in every run",
+                hint="policies with fixed thresholds",
+            )
     beside = others if width is None else Width(_budgets(width)[0], others)
     return _Exits(asked, chosen, measure, beside)
 

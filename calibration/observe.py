@@ -293,7 +293,7 @@ def observe_tokens(
     """
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
-    skipped = [chain.session(example, Never()).prompts[0].size > 1 for example in examples.inputs]
+    skipped = [chain.session(example, Never()).together for example in examples.inputs]
     lengths = np.array([max(0, len(text) - skip) for text, skip in zip(texts, skipped, strict=True)], np.int64)
     scores = {measure: np.full((lengths.sum(), early), np.nan, np.float32) for measure in sorted(measures)}
     quality = np.zeros((lengths.sum(), early + 1))
@@ -333,7 +333,7 @@ def _forced_tokens(
     session = chain.session(example, policy)
     plan, prompts = session.plan, session.prompts
     chooser = Chooser(plan.sampling(prompts[0].size, {**options, **GREEDY}), plan.vocabulary)
-    deep = prompts[0].size > 1
+    deep = session.together
     if deep:
         session.step(prompts)
     fed = [*prompts, *(np.array([token]) for token in text[:-1])]

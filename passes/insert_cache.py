@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Prompt
 from offramp.errors import PassError, SpecError
 from offramp.passes.caches.ahead import with_places_ahead
@@ -84,7 +85,9 @@ class _Insertion:
 
     def __init__(self, program: Program, text: str) -> None:
         program, self.ahead, self.cut = with_places_ahead(program)
-        self.program, self.text, self.facts = program, text, Causal(program)
+        self.program, self.text = program, text
+        ahead = evaluate(self.ahead, program.sizes(program.example_inputs))
+        self.facts = Causal(program, ahead, fewer=ahead - 1 if isinstance(self.ahead, str) else 0)
         self._check_axes()
         wanted = self.facts.example + 7
         self.capacity = wanted if self.facts.limit is None else min(wanted, self.facts.limit)

@@ -10,6 +10,7 @@ from offramp.passes.groups.apart import check_apart, run_apart
 from offramp.passes.groups.joined import joined_groups
 from offramp.passes.infra.contract import Pass, PassResult, stack_named
 from offramp.passes.infra.editor import Editor
+from offramp.program.graph import shape
 from offramp.program.groups import Group, Groups
 from offramp.program.program import Program
 
@@ -55,6 +56,14 @@ class SplitModalities(Pass):
             )
         if program.axes.batch is None:
             raise SpecError(f"the rows of stack {name!r} are not computed apart", hint="a model with a batch axis")
+        hidden = program.nodes[program.stacks[name].input]
+        place = program.axes.batch_axis(hidden)
+        if len(shape(hidden)) != 3 or place is None or place[1] != 1:
+            sizes = [program.axes.describe(size) for size in shape(hidden)]
+            raise SpecError(
+                f"the hidden state of stack {name!r} has the shape {sizes}, expected rows, tokens and features",
+                hint="insert-exits alone, which lets rows leave as a whole",
+            )
         if program.exits_of(name):
             raise SpecError(f"stack {name!r} has exits already", hint="split-modalities, then insert-exits")
         if any(item.stack == name for item in program.learners):

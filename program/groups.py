@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -97,19 +98,20 @@ def left_early(
     """
     values: dict[Any, Any] = {node: inputs[name] for name, node in placeholders(program.graph).items()}
     order = [node for node in program.graph.nodes if node.op != "output"]
+    places = {node: at for at, node in enumerate(order)}
+    blocks = [
+        (places[program.nodes[after]], item, depth, program.nodes[before], program.nodes[after])
+        for item in program.groups
+        if item.stack in depths
+        for depth, (before, after) in enumerate(pairwise(program.stacks[item.stack].cuts), 1)
+    ]
     done = 0
-    for item in program.records:
-        if not isinstance(item, Groups) or item.stack not in depths:
-            continue
-        stack = program.stacks[item.stack]
-        axis = token_axis(program, stack.input)
-        per_token = item.by_token(depths[item.stack], item.counts(program, inputs))[..., None]
-        per_token = per_token if axis == 1 else per_token.transpose(0, 1)
-        for depth, (before, after) in enumerate(zip(stack.cuts, stack.cuts[1:], strict=False), 1):
-            at = order.index(program.nodes[after]) + 1
-            run(program.graph_module, order[done:at], values)
-            done = at
-            old, new = values[program.nodes[before]], values[program.nodes[after]]
-            values[program.nodes[after]] = torch.where(per_token >= depth, new, old)
+    for at, item, depth, before, after in sorted(blocks, key=lambda block: block[0]):
+        run(program.graph_module, order[done : at + 1], values)
+        done = at + 1
+        by_token = item.by_token(depths[item.stack], item.counts(program, inputs))[..., None]
+        if token_axis(program, program.stacks[item.stack].input) == 0:
+            by_token = by_token.transpose(0, 1)
+        values[after] = torch.where(by_token >= depth, values[after], values[before])
     run(program.graph_module, order[done:], values)
     return {name: values[node] for name, node in results(program.graph).items()}

@@ -160,8 +160,15 @@ class Program:
         if not ahead:
             return dict(inputs)
         assert self.cache is not None
-        over_text = {*self.cache.tokens, *self.cache.prompt.given, *self.cache.implied}  # type: ignore[union-attr]
-        return {name: value[:, ahead:] if name in over_text else value for name, value in inputs.items()}
+        assert self.cache.prompt is not None
+        over_text = {*self.cache.tokens, *self.cache.prompt.given, *self.cache.implied}
+        count = inputs[self.cache.tokens[0]].shape[1]
+        found = dict(inputs)
+        for name in over_text & inputs.keys():
+            for axis, size in enumerate(inputs[name].shape):
+                if size == count and axis > 0:
+                    found[name] = found[name].narrow(axis, ahead, count - ahead)
+        return found
 
     def as_returned(
         self, outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]

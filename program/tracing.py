@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 
 Dynamic = Mapping[str, Mapping[int, str]]
 _CONSTANTS = 4096  # elements
+_one_at_a_time = threading.RLock()
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -101,12 +103,16 @@ def _constants() -> Iterator[None]:
 
     torch knows the contents of constants of one element; a list of sizes has more.
     """
-    before = fake_tensor.CONSTANT_NUMEL_LIMIT
-    fake_tensor.CONSTANT_NUMEL_LIMIT = _CONSTANTS
-    try:
+    before = getattr(fake_tensor, "CONSTANT_NUMEL_LIMIT", None)
+    if before is None:  # a torch that calls it otherwise: only constants of one element are known
         yield
-    finally:
-        fake_tensor.CONSTANT_NUMEL_LIMIT = before
+        return
+    with _one_at_a_time:
+        fake_tensor.CONSTANT_NUMEL_LIMIT = _CONSTANTS
+        try:
+            yield
+        finally:
+            fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:

@@ -24,7 +24,8 @@ class Result:
 
     Attributes:
         outputs: The model's outputs by name; those of a row are what the exit that it took made.
-        exits: For each stack int64 [rows]: after how many blocks the row left (``blocks`` is full depth).
+        exits: For each stack int64 [rows]: after how many blocks the row left (``blocks`` is full depth); for each
+            group of tokens, ``STACK.GROUP``, too, [rows, tokens] of those that leave alone.
         scores: By stack, ``after`` and measure, float32 [rows] (int64 for whole numbers), of the exits where
             the policy was asked: NaN (or -1) for rows that had left before.
         trace: The segments in the order in which they ran.

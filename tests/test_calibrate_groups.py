@@ -87,6 +87,24 @@ def test_one_group_after_the_other(classifier: Path) -> None:
     assert (result.exits["encoder.text"] < 3).any()
 
 
+def test_others_stay_where_nothing_is_proven(classifier: Path) -> None:
+    image = offramp.calibrate(classifier, data(100), keep=0.9, quality=always, stack="encoder.image")
+
+    def worse(answer: NDArray[Any], reference: NDArray[Any]) -> float:
+        return float(np.array_equal(answer, reference))
+
+    assert isinstance(image.policy, Each)
+    text = offramp.calibrate(classifier, data(100), keep=0.9, quality=worse, stack="encoder.text", others=image.policy)
+    assert text.record["reason"]
+    assert offramp.load(classifier).policy == image.policy
+
+
+@pytest.mark.parametrize("policy", [offramp.Verify(1), offramp.Budget(1.5)])
+def test_others_are_the_same_in_every_run(generator: Chain, policy: Any) -> None:
+    with pytest.raises(InputError, match="is not the same in every run"):
+        offramp.calibrate(generator, data(5, decodes=True), stack="encoder.text", others=Each({"decoder": policy}))
+
+
 def test_what_is_proven_is_proven_of_all_together(classifier: Path) -> None:
     """Answers are compared with those of full depth everywhere, so others that lose them are not overlooked."""
 

@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-any-return, override"
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import offramp
+from offramp.bundle.json_text import from_json, to_json
 from offramp.check import check
-from offramp.errors import InputError
+from offramp.errors import BundleError, InputError, PassError
 from offramp.passes.caches.ahead import with_places_ahead
 from offramp.program import Program
 from offramp.runtime import Chain
@@ -173,6 +176,111 @@ def test_learned_tokens_stand_before_the_text(tmp_path: Path) -> None:
     made = chain.generate({"input_ids": [ids[0, :4].numpy(), ids[1].numpy()]}, max_new_tokens=5)
     for at, n in enumerate((4, TOKENS)):
         assert made.tokens[at].tolist() == greedy(model, {"input_ids": ids[at : at + 1, :n]}, "input_ids", 5)
+
+
+def test_a_prompt_of_one_token_calibrates(case: tuple[Joined, Program, Chain]) -> None:
+    """With what stands in front of it, it goes to full depth."""
+    examples = [{"image": example(1)["image"].numpy(), "input_ids": [[token]]} for token in range(1, 9)] * 10
+    found = offramp.calibrate(case[2], examples, keep=0.9, max_new_tokens=3)
+    assert found.record["examples"] == 80
+    assert found.record["settings"]["of"] >= 0 if "settings" in found.record else found.record["reason"]
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_the_room_for_text_is_known(static: bool, tmp_path: Path) -> None:
+    """Positions of the text have a table of 64 rows; a text may fill it, and no more."""
+    torch.manual_seed(0)
+    model = make("causal")
+    dims = {"image": {0: "batch"}, "input_ids": {0: "batch", 1: "tokens"}} if static else None
+    program = offramp.capture(model, example(), dynamic=dims)
+    offramp.save(offramp.apply(program, "insert-cache"), tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    arrays = {"image": example(1)["image"].numpy(), "input_ids": [[1] * 40]}
+    room = 64 if static else 62  # where features vary in number, there may be as few as one
+    assert len(chain.generate(arrays).tokens[0]) == room - 40 + 1  # the last one is read by nobody
+    with pytest.raises(InputError, match=f"the prompt has 65 tokens; the model takes {room}"):
+        chain.generate({**arrays, "input_ids": [[1] * 65]})
+    with pytest.raises(InputError, match="every row needs at least one token"):
+        chain.generate({**arrays, "input_ids": [[]]})
+
+
+def test_more_places_than_text(tmp_path: Path) -> None:
+    """Prompts are not filled up to what the places in front take already."""
+    model = make("a prefix that sees itself")
+    inputs = example(2, 4, 40)
+    dims = {"image": {0: "batch"}, "input_ids": {0: "batch", 1: "tokens"}}
+    program = offramp.capture(model, inputs, dynamic=dims)
+    offramp.save(offramp.apply(program, "insert-cache"), tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    found = chain.generate({"image": inputs["image"].numpy(), "input_ids": [[3], [4, 5]]}, max_new_tokens=4)
+    for at, prompt in enumerate(([3], [4, 5])):
+        own = {"image": inputs["image"][at : at + 1], "input_ids": torch.tensor([prompt])}
+        assert found.tokens[at].tolist() == greedy(model, own, "input_ids", 4)
+
+
+def test_lists_are_inputs_as_ever(case: tuple[Joined, Program, Chain]) -> None:
+    chain, inputs = case[2], example()
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    lists = {**arrays, "input_ids": inputs["input_ids"].tolist()}
+    assert (chain.run(lists).outputs["logits"] == chain.run(arrays).outputs["logits"]).all()
+    for wrong in ({"input_ids": [[1, 2], [3]]}, {"image": [[[1.0]], [1.0]]}):
+        with pytest.raises(InputError):
+            chain.run({**arrays, **wrong})
+    with pytest.raises(InputError, match="'image' is missing"):
+        chain.run({"input_ids": arrays["input_ids"]})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"ahead": "nosuch"}, "cache.prompt.ahead: no such axes: nosuch"),
+        ({"ahead": "a+"}, "cache.prompt.ahead: 'a+' is not an expression"),
+        ({"ahead": -1}, "cache.prompt.ahead: -1 tokens"),
+        ({"cut": ["nosuch"]}, "cache.prompt.cut: 'nosuch' is no output"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_refused(
+    case: tuple[Joined, Program, Chain], changes: dict[str, Any], said: str
+) -> None:
+    data = json.loads(to_json(case[2].manifest))
+    data["cache"]["prompt"] |= changes
+    with pytest.raises(BundleError, match=re.escape(said)):
+        from_json(json.dumps(data))
+
+
+def test_parts_of_parts_are_one(tmp_path: Path) -> None:
+    class Nested(Joined):
+        def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+            x = torch.cat([self.first.expand(image.shape[0], -1, -1), self.embed(input_ids)], 1)
+            x = torch.cat([self.look(image), x], 1)
+            for block in self.blocks:
+                at = torch.arange(x.shape[1])
+                x = block(x, at <= at[:, None])
+            return {"logits": self.head(x)}
+
+    model = tiny.seeded(Nested)
+    assert isinstance(model, Nested)
+    program = offramp.apply(offramp.capture(model, example()), "insert-cache")
+    offramp.save(program, tmp_path / "m.offramp")
+    found = offramp.load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in example().items()})
+    np.testing.assert_allclose(found.outputs["logits"], model(**example())["logits"].detach().numpy(), atol=1e-4)
+
+
+def test_a_mask_of_pairs_is_refused() -> None:
+    class Masked(Joined):
+        def forward(self, image: Tensor, input_ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+            text = self.embed(input_ids) + mask.float().sum((1, 3))[..., None]
+            x = torch.cat([self.look(image), text], 1)
+            at = torch.arange(x.shape[1])
+            for block in self.blocks:
+                x = block(x, at <= at[:, None])
+            return {"logits": self.head(x)}
+
+    model = tiny.seeded(Masked)
+    mask = torch.ones(2, 1, TOKENS, TOKENS, dtype=torch.bool)
+    program = offramp.capture(model, {**example(), "mask": mask})
+    with pytest.raises(PassError, match="input mask has "):
+        offramp.apply(program, "insert-cache")
 
 
 def test_a_prompt_is_text(case: tuple[Joined, Program, Chain]) -> None:

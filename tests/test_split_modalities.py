@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +21,16 @@ from torch import Tensor
 from two_modalities import PATCHES, Joined, inputs, joined
 
 import offramp
-from offramp.errors import PolicyError, SpecError
+from offramp import cli
+from offramp.bundle.json_text import from_json, to_json
+from offramp.bundle.manifest import Exit, Group, Stack
+from offramp.errors import BundleError, PolicyError, SpecError
 from offramp.program import Program
 from offramp.program.groups import left_early
 from offramp.program.ops import put_tokens, take_tokens
 from offramp.runtime import Chain
 from offramp.runtime.policies.base import State
-from offramp.runtime.policies.group_policy import active_places
+from offramp.runtime.policies.group_policy import GroupPolicy, active_places
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -396,3 +401,104 @@ def test_padding_leaves_first_where_tokens_leave_alone(tmp_path: Path) -> None:
     before, after = offramp.program.program.evaluate(program.graph_module, states, inputs()).values()
     expected = F.cosine_similarity(before, after, -1)[:, PATCHES + 1 :].detach().numpy()
     np.testing.assert_allclose(scores[~padded], expected[~padded], atol=1e-5)
+
+
+def test_a_fixed_number_of_tokens_leaves_alone(tmp_path: Path) -> None:
+    class Image(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = joined(decodes=False)
+
+        def forward(self, pixel_values: Tensor) -> Tensor:
+            x = self.model.patch(pixel_values).flatten(2).transpose(1, 2)
+            for block in self.model.encoder:
+                x = block(x, None)
+            return self.model.head(x[:, 0])
+
+    program = offramp.capture(Image().eval(), {"pixel_values": inputs()["pixel_values"]})
+    program = offramp.apply(program, f"split-modalities{{tokens=token}},{EXITS}")
+    assert offramp.save(program, tmp_path / "m.offramp")["groups"] < 1e-5
+    chain = offramp.load(tmp_path / "m.offramp")
+    shown = cli.main(["run", str(tmp_path / "m.offramp"), "--input", f"pixel_values={_saved(tmp_path)}"])
+    assert shown == 0
+    assert chain.run({"pixel_values": inputs()["pixel_values"].numpy()}).exits["encoder.tokens"].shape == (3, PATCHES)
+
+
+def _saved(folder: Path) -> Path:
+    np.save(folder / "pixels.npy", inputs()["pixel_values"].numpy())
+    return folder / "pixels.npy"
+
+
+@pytest.mark.parametrize("names", ["a|a", "text|text"])
+def test_names_are_different(names: str) -> None:
+    with pytest.raises(SpecError, match="repeated or the names of stacks"):
+        offramp.apply(offramp.capture(joined(), inputs()), f"split-modalities{{names={names}}}")
+
+
+def test_a_group_without_tokens_waits_for_nobody() -> None:
+    stack = Stack(
+        "encoder", "encoder", 2, "x", "y", (), (Exit(1, (), "x", {}, {}), Exit(2, (), "y", {}, {})),
+        (Group("image", "n//4"), Group("text", "n")), "places",
+    )  # fmt: skip
+    asked = GroupPolicy(offramp.Depth({"encoder.text": 1}), stack, 2, {"n": 3})
+    assert asked.places().tolist() == [[0, 1, 2]] * 2
+    assert asked.leave(1, np.arange(2), {}).all()
+    assert asked.exits(np.array([1, 1]))["encoder.image"].tolist() == [1, 1]
+
+
+def test_padding_alone_leaves_at_once(tmp_path: Path) -> None:
+    """A row without text does not hold the others' blocks up."""
+    program = offramp.apply(offramp.capture(joined(), inputs()), f"split-modalities,{EXITS}")
+    offramp.save(program, tmp_path / "m.offramp")
+    arrays = {name: value.numpy().copy() for name, value in inputs().items()}
+    arrays["attention_mask"][1] = 0
+    result = offramp.load(tmp_path / "m.offramp").run(arrays, offramp.Confidence(0.9999, measure="cosine"))
+    assert result.exits["encoder.text"][1] == 1
+    assert result.exits["encoder.text"][0] > 1
+
+
+class TwoEncoders(torch.nn.Module):
+    """The second encoder reads what the first has made, and words of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = joined(decodes=False), joined(decodes=False, blocks=2)
+
+    def forward(self, pixel_values: Tensor, input_ids: Tensor, other_ids: Tensor) -> Tensor:
+        one = self.first
+        x = torch.cat([one.patch(pixel_values).flatten(2).transpose(1, 2), one.words(input_ids)], 1)
+        for block in one.encoder:
+            x = block(x, None)
+        x = torch.cat([one.norm(x), self.second.words(other_ids)], 1)
+        for block in self.second.encoder:
+            x = block(x, None)
+        return self.second.head(x[:, 0])
+
+
+def test_groups_of_several_stacks(tmp_path: Path) -> None:
+    given_ = {name: inputs()[name] for name in ("pixel_values", "input_ids")}
+    program = offramp.capture(TwoEncoders().eval(), {**given_, "other_ids": torch.randint(1, 9, (3, 4))})
+    first, second = program.stacks
+    pipeline = ",".join(
+        f"split-modalities{{stack={name}}},insert-exits{{stack={name}}},insert-scores{{stack={name},measure=cosine}}"
+        for name in (second, first)  # whatever the order
+    )
+    assert offramp.save(offramp.apply(program, pipeline), tmp_path / "m.offramp")["groups"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tokens": "x["}, "stacks.encoder.groups.image: 'x[' is not an expression"),
+        ({"tokens": -2}, "stacks.encoder.groups.image: -2 tokens"),
+        ({"name": "text"}, "'encoder.text' is the name of several things that leave"),
+    ],
+)
+def test_a_manifest_that_is_wrong_is_refused(plain: Case, changes: dict[str, Any], said: str) -> None:
+    data = json.loads(to_json(plain.chain.manifest))
+    data["stacks"]["encoder"]["groups"][0] |= changes
+    with pytest.raises(BundleError, match=re.escape(said)):
+        from_json(json.dumps(data))
+    del data["stacks"]["encoder"]["groups"]
+    with pytest.raises(BundleError, match="has groups or places, and not both"):
+        from_json(json.dumps(data))

@@ -19,7 +19,10 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from offramp.bundle.expressions import evaluate
+from offramp.errors import PassError
 from offramp.passes.groups.bounds import size_node
+from offramp.passes.groups.joined import along, flat
 from offramp.passes.groups.resized import Resized
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import (
@@ -49,26 +52,21 @@ def with_places_ahead(program: Program) -> tuple[Program, int | str, tuple[str, 
     join = _join(program)
     if join is None:
         return program, 0, ()
-    *features, text = _parts(join)
+    *features, text = flat(join)
     ahead = sum((sympy.sympify(expression(shape(part)[1])) for part in features), sympy.Integer(0))
-    longer, ahead = _longer(program, expression(shape(text)[1]), ahead)
-    made, cut = _all_places(longer, join.name, ahead)
+    longer, ahead, drops = _longer(program, expression(shape(text)[1]), ahead)
+    made, cut = _all_places(longer, join.name, ahead, drops)
     return made, made.axes.describe(ahead if not ahead.is_Integer else int(ahead)), cut
-
-
-def _parts(join: fx.Node) -> list[fx.Node]:
-    """What a concatenation is made of."""
-    return list(join.args[0])  # type: ignore[arg-type]
 
 
 def _join(program: Program) -> fx.Node | None:
     """The node that puts features before embedded tokens of a causal stack."""
     causal = [program.nodes[stack.input] for stack in program.stacks.values() if stack.role == "decoder"]
     needed = ancestors(causal)
-    for node in program.graph.find_nodes(op="call_function", target=aten.cat.default):
-        if node not in needed or len(shape(node)) != 3 or (node.args[1] if len(node.args) > 1 else 0) not in (1, -2):
+    for node in reversed(program.graph.find_nodes(op="call_function", target=aten.cat.default)):
+        if node not in needed or len(shape(node)) != 3 or along(node) != 1:
             continue
-        *features, text = _parts(node)
+        *features, text = flat(node)
         tokens = expression(shape(text)[1])
         own = {n for n in placeholders(program.graph).values() if tokens in map(expression, shape(n))}
         if tokens in program.axes.names and features and own & read_by([text]) and not own & read_by(features):
@@ -77,14 +75,25 @@ def _join(program: Program) -> fx.Node | None:
     return None
 
 
-def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any]:
-    """The program whose inputs over ``tokens`` have ``ahead`` more of them in front, which it drops; and how many."""
-    count = _in_example(program, ahead)
+def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any, list[str]]:
+    """The program whose inputs over ``tokens`` have ``ahead`` more of them in front; how many, and what drops them.
+
+    Raises:
+        PassError: an input has several axes of tokens, or a size that is no axis of its own.
+    """
+    count = evaluate(program.axes.describe(ahead), program.sizes(program.example_inputs))
     made = _Resymbolled(program, {tokens: count})
     nodes, inputs = made.nodes, placeholders(program.graph)
     start = size_node(program, ahead, lambda target, *args: made.call(target, *fx.node.map_arg(args, made.known)))
-    for node in inputs.values():
-        if tokens in (sizes := [expression(size) for size in shape(node)]):
+    drops: list[str] = []
+    for name, node in inputs.items():
+        sizes = [expression(size) for size in shape(node)]
+        if sizes.count(tokens) > 1:
+            raise PassError(
+                f"insert-cache: features stand before the text, and input {name} has several axes of its tokens",
+                hint="masks of the tokens alone, [batch, tokens]; or none",
+            )
+        if tokens in sizes:
             size = made.call(operator.sub, made.call(aten.sym_size.int, nodes[node], sizes.index(tokens)), start)
             nodes |= {
                 user: size
@@ -92,13 +101,14 @@ def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any]:
                 if user.target is aten.sym_size.int and user.args[1] == sizes.index(tokens)
             }
             nodes[node] = made.call(aten.slice.Tensor, nodes[node], sizes.index(tokens), start, _END)
+            drops.append(nodes[node].name)
     for node in program.graph.nodes:
         if node not in nodes and node.op != "output":
             made.copy(node)
     made.graph.output(fx.node.map_arg(program.graph.output_node().args[0], nodes.__getitem__))
     axes, symbols = program.axes, {old: expression(new) for old, new in made.symbols.items()}
     low, high = axes.ranges[tokens]
-    more = (low + count, high and high + count) if ahead.is_Integer else (low + 1, None)
+    more = (low + (count if ahead.is_Integer else 1), high and high + count)
     ranges = {**axes.ranges, tokens: more}
     longer = replace(
         program,
@@ -115,17 +125,7 @@ def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any]:
             for name, node in inputs.items()
         },
     )
-    return longer, ahead.xreplace(symbols)
-
-
-def _in_example(program: Program, size: Any) -> int:
-    """A size in the program's example."""
-    sizes = {
-        expression(found): length
-        for name, node in placeholders(program.graph).items()
-        for found, length in zip(shape(node), program.example_inputs[name].shape, strict=True)
-    }
-    return int(size.xreplace({symbol: sizes[symbol] for symbol in size.free_symbols}))
+    return longer, ahead.xreplace(symbols), drops
 
 
 def extended(value: torch.Tensor, along: Sequence[bool], ahead: int) -> torch.Tensor:
@@ -146,6 +146,11 @@ class _Resymbolled:
         self.nodes: dict[fx.Node, fx.Node] = {}
         for name, node in placeholders(program.graph).items():
             for symbol, length in zip(map(expression, shape(node)), program.example_inputs[name].shape, strict=True):
+                if not isinstance(symbol, int) and not symbol.is_Symbol:
+                    raise PassError(
+                        f"insert-cache: features stand before the text, and input {name} has a size of {symbol}",
+                        hint="inputs whose axes are of any length",
+                    )
                 if not isinstance(symbol, int) and symbol not in self.symbols:
                     assert self.mode.shape_env is not None
                     hint = max(2, length + longer.get(symbol, 0))
@@ -182,12 +187,15 @@ class _Resymbolled:
             return fake_result(self.mode, target, args, kwargs)
 
 
-def _all_places(program: Program, join: str, ahead: Any) -> tuple[Program, tuple[str, ...]]:
-    """The program in which the embedded text has the places in front too, and the features are put into them."""
+def _all_places(program: Program, join: str, ahead: Any, drops: Iterable[str]) -> tuple[Program, tuple[str, ...]]:
+    """The program in which the embedded text has the places in front too, and the features are put into them.
+
+    ``drops`` are the nodes that leave the places in front of inputs out.
+    """
     editor = Editor(program, "insert-cache")
     node = editor[join]
-    *features, text = _parts(node)
-    dropped = {drop: drop.all_input_nodes[0] for drop in _dropping(editor, ahead)}
+    *features, text = flat(node)
+    dropped = {editor[drop]: editor[drop].all_input_nodes[0] for drop in drops}
     start: Any = next(iter(dropped)).args[2]
     tokens, first = expression(shape(text)[1]), next(iter(dropped.values()))
     axis = next(i for i, size in enumerate(shape(first)) if expression(size) == expression(shape(node)[1]))
@@ -210,11 +218,6 @@ def _all_places(program: Program, join: str, ahead: Any) -> tuple[Program, tuple
     editor.drop_dead(keep=program.pinned)
     made = editor.finish().program
     return replace(made, history=program.history), tuple(name for name in ended if name in program.outputs)
-
-
-def _dropping(editor: Editor, ahead: Any) -> list[fx.Node]:
-    """What drops the places in front of inputs."""
-    return [node for given in placeholders(editor.graph).values() for node in given.users if _drops(node, ahead)]
 
 
 def _drops(node: fx.Node, ahead: Any) -> bool:
@@ -241,14 +244,14 @@ class _Wider:
         self, known: Mapping[fx.Node, fx.Node], wanted: Iterable[fx.Node], end: fx.Node
     ) -> Mapping[fx.Node, fx.Node]:
         """Copies of all between ``known`` nodes, which have theirs, and ``wanted`` ones, before ``end``."""
-        copies = Resized(self.editor, self.tokens, self.count, end, partial(self._led, end), both=True)
+        copies = Resized(self.editor, self.tokens, self.count, end, partial(self._padded, end), both=True)
         copies.made |= known
         inside = dependents(known, self.editor.graph) & ancestors(wanted)
         for node in [node for node in self.editor.graph.nodes if node in inside]:
             copies.copy(node, {})
         return copies.made
 
-    def _led(self, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
+    def _padded(self, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
         """What is made of positions, its first place repeated in front: nobody reads what is there."""
         one = self.editor.call(aten.slice.Tensor, node, axis, 0, 1, at=end.prev)
         sizes = [self.start if i == axis else -1 for i in range(len(shape(node)))]

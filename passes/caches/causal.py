@@ -24,6 +24,8 @@ CONSTANT, POSITIONAL, CHUNK, MEMORY, DATA = "constant", "positional", "chunk", "
 class Causal:
     """A program whose causal stacks read one axis of tokens.
 
+    ``ahead`` of the example's are places for features in front of the text; other inputs may have ``fewer`` by so many.
+
     Attributes:
         tokens: the symbol of that axis.
         own: the inputs that have it.
@@ -39,8 +41,8 @@ class Causal:
         PassError: the causal stacks have no such axis, or each its own; an input has several axes of tokens.
     """
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, ahead: int = 0, fewer: int = 0) -> None:
+        self.program, self.ahead, self.fewer = program, ahead, fewer
         self.sites = attention_sites(program.graph)
         self.tokens = self._token_symbol()
         inputs = program.graph.find_nodes(op="placeholder")
@@ -125,9 +127,11 @@ class Causal:
             if not words and any(self._counts(inner) for inner in read_by([index])):
                 words += self._words()  # of which one is no padding
             for word in words:
-                beyond = int(self.values([index], rows + 1, word)[index].max()) - (rows - 1)
-                limits.append(rows + 1 - beyond if beyond > 0 else None)
-        return min((limit for limit in limits if limit is not None), default=None)
+                size = rows + 1 + self.ahead  # more than it has room for, places in front of the text included
+                beyond = int(self.values([index], size, word)[index].max()) - (rows - 1)
+                limits.append(size - beyond if beyond > 0 else None)
+        least = min((limit for limit in limits if limit is not None), default=None)
+        return None if least is None else least - self.fewer
 
     def _counts(self, node: fx.Node) -> bool:
         """Whether a node counts tokens of every row."""

@@ -17,7 +17,7 @@ from offramp.errors import PassError
 from offramp.passes.caches.causal import DATA, MEMORY, Causal
 from offramp.passes.caches.chunk_graph import PROMPT_LENGTHS
 from offramp.passes.caches.incremental import Rebuilder
-from offramp.program.graph import ancestors, aten, is_tensor, read_by, shape, source
+from offramp.program.graph import ancestors, aten, expression, is_tensor, read_by, shape, source
 from offramp.program.ops import FILL_PLACES
 
 _PUT = (FILL_PLACES, aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default)
@@ -51,8 +51,9 @@ class Joins:
         kinds = self.facts.kinds
         if node.target not in _PUT or kinds[node] != DATA or kinds[node.args[0]] != DATA:  # type: ignore[index]
             return False
-        if node.target is aten.slice_scatter.default:  # learned features as well
-            return kinds.get(node.args[1]) != DATA  # type: ignore[arg-type]
+        axis: Any = node.args[2] if node.target is aten.slice_scatter.default and len(node.args) > 2 else None
+        if axis is not None and len(shape(node)) == 3 and expression(shape(node)[axis]) == self.facts.tokens:
+            return kinds.get(node.args[1]) != DATA  # type: ignore[arg-type]  # learned features as well
         return any(kinds[arg] == MEMORY for arg in node.all_input_nodes if is_tensor(arg))
 
     def _of_text(self, node: fx.Node) -> float | None:

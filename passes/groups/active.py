@@ -17,6 +17,9 @@ from offramp.program.graph import ancestors, aten, data_inputs, expression, shap
 from offramp.program.groups import Groups, token_axis
 from offramp.program.ops import PUT_TOKENS, TAKE_TOKENS
 
+#: What takes queries out of a product that makes keys and values too.
+_PIECES = (operator.getitem, aten.select.int)
+
 
 def run_on_active(editor: Editor, item: Groups, first: int) -> fx.Node:
     """Let the blocks of a stack behind the first ``first`` run on some tokens; returns the input that says on which.
@@ -52,7 +55,7 @@ class _Active:
         reads = {node: [arg for arg in data_inputs(node) if arg in inside] for node in nodes}
         keys = {(reader, arg) for site in self.sites if site.weights in inside for reader, arg in _keys(site)}
         whole = ancestors([arg for _, arg in keys], stop=[before]) | {before}
-        whole |= {node for node in nodes if node.target is operator.getitem and node.args[0] in whole}
+        whole |= {node for node in nodes if node.target in _PIECES and node.args[0] in whole}
         some = {after}
         for node in reversed(nodes):
             if node in some - whole:

@@ -15,7 +15,7 @@ from offramp.program.groups import Group, token_axis
 from offramp.program.program import Program
 
 
-def joined_groups(program: Program, stack: str, names: Sequence[str], *, alone: bool = False) -> tuple[Group, ...]:
+def joined_groups(program: Program, stack: str, names: tuple[str, ...], *, alone: bool = False) -> tuple[Group, ...]:
     """The groups of a stack's tokens in their order, under these names (none: those of what they are made of).
 
     Where each token leaves ``alone``, there may be one group.
@@ -38,6 +38,9 @@ def joined_groups(program: Program, stack: str, names: Sequence[str], *, alone: 
             + "; ".join(", ".join(sorted(inputs)) for inputs, _ in parts),
             hint=f"{len(parts)} names",
         )
+    taken = sorted(name for name in names if not name or names.count(name) > 1 or f"{stack}.{name}" in program.stacks)
+    if taken:
+        raise SpecError(f"names={'|'.join(names)}: {taken} are empty, repeated or the names of stacks", hint="others")
     known = _distinct([_name(program, inputs) for inputs, _ in parts]) if len(parts) > 1 else ["tokens"]
     sizes = [program.axes.describe(size) for _, size in parts]
     groups = tuple(Group(name, size, alone) for name, size in zip(names or known, sizes, strict=True))
@@ -60,26 +63,26 @@ def _parts(program: Program, stack: str) -> list[tuple[set[str], Any]]:
         if node in seen:
             continue
         seen.add(node)
-        if node.target is aten.cat.default and expression(shape(node)[_along(node)]) == tokens:
-            found = [(_inputs(arg), shape(arg)[_along(node)]) for arg in _flat(node)]
+        if node.target is aten.cat.default and expression(shape(node)[along(node)]) == tokens:
+            found = [(_inputs(arg), shape(arg)[along(node)]) for arg in flat(node)]
             if len({name for inputs, _ in found for name in inputs}) > 1:
                 return found
         todo += [arg for arg in data_inputs(node) if is_tensor(arg) and tokens in map(expression, shape(arg))]
     return []
 
 
-def _along(node: fx.Node) -> int:
+def along(node: fx.Node) -> int:
     """The axis of a concatenation."""
     axis: Any = node.args[1] if len(node.args) > 1 else 0
     return int(axis) % len(shape(node))
 
 
-def _flat(node: fx.Node) -> list[fx.Node]:
+def flat(node: fx.Node) -> list[fx.Node]:
     """What a concatenation is made of, those inside of it too."""
     found: list[fx.Node] = []
     for arg in node.args[0]:  # type: ignore[union-attr]
-        inner = arg.target is aten.cat.default and _along(arg) == _along(node)  # type: ignore[union-attr,arg-type]
-        found += _flat(arg) if inner else [arg]  # type: ignore[arg-type,list-item]
+        inner = arg.target is aten.cat.default and along(arg) == along(node)  # type: ignore[union-attr,arg-type]
+        found += flat(arg) if inner else [arg]  # type: ignore[arg-type,list-item]
     return found
 
 

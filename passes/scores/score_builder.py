@@ -161,9 +161,9 @@ class ScoreBuilder:
 
         lengths = self.call(aten.sqrt.default, self.call(aten.mul.Tensor, dot(before, before), dot(after, after)))
         found = self.call(aten.div.Tensor, dot(before, after), self.call(aten.clamp_min.default, lengths, 1e-12))
-        if real is None or groups is None or not any(group.alone for group in groups.groups):
+        if real is None or groups is None:
             return found
-        nobody = self.call(aten.eq.Scalar, lengths, 0)  # tokens that are padding leave at once
+        nobody = self.call(aten.eq.Scalar, lengths, 0)  # what is padding alone leaves at once
         return self.call(aten.masked_fill.Scalar, found, nobody, 1.0)
 
     def _by_group(self, product: fx.Node, groups: Groups, bounds: Sequence[tuple[Any, Any]]) -> fx.Node:

@@ -15,7 +15,7 @@ from offramp.runtime.engine.binding import bind
 from offramp.runtime.engine.loop import Loop, depths, joined
 from offramp.runtime.engine.memory import Env, Index, Memory
 from offramp.runtime.engine.widths import Sites, Widths
-from offramp.runtime.policies.group_policy import Asked
+from offramp.runtime.policies.group_policy import StackLike
 from offramp.runtime.policies.stack_policy import Record
 from offramp.runtime.result import Timing
 
@@ -44,7 +44,7 @@ class Engine:
         self._calls = bind(manifest, sessions, memory)
         self._sites = Sites(manifest)
 
-    def run(self, values: Env, batch: int, policies: Mapping[str, Asked], when: str | None = None) -> Ran:
+    def run(self, values: Env, batch: int, policies: Mapping[str, StackLike], when: str | None = None) -> Ran:
         """Run the stages of that ``when``, and keep every value; or (None) all of them, for the outputs alone.
 
         ``values`` are this engine's memory's, and left as they are.
@@ -58,7 +58,7 @@ class Engine:
                 self._step(step, ran, batch, policies)
         return ran
 
-    def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, Asked]) -> None:
+    def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, StackLike]) -> None:
         loop, rows = Loop(self._calls, self.memory, ran.trace, ran.widths), np.arange(batch)
         if step.stack is None:
             loop.segments(step.segments, ran.values, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,28 +35,31 @@ class Inputs:
         self._dims.sort(key=lambda dim: (len(names(dim[2])), dim[2] not in manifest.axes))
 
     def ahead(self, given: Mapping[str, Any]) -> int:
-        """How many places for features stand in front of a text, for these inputs."""
+        """How many places for features stand in front of a text, for these inputs; 0 where one is missing."""
         prompt = self._prompt
         if prompt is None or not prompt.ahead:
             return 0
-        sizes = {
-            size: np.shape(given[name])[axis]
-            for name, axis, size in self._dims
-            if name not in self._over_text and name in given and len(np.shape(given[name])) > axis
-        }
+        sizes: dict[str, int] = {}
+        for name, axis, size in self._dims:
+            unknown = names(size) - sizes.keys()
+            found = [] if name in self._over_text or name not in given else _shape(given[name])
+            if len(unknown) == 1 and axis < len(found):
+                (new,) = unknown
+                sizes[new] = solve(size, new, found[axis], sizes) or 0
         return evaluate(prompt.ahead, sizes) if names(prompt.ahead) <= sizes.keys() else 0
 
     def _with_places(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The inputs with those places in front of the text."""
+        """The inputs with those places in front of the text; what is no array is left for `check` to refuse."""
         ahead = self.ahead(given)
         if not ahead:
             return given
         found = dict(given)
         for name, filler in self._over_text.items():
-            if name in given and np.ndim(given[name]) == 2:
-                array = np.asarray(given[name])
-                front = np.full((array.shape[0], ahead), filler, array.dtype)
-                found[name] = np.concatenate([front, array], 1)
+            if len(_shape(given.get(name, ()))) != 2:
+                continue
+            value = self._values.get(name)
+            array = np.asarray(given[name]) if value is None else _array(name, value, given[name])
+            found[name] = np.concatenate([np.full((array.shape[0], ahead), filler, array.dtype), array], 1)
         return found
 
     def check(self, given: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], int]:
@@ -135,6 +138,14 @@ class Inputs:
             elif length < low or (high is not None and length > high):
                 limit = f"at least {low}" if high is None else f"{low} to {high}"
                 yield f"{axis_name} is {length} in {source[axis_name]!r}; this bundle is for {limit}"
+
+
+def _shape(given: Any) -> Sequence[int]:
+    """The shape of what is given, none where it is no array."""
+    try:
+        return tuple(np.shape(given))
+    except ValueError:
+        return ()
 
 
 def _array(name: str, value: Value, given: Any) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from offramp.runtime.engine.binding import Call
 from offramp.runtime.engine.memory import Env, Index, Memory, places
 from offramp.runtime.engine.widths import Widths
 from offramp.runtime.policies.base import Rows
-from offramp.runtime.policies.group_policy import Asked, GroupPolicy
+from offramp.runtime.policies.group_policy import GroupPolicy, StackLike
 from offramp.runtime.result import Timing
 
 
@@ -33,7 +33,7 @@ class Loop:
     def __init__(self, calls: Mapping[str, Call], memory: Memory, trace: list[Timing], widths: Widths) -> None:
         self._calls, self._memory, self._trace, self._widths = calls, memory, trace, widths
 
-    def stack(self, spans: Sequence[Span], env: Env, rows: Index, policy: Asked) -> list[Departure]:
+    def stack(self, spans: Sequence[Span], env: Env, rows: Index, policy: StackLike) -> list[Departure]:
         """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
         left: list[Departure] = []
         for span in spans:
@@ -58,7 +58,7 @@ class Loop:
             env = self._memory.take(env, span.live, stay)
         return left
 
-    def _ask(self, branch: Branch, env: Env, rows: Index, policy: Asked) -> tuple[Rows | None, bool]:
+    def _ask(self, branch: Branch, env: Env, rows: Index, policy: StackLike) -> tuple[Rows | None, bool]:
         """Which rows leave (None: no one was asked), and whether the exit's segments ran for that, on all rows."""
         if branch.full:
             return np.ones(rows.size, np.bool_), False

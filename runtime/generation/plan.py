@@ -72,23 +72,23 @@ class GenerationPlan:
         Raises:
             InputError: the inputs do not fit the bundle.
         """
-        least, prompt = self.manifest.axes[self.cache.chunk][0], self.cache.prompt
+        prompt, ahead = self.cache.prompt, self.ahead(inputs)
+        least = max(1, self.manifest.axes[self.cache.chunk][0] - ahead)
         tokens = padded([*prompts, np.zeros(least, np.int64)], prompt.filler if prompt else 0)[:-1]
         name = self.cache.tokens[0]
         others = {key: value for key, value in inputs.items() if key not in self.cache.implied}
         for key, filler in prompt.given.items() if prompt else ():
-            others[key] = self._beside(key, inputs, prompts, filler)
+            others[key] = self._beside(key, inputs, prompts, filler, least)
         given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         if prompt is not None:
-            ahead = given[name].shape[1] - tokens.shape[1]
             given[prompt.tokens], given[prompt.lengths] = given[name], np.array([row.size + ahead for row in prompts])
         policies = asked_at(self.manifest.stacks, policy, rows, self._inputs.sizes(given))
         memory = self._engine.memory
         return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")
 
-    def _beside(self, name: str, inputs: Mapping[str, Any], prompts: Prompts, filler: int) -> Array:
-        """An input over the tokens of prompts, filled up behind the shorter ones."""
+    def _beside(self, name: str, inputs: Mapping[str, Any], prompts: Prompts, filler: int, least: int) -> Array:
+        """An input over the tokens of prompts, filled up behind the shorter ones, to ``least`` of them."""
         ids, given = self.cache.tokens[0], inputs.get(name)
         if given is None:
             raise InputError(f"{name!r} is missing: it has a number for each token of {ids!r}")
@@ -96,7 +96,7 @@ class GenerationPlan:
         if [row.shape for row in rows] != [row.shape for row in prompts]:
             sizes = [list(row.shape) for row in rows], [list(row.shape) for row in prompts]
             raise InputError(f"{name!r} has rows of {sizes[0]} numbers; {ids!r} has {sizes[1]} tokens")
-        return padded(rows, filler).astype(self.manifest.values[name].dtype)
+        return padded([*rows, np.zeros(least, np.int64)], filler)[:-1].astype(self.manifest.values[name].dtype)
 
     def tables(self, ran: Ran, capacity: int) -> dict[str, Array]:
         """What chunks read and do not change, where caches have room for so many tokens."""

@@ -33,6 +33,7 @@ class Session:
     Attributes:
         prompts: Token ids that the rows start with, int64 [n] each.
         rows: For each slot the row that it holds; rows that have ended have none.
+        ahead: How many places for features stand in front of each prompt.
         exits, scores, trace: Of what ran once for the inputs.
     """
 
@@ -52,22 +53,27 @@ class Session:
         _check(policy, propagate, max_pending)
         self.plan, self.policy, self.sampling, self.ends, self.prompts = plan, policy, sampling, ends, prompts
         slots = len(prompts) * sampling.beams
-        self._limit, self._ahead = plan.cache.limit, plan.ahead(inputs)
+        self._limit, self.ahead = plan.cache.limit, plan.ahead(inputs)
         self._once: Ran = plan.once(inputs, prompts, policy, width)
-        capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + self._ahead + 1)
+        capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + self.ahead + 1)
         self.decoder = Decoder(plan.manifest, plan.spans, plan.store(slots, capacity), propagate, max_pending)
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.policies = {name: StackPolicy(policy, plan.manifest.stacks[name], slots) for name in plan.stacks}
-        self._given = np.array([row.size for row in prompts], np.int64) + self._ahead
+        self._given = np.array([row.size for row in prompts], np.int64) + self.ahead
         self._steps = np.zeros(slots, np.int64)
         self._feedback: Feedback | None = None
         if Agreement in policy.observes:
             self._feedback = Feedback(policy, self.decoder, plan.stacks[-1], plan.output)
 
     @property
+    def together(self) -> bool:
+        """Whether prompts are of several tokens, which go to full depth together; of the first row, that is."""
+        return self.prompts[0].size + self.ahead > 1
+
+    @property
     def exits(self) -> Mapping[str, NDArray[np.int64]]:
-        """After how many blocks each row left the stacks that run once, int64 [rows]."""
+        """After how many blocks each row left the stacks that run once, int64 [rows]; [rows, tokens] alone."""
         return self._once.exits
 
     @property
@@ -95,8 +101,8 @@ class Session:
         policies = self.policies if policies is None else policies
         count = len(tokens)
         lengths = self.decoder.seen[0, :count]
-        if self._ahead:
-            tokens = [self._led(row) if not seen else row for row, seen in zip(tokens, lengths, strict=True)]
+        if self.ahead:
+            tokens = [self._with_places(row) if not seen else row for row, seen in zip(tokens, lengths, strict=True)]
         counts = np.array([row.size for row in tokens], np.int64)
         self.reserve(greatest(lengths + counts), greatest(lengths) + greatest(counts))
         name, slots = self.plan.cache.tokens[0], np.arange(count)
@@ -126,10 +132,10 @@ class Session:
             self._feedback.see(results, [row.size for row in tokens])
         return StepResult(results, self.decoder.runner.trace(), caught_up)
 
-    def _led(self, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _with_places(self, prompt: NDArray[np.int64]) -> NDArray[np.int64]:
         """A prompt with the places in front of it."""
         assert self.plan.cache.prompt is not None
-        return np.concatenate([np.full(self._ahead, self.plan.cache.prompt.filler, np.int64), prompt])
+        return np.concatenate([np.full(self.ahead, self.plan.cache.prompt.filler, np.int64), prompt])
 
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""
@@ -143,7 +149,7 @@ class Session:
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget a row's tokens behind its first ``length``."""
-        self.decoder.rollback(slot, length + self._ahead)
+        self.decoder.rollback(slot, length + self.ahead)
         if self._feedback is not None:
             self._feedback.rollback(slot)
 
@@ -164,7 +170,7 @@ class Session:
         """Make room for ``needed`` tokens in each row, and for ``wanted`` if the model's limit allows."""
         store = self.decoder.store
         if self._limit is not None and needed > self._limit:
-            tokens = needed - self._ahead, self._limit - self._ahead
+            tokens = needed - self.ahead, self._limit - self.ahead
             raise InputError(f"a row has {tokens[0]} tokens; the model takes {tokens[1]}")
         wanted = max(needed, wanted if self._limit is None else min(wanted, self._limit))
         if wanted > store.capacity:

@@ -43,7 +43,8 @@ class Generated:
     """What `Chain.generate` returns, by row: new token ids int64 [n], and after how many blocks each was made.
 
     ``width`` is the share of the learners' floating-point operations that tokens executed; None without learners.
-    ``encoders`` says after how many blocks each row left the stacks that ran once for the inputs, int64 [rows].
+    ``encoders`` says after how many blocks each row left the stacks that ran once for the inputs, int64 [rows];
+    [rows, tokens] where tokens leave alone.
     """
 
     tokens: tuple[NDArray[np.int64], ...]

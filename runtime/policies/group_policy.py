@@ -26,7 +26,7 @@ class GroupPolicy:
         counts = [evaluate(group.tokens, sizes) for group in stack.groups]
         scores = [group.scores(count) for group, count in zip(stack.groups, counts, strict=True)]
         self._parts = [slice(end - count, end) for count, end in zip(scores, np.cumsum(scores), strict=True)]
-        times = [count // score for count, score in zip(counts, scores, strict=True) for _ in range(score)]
+        times = [count // (score or 1) for count, score in zip(counts, scores, strict=True) for _ in range(score)]
         self._tokens = np.repeat(np.arange(sum(scores)), times)
         self._groups = {
             name: StackPolicy(policy, group, batch * count)
@@ -34,6 +34,8 @@ class GroupPolicy:
         }
         self._inside = np.ones((batch, sum(scores)), np.bool_)  # by rows that are in the stack
         self._depths = np.full((batch, sum(scores)), stack.blocks)  # by place in the batch
+        empty = np.array([not count for count, score in zip(counts, scores, strict=True) for _ in range(score)], bool)
+        self._inside[:, empty], self._depths[:, empty] = False, stack.exits[0].after  # nobody waits for no tokens
         asked = {after: [group.wanted[after] for group in self._groups.values()] for after in self._exits}
         self.wanted = {
             after: tuple(dict.fromkeys(name for names in found if names is not None for name in names))
@@ -96,15 +98,15 @@ class GroupPolicy:
 def active_places(inside: Rows) -> NDArray[np.int64]:
     """Where tokens are True, in order: int64 [rows, the most of a row]; a row with fewer repeats its first one."""
     counts = inside.sum(1)
-    order = np.argsort(~inside, axis=1, kind="stable")[:, : int(counts.max(initial=1))]
+    order = np.argsort(~inside, axis=1, kind="stable")[:, : int(counts.max(initial=0))]
     return np.where(np.arange(order.shape[1]) < counts[:, None], order, order[:, :1])
 
 
-#: What is asked at the exits of a stack.
-Asked: TypeAlias = StackPolicy | GroupPolicy
+#: What decides at the exits of a stack.
+StackLike: TypeAlias = StackPolicy | GroupPolicy
 
 
-def asked_at(stacks: Mapping[str, Stack], policy: Policy, batch: int, sizes: Mapping[str, int]) -> dict[str, Asked]:
+def asked_at(stacks: Mapping[str, Stack], policy: Policy, batch: int, sizes: Mapping[str, int]) -> dict[str, StackLike]:
     """A policy at each stack in one run over axes of these sizes."""
     return {
         name: GroupPolicy(policy, stack, batch, sizes) if stack.groups else StackPolicy(policy, stack, batch)

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         **_data.options(args),
     )
-    calibration.write(args.bundle)
+    if calibration.chosen:
+        calibration.write(args.bundle)
     print(_text(calibration, "token" if chain.generates else "row"))
     return 0
 
@@ -73,10 +74,16 @@ def _others(chain: Chain, args: argparse.Namespace) -> Each | None:
         return None
     if args.stack is None:
         raise InputError("--others own: the others of which stack?", hint=f"--stack {next(iter(chain.stacks))}")
-    from offramp.runtime import Each
+    from offramp.runtime import Each, Never, Width
 
-    own = chain.policy.stacks if isinstance(chain.policy, Each) else {}
-    others = {name: policy for name, policy in own.items() if name != args.stack}
+    policy = chain.policy.exits if isinstance(chain.policy, Width) else chain.policy
+    if policy in (None, Never()):
+        return None
+    if not isinstance(policy, Each):
+        raise InputError(
+            f"--others own: the bundle's policy {policy!r} is no policy for each stack", hint="--others full"
+        )
+    others = {name: one for name, one in policy.stacks.items() if name != args.stack}
     return Each(others) if others else None
 
 

@@ -81,16 +81,27 @@ def _exits(chain: Chain, results: Sequence[Result], texts: Sequence[str]) -> str
     """One line for each row and stack: the block after which it left, and the last scores that were looked at."""
     rows = []
     for name in results[0].exits:
+        blocks = chain.stacks[name].blocks
+        if any(result.exits[name].ndim > 1 for result in results):  # of each token
+            every = [row for result in results for row in result.exits[name]]
+            rows += [
+                (at, name, f"{row.mean():.1f} of {blocks} (tokens: {row.min()} to {row.max()})", "", _at(texts, at))
+                for at, row in enumerate(every)
+            ]
+            continue
         taken = [(result, row, after) for result in results for row, after in enumerate(result.exits[name])]
         for at, (result, row, after) in enumerate(taken):
             looked = [scores for depth, scores in result.scores[name].items() if depth <= after]
             scores = (
                 ", ".join(f"{measure} {values[row]:.4g}" for measure, values in looked[-1].items()) if looked else ""
             )
-            text = texts[at] if at < len(texts) else ""
-            rows.append((at, name, f"{after} of {chain.stacks[name].blocks}", scores, text))
+            rows.append((at, name, f"{after} of {blocks}", scores, _at(texts, at)))
     heads = ("row", "stack", "left after", "scores", "text")
     return _common.table(heads if texts else heads[:-1], rows if texts else [row[:-1] for row in rows])
+
+
+def _at(texts: Sequence[str], row: int) -> str:
+    return texts[row] if row < len(texts) else ""
 
 
 def _width(results: Sequence[Result]) -> list[str]:
