@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -199,7 +200,7 @@ class Chain:
         if session.sampling.beams > 1:
             found = search(session)
             session.end()
-            return found
+            return replace(found, width=session.decoder.widths.share, encoders=session.exits)
         tokens: list[list[int]] = [[] for _ in session.prompts]
         exits: list[list[int]] = [[] for _ in session.prompts]
         for step in _tokens(session):

@@ -188,6 +188,10 @@ def test_with_caches_text_is_generated_from_what_is_left(tmp_path: Path) -> None
     arrays["decoder_input_ids"] = np.ones((3, 1), np.int64)
     early = offramp.Each({"encoder.image": offramp.Depth(1), "encoder.text": offramp.Depth(2)})
     found = chain.generate(arrays, early, max_new_tokens=5)
+    searched = chain.generate(arrays, early, max_new_tokens=5, beams=2)
+    assert {name: depths.tolist() for name, depths in searched.encoders.items()} == {
+        "encoder.image": [1, 1, 1], "encoder.text": [2, 2, 2]
+    }  # fmt: skip
     program = offramp.apply(offramp.capture(model, given_), "split-modalities")
     ids = torch.ones(3, 1, dtype=torch.int64)
     depths = {"encoder": torch.tensor([[1, 2]] * 3)}

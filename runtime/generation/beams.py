@@ -63,8 +63,6 @@ def search(session: Session) -> Generated:
         tuple(np.array(text.tokens, np.int64) for text in best),
         tuple(np.array(text.exits, np.int64) for text in best),
         tuple(float(text.total) for text in best),
-        width=session.decoder.widths.share,
-        encoders=session.exits,
     )
 
 
