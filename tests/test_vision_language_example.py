@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import tiny
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # examples are no part of the package
 
 import offramp
 from examples.vision_language import data
