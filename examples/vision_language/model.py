@@ -19,6 +19,12 @@ LONGEST = 32  # words of a text
 PAD, BEGIN, END, UNKNOWN, IMAGE = range(5)
 
 
+def sines(places: Tensor, features: int) -> Tensor:
+    """Sines and cosines of places, whose waves are 2 pi long and longer: ``[places, features]`` (arXiv 1706.03762)."""
+    angles = places[:, None] / 1e4 ** (torch.arange(0, features, 2) / features)
+    return torch.cat([angles.sin(), angles.cos()], 1)
+
+
 class Attention(nn.Module):
     """Multi-head attention of ``x`` over ``memory``, or over itself."""
 
@@ -65,7 +71,9 @@ class Patches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.project = nn.Linear(3 * PATCH * PATCH, FEATURES)
-        self.places = nn.Parameter(torch.randn(PATCHES, FEATURES) * 0.02)
+        side = torch.arange(SIDE // PATCH)
+        rows, columns = side.repeat_interleave(len(side)), side.repeat(len(side))
+        self.places = nn.Parameter(torch.cat([sines(each, FEATURES // 2) for each in (rows, columns)], 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
         tiles = pixels.unflatten(3, (-1, PATCH)).unflatten(2, (-1, PATCH))  # batch, colour, row, y, column, x
@@ -80,10 +88,10 @@ class Words(nn.Module):
         super().__init__()
         self.table = nn.Embedding(vocabulary, FEATURES, PAD)
         nn.init.normal_(self.table.weight, std=FEATURES**-0.5)
-        self.places = nn.Parameter(torch.randn(longest, FEATURES) * 0.02)
+        self.places = nn.Parameter(sines(torch.arange(longest), FEATURES))
 
     def forward(self, ids: Tensor) -> Tensor:
-        out: Tensor = self.table(ids) + self.places[: ids.shape[1]]
+        out: Tensor = self.table(ids) * FEATURES**0.5 + self.places[: ids.shape[1]]
         return out
 
     def logits(self, x: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ def show(point: CurvePoint) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--form", choices=("joint", "separate", "plain"), default="joint")
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("build/vision_language"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
