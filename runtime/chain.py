@@ -157,7 +157,8 @@ class Chain:
             policy: Who decides which rows leave where, for each token: see `run`. A prompt of more than one token
                 runs to full depth.
             propagate: "defer" computes the deeper blocks of tokens that left early when a later token goes deep
-                (exact); "hidden" computes them from the hidden state at the exit (CALM).
+                (exact); "hidden" computes them from the hidden state at the exit (CALM); "kv" takes the keys and
+                values of the block before the exit for theirs, which loses most (as MuE's code does, to compare with).
             max_pending: Compute deeper blocks as soon as so many tokens of a row wait for them.
             tokenizer: What tells where ``stop_strings`` end a row, as tokenizers and transformers have it; None for
                 the bundle's own.

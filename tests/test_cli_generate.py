@@ -23,6 +23,7 @@ from offramp import cli
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.cli import _depths, _generate, _text, _words
 from offramp.runtime import Depth
+from offramp.runtime.generation.session import PROPAGATE
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -222,7 +223,7 @@ def test_the_bundles_own_tokenizer_tells_where_a_text_stops(writer: Path, tmp_pa
         bare.generate({"input_ids": [[5]]})
 
 
-@pytest.mark.parametrize("propagate", ["defer", "hidden"])
+@pytest.mark.parametrize("propagate", PROPAGATE)
 def test_run_shows_depths_plainly_where_stdout_is_no_terminal(
     propagate: str, writer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from offramp.passes import Truncate, apply
 from offramp.program import Program
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.engine import Engine
+from offramp.runtime.generation.copied_caches import CopiedCaches
 from offramp.runtime.generation.decoder import Decoder
-from offramp.runtime.generation.session import Session
+from offramp.runtime.generation.session import PROPAGATE, Session
 from offramp.runtime.generation.tokens import Token
 from offramp.runtime.policies.base import Function as Plain
 from offramp.runtime.policies.base import State
@@ -130,7 +132,8 @@ class Oracle:
 
     ``read[stack][i]`` is what block ``i`` has read so far, ``[tokens, width]``: its keys and values are made of
     that. With "defer" the states of tokens that left early are those of full depth; with "hidden" the state at the
-    exit stands for all deeper ones.
+    exit stands for all deeper ones. ``pairs[stack][i]`` are its keys and values, ``[tokens, 2 * width]``: with "kv"
+    those of the last block that ran stand for those of all deeper ones.
     """
 
     def __init__(self, made: Bundle, inputs: Mapping[str, Any], encoder: int, propagate: str) -> None:
@@ -152,6 +155,7 @@ class Oracle:
             self.links.insert(0, model.bridge)
         self.ids: list[int] = []
         self.read = {stack: [torch.empty(0, tiny.WIDTH)] * len(blocks) for stack, blocks in self.stacks.items()}
+        self.pairs = {stack: [torch.empty(0, 2 * tiny.WIDTH)] * len(blocks) for stack, blocks in self.stacks.items()}
 
     @torch.no_grad()
     def feed(self, ids: Sequence[int], exits: Mapping[str, int]) -> Tensor:
@@ -160,6 +164,9 @@ class Oracle:
         x = self.embed(torch.tensor([self.ids]))[0, -len(ids) :]
         for (stack, blocks), link in zip(self.stacks.items(), self.links, strict=True):
             after, read = exits.get(stack, len(blocks)), self.read[stack]
+            if self.propagate == "kv":
+                x = link(self._with_pairs(blocks, self.pairs[stack], x, after))
+                continue
             whole = torch.cat([read[0], x])
             for at, block in enumerate(blocks):
                 if self.propagate == "hidden":
@@ -172,15 +179,32 @@ class Oracle:
             x = link(x)
         return x[-1]
 
+    def _with_pairs(self, blocks: Sequence[Any], pairs: list[Tensor], x: Tensor, after: int) -> Tensor:
+        """New tokens through the first ``after`` blocks, each of which reads its keys and values where they are."""
+        made = torch.empty(0)
+        for at, block in enumerate(blocks):
+            if at < after:
+                made = block.attention.kv(block.norms[0](x))
+            before, pairs[at] = pairs[at], torch.cat([pairs[at], made])
+            if at < after:
+                both = pairs[at][None]
+                with mock.patch.object(block.attention.kv, "forward", lambda _, both=both: both):
+                    x = block(torch.cat([torch.zeros(len(before), tiny.WIDTH), x])[None], *self.around)[
+                        0, len(before) :
+                    ]
+        return x
+
     def caches(self) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """The contents of every cache, [heads, tokens, features], by its name."""
         number = itertools.count()
         for stack, blocks in self.stacks.items():
-            for block, read in zip(blocks, self.read[stack], strict=True):
-                with torch.no_grad():
-                    pair = block.attention.kv(block.norms[0](read)).unflatten(-1, (2, tiny.HEADS, -1))
+            for block, read, pair in zip(blocks, self.read[stack], self.pairs[stack], strict=True):
+                if self.propagate != "kv":
+                    with torch.no_grad():
+                        pair = block.attention.kv(block.norms[0](read))
                 at = next(number)
-                for name, values in zip(("key", "value"), pair.permute(1, 2, 0, 3), strict=True):
+                split = pair.unflatten(-1, (2, tiny.HEADS, -1)).permute(1, 2, 0, 3)
+                for name, values in zip(("key", "value"), split, strict=True):
                     yield f"{name}_cache_{at}", values.numpy()
 
     def write(self, prompt: Sequence[int], depths: Mapping[str, Sequence[int]], count: int) -> list[int]:
@@ -375,7 +399,7 @@ def test_never_leaving_is_greedy_decoding(bundles: Get, where: tuple[str, str], 
 
 
 @settings(max_examples=80)
-@given(where=st.sampled_from(WHERE), propagate=st.sampled_from(["defer", "hidden"]), data=st.data())
+@given(where=st.sampled_from(WHERE), propagate=st.sampled_from(PROPAGATE), data=st.data())
 def test_tokens_and_caches_are_those_of_the_whole_text(
     bundles: Get, where: tuple[str, str], propagate: str, data: Any
 ) -> None:
@@ -403,12 +427,14 @@ def test_tokens_and_caches_are_those_of_the_whole_text(
                 np.testing.assert_array_equal(seen[1:] + waiting[1:], seen[:-1])
             else:
                 np.testing.assert_array_equal(seen[1:] + waiting[1:], np.broadcast_to(seen[0], seen[1:].shape))
+            if propagate == "kv":
+                assert not waiting.any()
             if bound is not None:
                 assert (seen[0] - seen[-1] < bound).all()
 
 
 @settings(max_examples=30)
-@given(where=st.sampled_from(WHERE), propagate=st.sampled_from(["defer", "hidden"]), data=st.data())
+@given(where=st.sampled_from(WHERE), propagate=st.sampled_from(PROPAGATE), data=st.data())
 def test_caches_behind_every_step(bundles: Get, where: tuple[str, str], propagate: str, data: Any) -> None:
     """While rows end, and others take over their slots."""
     made = bundles(*where)
@@ -629,15 +655,26 @@ def test_hidden_states_for_deeper_ones_differ_once_a_token_goes_deep(bundles: Ge
 
 
 @pytest.mark.parametrize("name", ["talker", "two_stacks", "halves", "joined"])
-def test_hidden_is_defer_where_all_go_deep(bundles: Get, name: str) -> None:
+def test_nothing_differs_where_all_go_deep(bundles: Get, name: str) -> None:
     made = bundles(name)
     inputs = made.inputs([[1, 2], [2]])
     deep = {stack: [[blocks]] * 2 for stack, blocks in BLOCKS[name].items()}
-    found = [
-        made.chain.generate(inputs, Schedule(deep), propagate=how, max_new_tokens=12) for how in ("defer", "hidden")
-    ]
-    for one, other in zip(*(generated.tokens for generated in found), strict=True):
-        assert one.tolist() == other.tolist()
+    found = [made.chain.generate(inputs, Schedule(deep), propagate=how, max_new_tokens=12).tokens for how in PROPAGATE]
+    for defer, hidden, kv in zip(*found, strict=True):
+        assert defer.tolist() == hidden.tolist() == kv.tolist()
+
+
+def test_caches_that_differ_cannot_stand_for_each_other(bundles: Get) -> None:
+    chain = bundles("talker").chain
+    assert chain.manifest.cache is not None
+    wider = replace(chain.manifest.values["key_cache_2"], shape=("batch", 1, "capacity", 8))
+    uneven = replace(chain.manifest, values={**chain.manifest.values, "key_cache_2": wider})
+    with pytest.raises(InputError, match="4 blocks of stack 'decoder' have 8 caches of 2 shapes"):
+        CopiedCaches(uneven, chain._plan.spans)  # type: ignore[union-attr]
+    fewer = dict(list(chain.manifest.cache.buffers.items())[:-1])
+    lacking = replace(chain.manifest, cache=replace(chain.manifest.cache, buffers=fewer))
+    with pytest.raises(InputError, match="4 blocks of stack 'decoder' have 7 caches of 1 shapes"):
+        CopiedCaches(lacking, chain._plan.spans)  # type: ignore[union-attr]
 
 
 def test_bounding_what_waits_takes_more_steps_and_gives_the_same(bundles: Get) -> None:
@@ -709,7 +746,7 @@ def test_caches_grow_up_to_the_models_last_place(bundles: Get, target: str) -> N
 
 
 @pytest.mark.parametrize("target", ["ort", "portable", "device"])
-@pytest.mark.parametrize("propagate", ["defer", "hidden"])
+@pytest.mark.parametrize("propagate", PROPAGATE)
 def test_caches_grow_while_tokens_wait(bundles: Get, target: str, propagate: str) -> None:
     made = bundles("talker", target)
     prompts = [[1, 2, 3, 4, 5, 6], [7]]
@@ -754,7 +791,7 @@ def test_a_prompt_longer_than_the_first_caches(bundles: Get) -> None:
         ([[1, 2]], {}, "rows of token ids"),
         (3, {}, "rows of token ids"),
         ([], {}, "every row needs at least one token"),
-        ([1], {"propagate": "copy"}, "propagate='copy': there are defer and hidden"),
+        ([1], {"propagate": "copy"}, "propagate='copy': there are defer, hidden, kv"),
         ([1], {"max_pending": 0}, "max_pending=0: at least 1"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens is -1"),
         ([1], {"beam": 3}, r"unknown options \['beam'\]; there are .*'max_new_tokens'"),

@@ -165,6 +165,15 @@ class Store:
         self._slices = {key: part for key, part in self._slices.items() if key[0] not in copied}
         self._kept += bool(copied)
 
+    def copy(self, source: str, target: str, slot: int, tokens: slice) -> None:
+        """Give a cache what one of the same shape has of a row's tokens."""
+        row = np.array([slot])
+        values, held = self._taken(source, row), self._taken(target, row)
+        along = values.ndim - self._array(source).ndim + axis_of(self.manifest.values[source], self.cache.capacity)
+        place = (slice(None),) * along + (tokens,)
+        held[place] = values[place]
+        self._put(target, row, held)
+
     def saved(self, names: Sequence[str], slots: Index) -> Callable[[], None]:
         """What brings back the contents that caches have in these slots now."""
         held = {name: self._taken(name, slots) for name in names}

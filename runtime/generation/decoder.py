@@ -14,6 +14,7 @@ from offramp.runtime.generation.batching import Index, SlotRunner, Values, great
 from offramp.runtime.generation.buffers import Store
 from offramp.runtime.generation.cache_memory import axis_of
 from offramp.runtime.generation.chunk_spans import ChunkSpan
+from offramp.runtime.generation.copied_caches import CopiedCaches
 from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_picked, decide
 from offramp.runtime.generation.groups import Group, joined
 from offramp.runtime.generation.results import RowResult
@@ -40,7 +41,8 @@ class Decoder:
     ``rows[slot]`` is the place in the batch of what the slot holds, which policies see; ``caught_up`` how many tokens
     that had waited the last `step` computed deeper. With ``max_pending`` a row has at most one less waiting.
     ``propagate`` is "defer" (exact) or "hidden": where a row leaves, its hidden state stands for those of all
-    deeper blocks (CALM, arXiv 2207.07061, sec. 3.3), which are then computed from it, when a token goes deep.
+    deeper blocks (CALM, arXiv 2207.07061, sec. 3.3), which are then computed from it, when a token goes deep; or "kv":
+    its keys and values there stand for theirs (`CopiedCaches`), and nothing waits.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Decoder:
         self._caught_up: dict[int, int] = {}
         self._nowhere = np.zeros(store.slots, np.int64)
         self._ends = [1 + max(i for i, o in enumerate(spans) if o.stack == span.stack) for span in spans]
+        self._copied = CopiedCaches(manifest, spans) if propagate == "kv" else None
         chunk = store.cache.chunk
         self._along = frozenset(name for name, value in manifest.values.items() if axis_of(value, chunk) == 1)
 
@@ -154,7 +157,9 @@ class Decoder:
         for row in go.tolist():
             slot = int(group.slots[row])
             step.notes[slot].exits[span.stack or ""] = branch.after
-            if not branch.full:
+            if not branch.full and self._copied is not None:
+                self._copy(self._copied, at, slot, branch.after, int(group.counts[row]))
+            elif not branch.full:
                 self._wait(at, slot, {name: array[row, : group.counts[row]] for name, array in group.values.items()})
         if branch.ends:
             step.results += self._results(span, branch, group, decision, go.tolist(), step)
@@ -239,6 +244,12 @@ class Decoder:
             there = self.spans[span - 1].state
             names = {name: here if name == there and here else name for name in self.spans[span].reads}
             self.waiting.hold(span, slot, {name: values[source].copy() for name, source in names.items()})
+
+    def _copy(self, copied: CopiedCaches, at: int, slot: int, after: int, count: int) -> None:
+        """Let the deeper spans have seen a row's last tokens, by the caches of the block that ran last."""
+        seen = int(self.seen[at - 1, slot])
+        copied.copy(self.store, self.spans[at - 1].stack or "", after, slot, slice(seen - count, seen))
+        self.seen[at : self._ends[at], slot] = seen
 
     def flush(self, slots: Index, start: int, whole: Callable[[], bool] | None = None) -> dict[int, Values]:
         """Compute what waits at the spans from ``start`` on, of these rows, to the end of the stack.

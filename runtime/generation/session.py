@@ -24,6 +24,7 @@ from offramp.runtime.policies.base import Agreement, Policy
 from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
 
+PROPAGATE = ("defer", "hidden", "kv")
 _FIRST_CAPACITY = 64
 
 
@@ -194,9 +195,9 @@ class Session:
 
 
 def _check(policy: Policy, propagate: str, max_pending: int | None) -> None:
-    if not isinstance(propagate, str) or propagate not in ("defer", "hidden"):
-        raise InputError(f"propagate={propagate!r}: there are defer and hidden")
+    if not isinstance(propagate, str) or propagate not in PROPAGATE:
+        raise InputError(f"propagate={propagate!r}: there are {', '.join(PROPAGATE)}")
     if max_pending is not None and OPTIONS["max_pending"].plain(max_pending) is None:
         raise InputError(f"max_pending={max_pending!r}: {OPTIONS['max_pending'].expected}")
-    if propagate == "hidden" and Agreement in policy.observes:
-        raise InputError(f"propagate='hidden': {policy!r} learns from what full depth says of earlier tokens")
+    if propagate != "defer" and Agreement in policy.observes:
+        raise InputError(f"propagate={propagate!r}: {policy!r} learns from what full depth says of earlier tokens")

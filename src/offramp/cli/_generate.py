@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from offramp.cli import _common, _inputs, _text, _words
 from offramp.errors import InputError
+from offramp.runtime.generation.session import PROPAGATE
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,9 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw", action="store_true", help="take --text as it is, without the bundle's template")
     group.add_argument(
         "--propagate",
-        choices=("defer", "hidden"),
+        choices=PROPAGATE,
         help="deeper blocks of tokens that left early: computed when a later token goes deep (defer, exact, the "
-        "default), or from the hidden state at the exit (hidden)",
+        "default), from the hidden state at the exit (hidden), or with the keys and values there for theirs (kv)",
     )
     group.add_argument(
         "--show-exits", action="store_true", help="colour tokens by depth; text|depth where stdout is no terminal"
