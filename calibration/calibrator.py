@@ -29,6 +29,7 @@ from offramp.calibration.observe import (
     scored,
     stack_of,
     time_rows,
+    unasked,
 )
 from offramp.calibration.quality import Quality, classes_of, same_class, same_tokens
 from offramp.calibration.risk import accepted, losses_of, p_value
@@ -245,8 +246,10 @@ def _tokens(exits: _Exits, fitting: Examples, testing: Examples) -> tuple[Policy
     """Tokens feed back, so each setting is generated with, until one fails."""
     asked, stack = exits.asked, exits.stack
     texts = [generate(asked.chain, example, Never(), asked.options)[0] for example in fitting.inputs]
-    if max(text.size for text in texts) < 2:
-        return Never(), {"reason": "no text is longer than one token, and the first one never leaves early"}
+    if all(text.size <= first for text, first in zip(texts, unasked(asked.chain, fitting), strict=True)):
+        return Never(), {
+            "reason": "no text is longer than one token, which behind a prompt of several never leaves early"
+        }
     seen, costs = observe_tokens(asked.chain, stack, fitting, texts, asked.options, exits.beside)
     path = exits.fit(seen, costs, len(testing), _TOKEN_POINTS)
     policies = [exits.policy(path, thresholds) for thresholds, _ in path.settings]

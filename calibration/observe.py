@@ -277,6 +277,16 @@ def generate(
     return np.array([step.token for step in steps], np.int64), steps
 
 
+def unasked(chain: Chain, examples: Examples) -> list[int]:
+    """How many tokens of each text go to full depth whatever a policy says: the first, behind a prompt of several."""
+    found = []
+    for example in examples.inputs:
+        session = chain.session(example, Never())
+        found.append(int(session.together))
+        session.end()
+    return found
+
+
 def observe_tokens(
     chain: Chain,
     stack: Stack,
@@ -293,7 +303,7 @@ def observe_tokens(
     """
     early = len(stack.exits) - 1
     measures = {measure for exit_ in stack.exits[:-1] for measure in measures_of(exit_)}
-    skipped = [chain.session(example, Never()).together for example in examples.inputs]
+    skipped = unasked(chain, examples)
     lengths = np.array([max(0, len(text) - skip) for text, skip in zip(texts, skipped, strict=True)], np.int64)
     scores = {measure: np.full((lengths.sum(), early), np.nan, np.float32) for measure in sorted(measures)}
     quality = np.zeros((lengths.sum(), early + 1))

@@ -298,9 +298,16 @@ def test_tokens_by_a_quality_of_ones_own(talker: Chain) -> None:
     assert found.record["settings"]["passed"] == found.record["settings"]["of"] > 0
 
 
-def test_one_token_never_leaves_early(talker: Chain) -> None:
-    record = offramp.calibrate(talker, {"input_ids": prompts(80)}, keep=0.5, max_new_tokens=1).record
+def test_one_token_behind_several_never_leaves_early(talker: Chain) -> None:
+    data = {"input_ids": [[1, *prompt] for prompt in prompts(80)]}
+    record = offramp.calibrate(talker, data, keep=0.5, max_new_tokens=1).record
     assert "no text is longer than one token" in record["reason"]
+
+
+def test_one_token_leaves_early_behind_a_prompt_of_one(talker: Chain) -> None:
+    data = {"input_ids": [prompt[:1] for prompt in prompts(80)]}
+    found = offramp.calibrate(talker, data, keep=0.5, max_new_tokens=1, quality=lambda *_: 1.0, measure="margin")
+    assert found.record["settings"]["passed"] == found.record["settings"]["of"] > 0
 
 
 def test_texts_are_greedy(talker: Chain) -> None:
