@@ -78,6 +78,9 @@ def _functions(value: Any) -> tuple[Any, ...] | None:
 _IDS = _Kind("a tuple of token ids, which are at least 0", _ids)
 _SHARE = _number("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
+#: What becomes of the deeper blocks of tokens that leave early.
+PROPAGATE = ("defer", "hidden", "kv")
+
 OPTIONS: Mapping[str, _Kind] = {
     "prompt": _IDS,
     "stop": _Kind("a tuple of token ids, which are at least 0 (texts: stop_strings)", _ids),

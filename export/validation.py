@@ -276,7 +276,8 @@ def _groups(program: Program, chain: Chain) -> float:
     """Groups of tokens leave at random exits, in each row at others; the largest relative error."""
     random, largest = np.random.default_rng(2), 0.0
     inputs = given(program, program.example_inputs)
-    groups = {item.stack: list(chain.manifest.stacks[item.stack].by_group) for item in program.groups}
+    stacks = [chain.manifest.stacks[item.stack] for item in program.groups]
+    groups = {stack.name: list(stack.by_group) for stack in stacks if stack.groups}  # none in one without exits
     for _ in range(4):
         draws = {
             name: random.choice([exit_.after for exit_ in chain.stacks[name].exits], 64)
@@ -309,10 +310,12 @@ def _rows(program: Program, chain: Chain) -> float:
     if len(exits) < 2 or stack.groups:
         return 0.0
     inputs = given(program, program.example_inputs)
-    mixed = chain.run(
-        inputs,
-        lambda state: (state.stack == stack.name) & (state.rows % len(exits) == exits.index(state.after)),
-    )
+
+    def leave(state: State) -> Any:
+        here = exits.index(state.after) if state.stack == stack.name else -1
+        return state.rows % len(exits) == here
+
+    mixed = chain.run(inputs, leave)
     largest = 0.0
     for at, after in enumerate(exits):
         forced = chain.run(inputs, Depth({stack.name: after}))

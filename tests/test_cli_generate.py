@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import offramp
 from offramp import cli
 from offramp.bundle.manifest import MANIFEST_FILE
+from offramp.bundle.options import PROPAGATE
 from offramp.cli import _depths, _generate, _text, _words
 from offramp.runtime import Depth
-from offramp.runtime.generation.session import PROPAGATE
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -489,6 +489,12 @@ def test_exits_of_both_stacks_together(saved: Get) -> None:
         assert_close(saved("two_stacks").run(program.example_inputs, policy), expected)
 
 
+def test_stacks_are_left_at_different_places(two_stacks: tiny.Captured, tmp_path: Path) -> None:
+    passes = [InsertExits("encoder", after=1), InsertExits("decoder", after=2)]
+    figures = save(apply(two_stacks.program, passes), tmp_path / "m.offramp")
+    assert 0 < figures["rows"] < 1e-4
+
+
 @pytest.mark.parametrize("segments", [1, 2, 3])
 def test_fewer_segments_compute_the_same(saved: Get, tmp_path: Path, segments: int) -> None:
     program = saved("others").program

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import offramp
 from offramp.bundle import directory
 from offramp.bundle.manifest import Generation
+from offramp.bundle.options import PROPAGATE
 from offramp.errors import ExecutionError, InputError, PolicyError
 from offramp.export import save
 from offramp.passes import Truncate, apply
@@ -32,7 +33,7 @@ from offramp.runtime.chain import Chain
 from offramp.runtime.engine.engine import Engine
 from offramp.runtime.generation.copied_caches import CopiedCaches
 from offramp.runtime.generation.decoder import Decoder
-from offramp.runtime.generation.session import PROPAGATE, Session
+from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Token
 from offramp.runtime.policies.base import Function as Plain
 from offramp.runtime.policies.base import State

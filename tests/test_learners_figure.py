@@ -198,12 +198,14 @@ def test_names_of_a_text(tmp_path: Path) -> None:
     assert names_of(chain, root, {}) == []
 
 
-def test_bundles_without_learners_and_bundles_that_generate(
+def test_bundles_without_learners_or_exits_and_bundles_that_generate(
     decoder: tiny.Captured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = reading_bundle(tmp_path / "reading.offramp")
-    said = refused(capsys, "run", root, "--text", "w5", "--figure", "x.png")
-    assert 'this bundle has none\n  try: offramp export -p "insert-acm' in said
+    offramp.save(decoder.program, tmp_path / "plain.offramp")
+    np.save(tmp_path / "x.npy", tiny.ids(5, 1).numpy())
+    plain = ("run", tmp_path / "plain.offramp", "--input", f"input_ids={tmp_path / 'x.npy'}", "--figure", "x.png")
+    said = refused(capsys, *plain)
+    assert 'this bundle has neither\n  try: offramp export -p "insert-exits,..." or "insert-acm,..."' in said
     offramp.save(apply(decoder.program, "insert-acm,insert-cache"), tmp_path / "m.offramp")
     np.save(tmp_path / "x.npy", tiny.ids(5, 1).numpy())
     given = (
@@ -214,7 +216,7 @@ def test_bundles_without_learners_and_bundles_that_generate(
         "--figure",
         tmp_path / "x.png",
     )
-    assert "--figure draws the tokens of one pass, not text\n  try: --once" in refused(capsys, *given)
+    assert "this bundle has no exits\n  try: --once, for learners" in refused(capsys, *given)
     pytest.importorskip("matplotlib")
     run(capsys, *given, "--once")
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -195,11 +195,11 @@ LISTING = """
 @pytest.mark.parametrize(
     ("policy", "message", "hint"),
     [
-        (Depth(2), "stack 'decoder' has no exit after 2 blocks", "insert-exits{stack=decoder after=2}"),
+        (Depth(2), "stack 'decoder' has no exit after 2 blocks", "insert-exits{stack=decoder,after=2}"),
         (
             Depth({"encoder": 3}),
             "stack 'encoder' has no exit after 3 blocks",
-            "insert-exits{stack=encoder after=3}",
+            "insert-exits{stack=encoder,after=3}",
         ),
         (Depth({"other": 1}), "there is no stack 'other'", None),
         (Each({"other": Never()}), "there is no stack 'other'", None),

@@ -106,6 +106,13 @@ def test_without_exits_nothing_changes(case: Case) -> None:
     assert all(torch.equal(before[name], after[name]) for name in case.captured.outputs)
 
 
+def test_a_bundle_without_exits_is_the_model(plain: Case, tmp_path: Path) -> None:
+    figures = offramp.save(offramp.apply(plain.captured, "split-modalities"), tmp_path / "model.offramp")
+    assert figures["groups"] < 1e-5
+    result = offramp.load(tmp_path / "model.offramp").run(plain.arrays)
+    _close(result.outputs["logits"], plain.expected(torch.tensor([[3, 3]] * 3)))
+
+
 def test_every_pair_of_depths_is_exact(case: Case) -> None:
     for image, text in itertools.product((1, 2, 3), repeat=2):
         result = case.chain.run(case.arrays, offramp.Depth({"encoder.image": image, "encoder.text": text}))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -50,19 +50,23 @@ def captured(vocabulary: int) -> Program:
     return offramp.capture(VisionLanguage(vocabulary), example(), training=True)
 
 
-def program(vocabulary: int, form: str = "joint") -> Program:
-    """The model with exits after every block, in the decoder with an adapter at each.
+def program(vocabulary: int, form: str = "joint", exits: Mapping[str, Sequence[int]] | None = None) -> Program:
+    """The model with exits after every block, in the decoder with an adapter at each; or by stack after ``exits``.
 
-    The weights of all that this returns are the same.
+    The weights of all that this returns are the same, but for those of adapters.
     """
     if form == "plain":
         return captured(vocabulary)
     split = offramp.apply(captured(vocabulary), f"split-modalities{{form={form}}}")
-    encoders = [name for name in split.stacks if name != "decoder"]
-    pipeline = [f"insert-exits{{stack={name}}},insert-scores{{stack={name},measure=cosine}}" for name in encoders]
-    pipeline += ["insert-exits{stack=decoder},insert-adapter{stack=decoder}"]
-    pipeline += ["insert-scores{stack=decoder,measure=top1|entropy|cosine|prediction}"]
-    return offramp.apply(split, ",".join(pipeline))
+    pipeline = []
+    for name in split.stacks if exits is None else [name for name, after in exits.items() if after]:
+        after = "all" if exits is None else "|".join(map(str, exits[name]))
+        pipeline.append(f"insert-exits{{stack={name},after={after}}}")
+        if name == "decoder":
+            pipeline.append("insert-adapter{stack=decoder}")
+        measures = "top1|entropy|cosine|prediction" if name == "decoder" else "cosine"
+        pipeline.append(f"insert-scores{{stack={name},measure={measures}}}")
+    return offramp.apply(split, ",".join(pipeline)) if pipeline else split
 
 
 @torch.no_grad()

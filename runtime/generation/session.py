@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.options import OPTIONS, Sampling
+from offramp.bundle.options import OPTIONS, PROPAGATE, Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Ran
 from offramp.runtime.generation.batching import greatest, padded
@@ -24,7 +24,6 @@ from offramp.runtime.policies.base import Agreement, Policy
 from offramp.runtime.policies.stack_policy import StackPolicy
 from offramp.runtime.result import Timing
 
-PROPAGATE = ("defer", "hidden", "kv")
 _FIRST_CAPACITY = 64
 
 

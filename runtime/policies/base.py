@@ -192,7 +192,7 @@ def scored(stacks: Mapping[str, Stack], measure: str, after: Iterable[int] = ())
             hint=f"insert-scores{{measure={measure}}}",
         )
     if missing := sorted(set(after) - found):
-        listed = ",".join(map(str, missing))
+        listed = "|".join(map(str, missing))
         raise PolicyError(
             f"no exit after {listed} blocks with the score {measure!r}; there are:\n{listing(stacks)}",
             hint=f"insert-exits{{after={listed}}},insert-scores{{measure={measure}}}",

@@ -59,7 +59,7 @@ class Depth(Policy):
             if depth not in {exit_.after for exit_ in stacks[name].exits}:
                 raise PolicyError(
                     f"stack {name!r} has no exit after {depth} blocks; there are:\n{listing(stacks)}",
-                    hint=f"insert-exits{{stack={name} after={depth}}}",
+                    hint=f"insert-exits{{stack={name},after={depth}}}",
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from offramp.bundle.options import PROPAGATE
 from offramp.cli import _common, _inputs, _text, _words
 from offramp.errors import InputError
-from offramp.runtime.generation.session import PROPAGATE
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
     from offramp.runtime import Chain, Policy, Token
+    from offramp.runtime.generation.generator import Generator
 
 _SAMPLING = {  # flags by the option that they set
     "max_new_tokens": "max_new_tokens",
@@ -88,9 +91,12 @@ def wanted(chain: Chain, args: argparse.Namespace) -> bool:
 
 def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     """Generate and print."""
-    if args.output or args.figure:
-        what = "--output writes the outputs" if args.output else "--figure draws the tokens"
-        raise InputError(f"{what} of one pass, not text", hint="--once")
+    if args.output:
+        raise InputError("--output writes the outputs of one pass, not text", hint="--once")
+    if args.figure:
+        from offramp.cli import _exits_figure, _learners_picture
+
+        _exits_figure.check(chain)
     batches = prompted(chain, args)
     stack = _words.token_stack(chain)
     tokenizer = _text.tokenizer_of(chain, args.bundle) if _text.TOKENIZER in chain.manifest.files else None
@@ -100,10 +106,18 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     if args.show_exits:
         print(_words.legend(stack), end="")
     sizes = [max((len(value) for value in inputs.values()), default=1) for inputs in batches]
+    if args.figure and sum(sizes) > 1:
+        raise _learners_picture.several(sum(sizes))
+    encoders: dict[str, NDArray[np.int64]] = {}
 
     def tokens() -> Iterator[Token]:
         for at, inputs in enumerate(batches):
-            made = _searched(chain, inputs, policy, options) if searches else chain.stream(inputs, policy, **options)
+            if args.figure:
+                made = _by_hand(chain.generator(inputs, policy, **options), encoders)
+            else:
+                made = (
+                    _searched(chain, inputs, policy, options) if searches else chain.stream(inputs, policy, **options)
+                )
             for token in made:
                 yield token._replace(row=token.row + sum(sizes[:at]))
 
@@ -116,7 +130,18 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     if searches:  # all tokens of a row come at its end
         printed = printed._replace(first=printed.seconds)
     print(printed.summary(stack), file=sys.stderr)
+    if args.figure:
+        said = _exits_figure.written(chain, _words.decoder_of(tokenizer), printed.tokens[0], printed.exits[0])
+        _exits_figure.write(chain, args.bundle, batches, encoders, args.figure, said)
     return 0
+
+
+def _by_hand(generator: Generator, encoders: dict[str, NDArray[np.int64]]) -> Iterator[Token]:
+    """The tokens of a generation, and where its row left the stacks that ran once."""
+    encoders |= generator.exits
+    while generator.rows:
+        yield from generator.next()
+    generator.end()
 
 
 def _searched(

@@ -29,8 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--figure",
         metavar="FILE.png",
         type=Path,
-        help="of a bundle with learners: draw how many of them each token took, over the image, the sound or the text "
-        "of one row (needs matplotlib); --policy width:0.4 says how many on average",
+        help="draw after how many blocks each patch, word and written token of one row left; of a bundle with "
+        "learners how many of them each token took, in one pass (needs matplotlib)",
     )
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the outputs to DIR/NAME.npy")
     _generate.add_arguments(parser)
@@ -48,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     if _generate.wanted(chain, args):
         return _generate.run(chain, args, policy)
     if args.figure:
-        from offramp.cli import _learners_figure
+        from offramp.cli import _exits_figure, _learners_figure
 
-        _learners_figure.check(chain)
+        (_learners_figure if chain.manifest.learners else _exits_figure).check(chain)
     batches = _inputs.asked(chain, args)
     results = [chain.run(inputs, policy) for inputs in batches]
     outputs = _results.outputs(chain, results)
@@ -61,8 +61,10 @@ def run(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
         for name, array in outputs.items():
             np.save(args.output / f"{name}.npy", array)
-    if args.figure:
+    if args.figure and chain.manifest.learners:
         _learners_figure.write(chain, args.bundle, batches, results, args.figure)
+    elif args.figure:
+        _exits_figure.write(chain, args.bundle, batches, results[0].exits, args.figure)
     return 0
 
 
