@@ -116,6 +116,18 @@ def test_rows_of_different_prompts_and_images_get_what_they_get_alone(made: tupl
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("join", [scattered, in_place], ids=["scattered", "in_place"])
+def test_a_model_of_one_row_is_exported(join: Join, tmp_path: Path) -> None:
+    class One(Reader):
+        def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+            return super().forward(image.reshape(1, PATCHES, FEATURES), input_ids.reshape(1, -1))
+
+    torch.manual_seed(0)
+    program = offramp.capture(One(join).eval(), example(rows=1))
+    assert program.axes.batch is None
+    assert offramp.save(program, tmp_path / "m.offramp")["chain"] < 1e-5
+
+
 def test_one_pass_of_the_bundle_is_the_model(made: tuple[Reader, offramp.Chain]) -> None:
     model, chain = made
     inputs = example(TOKENS + 3)

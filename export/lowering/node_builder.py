@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,14 @@ class Builder:
         """A size of a tensor: a number, or the node that reads it."""
         found = expression(shape(node)[axis])
         return found if isinstance(found, int) else self.call(aten.sym_size.int, node, axis)
+
+    def product(self, *sizes: Any) -> Any:
+        """The product of sizes as `size` has them: a number, if all are."""
+        number = prod(size for size in sizes if isinstance(size, int))
+        found: Any = None
+        for node in (size for size in sizes if not isinstance(size, int)):
+            found = node if found is None else self.call(operator.mul, found, node)
+        return number if found is None else found if number == 1 else self.call(operator.mul, found, number)
 
     def sizes(self, node: fx.Node) -> list[Any]:
         """The shape of a tensor, as `size` has it."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from functools import reduce
 from typing import Any
 
 import onnx
@@ -21,7 +19,7 @@ from offramp.program.ops import FILL_PLACES, PUT_TOKENS, TAKE_TOKENS
 @lowering(aten.sym_stride.int)
 def _stride(b: Builder, tensor: fx.Node, axis: int) -> Any:
     """Torch may name a size of a (contiguous) input by the stride that equals it."""
-    return reduce(lambda size, other: b.call(operator.mul, size, other), b.sizes(tensor)[axis + 1 :])
+    return b.product(*b.sizes(tensor)[axis + 1 :])
 
 
 @lowering(FILL_PLACES)
@@ -31,7 +29,7 @@ def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node) -> fx.N
     at = b.call(aten.cumsum.default, b.call(aten._to_copy.default, places, dtype=torch.int64), 1)
     found = b.call(aten.slice.Tensor, at, 1, -1, 2**63 - 1)
     wrong = b.call(aten.ne.Tensor, found, b.call(aten.scalar_tensor.default, count, dtype=torch.int64))
-    total = b.call(operator.mul, batch, count)
+    total = b.product(batch, count)
     beyond = b.call(aten.mul.Tensor, b.call(aten._to_copy.default, wrong, dtype=torch.int64), total)
     none = b.call(aten.zeros_like.default, at)
     at = b.call(aten.where.self, places, b.call(aten.sub.Tensor, at, 1), none)
