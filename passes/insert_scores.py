@@ -181,16 +181,17 @@ class InsertScores(Pass):
         if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
             raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
         axes = len(shape(node)) - (self._tokens(program) is not None)
-        if not all(MEASURES[measure].gates for measure in self.measures) and (axes > 2 or program.axes.batch is None):
+        rows = program.axes.batch is not None or self._tokens(program) is not None
+        if not all(MEASURES[measure].gates for measure in self.measures) and (axes > 2 or not rows):
             raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
         return name
 
     def _tokens(self, program: Program) -> Any:
         """The symbol of the token axis of a causal stack, each of whose tokens has a score; None for others."""
         stack = program.stacks[stack_named(program, self.stack)]
-        if stack.role != "decoder" or program.axes.batch is None:
-            return None
         sizes = [expression(size) for size in shape(program.nodes[stack.input])]
+        if stack.role != "decoder" or (program.axes.batch is None and sizes[0] != 1):
+            return None
         return next((size for size in sizes if symbols(size) & {*program.axes.tokens}), None)
 
     def run(self, program: Program) -> PassResult:

@@ -90,12 +90,17 @@ def in_chunks(program: Program, inputs: dict[str, torch.Tensor], seed: int = 0) 
             sizes = [expression(size) for size in shape(returned[name])]
             if name in cache.whole or (name == cache.logits and chunk not in sizes):
                 continue
-            place = program.axes.batch_axis(returned[name])
+            place = program.axes.batch_axis(returned[name]) or _only_row(program, sizes)
             if chunk not in sizes or place is None:
                 wholes[name] = made[name]
             else:
                 _put(wholes, name, made[name], (place[0], sizes.index(chunk)), total, lengths, counts)
     return wholes
+
+
+def _only_row(program: Program, sizes: Sequence[Any]) -> tuple[int, int] | None:
+    """The axis that the one row has of a program without a batch axis."""
+    return (0, 1) if program.axes.batch is None and sizes[0] == 1 else None
 
 
 def _ends(before: Program, after: Program, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -162,12 +162,11 @@ class Joins:
     def _places(self) -> tuple[fx.Node, fx.Node, fx.Node]:
         """Which of a chunk's tokens are the prompt's, ``[rows, chunk]``, and where those lie in it: rows, places."""
         new = self.builder.new
-        if new.batch is None:
-            raise new.refusal("the rows of a batch are not computed apart", hint="an example of two rows or more")
         positions = self.builder.rows.positions()
         ends = new.call(aten.unsqueeze.default, new.inputs[PROMPT_LENGTHS], 1)
         at = new.call(aten.minimum.default, positions, new.call(aten.sub.Tensor, ends, 1))
-        rows = new.call(aten.unsqueeze.default, new.call(aten.arange.default, new.sizer(new.batch)), 1)
+        count = 1 if new.batch is None else new.sizer(new.batch)
+        rows = new.call(aten.unsqueeze.default, new.call(aten.arange.default, count), 1)
         return new.call(aten.lt.Tensor, positions, ends), rows, at
 
     def _chosen(self, table: fx.Node, own: fx.Node) -> tuple[Any, ...]:

@@ -56,7 +56,7 @@ class ScoreBuilder:
         others = [i for i in range(len(shape(node))) if i not in (axis, tokens)]
         reduced = self.call(reduce, node, others) if others else node
         if axis is None:
-            return self.call(aten.reshape.default, reduced, [1])
+            return self.call(aten.reshape.default, reduced, [1] if tokens is None else [1, -1])
         return reduced if tokens is None or axis < tokens else self.call(aten.transpose.int, reduced, 0, 1)
 
     def token_axis(self, node: fx.Node) -> int | None:

@@ -128,6 +128,8 @@ class GenerationPlan:
         prompts = self.known(self._implied.kept(inputs, self.rows_of_ids(given)))
         if not prompts or any(row.size == 0 for row in prompts):
             raise InputError(f"{name!r}: every row needs at least one token")
+        if self.manifest.batch is None and len(prompts) > 1:
+            raise InputError(f"this bundle generates one row at a time, these are {len(prompts)}", hint="a call for each")
         longest = max(row.size for row in prompts)
         limit = self._limit(self.ahead(inputs))
         if limit is not None and longest > limit:
@@ -158,7 +160,10 @@ class GenerationPlan:
 
     def sampling(self, longest: int, options: Mapping[str, Any], ahead: int = 0) -> Sampling:
         """How tokens are chosen after prompts of at most ``longest``, with places ``ahead`` of them: see `merged`."""
-        return merged(self.manifest.generation, options, longest, self.vocabulary, self._limit(ahead))
+        found = merged(self.manifest.generation, options, longest, self.vocabulary, self._limit(ahead))
+        if self.manifest.batch is None and found.beams > 1:
+            raise InputError(f"beams={found.beams}: this bundle generates one row at a time", hint="beams=1")
+        return found
 
     def ahead(self, inputs: Mapping[str, Any]) -> int:
         """How many places for features stand in front of each text."""
