@@ -75,8 +75,8 @@ def _cache(cache: Cache, manifest: Manifest) -> Iterator[str]:
         yield f"cache.logits: {cache.logits!r} is no output with a fixed number of classes on its last axis"
     if not set(cache.tokens) <= set(manifest.inputs):
         yield f"cache.tokens: {list(cache.tokens)} are not all inputs"
-    if cache.prompt and not set(cache.prompt.given) <= set(manifest.inputs):
-        yield f"cache.prompt.given: {list(cache.prompt.given)} are not all inputs"
+    if cache.prompt and not set(cache.prompt.beside) <= set(manifest.inputs):
+        yield f"cache.prompt.given and counting: {list(cache.prompt.beside)} are not all inputs"
     for name, item in cache.implied.items():
         yield from _implied(manifest, name, item)
     if cache.prompt:

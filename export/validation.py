@@ -224,9 +224,14 @@ def _stepwise(wanted: _Wanted, chain: Chain) -> float:
     assert program.cache is not None
     at = random.integers(program.cache.least, max(program.cache.least + 1, total - 1), rows)
     ahead = program.ahead(program.example_inputs)
-    over_text = (*(program.cache.prompt.given if program.cache.prompt else ()), name)
-    beside = {key: [row[ahead:n] for row, n in zip(inputs[key], at, strict=True)] for key in over_text}
-    chunks = beside[name]
+    over_text = (*(program.cache.prompt.beside if program.cache.prompt else ()), name)
+    beside = {
+        key: [row[ahead:n] for row, n in zip(inputs[key], at, strict=True)]
+        if inputs[key].ndim == 2
+        else inputs[key][..., : at.max()]
+        for key in over_text
+    }
+    chunks: Any = beside[name]
     session = chain.session({**inputs, **beside}, _coin(stack))
     output = session.plan.cache.logits
     largest = 0.0
@@ -260,8 +265,8 @@ class _Pass:
     def _of(self, count: int) -> dict[str, torch.Tensor]:
         if count not in self._made:
             inputs, cache = dict(self._program.example_inputs), self._program.cache
-            for name in (self._tokens, *(cache.prompt.given if cache and cache.prompt else ())):
-                inputs[name] = inputs[name][:, :count]
+            for name in (self._tokens, *(cache.prompt.beside if cache and cache.prompt else ())):
+                inputs[name] = inputs[name][..., :count]
             self._made[count] = _returned(self._program, inputs)
         return self._made[count]
 

@@ -191,7 +191,8 @@ class _Insertion:
         if not self.joins:
             return None
         joins = self.joins
-        given = {str(node.target): int(value) for node, value in joins.given.items()}
+        given = {str(node.target): int(value) for node, value in joins.holding.items()}
+        counting = tuple(str(node.target) for node, value in joins.given.items() if value is None)
         whole = any(self.facts.together(site) for site in self.facts.sites)
         return Prompt(
             str(self.builder.prompts[joins.ids].target),
@@ -201,6 +202,7 @@ class _Insertion:
             whole,
             self.ahead,
             self.cut,
+            counting,
         )
 
     def _program(self) -> Program:

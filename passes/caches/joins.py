@@ -8,7 +8,7 @@ one of the text: it stays what it is where nothing is put in its place.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -30,7 +30,7 @@ class Joins:
     Attributes:
         nodes: The nodes that put values among tokens.
         given: Inputs over a prompt's tokens that say more of them (which see later ones, say), and what they are of
-            text behind it.
+            text behind it; None for positions, which count on there.
         derived: What masks read that is made of those inputs alone (groups of tokens that see each other, say), and
             what that is of text.
         filler: An id of the example that stays what it is: it stands behind the shorter prompts of a batch.
@@ -40,7 +40,7 @@ class Joins:
     def __init__(self, facts: Causal, builder: Rebuilder) -> None:
         self.facts, self.builder = facts, builder
         self.nodes = [node for node in facts.program.graph.nodes if self._joins(node)]
-        self.given = {node: value for node in facts.own if (value := self._of_text(node)) is not None}
+        self.given = {node: value for node in facts.own if (value := self._of_text(node)) is not False}
         self.derived = self._derived() if self.given else {}
         self.filler, self.least = self._text() if self.nodes or self.given else (0, 1)
 
@@ -56,13 +56,30 @@ class Joins:
             return kinds.get(node.args[1]) != DATA  # type: ignore[arg-type]  # learned features as well
         return any(kinds[arg] == MEMORY for arg in node.all_input_nodes if is_tensor(arg))
 
-    def _of_text(self, node: fx.Node) -> float | None:
-        """What an input beside the ids is of the tokens that the example's rows end with; None where that differs."""
+    def _of_text(self, node: fx.Node) -> float | None | Literal[False]:
+        """What an input beside the ids is of the tokens that the example's rows end with; False where that differs."""
         facts, value = self.facts, self.facts.program.example_inputs[str(node.target)]
-        if node in facts.implied or node in facts.holding or value.dim() != 2 or value.is_floating_point():
-            return None
-        ends = value[:, -2:]
-        return float(ends[0, 0]) if bool((ends == ends[0, 0]).all()) else None
+        if node in facts.implied or node in facts.holding or value.is_floating_point() or value.shape[-1] < 2:
+            return False
+        if expression(shape(node)[-1]) != facts.tokens or self._row_axis(node) is None:
+            return False
+        ends = value[..., -2:].flatten(0, -2)
+        if value.dim() == 2 and bool((ends == ends[0, 0]).all()):
+            return float(ends[0, 0])
+        return None if value.dtype != torch.bool and bool((ends[:, 1] == ends[:, 0] + 1).all()) else False
+
+    def _row_axis(self, node: fx.Node) -> int | None:
+        """The axis of rows, of which a program without a batch axis has one."""
+        program, sizes = self.facts.program, [expression(size) for size in shape(node)]
+        if program.axes.batch is None:
+            return sizes.index(1) if 1 in sizes else None
+        place = program.axes.batch_axis(node)
+        return place[0] if place is not None and place[1] == 1 else None
+
+    @property
+    def holding(self) -> dict[fx.Node, float]:
+        """Those of `given` that hold one value behind a prompt."""
+        return {node: value for node, value in self.given.items() if value is not None}
 
     def _derived(self) -> dict[fx.Node, float]:
         facts, found = self.facts, dict[fx.Node, float]()
@@ -71,7 +88,7 @@ class Joins:
         made = {
             node
             for node in nodes
-            if read_by([node]).intersection(facts.own) <= self.given.keys() | facts.implied.keys()
+            if read_by([node]).intersection(facts.own) <= self.holding.keys() | facts.implied.keys()
         }
         for node, value in facts.values(made - self.given.keys()).items():
             ends = value[:, -2:] if value.dim() > 1 else value[:0]
@@ -111,7 +128,7 @@ class Joins:
         found = facts.values(wanted)
         text = torch.ones_like(ids, dtype=torch.bool)
         for node, value in self.given.items():
-            text &= example[str(node.target)] == value
+            text &= self._as_text(node, value, example[str(node.target)])
         for node, value in self.derived.items():
             text &= (found[node] == value).flatten(1).reshape(*text.shape, -1).all(-1)
         for node in self.nodes:
@@ -128,6 +145,12 @@ class Joins:
         places = torch.arange(1, ids.shape[1] + 1)
         return int(ids[0, -1]), max(1, int((~text * places).max()))
 
+    def _as_text(self, node: fx.Node, value: float | None, example: torch.Tensor) -> torch.Tensor:
+        """Where an input is what it is behind a prompt, bool [rows, tokens]."""
+        counted = torch.arange(1 - example.shape[-1], 1) + example[..., -1:]
+        same = example == (counted if value is None else value)
+        return same.movedim(self._row_axis(node) or 0, 0).flatten(1, -2).all(1) if same.dim() > 2 else same
+
     def enter(self) -> None:
         """Make the inputs that hold a prompt, where that is more than text."""
         if not self:
@@ -139,8 +162,25 @@ class Joins:
             builder.prompts[node] = new.placeholder(name, sizes, node.meta["val"].dtype)
         new.placeholder(PROMPT_LENGTHS, [new.batch if new.batch is not None else 1], torch.int64)
         for node, value in self.given.items():
-            target, *args = self._chosen(builder.prompts[node], self._same(node, value))
-            builder.values[node, ""] = new.call(target, *args)
+            rank, row = len(shape(node)), self._row_axis(node)
+            order = [row, rank - 1, *(axis for axis in range(rank - 1) if axis != row)]
+            table = builder.prompts[node] if rank == 2 else new.call(aten.permute.default, builder.prompts[node], order)
+            own = self._counted(table) if value is None else self._same(node, value)
+            target, *args = self._chosen(table, own)
+            made = new.call(target, *args)
+            back = [order.index(axis) for axis in range(rank)]
+            builder.values[node, ""] = made if rank == 2 else new.call(aten.permute.default, made, back)
+
+    def _counted(self, table: fx.Node) -> fx.Node:
+        """Numbers of the chunk's tokens that count on from the prompt's last one."""
+        new, (_, rows, _) = self.builder.new, self._places
+        last = new.call(aten.sub.Tensor, new.call(aten.unsqueeze.default, new.inputs[PROMPT_LENGTHS], 1), 1)
+        steps = new.call(aten.sub.Tensor, self.builder.rows.positions(), last)
+        for _ in shape(table)[2:]:
+            steps = new.call(aten.unsqueeze.default, steps, -1)
+        dtype = table.meta["val"].dtype
+        steps = steps if dtype == torch.int64 else new.call(aten._to_copy.default, steps, dtype=dtype)
+        return new.call(aten.add.Tensor, new.call(aten.index.Tensor, table, [rows, last]), steps)
 
     def _same(self, node: fx.Node, value: float) -> fx.Node:
         """One number for each token of the chunk."""

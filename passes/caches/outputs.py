@@ -76,7 +76,8 @@ def why_no_generation(program: Program) -> str | None:
     for stack in program.stacks.values():
         hidden = program.nodes[stack.input]
         sizes = [program.axes.describe(size) for size in shape(hidden)]
-        if stack.role == "decoder" and (sizes[0] != program.axes.names.get(program.axes.batch) or len(sizes) != 3):
+        rows = 1 if program.axes.batch is None else program.axes.names.get(program.axes.batch)
+        if stack.role == "decoder" and (sizes[0] != rows or len(sizes) != 3):
             return f"the hidden state of stack {stack.name}, of shape {sizes}, does not have rows and tokens first"
     return None
 

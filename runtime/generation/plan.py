@@ -77,8 +77,10 @@ class GenerationPlan:
         tokens = padded([*prompts, np.zeros(least, np.int64)], prompt.filler if prompt else 0)[:-1]
         name = self.cache.tokens[0]
         others = {key: value for key, value in inputs.items() if key not in self.cache.implied}
-        for key, filler in prompt.given.items() if prompt else ():
-            others[key] = self._beside(key, inputs, prompts, filler, least)
+        for key in prompt.beside if prompt else ():
+            filler = prompt.given.get(key, 0) if prompt else 0  # what counts on there is not read
+            beside = self._beside if len(self.manifest.values[key].shape) == 2 else self._by_axes
+            others[key] = beside(key, inputs, prompts, filler, least)
         given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         if prompt is not None:
@@ -97,6 +99,14 @@ class GenerationPlan:
             sizes = [list(row.shape) for row in rows], [list(row.shape) for row in prompts]
             raise InputError(f"{name!r} has rows of {sizes[0]} numbers; {ids!r} has {sizes[1]} tokens")
         return padded([*rows, np.zeros(least, np.int64)], filler)[:-1].astype(self.manifest.values[name].dtype)
+
+    def _by_axes(self, name: str, inputs: Mapping[str, Any], prompts: Prompts, filler: int, least: int) -> Array:
+        """The same of an input that has an array of numbers for each token, on its last axis."""
+        ids, longest = self.cache.tokens[0], max(row.size for row in prompts)
+        array, value = np.asarray(inputs.get(name, ())), self.manifest.values[name]
+        if array.ndim != len(value.shape) or array.shape[-1] != longest:
+            raise InputError(f"{name!r} ({value}) has the shape {list(array.shape)}; {ids!r} has {longest} tokens a row")
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, max(0, least - longest))]).astype(value.dtype)
 
     def tables(self, ran: Ran, capacity: int) -> dict[str, Array]:
         """What chunks read and do not change, where caches have room for so many tokens."""
