@@ -17,6 +17,7 @@ from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.forward import ExampleInputs, doubled, eager, named_inputs, returning_tensors
 from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, analyse
+from offramp.program.sizes import with_limits
 from offramp.program.tracing import Dynamic, exported, flattened
 from offramp.program.unwrap import as_captured, plain
 
@@ -71,7 +72,7 @@ def capture(
         _same_as_eager(graph_module, inputs, expected)
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
     names = _axis_names(graph_module, dynamic)
-    return analyse(graph_module, example, expected, names)
+    return with_limits(analyse(graph_module, example, expected, names))
 
 
 def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
     """Inputs of sizes that were not captured: one row, one more row, shorter and longer sequences.
 
     Sizes that the graph cannot run in torch (a convolution's output must fit a table of positions, say) are
-    left out.
+    left out; where that is so of several together, each is tried alone.
     """
     return [inputs for inputs, _ in at_other_sizes(program)]
 
@@ -53,8 +54,45 @@ def at_other_sizes(program: Program) -> list[tuple[dict[str, torch.Tensor], dict
         choices.append({symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in rest.items()})
         longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in rest.items()}
         choices.append(longer | ({axes.batch: 1} if axes.batch in example else {}))
-    found = [(inputs, _outputs(program, inputs)) for inputs in (resized(program, sizes) for sizes in choices)]
-    return [(inputs, outputs) for inputs, outputs in found if outputs is not None]
+    found = []
+    while choices:
+        sizes = choices.pop(0)
+        inputs = resized(program, sizes)
+        outputs = _outputs(program, inputs)
+        if outputs is not None:
+            found.append((inputs, outputs))
+        elif len(sizes) > 1:
+            choices += [{symbol: size} for symbol, size in sizes.items()]
+    return found
+
+
+def with_limits(program: Program) -> Program:
+    """The program, whose axes that run at one size alone are said to have that size.
+
+    Torch may leave an axis free though all that reads it needs one size. Batch and tokens are known to vary; so is an
+    axis without which the others do not vary (lengths that go together).
+    """
+    axes, nodes = program.axes, placeholders(program.graph)
+    free = {expression(size): (name, at) for name in program.inputs for at, size in enumerate(shape(nodes[name]))}
+    sizes = {
+        symbol: program.example_inputs[name].shape[at] for symbol, (name, at) in free.items() if symbol in axes.names
+    }
+    rest = {symbol: size for symbol, size in sizes.items() if symbol != axes.batch}
+
+    def runs(symbols: Iterable[Any]) -> bool:
+        others = (
+            {s: rest[s] * 2 for s in symbols},
+            {s: rest[s] + 1 for s in symbols},
+            {s: rest[s] * 2 // 3 for s in symbols},
+        )
+        return any(_outputs(program, resized(program, some)) is not None for some in others)
+
+    ranges = dict(axes.ranges)
+    for symbol in rest.keys() - {*axes.tokens}:
+        others = rest.keys() - {symbol}
+        if (not others or runs(others)) and not runs([symbol]):
+            ranges[symbol] = (rest[symbol], rest[symbol])
+    return replace(program, axes=replace(axes, ranges=ranges))
 
 
 def _outputs(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

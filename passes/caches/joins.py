@@ -30,7 +30,7 @@ class Joins:
     Attributes:
         nodes: The nodes that put values among tokens.
         given: Inputs over a prompt's tokens that say more of them (which see later ones, say), and what they are of
-            text behind it; None for positions, which count on there.
+            text behind it; None for positions, which count on there from the greatest, as Qwen2-VL's do.
         derived: What masks read that is made of those inputs alone (groups of tokens that see each other, say), and
             what that is of text.
         filler: An id of the example that stays what it is: it stands behind the shorter prompts of a batch.
@@ -56,7 +56,7 @@ class Joins:
             return kinds.get(node.args[1]) != DATA  # type: ignore[arg-type]  # learned features as well
         return any(kinds[arg] == MEMORY for arg in node.all_input_nodes if is_tensor(arg))
 
-    def _of_text(self, node: fx.Node) -> float | None | Literal[False]:
+    def _of_text(self, node: fx.Node) -> float | Literal[False] | None:
         """What an input beside the ids is of the tokens that the example's rows end with; False where that differs."""
         facts, value = self.facts, self.facts.program.example_inputs[str(node.target)]
         if node in facts.implied or node in facts.holding or value.is_floating_point() or value.shape[-1] < 2:
@@ -147,9 +147,17 @@ class Joins:
 
     def _as_text(self, node: fx.Node, value: float | None, example: torch.Tensor) -> torch.Tensor:
         """Where an input is what it is behind a prompt, bool [rows, tokens]."""
-        counted = torch.arange(1 - example.shape[-1], 1) + example[..., -1:]
-        same = example == (counted if value is None else value)
-        return same.movedim(self._row_axis(node) or 0, 0).flatten(1, -2).all(1) if same.dim() > 2 else same
+        if value is not None:
+            return example == value
+        by_token = (
+            example.movedim(self._row_axis(node) or 0, 0)
+            .movedim(-1, 1)
+            .flatten(1)
+            .unflatten(1, (example.shape[-1], -1))
+        )  # rows, tokens, others
+        before = by_token.amax(2).cummax(1).values[:, :-1, None]
+        first = torch.ones(len(by_token), 1, dtype=torch.bool)
+        return torch.cat([first, (by_token[:, 1:] == before + 1).all(2)], 1)
 
     def enter(self) -> None:
         """Make the inputs that hold a prompt, where that is more than text."""
@@ -172,15 +180,22 @@ class Joins:
             builder.values[node, ""] = made if rank == 2 else new.call(aten.permute.default, made, back)
 
     def _counted(self, table: fx.Node) -> fx.Node:
-        """Numbers of the chunk's tokens that count on from the prompt's last one."""
-        new, (_, rows, _) = self.builder.new, self._places
-        last = new.call(aten.sub.Tensor, new.call(aten.unsqueeze.default, new.inputs[PROMPT_LENGTHS], 1), 1)
-        steps = new.call(aten.sub.Tensor, self.builder.rows.positions(), last)
+        """What a chunk's tokens are behind a prompt: they count on from its greatest number, of all axes."""
+        new = self.builder.new
+        ends = new.call(aten.unsqueeze.default, new.inputs[PROMPT_LENGTHS], 1)
+        inside = new.call(aten.lt.Tensor, new.call(aten.arange.default, new.sizer(new.prompt)), ends)
+        greatest = table
+        if len(shape(table)) > 2:
+            greatest = new.call(aten.amax.default, greatest, list(range(2, len(shape(table)))))
+        none = new.call(aten.full_like.default, greatest, torch.iinfo(table.meta["val"].dtype).min)
+        greatest = new.call(aten.amax.default, new.call(aten.where.self, inside, greatest, none), [1], True)
+        steps = new.call(aten.sub.Tensor, self.builder.rows.positions(), new.call(aten.sub.Tensor, ends, 1))
+        if table.meta["val"].dtype != torch.int64:
+            steps = new.call(aten._to_copy.default, steps, dtype=table.meta["val"].dtype)
+        own = new.call(aten.add.Tensor, greatest, steps)
         for _ in shape(table)[2:]:
-            steps = new.call(aten.unsqueeze.default, steps, -1)
-        dtype = table.meta["val"].dtype
-        steps = steps if dtype == torch.int64 else new.call(aten._to_copy.default, steps, dtype=dtype)
-        return new.call(aten.add.Tensor, new.call(aten.index.Tensor, table, [rows, last]), steps)
+            own = new.call(aten.unsqueeze.default, own, -1)
+        return own
 
     def _same(self, node: fx.Node, value: float) -> fx.Node:
         """One number for each token of the chunk."""

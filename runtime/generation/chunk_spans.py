@@ -65,7 +65,9 @@ def check_layout(manifest: Manifest, spans: Sequence[ChunkSpan]) -> None:
     for span in spans:
         for name in span.reads:
             value = manifest.values[name]
-            rows = value.place(manifest.batch) if manifest.batch else (0, value.shape[0])  # of one, without a batch axis
+            rows = (
+                value.place(manifest.batch) if manifest.batch else (0, value.shape[0])
+            )  # of one, without a batch axis
             if (rows, value.place(manifest.cache.chunk)) != ((0, 1), (1, 1)):
                 raise InputError(
                     f"{name!r} of shape {list(value.shape)} does not have rows and tokens on its first two axes, which "

@@ -105,7 +105,9 @@ class GenerationPlan:
         ids, longest = self.cache.tokens[0], max(row.size for row in prompts)
         array, value = np.asarray(inputs.get(name, ())), self.manifest.values[name]
         if array.ndim != len(value.shape) or array.shape[-1] != longest:
-            raise InputError(f"{name!r} ({value}) has the shape {list(array.shape)}; {ids!r} has {longest} tokens a row")
+            raise InputError(
+                f"{name!r} ({value}) has the shape {list(array.shape)}; {ids!r} has {longest} tokens a row"
+            )
         return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, max(0, least - longest))]).astype(value.dtype)
 
     def tables(self, ran: Ran, capacity: int) -> dict[str, Array]:
@@ -139,7 +141,9 @@ class GenerationPlan:
         if not prompts or any(row.size == 0 for row in prompts):
             raise InputError(f"{name!r}: every row needs at least one token")
         if self.manifest.batch is None and len(prompts) > 1:
-            raise InputError(f"this bundle generates one row at a time, these are {len(prompts)}", hint="a call for each")
+            raise InputError(
+                f"this bundle generates one row at a time, these are {len(prompts)}", hint="a call for each"
+            )
         longest = max(row.size for row in prompts)
         limit = self._limit(self.ahead(inputs))
         if limit is not None and longest > limit:
