@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import offramp
+from offramp import cli
 from offramp.errors import ExecutionError, InputError, PassError
 from offramp.passes.caches.chunks import check_chunks
 from offramp.program import ops
@@ -159,6 +160,30 @@ def test_a_row_says_where_the_features_go(tmp_path: Path) -> None:
             chain.generate({"image": image, "input_ids": ids}, max_new_tokens=2)
     with pytest.raises(InputError, match="keeps a place for each of 3"):
         chain.run({"image": image, "input_ids": np.full((2, 5), 4)})
+
+
+def test_a_text_says_once_where_the_image_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {**{f"w{i}": i for i in range(IMAGE)}, "<image>": IMAGE}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    _, program = captured(scattered)
+    root = tmp_path / "reader.offramp"
+    offramp.save(offramp.apply(program, "insert-cache"), root, files=[tmp_path / "tokenizer.json"])
+    image = example()["image"][:1].numpy()
+    np.save(tmp_path / "x.npy", image)
+    given = ["run", str(root), "--input", f"image={tmp_path / 'x.npy'}", "--max-new-tokens", "4"]
+    prompt = {"image": image, "input_ids": [[3, *[IMAGE] * PATCHES, 5]]}
+    wanted = tokenizer.decode(offramp.load(root).generate(prompt, max_new_tokens=4).tokens[0].tolist())
+    for text in ("w3 <image> w5", f"w3 {'<image> ' * PATCHES}w5"):
+        assert cli.main([*given, "--text", text]) == 0
+        assert capsys.readouterr().out.split() == wanted.split()
+    for text, count in (("w3 w5", 0), ("w3 <image> <image> w5", 2)):
+        assert cli.main([*given, "--text", text]) == 1
+        said = capsys.readouterr().err
+        assert f"the text has '<image>' {count} times; it stands there once, or once for each of 3 features" in said
+        assert '--text "<image> ..."' in said
 
 
 def test_other_counts_are_an_error_of_onnx_runtime_too(tmp_path: Path) -> None:

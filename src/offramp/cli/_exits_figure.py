@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle.expressions import evaluate
 from offramp.bundle.expressions import names as _names
-from offramp.cli import _figures, _words
+from offramp.cli import _figures, _inputs, _words
 from offramp.cli._learners_figure import names_of
 from offramp.cli._learners_picture import grid_of, several, shown
 from offramp.errors import InputError
@@ -115,14 +115,9 @@ def written(chain: Chain, decode: _words.Decode, tokens: Sequence[int], exits: S
     return Left("written", _words.token_stack(chain).blocks, np.array(exits, np.int64), names)
 
 
-def _counts(chain: Chain, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+def _counts(chain: Chain, arrays: _inputs.Inputs) -> dict[str, int]:
     """How many tokens stacks and groups have, where inputs say it."""
-    shapes = {name: chain.inputs[name].shape for name in arrays}
-    sizes = {
-        str(size): length
-        for name, shape in shapes.items()
-        for size, length in zip(shape, arrays[name].shape, strict=True)
-    }
+    sizes = _inputs.sizes(chain, arrays)
     found: dict[str, int | str] = {}
     for stack in chain.manifest.stacks.values():
         shape = chain.manifest.values[stack.input].shape

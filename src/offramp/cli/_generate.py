@@ -168,9 +168,33 @@ def prompted(chain: Chain, args: argparse.Namespace) -> list[_inputs.Inputs]:
         raise InputError(
             "--truncate: a prompt is not cut, for the model would answer another one", hint="a shorter --text"
         )
-    prompts = {tokens: [prompt(chain, args.bundle, text, raw=args.raw) for text in args.text]}
+    rows = [prompt(chain, args.bundle, text, raw=args.raw) for text in args.text]
     (others,) = _inputs.given(chain, args.bundle, args.input, (), args.audio, (), args.image)
-    return [prompts | others]
+    if chain.manifest.placeholders:
+        tokenizer = _text.tokenizer_of(chain, args.bundle)
+        rows = [_with_places(chain, tokens, row, others, tokenizer) for row in rows]
+    return [{tokens: rows} | others]
+
+
+def _with_places(chain: Chain, tokens: str, row: list[int], others: _inputs.Inputs, tokenizer: Tokenizer) -> list[int]:
+    """A prompt in which a token that stands for an image, say, is there as often as the image has features."""
+    from offramp.bundle.expressions import evaluate, names
+
+    sizes = _inputs.sizes(chain, others)
+    for item in (item for item in chain.manifest.placeholders if item.input == tokens):
+        if not names(item.count) <= sizes.keys():  # an input that is missing, which the run says
+            continue
+        count, found = evaluate(item.count, sizes), row.count(item.token)
+        if found == 1:
+            at = row.index(item.token)
+            row = [*row[:at], *[item.token] * count, *row[at + 1 :]]
+        elif found != count:
+            name = tokenizer.id_to_token(item.token) or f"the token {item.token}"
+            raise InputError(
+                f"the text has {name!r} {found} times; it stands there once, or once for each of {count} features",
+                hint=f'--text "{name} ..."',
+            )
+    return row
 
 
 def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False, tokenizer: Tokenizer | None = None) -> list[int]:

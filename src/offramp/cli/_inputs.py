@@ -145,6 +145,15 @@ def _input_of(chain: Chain, bundle: Path, kind: str, what: str, settings: object
     raise InputError(f"{bundle} does not turn {what} into inputs: {reason}", hint="--input name=file.npy")
 
 
+def sizes(chain: Chain, arrays: Inputs) -> dict[str, int]:
+    """The lengths of axes, as far as arrays of inputs tell."""
+    found: dict[str, int] = {}
+    for name in arrays.keys() & chain.inputs.keys():
+        shape = chain.inputs[name].shape
+        found |= {str(size): length for size, length in zip(shape, arrays[name].shape, strict=False)}
+    return found
+
+
 def made_up(chain: Chain, batch: int, tokens: int) -> Inputs:
     """Arrays that fit the bundle: masks of ones, other whole numbers 0, noise for the rest.
 
