@@ -16,27 +16,31 @@ import onnxruntime
 import torch
 
 from offramp.bundle.json_text import from_json, section, to_json
-from offramp.bundle.manifest import MANIFEST_FILE, Generation
+from offramp.bundle.manifest import MANIFEST_FILE, Generation, Manifest
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
 from offramp.export.describe import Describer, Progress
+from offramp.export.encode import Precision, compared, encoded, precisions
 from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
-from offramp.export.validation import validate
+from offramp.export.validation import given, validate
 from offramp.export.write import Writer
 from offramp.program.learners import FORMS
 from offramp.program.program import Program
 from offramp.runtime import card
+from offramp.runtime.chain import Chain
 
 
 def save(
     program: Program,
     path: str | os.PathLike[str],
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     *,
+    samples: Sequence[Mapping[str, Any]] | None = None,
+    loss: float | None = None,
     segments: int | None = None,
     target: Target = "ort",
     learners: Literal["dense", "grouped"] | None = None,
@@ -55,7 +59,12 @@ def save(
     Args:
         program: what to export.
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
-        precision: "fp32", the only one so far.
+        precision: of the weights of products: "fp32"; "int8", in blocks where tokens come one by one, with activations
+            in whole numbers too where a segment runs on many (encoders, models without caches); "int4", in blocks; or
+            one for each pattern of segments, ``{"decoder.*": "int4"}``, and fp32 for the others.
+        samples: inputs on which an encoded bundle is compared with the one in fp32; the captured ones if left out.
+        loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
+            values; if left out .05, and .3 where something is int4.
         segments: how many per stack; None makes every block a segment of its own. Exits always end a segment.
         target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
             length that is filled) or "portable" (ONNX's own, opset 24).
@@ -80,11 +89,15 @@ def save(
 
     Raises:
         ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
-            scale; nothing is left at ``path`` then that was not there before.
+            scale, or from fp32 by more than ``loss``; nothing is left at ``path`` then that was not there before.
         BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
     """
-    if precision != "fp32":
-        raise ExportError(f"precision={precision!r} is not supported", hint='precision="fp32"')
+    known = precisions(precision)
+    if policy is not None and known != {"fp32"}:
+        raise ExportError(
+            f"precision={precision!r}, policy={policy}: thresholds hold for the precision that they were chosen for",
+            hint="offramp calibrate BUNDLE, once it is saved",
+        )
     if target not in TARGETS:
         raise ExportError(f"target={target!r}: there are {', '.join(TARGETS)}")
     place = Path(path).resolve()
@@ -112,6 +125,17 @@ def save(
         manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
         figures = validate(program, manifest, directory, describer.origin, lowered)
         manifest = replace(manifest, validation=figures)
+        if known != {"fp32"}:
+            taken = samples or [given(program, program.example_inputs)]
+            manifest = _encoded(manifest, directory, precision, taken)
+            figures = dict(manifest.validation)
+            bound = loss if loss is not None else 0.3 if "int4" in known else 0.05
+            if not figures["encoding"] <= bound:
+                raise ExportError(
+                    f"precision={precision!r}: outputs differ from fp32 by {figures['encoding']:.3f} of their scale, "
+                    f"more than loss={bound}; {figures['same answers']:.1%} of the answers are the same",
+                    hint='a higher precision for some segments, {"decoder.6": "fp32"}; or loss=',
+                )
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)
@@ -123,6 +147,22 @@ def save(
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return figures
+
+
+def _encoded(
+    manifest: Manifest, directory: Path, precision: Precision, samples: Sequence[Mapping[str, Any]]
+) -> Manifest:
+    """Put the bundle with its weights encoded in the place of that in fp32; its manifest, with what that changed."""
+    made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
+    try:
+        found = encoded(manifest, directory, made, precision)
+        changed = compared(Chain(manifest, directory), Chain(found, made), samples)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    shutil.rmtree(directory)
+    made.rename(directory)
+    return replace(found, validation={**manifest.validation, **changed})
 
 
 def _take_place(directory: Path, place: Path) -> None:

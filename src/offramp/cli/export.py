@@ -1,6 +1,7 @@
 """Export a model, rewritten by a pipeline, as a bundle that ONNX Runtime runs.
 
-Every segment, the whole chain and every exit are compared with torch before the bundle gets its name. The
+Every segment, the whole chain and every exit are compared with torch before the bundle gets its name; where
+weights get fewer bits (--precision), that in turn is compared with the bundle in fp32. The
 tokenizer.json of a zoo: or hf: model goes into it, and how a zoo: model generates text and hears sound. Without
 -p a model that generates text gets caches for it, and no exits; -p "" changes nothing at all.
 """
@@ -19,6 +20,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _common.model_argument(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the bundle's directory")
     _common.pipeline_argument(parser, default="caches where the model generates")
+    parser.add_argument(
+        "--precision",
+        metavar="SPEC",
+        default="fp32",
+        help="of the weights: fp32, int8, int4, or one for segments by their names, 'decoder.*=int4,tail=int8'",
+    )
+    parser.add_argument(
+        "--loss",
+        metavar="X",
+        type=float,
+        help="how far outputs may be from fp32 then, of their scale (.05, with int4 .3)",
+    )
     parser.add_argument(
         "--segments", metavar="N", type=_common.positive, help="pieces per stack; one per block if left out"
     )
@@ -71,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         figures = offramp.save(
             program,
             args.output,
+            _precision(args.precision),
+            loss=args.loss,
             segments=args.segments,
             target=args.target,
             learners=args.learners,
@@ -84,6 +99,19 @@ def run(args: argparse.Namespace) -> int:
             progress=shown,
         )
     print(offramp.load(args.output))
-    errors = ", ".join(f"{what} {error:.1e}" for what, error in figures.items() if what != "tolerance")
+    apart = {"tolerance", "encoding", "same answers"}
+    errors = ", ".join(f"{what} {error:.1e}" for what, error in figures.items() if what not in apart)
     print(f"errors against torch: {errors} (allowed {figures['tolerance']:.0e})")
+    if "encoding" in figures:
+        print(f"{args.precision} against fp32: {figures['encoding']:.3f} of the outputs' scale, ", end="")
+        print(f"{figures['same answers']:.1%} of the answers are the same")
     return 0
+
+
+def _precision(text: str) -> str | dict[str, str]:
+    """The precision that ``--precision`` says."""
+    if "=" not in text:
+        return text
+    return {
+        pattern: sign and precision for pattern, sign, precision in (item.partition("=") for item in text.split(","))
+    }

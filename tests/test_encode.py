@@ -1,0 +1,160 @@
+"""Weights in fewer bits: what is encoded how, how far it is from fp32, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import tiny
+import torch
+from test_cli import refused, run
+from torch import Tensor, nn
+
+import offramp
+from offramp import cli
+from offramp.errors import ExportError
+from offramp.passes import apply
+
+WIDE = 64
+
+
+class Wide(nn.Module):
+    """A classifier of two blocks whose weights are most of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(500, WIDE)
+        layer = nn.TransformerEncoderLayer(WIDE, 4, 4 * WIDE, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(WIDE, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(ids))[:, 0])  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def program() -> offramp.Program:
+    torch.manual_seed(0)
+    ids = torch.randint(500, (2, 12))
+    return apply(offramp.capture(Wide().eval(), {"ids": ids}), "insert-exits,insert-scores{measure=top1}")
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def operators(path: Path) -> set[str]:
+    files = [file for file in path.iterdir() if file.suffix == ".onnx"]
+    return {node.op_type for file in files for node in onnx.load(file, load_external_data=False).graph.node}
+
+
+@pytest.mark.parametrize(
+    ("precision", "encodings", "operator", "share", "least"),
+    [
+        ("int8", {"int8-dynamic"}, "MatMulInteger", 0.36, 0.9),
+        ("int4", {"int4"}, "MatMulNBits", 0.27, 0.5),
+        ({"encoder.1": "int4"}, {"int4", "fp32"}, "MatMulNBits", 0.8, 0.5),
+    ],
+)
+def test_a_model_that_runs_at_once(
+    program: offramp.Program,
+    tmp_path: Path,
+    precision: Any,
+    encodings: set[str],
+    operator: str,
+    share: float,
+    least: float,
+) -> None:
+    offramp.save(program, tmp_path / "whole.offramp")
+    figures = offramp.save(program, tmp_path / "m.offramp", precision)
+    chain = offramp.load(tmp_path / "m.offramp")
+    assert {segment.encoding for segment in chain.manifest.segments.values()} == encodings
+    assert operator in operators(tmp_path / "m.offramp")
+    assert size(tmp_path / "m.offramp") < share * size(tmp_path / "whole.offramp")
+    assert 0 < figures["encoding"] < 0.2
+    assert figures["same answers"] >= least
+    whole, ids = offramp.load(tmp_path / "whole.offramp"), np.arange(24).reshape(2, 12)
+    for policy in (offramp.Never(), offramp.Depth(1)):
+        old, new = (each.run({"ids": ids}, policy) for each in (whole, chain))
+        (name,) = old.outputs
+        assert 0 < np.abs(old.outputs[name] - new.outputs[name]).max() < 0.3 * np.abs(old.outputs[name]).max()
+        assert new.exits["encoder"].tolist() == old.exits["encoder"].tolist()
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_model_that_generates(precision: str, decoder: tiny.Captured, tmp_path: Path) -> None:
+    made = apply(decoder.program, "insert-exits,insert-scores{measure=top1},insert-cache")
+    figures = offramp.save(made, tmp_path / "m.offramp", precision)
+    assert figures["cache"] < 1e-4  # of fp32, against torch
+    chain = offramp.load(tmp_path / "m.offramp")
+    assert {item.encoding for name, item in chain.manifest.segments.items() if name.startswith("decoder.")} == {
+        precision
+    }
+    found = chain.generate({"input_ids": [[1, 2, 3], [4]]}, offramp.Never(), max_new_tokens=8)
+    checked = chain.generate({"input_ids": [[1, 2, 3], [4]]}, offramp.Verify(1, 0.05), max_new_tokens=8)
+    for one, other in zip(found.tokens, checked.tokens, strict=True):
+        assert one.tolist() == other.tolist()  # blocks of a row's own: deferred tokens are what they are one by one
+
+
+def test_the_same_bytes_lie_there_once(program: offramp.Program, tmp_path: Path) -> None:
+    offramp.save(program, tmp_path / "m.offramp", "int8")
+    places: dict[tuple[str, str], int] = {}
+    for file in (tmp_path / "m.offramp").glob("*.onnx"):
+        for item in onnx.load(file, load_external_data=False).graph.initializer:
+            if item.data_location == onnx.TensorProto.EXTERNAL:
+                where = {entry.key: entry.value for entry in item.external_data}
+                places[where["offset"], where["length"]] = int(where["length"])
+    weights = (tmp_path / "m.offramp" / "weights.bin").stat().st_size
+    assert weights - sum(places.values()) < 64 * len(places)
+
+
+def test_too_much_is_an_error_that_leaves_nothing(program: offramp.Program, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"more than loss=0.0001; \d+\.\d% of the answers") as caught:
+        offramp.save(program, tmp_path / "m.offramp", "int4", loss=1e-4)
+    assert '{"decoder.6": "fp32"}' in str(caught.value.hint)
+    assert not any(tmp_path.iterdir())
+    samples = [{"ids": np.arange(36).reshape(3, 12)}]
+    figures = offramp.save(program, tmp_path / "m.offramp", "int4", samples=samples)
+    assert figures["encoding"] != offramp.save(program, tmp_path / "m.offramp", "int4")["encoding"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "reason"),
+    [
+        ("fp8", {}, "precision='fp8': there are fp32, int8, int4"),
+        ({"encoder.1": "bf16"}, {}, "precision='bf16'"),
+        ("int8", {"policy": {"name": "never"}}, "thresholds hold for the precision that they were chosen for"),
+        ({"encoder.1/tail": "int8"}, {}, "segments of the file tail.onnx are to be"),
+    ],
+)
+def test_refusals(
+    program: offramp.Program, tmp_path: Path, precision: Any, options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ExportError, match=reason):
+        offramp.save(program, tmp_path / "m.offramp", precision, **options)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_root_logger_stays_as_it_is(program: offramp.Program, tmp_path: Path) -> None:
+    root = logging.getLogger()
+    before = root.level, list(root.handlers), logging.root.manager.disable
+    offramp.save(program, tmp_path / "m.offramp", "int4")
+    assert (root.level, list(root.handlers), logging.root.manager.disable) == before
+
+
+def test_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wide.py").write_text(
+        "import sys, torch\nfrom test_encode import Wide\n"
+        "def make():\n    return Wide().eval(), {'ids': torch.randint(500, (2, 12))}\n"
+    )
+    given = ("export", f"{tmp_path / 'wide.py'}:make", "-o", tmp_path / "m.offramp")
+    shown = run(capsys, *given, "--precision", "encoder.*=int8")
+    assert "encoder.*=int8 against fp32: 0.0" in shown
+    assert "of the answers are the same" in shown
+    assert "int8" in offramp.load(tmp_path / "m.offramp").manifest.precision
+    assert "there are fp32, int8, int4" in refused(capsys, *given, "--precision", "int2")
+    assert cli.main([*map(str, given), "--precision", "int4", "--loss", "0.000001"]) == 1
