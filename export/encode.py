@@ -107,7 +107,7 @@ def _segments(manifest: Manifest, stage: Stage) -> Iterator[str]:
 # encodings
 
 
-def _blocks(model: onnx.ModelProto, bits: int, operators: tuple[str, ...] = ("MatMul", "Gather")) -> onnx.ModelProto:
+def _blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
     """Weights of so many bits, a scale for each block of them; activations of products are rounded to 8 bits."""
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
