@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,6 @@ from examples.vision_language.model import BLOCKS, LONGEST
 from examples.vision_language.train import GENERATION, program
 from offramp.training.weights import load_weights
 
-FOLDER = BUILD / "vision_language"
 THREADS = 1
 TURN = 4  # batches
 INPUTS = ("pixel_values", "input_ids", "attention_mask")
@@ -149,13 +149,22 @@ def judged(kind: Kind) -> Callable[[Any, Any], float]:
     return quality
 
 
+@functools.cache
+def folder(form: str, weights: Path) -> Path:
+    """Where what is made of these weights lies."""
+    with (weights / f"{form}.safetensors").open("rb") as file:
+        place = BUILD / "vision_language" / hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
 def bundle(
     form: str, weights: Path, exits: Mapping[str, Sequence[int]], cut: Mapping[str, int] | None = None
 ) -> offramp.Chain:
     """What learned in a form, with some of its exits and one segment between them, or without its deeper blocks."""
     cut = cut or {}
     parts = [f"{stack}-{'.'.join(map(str, after))}" for stack, after in exits.items() if after]
-    path = FOLDER / "_".join([form, *parts, *(f"{stack}-of-{after}" for stack, after in cut.items())])
+    path = folder(form, weights) / "_".join([form, *parts, *(f"{stack}-of-{after}" for stack, after in cut.items())])
     path = path.with_name(f"{path.name}.offramp")
     if not (path / "manifest.json").is_file():
         say(f"exporting {path}")

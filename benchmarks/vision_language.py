@@ -1,10 +1,10 @@
 """Do exits pay where images and questions are read and answers are written? Score and time in one row, one thread.
 
 The encoder-decoder of ``examples/vision_language``, easy-VQA's test set: questions (one word) by accuracy, descriptions
-by sacreBLEU. Everything is chosen on the validation set: to keep 99% of full depth's accuracy and 96% of its BLEU, what
-MuE (arXiv 2211.11152) loses where it claims 50% and 40% less time. A chain has those exits alone that its policy asks.
-All ways take turns, a few batches each. "encoder" is the time until the decoder's first step, "saved" of both; the
-blocks are means of what patches, words and answer took.
+by sacreBLEU. Everything is chosen on the validation set, and kept in build: to keep 99% of full depth's accuracy and
+96% of its BLEU, what MuE (arXiv 2211.11152) loses where it claims 50% and 40% less time. A chain has those exits alone that
+its policy asks. All ways take turns, a few batches each. "encoder" is the time until the decoder's first step, "saved"
+of both; the blocks are means of what patches, words and answer took.
 
 Needs the weights that ``python -m examples.vision_language.train --form joint`` leaves, and of ``--form separate`` for
 MuE's rows. Progress, and each row once it is measured, go to stderr; the table to stdout.
@@ -13,23 +13,41 @@ MuE's rows. Progress, and each row once it is measured, go to stderr; the table 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import offramp
-from benchmarks._answers import DESCRIPTIONS, GROUPS, QUESTIONS, Kind, Way, bundle, examples, fitting, judged, measure
+from benchmarks._answers import (
+    DESCRIPTIONS,
+    GROUPS,
+    QUESTIONS,
+    Kind,
+    Way,
+    bundle,
+    examples,
+    fitting,
+    folder,
+    judged,
+    measure,
+)
 from benchmarks._common import Row, report, rounds, say, shown, spread
 from benchmarks._translate import on_one_core
 from examples.vision_language.model import BLOCKS, LONGEST
+from offramp.runtime.policies.builtin import from_dict
+from offramp.runtime.policies.thresholds import Threshold
 
-KINDS = (QUESTIONS, DESCRIPTIONS)
+KINDS = {kind.name: kind for kind in (QUESTIONS, DESCRIPTIONS)}
 BATCHES = (1, 16)
 EARLY = tuple(range(1, BLOCKS))
 TRUNCATED = ((4, 4), (3, 3), (2, 2), (1, 1), (3, 1), (2, 1))  # blocks of the encoder, of the decoder
 PATIENCE = (1, 2, 3)
 FULL = "full depth"
+COSINE = dict.fromkeys(GROUPS, "cosine")
+ALL = 1e-6  # a threshold below that lets everything leave
 Chosen = dict[str, offramp.Policy]  # by stack, or group of its tokens
 
 
@@ -45,19 +63,17 @@ class Ways:
         for encoder, decoder in TRUNCATED:
             exits, cut = {"decoder": [decoder]}, {"encoder": encoder, "decoder": decoder}
             yield Way(f"truncated to {encoder} + {decoder}", bundle("joint", self.weights, exits, cut))
-        yield from self.way("DeeBERT: entropy", "joint", self.calibrated("joint", {"decoder": "entropy"}))
+        yield from self.way("DeeBERT: entropy", "joint", self.calibrated("joint", {"decoder": "entropy"})[-1])
         yield from self.patient()
         if (self.weights / "separate.safetensors").exists():
             yield from self.mue()
         else:
             say(f"MuE is left out: there is no {self.weights / 'separate.safetensors'}")
-        groups = dict.fromkeys(GROUPS, "cosine")
-        for name, measures in (
-            ("joint, groups leave apart", groups),
-            ("DEED: top1 in the decoder", {"decoder": "top1"}),
-            ("joint and DEED", {**groups, "decoder": "top1"}),
-        ):
-            yield from self.way(name, "joint", self.calibrated("joint", measures))
+        _, grouped, both = self.calibrated("joint", {**COSINE, "decoder": "top1"})
+        (deed,) = self.calibrated("joint", {"decoder": "top1"})
+        yield from self.way("joint, groups leave apart", "joint", grouped)
+        yield from self.way("DEED: top1 in the decoder", "joint", deed)
+        yield from self.way("joint and DEED", "joint", both)
 
     def mue(self) -> Iterator[Way]:
         """Encoded apart, cosine everywhere: with the paper's constants, and thresholds that were chosen as ours are."""
@@ -67,46 +83,58 @@ class Ways:
         else:
             falling = offramp.Decay(0.99, "cosine", tokens=LONGEST, beta=0.95, tau=1.0)
             paper = {**cosine, "decoder": falling}
-        exits = dict.fromkeys((*GROUPS, "decoder"), EARLY)
-        chain = bundle("separate", self.weights, exits)
+        chain = bundle("separate", self.weights, dict.fromkeys((*GROUPS, "decoder"), EARLY))
         yield Way("separate, full depth", bundle("separate", self.weights, {}))
         yield Way("MuE: the paper's thresholds", chain, offramp.Each(paper), "kv")
-        chosen = self.calibrated("separate", dict.fromkeys(exits, "cosine"))
-        for name, propagate in (("MuE: chosen thresholds", "kv"), ("MuE with deferral", "defer")):
-            yield from self.way(name, "separate", chosen, propagate)
+        chosen = self.calibrated("separate", {**COSINE, "decoder": "cosine"})[-1]
+        yield from self.way("MuE: chosen thresholds", "separate", chosen, "kv")
+        yield from self.way("MuE with deferral", "separate", chosen)
 
     def way(self, name: str, form: str, chosen: Chosen, propagate: str = "defer") -> Iterator[Way]:
-        """A chain with the exits that are asked; nothing where none is."""
-        asked: dict[str, set[int]] = {}
-        for place, policy in chosen.items():
-            asked.setdefault(_stack(form, place), set()).update(getattr(policy, "thresholds", None) or EARLY)
-        if not asked:
+        """A chain with the exits that are asked and reached; nothing where none is."""
+        if not chosen:
             say(f"{name} is left out: nothing was proven")
             return
-        exits = {stack: sorted(after) for stack, after in asked.items()}
-        yield Way(name, bundle(form, self.weights, exits), offramp.Each(chosen), propagate)
+        policies = {place: _reached(policy) for place, policy in chosen.items()}
+        exits: dict[str, list[int]] = {}
+        for place, policy in policies.items():
+            stack = _stack(form, place)
+            exits[stack] = sorted({*exits.get(stack, ()), *policy.thresholds})
+        yield Way(name, bundle(form, self.weights, exits), offramp.Each(policies), propagate)
 
-    def calibrated(self, form: str, measures: Mapping[str, str]) -> Chosen:
-        """Thresholds for one place after the other, each of which may lose as much; the rest is as chosen before."""
+    def calibrated(self, form: str, measures: Mapping[str, str]) -> list[Chosen]:
+        """Thresholds for one place after the other, of each with those before; what was chosen once is read.
+
+        The first may lose three quarters of what all may, the next one half of the rest, the last one all of it.
+        """
+        file = folder(form, self.weights) / f"{self.kind.name}-{'-'.join(measures.values())}-{self.count}.json"
+        if file.exists():
+            read = json.loads(file.read_text())
+            return [{place: from_dict(policy) for place, policy in each.items()} for each in read]
         exits = {_stack(form, place): EARLY for place in (*GROUPS, "decoder")}
         chain, data = bundle(form, self.weights, exits), examples(self.kind, self.count)
+        found: list[Chosen] = []
         chosen: Chosen = {}
-        for number, (place, score) in enumerate(measures.items(), 1):
-            found = offramp.calibrate(
+        for left, (place, score) in zip(reversed(range(len(measures))), measures.items(), strict=True):
+            share = 1 - 0.5 ** (len(measures) - left + 1) if left else 1.0
+            made = offramp.calibrate(
                 chain,
                 data,
-                keep=1 - (1 - self.kind.keep) * number / len(measures),
+                keep=1 - (1 - self.kind.keep) * share,
                 quality=judged(self.kind),
                 stack=place,
                 measure=score,
                 others=offramp.Each(chosen) if chosen else None,
                 max_new_tokens=self.kind.most,
             )
-            reason = found.record["reason"]
-            say(f"{self.kind.name}, {form}, {place} by {score}: {reason or found.record['thresholds']}")
+            reason = made.record["reason"]
+            say(f"{self.kind.name}, {form}, {place} by {score}: {reason or made.record['thresholds']}")
             if reason is None:
-                chosen = dict(found.policy.stacks)  # type: ignore[attr-defined]
-        return chosen
+                assert isinstance(made.policy, offramp.Each)
+                chosen = dict(made.policy.stacks)
+            found.append(chosen)
+        file.write_text(json.dumps([{place: policy.to_dict() for place, policy in each.items()} for each in found]))
+        return found
 
     def patient(self) -> Iterator[Way]:
         """The least patience in the decoder (PABEE) that keeps enough of the score on the validation set."""
@@ -118,6 +146,17 @@ class Ways:
         ]
         good = [way for way, score in zip(ways, scores[1:], strict=True) if score >= self.kind.keep * scores[0]]
         yield good[0] if good else ways[-1]
+
+
+def _reached(policy: offramp.Policy) -> Threshold:
+    """The policy without exits behind one that everything leaves at."""
+    assert isinstance(policy, Threshold)
+    kept: dict[int, float] = {}
+    for after, at in sorted(policy.thresholds.items()):
+        kept[after] = at
+        if at < ALL and not isinstance(policy, offramp.Entropy):
+            break
+    return replace(policy, thresholds=kept)
 
 
 def _stack(form: str, place: str) -> str:
@@ -154,12 +193,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--weights", type=Path, default=Path("build/vision_language"), help="what training left")
     parser.add_argument("--val", metavar="N", type=int, help="requests of each kind that choose (all)")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="of requests (both)")
     parser.add_argument("--requests", metavar="N", type=int, default=600, help="of each kind, of the test set (600)")
     rounds(parser)
     args = parser.parse_args()
     on_one_core()
     rows: list[Row] = []
-    for kind in KINDS:
+    for kind in (KINDS[name] for name in args.kinds):
         ways = list(Ways(kind, args.weights, args.val).all())
         rows += spread([measured(kind, ways, args.requests) for _ in range(args.rounds)])
     report("vision_language", "easy-VQA test, 6 + 6 blocks of 128 features, milliseconds of a request", rows)

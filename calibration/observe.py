@@ -179,9 +179,13 @@ def _answered(
 ) -> tuple[list[NDArray[Any]], Mapping[str, Any]]:
     """What each row of a batch is answered, and the scores of stacks that run once for it."""
     if chain.generates is not None:
-        session = chain.session(inputs, policy)
-        session.end()
-        return list(chain.generate(inputs, policy, **{**options, **GREEDY}).tokens), session.scores
+        made = chain.generator(inputs, policy, **{**options, **GREEDY})
+        tokens: dict[int, list[int]] = {row: [] for row in made.rows}
+        while made.rows:
+            for token in made.next():
+                tokens[token.row].append(token.token)
+        made.end()
+        return [np.array(row, np.int64) for row in tokens.values()], made.scores
     result, answer = chain.run(inputs, policy), answers_of(chain)
     output, place = result.outputs[answer], chain.rows_of(answer)
     return [output] if place is None else list(np.moveaxis(output, place[0], 0)), result.scores

@@ -49,6 +49,11 @@ class Generator:
         return self._session.exits
 
     @property
+    def scores(self) -> Mapping[str, Mapping[int, Mapping[str, NDArray[Any]]]]:
+        """What their exits scored that were asked, by stack, ``after`` and measure, as in `Result`."""
+        return self._session.scores
+
+    @property
     def trace(self) -> tuple[Timing, ...]:
         """The segments that ran once, before the first token."""
         return self._session.trace
