@@ -15,6 +15,7 @@ import sacrebleu
 
 import offramp
 from benchmarks._common import BUILD, say, steps
+from examples import vision_language
 from examples.vision_language.data import REQUESTS, Split, collated, load, tokenizer
 from examples.vision_language.data import Task as Asked
 from examples.vision_language.model import BLOCKS, LONGEST
@@ -149,10 +150,17 @@ def judged(kind: Kind) -> Callable[[Any, Any], float]:
     return quality
 
 
+def weights_of(form: str, weights: Path) -> Path:
+    """The file of what learned in a form: what training left, else what is in the repository."""
+    trained = weights / f"{form}.safetensors"
+    ours = Path(vision_language.__file__).parent / trained.name
+    return ours if ours.exists() and not trained.exists() else trained
+
+
 @functools.cache
 def folder(form: str, weights: Path) -> Path:
     """Where what is made of these weights lies."""
-    with (weights / f"{form}.safetensors").open("rb") as file:
+    with weights_of(form, weights).open("rb") as file:
         place = BUILD / "vision_language" / hashlib.file_digest(file, "sha256").hexdigest()[:8]
     place.mkdir(parents=True, exist_ok=True)
     return place
@@ -169,7 +177,7 @@ def bundle(
     if not (path / "manifest.json").is_file():
         say(f"exporting {path}")
         made = program(words().get_vocab_size(), form, exits)
-        load_weights(made, weights / f"{form}.safetensors", part=True)
+        load_weights(made, weights_of(form, weights), part=True)
         for stack, after in cut.items():
             made = offramp.apply(made, f"truncate{{stack={stack},after={after}}}")
         offramp.save(offramp.apply(made.without_dropout(), "insert-cache"), path, segments=1, generation=GENERATION)

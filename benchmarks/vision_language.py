@@ -2,12 +2,12 @@
 
 The encoder-decoder of ``examples/vision_language``, easy-VQA's test set: questions (one word) by accuracy, descriptions
 by sacreBLEU. Everything is chosen on the validation set, and kept in build: to keep 99% of full depth's accuracy and
-96% of its BLEU, what MuE (arXiv 2211.11152) loses where it claims 50% and 40% less time. A chain has those exits alone that
-its policy asks. All ways take turns, a few batches each. "encoder" is the time until the decoder's first step, "saved"
-of both; the blocks are means of what patches, words and answer took.
+96% of its BLEU, what MuE (arXiv 2211.11152) loses where it claims 50% and 40% less time. A chain has those exits alone
+that its policy asks. All ways take turns, a few batches each. "encoder" is the time until the decoder's first step,
+"saved" of both; the blocks are means of what patches, words and answer took.
 
-Needs the weights that ``python -m examples.vision_language.train --form joint`` leaves, and of ``--form separate`` for
-MuE's rows. Progress, and each row once it is measured, go to stderr; the table to stdout.
+MuE's rows need the weights that ``python -m examples.vision_language.train --form separate`` leaves; those of ``joint``
+are in the repository. Progress, and each row once it is measured, go to stderr; the table to stdout.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from benchmarks._answers import (
     folder,
     judged,
     measure,
+    weights_of,
 )
 from benchmarks._common import Row, report, rounds, say, shown, spread
 from benchmarks._translate import on_one_core
@@ -65,10 +66,10 @@ class Ways:
             yield Way(f"truncated to {encoder} + {decoder}", bundle("joint", self.weights, exits, cut))
         yield from self.way("DeeBERT: entropy", "joint", self.calibrated("joint", {"decoder": "entropy"})[-1])
         yield from self.patient()
-        if (self.weights / "separate.safetensors").exists():
+        if weights_of("separate", self.weights).exists():
             yield from self.mue()
         else:
-            say(f"MuE is left out: there is no {self.weights / 'separate.safetensors'}")
+            say(f"MuE is left out: there is no {weights_of('separate', self.weights)}")
         _, grouped, both = self.calibrated("joint", {**COSINE, "decoder": "top1"})
         (deed,) = self.calibrated("joint", {"decoder": "top1"})
         yield from self.way("joint, groups leave apart", "joint", grouped)

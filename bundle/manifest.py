@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from offramp.bundle.expressions import multiple
@@ -164,7 +165,7 @@ class Stack:
     groups: tuple[Group, ...] = ()
     places: str | None = None
 
-    @property
+    @cached_property
     def by_group(self) -> Mapping[str, Stack]:
         """What leaves, by the names that policies have for it: the stack itself, or ``STACK.GROUP`` for each group."""
         if not self.groups:
@@ -389,7 +390,7 @@ class Manifest:
         """The outputs that have nothing of the places in front of the text."""
         return self.cache.prompt.cut if self.cache and self.cache.prompt else ()
 
-    @property
+    @cached_property
     def leaving(self) -> Mapping[str, Stack]:
         """What leaves early, by the names that policies have for it: stacks, and groups of tokens (``STACK.GROUP``)."""
         return {name: stack for item in self.stacks.values() for name, stack in item.by_group.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,6 +25,8 @@ from offramp.runtime.policies.group_policy import asked_at
 
 Array = NDArray[Any]
 Prompts: TypeAlias = list[NDArray[np.int64]]
+
+_KEPT = 32  # combinations of options, which take as long to check as some blocks to run
 
 
 class GenerationPlan:
@@ -52,6 +55,7 @@ class GenerationPlan:
         self._inputs, self._implied = Inputs(manifest), ImpliedInputs(manifest)
         self._lock = threading.Lock()
         self._spare: Store | None = None
+        self._merged = lru_cache(_KEPT)(self._checked)
 
     def store(self, slots: int, capacity: int) -> Store:
         """Memory for a generation, that of one that has ended where it has the same size."""
@@ -174,6 +178,15 @@ class GenerationPlan:
 
     def sampling(self, longest: int, options: Mapping[str, Any], ahead: int = 0) -> Sampling:
         """How tokens are chosen after prompts of at most ``longest``, with places ``ahead`` of them: see `merged`."""
+        given = tuple((name, value, type(value)) for name, value in options.items())  # True is no 1
+        try:
+            hash(given)
+        except TypeError:  # a list among them
+            return self._checked(longest, ahead, given)
+        return self._merged(longest, ahead, given)
+
+    def _checked(self, longest: int, ahead: int, given: tuple[tuple[str, Any, type], ...]) -> Sampling:
+        options = {name: value for name, value, _ in given}
         found = merged(self.manifest.generation, options, longest, self.vocabulary, self._limit(ahead))
         if self.manifest.batch is None and found.beams > 1:
             raise InputError(f"beams={found.beams}: this bundle generates one row at a time", hint="beams=1")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Stack
-from offramp.runtime.policies.base import Policy, Rows, Scores
+from offramp.runtime.policies.base import Cost, Policy, Rows, Scores
 from offramp.runtime.policies.stack_policy import Record, StackPolicy
 
 
@@ -22,7 +22,7 @@ class GroupPolicy:
     """
 
     def __init__(self, policy: Policy, stack: Stack, batch: int, sizes: Mapping[str, int]) -> None:
-        self._stack, self.value = stack, stack.places or ""
+        self._stack, self.value, self._costs = stack, stack.places or "", Cost in policy.observes
         counts = [evaluate(group.tokens, sizes) for group in stack.groups]
         scores = [group.scores(count) for group, count in zip(stack.groups, counts, strict=True)]
         self._parts = [slice(end - count, end) for count, end in zip(scores, np.cumsum(scores), strict=True)]
@@ -90,6 +90,8 @@ class GroupPolicy:
 
     def report(self, depths: Sequence[int] | NDArray[np.int64], milliseconds: float) -> None:
         """Tell the policy what the stack took, if it wants to know; the groups share it by their tokens."""
+        if not self._costs:
+            return
         for group, part in zip(self._groups.values(), self._parts, strict=True):
             share = np.isin(self._tokens, np.arange(part.start, part.stop)).mean()
             group.report(self._depths[:, part].ravel(), milliseconds * float(share))
