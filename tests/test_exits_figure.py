@@ -67,8 +67,13 @@ def test_where_a_text_left_that_leaves_as_one(tmp_path: Path) -> None:
 
 
 def test_what_was_written(root: Path) -> None:
-    found = written(offramp.load(root), lambda ids: "" if ids == [2] else f" w{ids[0]}", [5, 2], [1, 2])
-    assert (found.names, found.depths.tolist(), found.blocks) == (("w5", "2"), [1, 2], 2)
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(9)}, unk_token="w0"))
+    tokenizer.add_special_tokens(["w2"])
+    chain = offramp.load(root)
+    found = written(chain, tokenizer, [5, 2], [1, 2])
+    assert (found.names, found.depths.tolist(), found.blocks) == (("w5", "w2"), [1, 2], 2)
+    assert written(chain, None, [5, 2], [1, 2]).names == ("5", "2")
 
 
 def test_it_is_drawn(tmp_path: Path) -> None:

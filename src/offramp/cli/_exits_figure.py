@@ -20,6 +20,7 @@ from offramp.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.image import AxesImage
+    from tokenizers import Tokenizer
 
     from offramp.runtime import Chain
 
@@ -109,9 +110,11 @@ def left(
                 yield Left(name, stack.blocks, depths)
 
 
-def written(chain: Chain, decode: _words.Decode, tokens: Sequence[int], exits: Sequence[int]) -> Left:
-    """Where the tokens that were generated left."""
-    names = tuple(decode([token]).strip() or str(token) for token in tokens)
+def written(chain: Chain, tokenizer: Tokenizer | None, tokens: Sequence[int], exits: Sequence[int]) -> Left:
+    """Where the tokens that were generated left; special ones by their names."""
+    decode = _words.decoder_of(tokenizer)
+    others = {token: tokenizer and tokenizer.id_to_token(token) for token in tokens}
+    names = tuple(decode([token]).strip() or others[token] or str(token) for token in tokens)
     return Left("written", _words.token_stack(chain).blocks, np.array(exits, np.int64), names)
 
 

@@ -131,7 +131,7 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
         printed = printed._replace(first=printed.seconds)
     print(printed.summary(stack), file=sys.stderr)
     if args.figure:
-        said = _exits_figure.written(chain, _words.decoder_of(tokenizer), printed.tokens[0], printed.exits[0])
+        said = _exits_figure.written(chain, tokenizer, printed.tokens[0], printed.exits[0])
         _exits_figure.write(chain, args.bundle, batches, encoders, args.figure, said)
     return 0
 
