@@ -13,10 +13,12 @@ are in the repository. Progress, and each row once it is measured, go to stderr;
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +49,8 @@ EARLY = tuple(range(1, BLOCKS))
 TRUNCATED = ((4, 4), (3, 3), (2, 2), (1, 1), (3, 1), (2, 1))  # blocks of the encoder, of the decoder
 PATIENCE = (1, 2, 3)
 FULL = "full depth"
+SHALLOW = (1, 2, 3)  # fixed depths that are tried
+PLACES = (*GROUPS, "decoder")
 COSINE = dict.fromkeys(GROUPS, "cosine")
 ALL = 1e-6  # a threshold below that lets everything leave
 Chosen = dict[str, offramp.Policy]  # by stack, or group of its tokens
@@ -65,7 +69,7 @@ class Ways:
             exits, cut = {"decoder": [decoder]}, {"encoder": encoder, "decoder": decoder}
             yield Way(f"truncated to {encoder} + {decoder}", bundle("joint", self.weights, exits, cut))
         yield from self.way("DeeBERT: entropy", "joint", self.calibrated("joint", {"decoder": "entropy"})[-1])
-        yield from self.patient()
+        yield self.patient()
         if weights_of("separate", self.weights).exists():
             yield from self.mue()
         else:
@@ -75,6 +79,7 @@ class Ways:
         yield from self.way("joint, groups leave apart", "joint", grouped)
         yield from self.way("DEED: top1 in the decoder", "joint", deed)
         yield from self.way("joint and DEED", "joint", both)
+        yield self.fixed()
 
     def mue(self) -> Iterator[Way]:
         """Encoded apart, cosine everywhere: with the paper's constants, and thresholds that were chosen as ours are."""
@@ -84,12 +89,41 @@ class Ways:
         else:
             falling = offramp.Decay(0.99, "cosine", tokens=LONGEST, beta=0.95, tau=1.0)
             paper = {**cosine, "decoder": falling}
-        chain = bundle("separate", self.weights, dict.fromkeys((*GROUPS, "decoder"), EARLY))
+        chain = bundle("separate", self.weights, dict.fromkeys(PLACES, EARLY))
         yield Way("separate, full depth", bundle("separate", self.weights, {}))
         yield Way("MuE: the paper's thresholds", chain, offramp.Each(paper), "kv")
         chosen = self.calibrated("separate", {**COSINE, "decoder": "cosine"})[-1]
         yield from self.way("MuE: chosen thresholds", "separate", chosen, "kv")
         yield from self.way("MuE with deferral", "separate", chosen)
+
+    def fixed(self) -> Way:
+        """The same depths for all requests: the quickest ones of patches, words and answer that keep enough."""
+        image, text, answer = self.kept("joint", "fixed", self._fixed)
+        exits, cut = {"encoder": sorted({image, text}), "decoder": [answer]}, {"decoder": answer}
+        policy = offramp.Depth(dict(zip(GROUPS, (image, text), strict=True)))
+        return Way(f"joint, fixed: {image}, {text}, {answer}", bundle("joint", self.weights, exits, cut), policy)
+
+    def _fixed(self) -> list[int]:
+        depths = list(itertools.product(SHALLOW, repeat=len(PLACES)))
+        chain = bundle("joint", self.weights, {"encoder": EARLY, "decoder": EARLY})
+        policies = [offramp.Never(), *(offramp.Depth(dict(zip(PLACES, each, strict=True))) for each in depths)]
+        full, *found = self.on_validation([Way("", chain, policy) for policy in policies])
+        good = [at for at, (score, _) in enumerate(found) if score >= self.kind.keep * full[0]]
+        say(f"{self.kind.name}: {len(good)} of {len(depths)} fixed depths keep enough")
+        return list(depths[min(good, key=lambda at: found[at][1])])
+
+    def on_validation(self, ways: Sequence[Way]) -> list[tuple[float, float]]:
+        """The score of each way on the validation set, and its milliseconds."""
+        right = fitting(self.kind, "validation", self.count)
+        found = measure(ways, self.kind, "validation", 16, self.count)
+        return [(self.kind.score(way.texts, right), sum(way.encoder) + sum(way.decoder)) for way in found]
+
+    def kept(self, form: str, name: str, choose: Callable[[], Any]) -> Any:
+        """What was chosen for these weights; chosen now where it was not."""
+        file = folder(form, self.weights) / f"{self.kind.name}-{name}-{self.count}.json"
+        if not file.exists():
+            file.write_text(json.dumps(choose()))
+        return json.loads(file.read_text())
 
     def way(self, name: str, form: str, chosen: Chosen, propagate: str = "defer") -> Iterator[Way]:
         """A chain with the exits that are asked and reached; nothing where none is."""
@@ -104,17 +138,17 @@ class Ways:
         yield Way(name, bundle(form, self.weights, exits), offramp.Each(policies), propagate)
 
     def calibrated(self, form: str, measures: Mapping[str, str]) -> list[Chosen]:
-        """Thresholds for one place after the other, of each with those before; what was chosen once is read.
+        """Thresholds for one place after the other, of each with those before.
 
         The first may lose three quarters of what all may, the next one half of the rest, the last one all of it.
         """
-        file = folder(form, self.weights) / f"{self.kind.name}-{'-'.join(measures.values())}-{self.count}.json"
-        if file.exists():
-            read = json.loads(file.read_text())
-            return [{place: from_dict(policy) for place, policy in each.items()} for each in read]
-        exits = {_stack(form, place): EARLY for place in (*GROUPS, "decoder")}
+        found = self.kept(form, "-".join(measures.values()), lambda: self._calibrated(form, measures))
+        return [{place: from_dict(policy) for place, policy in each.items()} for each in found]
+
+    def _calibrated(self, form: str, measures: Mapping[str, str]) -> list[dict[str, Any]]:
+        exits = {_stack(form, place): EARLY for place in PLACES}
         chain, data = bundle(form, self.weights, exits), examples(self.kind, self.count)
-        found: list[Chosen] = []
+        found = []
         chosen: Chosen = {}
         for left, (place, score) in zip(reversed(range(len(measures))), measures.items(), strict=True):
             share = 1 - 0.5 ** (len(measures) - left + 1) if left else 1.0
@@ -133,20 +167,21 @@ class Ways:
             if reason is None:
                 assert isinstance(made.policy, offramp.Each)
                 chosen = dict(made.policy.stacks)
-            found.append(chosen)
-        file.write_text(json.dumps([{place: policy.to_dict() for place, policy in each.items()} for each in found]))
+            found.append({place: policy.to_dict() for place, policy in chosen.items()})
         return found
 
-    def patient(self) -> Iterator[Way]:
-        """The least patience in the decoder (PABEE) that keeps enough of the score on the validation set."""
-        chain, right = bundle("joint", self.weights, {"decoder": EARLY}), fitting(self.kind, "validation", self.count)
-        ways = [Way(f"PABEE: patience {patience}", chain, offramp.Patience(patience)) for patience in PATIENCE]
-        full = Way(FULL, bundle("joint", self.weights, {}))
-        scores = [
-            self.kind.score(way.texts, right) for way in measure([full, *ways], self.kind, "validation", 16, self.count)
-        ]
-        good = [way for way, score in zip(ways, scores[1:], strict=True) if score >= self.kind.keep * scores[0]]
-        yield good[0] if good else ways[-1]
+    def patient(self) -> Way:
+        """The least patience in the decoder (PABEE) that keeps enough, or the most that was tried."""
+        chain = bundle("joint", self.weights, {"decoder": EARLY})
+
+        def choose() -> int:
+            policies = [offramp.Never(), *map(offramp.Patience, PATIENCE)]
+            full, *found = self.on_validation([Way("", chain, policy) for policy in policies])
+            good = [at for at, (score, _) in enumerate(found) if score >= self.kind.keep * full[0]]
+            return PATIENCE[good[0] if good else -1]
+
+        patience = self.kept("joint", "patience", choose)
+        return Way(f"PABEE: patience {patience}", chain, offramp.Patience(patience))
 
 
 def _reached(policy: offramp.Policy) -> Threshold:
@@ -173,7 +208,7 @@ def measured(kind: Kind, ways: Sequence[Way], count: int | None) -> list[Row]:
     rows = []
     for at, way in enumerate(runs[1]):
         score = kind.score(way.texts, right)
-        depths = [f"{np.mean(way.depths[place]):.2f}" for place in (*GROUPS, "decoder")]
+        depths = [f"{np.mean(way.depths[place]):.2f}" for place in PLACES]
         row: Row = {
             "": f"{kind.name}: {way.name}",
             "score": round(score, 2),
