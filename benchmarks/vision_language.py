@@ -50,6 +50,7 @@ TRUNCATED = ((4, 4), (3, 3), (2, 2), (1, 1), (3, 1), (2, 1))  # blocks of the en
 PATIENCE = (1, 2, 3)
 FULL = "full depth"
 SHALLOW = (1, 2, 3)  # fixed depths that are tried
+SWEPT = 1200  # validation requests that they, and patience, are tried on
 PLACES = (*GROUPS, "decoder")
 COSINE = dict.fromkeys(GROUPS, "cosine")
 ALL = 1e-6  # a threshold below that lets everything leave
@@ -113,9 +114,10 @@ class Ways:
         return list(depths[min(good, key=lambda at: found[at][1])])
 
     def on_validation(self, ways: Sequence[Way]) -> list[tuple[float, float]]:
-        """The score of each way on the validation set, and its milliseconds."""
-        right = fitting(self.kind, "validation", self.count)
-        found = measure(ways, self.kind, "validation", 16, self.count)
+        """The score of each way on a part of the validation set, and its milliseconds."""
+        count = min(self.count or SWEPT, SWEPT)
+        right = fitting(self.kind, "validation", count)
+        found = measure(ways, self.kind, "validation", 16, count)
         return [(self.kind.score(way.texts, right), sum(way.encoder) + sum(way.decoder)) for way in found]
 
     def kept(self, form: str, name: str, choose: Callable[[], Any]) -> Any:
