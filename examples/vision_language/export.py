@@ -4,7 +4,7 @@
     offramp run answers.offramp --image circle.png --text "what color is the circle?" --figure left.png \\
         --policy "confidence:0.98,measure=cosine"
 
-The weights are what ``python -m examples.vision_language.train`` left: ``joint``, 8 epochs, 53 minutes on two
+The weights are what ``python -m examples.vision_language.train`` left: ``joint``, 8 epochs, an hour on two
 cores. Every patch and word leaves the encoder by itself, or all patches and all words together (``group``).
 """
 
