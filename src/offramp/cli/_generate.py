@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from offramp.bundle.options import PROPAGATE
 from offramp.cli import _common, _inputs, _text, _words
 from offramp.errors import InputError
 
@@ -67,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--raw", action="store_true", help="take --text as it is, without the bundle's template")
     group.add_argument(
         "--propagate",
-        choices=PROPAGATE,
+        choices=("defer", "hidden", "kv"),  # as `bundle.options` has them, which imports numpy
         help="deeper blocks of tokens that left early: computed when a later token goes deep (defer, exact, the "
         "default), from the hidden state at the exit (hidden), or with the keys and values there for theirs (kv)",
     )
