@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from examples.vision_language.data import REQUESTS, Split, collated, load, token
 from examples.vision_language.data import Task as Asked
 from examples.vision_language.model import BLOCKS, LONGEST
 from examples.vision_language.train import GENERATION, program
+from offramp.export.write import hashed
 from offramp.training.weights import load_weights
 
 THREADS = 1
@@ -160,8 +160,7 @@ def weights_of(form: str, weights: Path) -> Path:
 @functools.cache
 def folder(form: str, weights: Path) -> Path:
     """Where what is made of these weights lies."""
-    with weights_of(form, weights).open("rb") as file:
-        place = BUILD / "vision_language" / hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    place = BUILD / "vision_language" / hashed(weights_of(form, weights)).sha256[:8]
     place.mkdir(parents=True, exist_ok=True)
     return place
 

@@ -228,11 +228,10 @@ class Prompt:
 
     ``tokens`` is a value that holds the ids of the whole prompt, ``[batch, prompt]``; ``lengths``, int64 [batch], says
     how many of those each row has. ``filler`` is an id for the places behind them. ``given`` are inputs over the
-    prompt's tokens, and what they hold behind it; those in ``counting``, positions ``[..., tokens]``,
-    count on there from the row's greatest.
-    ``whole``: some of its tokens see later ones, so they run together.
-    In front of the text stand ``ahead`` places for features, a number or an expression over axes, which a run adds to
-    what it is given, and takes from the outputs in ``cut``.
+    prompt's tokens, and what they hold behind it; those in ``counting``, positions ``[..., tokens]``, count on there
+    from the row's greatest. ``whole``: some of its tokens see later ones, so they run together. In front of the text
+    stand ``ahead`` places for features, a number or an expression over axes, which a run adds to what it is given, and
+    takes from the outputs in ``cut``.
     """
 
     tokens: str

@@ -246,7 +246,8 @@ def _tokens(exits: _Exits, fitting: Examples, testing: Examples) -> tuple[Policy
     """Tokens feed back, so each setting is generated with, until one fails."""
     asked, stack = exits.asked, exits.stack
     texts = [generate(asked.chain, example, Never(), asked.options)[0] for example in fitting.inputs]
-    if all(text.size <= first for text, first in zip(texts, unasked(asked.chain, fitting), strict=True)):
+    none_longer = max(text.size for text in texts) < 2  # else nobody needs to look at the prompts
+    if none_longer and all(text.size <= n for text, n in zip(texts, unasked(asked.chain, fitting), strict=True)):
         return Never(), {
             "reason": "no text is longer than one token, which behind a prompt of several never leaves early"
         }

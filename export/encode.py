@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,7 +24,7 @@ from onnx import external_data_helper, helper, numpy_helper
 
 from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
-from offramp.export.write import hashed
+from offramp.export.write import ALIGNMENT, hashed
 from offramp.runtime.chain import Chain
 from offramp.runtime.policies.builtin import Never
 
@@ -31,7 +32,6 @@ from offramp.runtime.policies.builtin import Never
 Precision: TypeAlias = str | Mapping[str, str]
 PRECISIONS = ("fp32", "int8", "int4")
 _BLOCK = 32  # weights that share a scale
-_ALIGNMENT = 64
 _LEAST = 1024  # bytes: smaller arrays stay in their file
 
 
@@ -83,13 +83,13 @@ def encoded(manifest: Manifest, source: Path, target: Path, precision: Precision
             model = onnx.load(source / file)
             (target / file).write_bytes(writer.moved(_ENCODE[encoding](model)).SerializeToString(deterministic=True))
     for file in manifest.take.values():
-        (target / file).write_bytes((source / file).read_bytes())
+        shutil.copyfile(source / file, target / file)
     segments = {name: replace(item, encoding=wanted[item.file]) for name, item in manifest.segments.items()}
     files = {path.name: hashed(path) for path in sorted(target.iterdir())}
     others = {name: item for name, item in manifest.files.items() if name not in files}
     for name in others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes((source / name).read_bytes())
+        shutil.copyfile(source / name, target / name)
     shown = precision if isinstance(precision, str) else ", ".join(f"{key} {item}" for key, item in precision.items())
     return replace(manifest, segments=segments, files=files | others, precision=shown, policy=None, calibration=None)
 
@@ -226,7 +226,7 @@ class _Weights:
     def _place(self, data: bytes) -> int:
         key = hashlib.sha256(data).hexdigest()
         if key not in self._placed:
-            self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
             self._placed[key] = self._file.tell()
             self._file.write(data)
         return self._placed[key]

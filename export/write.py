@@ -18,7 +18,7 @@ from offramp.export.lowering.merged_products import merged
 from offramp.export.translations import Translation
 from offramp.program.graph import attribute, storage_key
 
-_ALIGNMENT = 64
+ALIGNMENT = 64  # bytes: where an array may begin in the weights file
 _INLINE = 64  # bytes of whole numbers: ONNX Runtime reads axes and sizes only where they stand in the file itself
 
 _ELEMENTS: dict[torch.dtype, ir.DataType] = {
@@ -99,7 +99,7 @@ class Writer:
         """
         key = (encoding, *map(storage_key, parts))
         if key not in self._placed:
-            offset = -self._weights.tell() % _ALIGNMENT + self._weights.tell()
+            offset = -self._weights.tell() % ALIGNMENT + self._weights.tell()
             self._weights.write(b"\0" * (offset - self._weights.tell()))
             for tensor in parts:
                 if tensor.dtype not in _ELEMENTS:

@@ -31,6 +31,7 @@ from examples.vision_language.model import (
     example,
 )
 from examples.vision_language.train import GENERATION, said
+from offramp.export.write import hashed
 from offramp.training.losses import IGNORED
 
 VOCABULARY, BLOCKS = 40, 2
@@ -147,7 +148,7 @@ def test_an_image_among_the_words_gets_a_cache() -> None:
 
 @needs_data
 def test_the_trained_model_answers_questions_and_describes_images(tmp_path: Path) -> None:
-    assert export.sha256(export.WEIGHTS) == export.SHA256
+    assert hashed(export.WEIGHTS).sha256 == export.SHA256
     offramp.save(export.trained(), tmp_path / "answers.offramp", generation=GENERATION)
     chain = offramp.load(tmp_path / "answers.offramp")
     words, split = Tokenizer.from_file(str(export.TOKENIZER)), data.load("test")

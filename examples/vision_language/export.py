@@ -11,14 +11,13 @@ cores. Every patch and word leaves the encoder by itself, or all patches and all
 from __future__ import annotations
 
 import argparse
-import hashlib
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 import offramp
 from examples.vision_language.model import PAD, SIDE
-from examples.vision_language.train import GENERATION, captured
+from examples.vision_language.train import GENERATION, program
 from offramp.program import Program
 from offramp.training.weights import load_weights
 
@@ -29,30 +28,13 @@ PREPROCESSING = {
     "image": {"rgb": True, "height": SIDE, "width": SIDE, "resample": "bilinear", "scale": 1 / 127.5, "offset": -1.0},
     "text": {"pad": PAD},
 }
-PASSES = (
-    "split-modalities{{stack=encoder,tokens={tokens}}}",
-    "insert-exits{{stack=encoder,after=1|2|3|4|5}}",
-    "insert-scores{{stack=encoder,measure=cosine}}",
-    "insert-exits{{stack=decoder,after=1|2|3|4|5}}",
-    "insert-adapter{{stack=decoder}}",
-    "insert-scores{{stack=decoder,measure=top1|cosine}}",
-    "insert-cache",
-)
-
-
-def sha256(file: Path) -> str:
-    """Of a file."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def trained(tokens: str = "group", weights: Path = WEIGHTS) -> Program:
     """The trained model with exits and caches."""
-    size = Tokenizer.from_file(str(TOKENIZER)).get_vocab_size()
-    split, *rest = (item.format(tokens=tokens) for item in PASSES)
-    made = offramp.apply(captured(size), ",".join([split, *rest[:-1]]))
-    load_weights(made, weights, part=True)
-    return offramp.apply(made.without_dropout(), rest[-1])
+    made = program(Tokenizer.from_file(str(TOKENIZER)).get_vocab_size(), tokens=tokens)
+    load_weights(made, weights)
+    return offramp.apply(made.without_dropout(), "insert-cache")
 
 
 def main() -> None:

@@ -50,14 +50,17 @@ def captured(vocabulary: int) -> Program:
     return offramp.capture(VisionLanguage(vocabulary), example(), training=True)
 
 
-def program(vocabulary: int, form: str = "joint", exits: Mapping[str, Sequence[int]] | None = None) -> Program:
+def program(
+    vocabulary: int, form: str = "joint", exits: Mapping[str, Sequence[int]] | None = None, tokens: str = "group"
+) -> Program:
     """The model with exits after every block, in the decoder with an adapter at each; or by stack after ``exits``.
 
-    The weights of all that this returns are the same, but for those of adapters.
+    The weights of all that this returns are the same, but for those of adapters. ``tokens`` of a modality leave the
+    encoder as a "group", or each "token" by itself.
     """
     if form == "plain":
         return captured(vocabulary)
-    split = offramp.apply(captured(vocabulary), f"split-modalities{{form={form}}}")
+    split = offramp.apply(captured(vocabulary), f"split-modalities{{form={form},tokens={tokens}}}")
     pipeline = []
     for name in split.stacks if exits is None else [name for name, after in exits.items() if after]:
         after = "all" if exits is None else "|".join(map(str, exits[name]))

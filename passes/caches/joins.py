@@ -30,7 +30,7 @@ class Joins:
     Attributes:
         nodes: The nodes that put values among tokens.
         given: Inputs over a prompt's tokens that say more of them (which see later ones, say), and what they are of
-            text behind it; None for positions, which count on there from the greatest, as Qwen2-VL's do.
+            text behind it; None for positions, which count on there from the greatest.
         derived: What masks read that is made of those inputs alone (groups of tokens that see each other, say), and
             what that is of text.
         filler: An id of the example that stays what it is: it stands behind the shorter prompts of a batch.

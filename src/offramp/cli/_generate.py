@@ -113,10 +113,10 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
         for at, inputs in enumerate(batches):
             if args.figure:
                 made = _by_hand(chain.generator(inputs, policy, **options), encoders)
+            elif searches:
+                made = _searched(chain, inputs, policy, options)
             else:
-                made = (
-                    _searched(chain, inputs, policy, options) if searches else chain.stream(inputs, policy, **options)
-                )
+                made = chain.stream(inputs, policy, **options)
             for token in made:
                 yield token._replace(row=token.row + sum(sizes[:at]))
 
