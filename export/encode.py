@@ -1,8 +1,8 @@
 """A bundle's weights in fewer bits: each segment through ONNX Runtime's own quantizers, by the tokens that it runs on.
 
 Where a segment runs on one token after the other, reading its weights is what takes time: ``MatMulNBits`` holds them in
-blocks of 4 or 8 bits. Where it runs on many at once, products do: dynamic int8 multiplies integers. Which of a file's
-products are encoded is theirs to say; biases, norms and tables of words stay as they are. No kernel here is ours.
+blocks of 4 or 8 bits. Where it runs on many at once, products do: dynamic int8 multiplies integers. Tables of words get
+as few bits; biases and norms stay as they are. No kernel here is ours.
 """
 
 from __future__ import annotations
@@ -130,12 +130,8 @@ def _tables(model: onnx.ModelProto) -> onnx.ModelProto:
     weights = {item.name: item for item in graph.initializer}
     for node in [node for node in graph.node if node.op_type == "Gather" and node.input[0] in weights]:
         table = numpy_helper.to_array(weights[node.input[0]])
-        if (
-            table.dtype != np.float32
-            or table.ndim != 2
-            or table.nbytes < _LEAST
-            or any(item.i for item in node.attribute)
-        ):  # of another axis
+        other_axis = any(item.i for item in node.attribute)
+        if table.dtype != np.float32 or table.ndim != 2 or table.nbytes < _LEAST or other_axis:
             continue
         scale = np.maximum(np.abs(table).max(1, keepdims=True), np.finfo(np.float32).tiny) / 127
         name, at = node.input[0], list(graph.node).index(node)

@@ -149,12 +149,8 @@ class Joins:
         """Where an input is what it is behind a prompt, bool [rows, tokens]."""
         if value is not None:
             return example == value
-        by_token = (
-            example.movedim(self._row_axis(node) or 0, 0)
-            .movedim(-1, 1)
-            .flatten(1)
-            .unflatten(1, (example.shape[-1], -1))
-        )  # rows, tokens, others
+        rows_first = example.movedim(self._row_axis(node) or 0, 0).movedim(-1, 1)
+        by_token = rows_first.reshape(*rows_first.shape[:2], -1)  # rows, tokens, others
         before = by_token.amax(2).cummax(1).values[:, :-1, None]
         first = torch.ones(len(by_token), 1, dtype=torch.bool)
         return torch.cat([first, (by_token[:, 1:] == before + 1).all(2)], 1)
