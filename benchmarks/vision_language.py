@@ -6,8 +6,8 @@ by sacreBLEU. Everything is chosen on the validation set, and kept in build: to 
 that its policy asks. All ways take turns, a few batches each. "encoder" is the time until the decoder's first step,
 "saved" of both; the blocks are means of what patches, words and answer took.
 
-MuE's rows need the weights that ``python -m examples.vision_language.train --form separate`` leaves; those of ``joint``
-are in the repository. Progress, and each row once it is measured, go to stderr; the table to stdout.
+The weights of both forms (MuE's rows take those of ``separate``) are in the repository; ``--weights`` takes others.
+Progress, and each row once it is measured, go to stderr; the table to stdout.
 """
 
 from __future__ import annotations
