@@ -115,9 +115,12 @@ def _groups(manifest: Manifest) -> Iterator[str]:
         where = f"stacks.{name}"
         if bool(stack.groups) != (stack.places is not None):
             yield f"{where}: has groups or places, and not both"
-        places = manifest.values.get(stack.places or "")
-        if places is not None and (places.dtype, len(places.shape)) != ("int64", 2):
-            yield f"{where}.places: {stack.places!r} is {places}, expected int64 [batch, tokens]"
+        for field, given in (("places", stack.places), ("asked", stack.asked)):
+            value = manifest.values.get(given or "")
+            if value is not None and (value.dtype, len(value.shape)) != ("int64", 2):
+                yield f"{where}.{field}: {given!r} is {value}, expected int64 [batch, tokens]"
+        if stack.asked is not None and manifest.cache is None:
+            yield f"{where}.asked: there is no cache, and no chunks of tokens"
         for group in stack.groups:
             yield from _size(manifest, f"{where}.groups.{group.name}", group.tokens)
 
@@ -310,6 +313,8 @@ class _Flow:
         yield from self._there([stack.input], there, f"{where}.input")
         if stack.groups:
             yield from self._make(stack.places or "", f"{where}.places", inner)
+        if stack.asked is not None:
+            yield from self._make(stack.asked, f"{where}.asked", inner)
         for part in stack.parts:
             for segment in part.segments:
                 yield from self._run(segment, inner)

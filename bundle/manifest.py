@@ -22,7 +22,7 @@ from offramp.bundle.measures import PICK
 from offramp.bundle.preprocessing import Preprocessing
 
 FORMAT = "offramp"
-VERSION = 7
+VERSION = 8
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 #: The value that says which share of its learners a token is to take on average, float32 [1].
@@ -152,7 +152,7 @@ class Stack:
     Where the first part makes the hidden state that enters the stack, ``input`` are the tokens that it is made of.
     Where tokens leave in ``groups``, which lie one behind the other, scores are [batch, groups] (of tokens that leave
     alone each has one), and the value ``places`` says where those are that have not left, int64 [batch, tokens that
-    have not].
+    have not]. Where scores are of some tokens alone, the value ``asked`` says of which: int64 [batch, asked].
     """
 
     name: str
@@ -164,6 +164,7 @@ class Stack:
     exits: tuple[Exit, ...]
     groups: tuple[Group, ...] = ()
     places: str | None = None
+    asked: str | None = None
 
     @cached_property
     def by_group(self) -> Mapping[str, Stack]:

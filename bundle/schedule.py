@@ -137,7 +137,7 @@ def _spans(manifest: Manifest, stack: Stack, outputs: Mapping[str, str]) -> tupl
         behind = live | branch.reads | {branch.scores[measure] for measure in branch.free}
         segments, dead = [manifest.segments[name] for name in names], []
         for segment in reversed(segments):
-            before = needed(behind, [segment]) - {stack.places}
+            before = needed(behind, [segment]) - {stack.places, stack.asked}
             dead.append((before | set(segment.outputs.values())) - behind)
             behind = before
         spans.append(Span(tuple(names), tuple(reversed(dead)), behind, live, state, branch))

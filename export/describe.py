@@ -20,7 +20,7 @@ from offramp.export.write import Writer
 from offramp.passes.caches.outputs import vocabulary
 from offramp.program.analysis.sites import mlp
 from offramp.program.analysis.stacks import Stack
-from offramp.program.exit import Exit
+from offramp.program.exit import Exit, asked_of
 from offramp.program.graph import aten, expression, placeholders, results, shape
 from offramp.program.learners import Learners
 from offramp.program.ops import FILL_PLACES
@@ -180,6 +180,7 @@ class Describer:
             tuple(parts),
             tuple(exits),
             *self._groups(stack),
+            self._asked(stack),
         )
 
     def _groups(self, stack: Stack) -> tuple[tuple[m.Group, ...], str | None]:
@@ -190,6 +191,11 @@ class Describer:
                 self._value(item.places, given[item.places])
                 return item.groups, item.places
         return (), None
+
+    def _asked(self, stack: Stack) -> str | None:
+        """The value that says which tokens are scored, where some of them may be."""
+        name = asked_of(stack.name)
+        return name if name in self.values else None
 
     def _full(self, plan: StackPlan, item: Exit | None, final: bool) -> m.Exit:
         stack = plan.stack

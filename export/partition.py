@@ -14,6 +14,7 @@ from offramp.export.requests import Request, entering, requests
 from offramp.export.sharing import shared_values
 from offramp.export.subgraph import Subgraph, joined, subgraph, unique
 from offramp.program.analysis.stacks import Stack
+from offramp.program.exit import asked_of
 from offramp.program.graph import ancestors, is_symint, results
 from offramp.program.learners import WIDTH
 from offramp.program.program import Program
@@ -82,7 +83,8 @@ def partition(program: Program, segments: int | None = None) -> Plan:
     returned = results(program.graph)
     if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:
         raise ExportError(f"the outputs {fixed} are weights, whatever the inputs are", hint="a model without them")
-    fed = {WIDTH, *(program.cache.graph_inputs if program.cache else ()), *(item.places for item in program.groups)}
+    fed = {WIDTH, *(program.cache.graph_inputs if program.cache else ())}
+    fed |= {item.places for item in program.groups} | {asked_of(stack) for stack in program.stacks}
     if strange := [item for item in program.records if set(item.graph_inputs) - fed]:
         raise ExportError(
             f"the {strange[0].kind} ({strange[0].summary(program)}) has the inputs {list(strange[0].graph_inputs)}, "

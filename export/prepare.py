@@ -11,12 +11,16 @@ from types import MappingProxyType
 import torch
 from torch import fx
 
+from offramp.errors import PassError
+from offramp.export.asked import score_asked
+from offramp.export.dataflow import Dataflow
 from offramp.export.lowering.merged_products import merge_products
 from offramp.export.lowering.pipeline import Step, rewrite
 from offramp.export.lowering.rotary import fuse_rotary
 from offramp.passes.groups.active import run_on_active
 from offramp.passes.infra.editor import Editor
 from offramp.passes.infra.verifier import verify
+from offramp.program.exit import asked_of
 from offramp.program.graph import attribute, expression, placeholders, shape
 from offramp.program.groups import Groups
 from offramp.program.learners import FORMS, WIDTH, Learners
@@ -31,14 +35,26 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
     Names of cuts, inputs and outputs stay, and the nodes that records pin. Programs with caches change, since they are
     run token by token, where time goes by the number of operators; and those with learners, whose width becomes an
     input. ``forms`` are by the names of the nodes with their units, dense for those that are left out. What looks like
-    a rotation and is none is written to the log (debug).
+    a rotation and is none is written to the log (debug), and scores that cannot be of some tokens alone.
     """
+    try:
+        return _prepared(program, forms, asked=True)
+    except PassError as error:
+        _log.debug("scores are of all tokens: %s", error)
+        return _prepared(program, forms, asked=False)
+
+
+def _prepared(program: Program, forms: Mapping[str, str], *, asked: bool) -> Program:
     known = program.learners
     leaving = [item for item in program.groups if _first(program, item) is not None]
     if program.cache is None and not known and not leaving:
         return program
     editor, steps = Editor(program, "export"), dict[str, Step[Editor]]()
     places = {item.places: _active(editor, item) for item in leaving}
+    if program.cache is not None and asked:
+        flow = Dataflow(program)
+        found = {asked_of(stack.name): score_asked(editor, stack, flow) for stack in program.stacks.values()}
+        places |= {name: node for name, node in found.items() if node is not None}
     if known:
         steps["width"] = partial(_execution, records=known, forms=forms)
     if program.cache is not None:
@@ -49,8 +65,10 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
     axes = program.axes
     for name, node in places.items():
         axis = expression(shape(node)[1])
-        axes = replace(axes, names={**axes.names, axis: f"{name}_1"}, ranges={**axes.ranges, axis: (1, None)})
-    everywhere = {item.places: _everywhere(program, item) for item in leaving}
+        least = 1 if name in {item.places for item in leaving} else 0
+        axes = replace(axes, names={**axes.names, axis: f"{name}_1"}, ranges={**axes.ranges, axis: (least, None)})
+    totals = {item.places: item.total(program) for item in leaving}
+    everywhere = {name: _everywhere(program, totals.get(name)) for name in places}
     made = editor.finish(example_inputs={**program.example_inputs, **width, **everywhere}, axes=axes).program
     made = replace(made, history=program.history)
     verify(made, "before it is cut")
@@ -70,12 +88,22 @@ def _active(editor: Editor, item: Groups) -> fx.Node:
     return run_on_active(editor, item, first)
 
 
-def _everywhere(program: Program, item: Groups) -> torch.Tensor:
-    """The places of all tokens, in the example."""
-    name, node = next((n, node) for n, node in placeholders(program.graph).items() if program.axes.batch_axis(node))
-    place = program.axes.batch_axis(node)
-    rows = program.example_inputs[name].shape[place[0]] // place[1] if place else 1
-    return torch.arange(item.total(program)).repeat(rows, 1)
+def _everywhere(program: Program, count: int | None) -> torch.Tensor:
+    """The places of all tokens, in the example; of a chunk's where their number is None."""
+    rows = 1
+    for name, node in placeholders(program.graph).items():
+        if place := program.axes.batch_axis(node):
+            rows = program.example_inputs[name].shape[place[0]] // place[1]
+            break
+    if count is None:
+        assert program.cache is not None
+        axis = next(
+            i
+            for i, e in enumerate(map(expression, shape(placeholders(program.graph)[program.cache.tokens[0]])))
+            if e in program.axes.tokens
+        )
+        count = program.example_inputs[program.cache.tokens[0]].shape[axis]
+    return torch.arange(count).repeat(rows, 1)
 
 
 def _execution(editor: Editor, records: Sequence[Learners], forms: Mapping[str, str]) -> None:

@@ -64,7 +64,7 @@ def _blocks(flow: Dataflow, stack: Stack, segments: int | None) -> Iterator[Requ
     exits = {item.after: item for item in flow.program.exits_of(stack.name)}
     for first, last in _groups(stack, set(exits), segments):
         inner = {nodes[name] for name in stack.cuts[first + 1 : last]}
-        scores = _scores(flow, exits[last])[0] if last in exits else []
+        scores = scores_of(flow, exits[last])[0] if last in exits else []
         kept = [node for depth in range(first, last) for node in flow.contents(stack, depth)]
         learners = (item for item in flow.program.learners if item.stack == stack.name)
         counts = [nodes[item.count] for item in learners if first < item.block <= last]
@@ -84,7 +84,7 @@ def _exit(flow: Dataflow, stack: Stack, item: Exit) -> Iterator[Request]:
     cuts = frozenset(flow.cuts)
     if item.head == "own":
         logits, rest = _parted(flow, item.outputs)
-        made = [*logits, *_scores(flow, item)[1]]
+        made = [*logits, *scores_of(flow, item)[1]]
         yield Request("head", stack.name, item.after, tuple(made), cuts)
         if rest := [node for node in rest if node not in made]:
             yield Request("outputs", stack.name, item.after, tuple(rest), cuts | set(logits))
@@ -98,7 +98,7 @@ def _tails(flow: Dataflow) -> Iterator[Request]:
     made_first = set(finals) if rest else set()
     for item in program.exits:
         if item.after == program.stacks[item.stack].blocks:
-            finals += _scores(flow, item)[1]
+            finals += scores_of(flow, item)[1]
     others = [node for node in rest if node not in finals]
     yield Request("tail", last.name, 0, _computed(flow, finals), frozenset(flow.cuts))
     yield Request("rest", last.name, 0, _computed(flow, others), frozenset(flow.cuts | made_first))
@@ -116,7 +116,7 @@ def _parted(flow: Dataflow, outputs: Mapping[str, str]) -> tuple[list[fx.Node], 
     return first, [node for key in outputs.values() if (node := flow.returned[key]) not in first]
 
 
-def _scores(flow: Dataflow, item: Exit) -> tuple[list[fx.Node], list[fx.Node]]:
+def scores_of(flow: Dataflow, item: Exit) -> tuple[list[fx.Node], list[fx.Node]]:
     """An exit's scores: those made from hidden states alone, and those that need its head."""
     head = {flow.returned[name] for name in item.outputs.values()} | {flow.program.nodes[item.state]}
     own: list[fx.Node] = []

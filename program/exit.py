@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from offramp.program.program import Program
 
 
+def asked_of(stack: str) -> str:
+    """The input of the exported graph that says which tokens of a causal stack are scored: int64 [batch, asked]."""
+    return f"{stack}_asked"
+
+
 @dataclass(frozen=True)
 class Exit(Record):
     """A place where a stack may be left, by names of graph nodes and of graph outputs.
@@ -37,6 +42,11 @@ class Exit(Record):
     def section(self) -> str:
         """Its stack."""
         return self.stack
+
+    @property
+    def graph_inputs(self) -> tuple[str, ...]:
+        """The tokens whose scores are asked for, where they have become an input of the exported graph."""
+        return (asked_of(self.stack),)
 
     @property
     def pinned_nodes(self) -> tuple[str, ...]:

@@ -9,13 +9,13 @@ import torch
 from torch import fx
 
 from offramp.passes.caches.content_masks import product_of
-from offramp.passes.groups.resized import Resized
+from offramp.passes.groups.resized import Resized, taken, turned
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import ancestors, aten, data_inputs, expression, shape
 from offramp.program.groups import Groups, token_axis
-from offramp.program.ops import PUT_TOKENS, TAKE_TOKENS
+from offramp.program.ops import PUT_TOKENS
 
 #: What takes queries out of a product that makes keys and values too.
 _PIECES = (operator.getitem, aten.select.int)
@@ -61,7 +61,7 @@ class _Active:
             if node in some - whole:
                 some.update(arg for arg in reads[node] if (node, arg) not in keys)
         count = editor.call(aten.sym_size.int, self.places, 1, at=before)
-        take = partial(self._take, after)
+        take = partial(taken, editor, self.places, after)
         copies = Resized(editor, self.tokens, count, after, take, both=False)
         for node in [before, *nodes]:
             if node in some & whole:
@@ -71,24 +71,14 @@ class _Active:
                 copies.copy(node, {arg: arg for arg in reads[node] if (node, arg) in keys})
         self._put(before, copies.made[after], after)
 
-    def _take(self, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
-        """The tokens of a value that run."""
-        node = self._turned(node, end) if axis == 0 else node
-        node = self.editor.call(TAKE_TOKENS, node, self.places, axis or 1, at=end.prev)
-        return self._turned(node, end) if axis == 0 else node
-
     def _put(self, before: fx.Node, made: fx.Node, after: fx.Node) -> None:
         """Let the block's output be its input, but for the tokens that ran."""
         if self.axis == 1:
             self.editor.rewrite(after, PUT_TOKENS, before, self.places, made, 1)
             return
-        old, new = self._turned(before, after), self._turned(made, after)
+        old, new = (turned(self.editor, node, after) for node in (before, made))
         put = self.editor.call(PUT_TOKENS, old, self.places, new, 1, at=after.prev)
         self.editor.rewrite(after, aten.transpose.int, put, 0, 1)
-
-    def _turned(self, node: fx.Node, end: fx.Node) -> fx.Node:
-        """Rows before tokens, or tokens before rows."""
-        return self.editor.call(aten.transpose.int, node, 0, 1, at=end.prev)
 
 
 def _keys(site: AttentionSite) -> list[tuple[fx.Node, fx.Node]]:

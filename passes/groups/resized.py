@@ -13,10 +13,23 @@ from offramp.passes.caches.mixing import mixes_tokens
 from offramp.passes.caches.roles import broadcasts
 from offramp.passes.infra.editor import Editor
 from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, source
+from offramp.program.ops import TAKE_TOKENS
 
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 #: Takes of a node's axis the tokens that are meant.
 Take = Callable[[fx.Node, int], fx.Node]
+
+
+def taken(editor: Editor, places: fx.Node, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
+    """The tokens of a value at some places, before node ``end``."""
+    node = turned(editor, node, end) if axis == 0 else node
+    node = editor.call(TAKE_TOKENS, node, places, axis or 1, at=end.prev)
+    return turned(editor, node, end) if axis == 0 else node
+
+
+def turned(editor: Editor, node: fx.Node, end: fx.Node) -> fx.Node:
+    """Rows before tokens, or tokens before rows."""
+    return editor.call(aten.transpose.int, node, 0, 1, at=end.prev)
 
 
 class Resized:

@@ -9,12 +9,13 @@ from time import perf_counter
 import numpy as np
 import onnxruntime as ort
 
-from offramp.bundle.manifest import Manifest
+from offramp.bundle.manifest import Manifest, Stack
 from offramp.bundle.schedule import Schedule, Step
 from offramp.runtime.engine.binding import bind
-from offramp.runtime.engine.loop import Loop, depths, joined
+from offramp.runtime.engine.loop import Asked, Loop, depths, joined
 from offramp.runtime.engine.memory import Env, Index, Memory
 from offramp.runtime.engine.widths import Sites, Widths
+from offramp.runtime.generation.cache_memory import chunk_of
 from offramp.runtime.policies.group_policy import StackLike
 from offramp.runtime.policies.stack_policy import Record
 from offramp.runtime.result import Timing
@@ -58,6 +59,14 @@ class Engine:
                 self._step(step, ran, batch, policies)
         return ran
 
+    def _asked(self, stack: Stack, values: Env) -> Asked | None:
+        """The value that says which of all tokens the stack's exits score."""
+        cache = self._manifest.cache
+        if stack.asked is None or cache is None:
+            return None
+        tokens = {cache.tokens[0]: self.memory.get(values[cache.tokens[0]])}
+        return Asked(stack.asked, chunk_of(self._manifest, tokens))
+
     def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, StackLike]) -> None:
         loop, rows = Loop(self._calls, self.memory, ran.trace, ran.widths), np.arange(batch)
         if step.stack is None:
@@ -66,7 +75,7 @@ class Engine:
         name = step.stack.name
         started = perf_counter()
         inside = self.memory.take(ran.values, step.reads, None)
-        left = loop.stack(step.spans, inside, rows, policies[name])
+        left = loop.stack(step.spans, inside, rows, policies[name], self._asked(step.stack, ran.values))
         found = depths(left, batch)
         ran.exits |= policies[name].exits(found)
         ran.scores |= policies[name].records()

@@ -12,7 +12,7 @@ from offramp.bundle.manifest import Value
 from offramp.bundle.schedule import Branch, Span
 from offramp.errors import ExecutionError
 from offramp.runtime.engine.binding import Call
-from offramp.runtime.engine.memory import Env, Index, Memory, places
+from offramp.runtime.engine.memory import Env, Index, Memory, every, places
 from offramp.runtime.engine.widths import Widths
 from offramp.runtime.policies.base import Rows
 from offramp.runtime.policies.group_policy import GroupPolicy, StackLike
@@ -27,18 +27,30 @@ class Departure(NamedTuple):
     values: Env
 
 
+class Asked(NamedTuple):
+    """The value that says which tokens are scored, of so many."""
+
+    value: str
+    tokens: int
+
+
 class Loop:
     """Runs stages on rows of a batch; ``trace`` takes a line for every segment, ``widths`` what tokens took there."""
 
     def __init__(self, calls: Mapping[str, Call], memory: Memory, trace: list[Timing], widths: Widths) -> None:
         self._calls, self._memory, self._trace, self._widths = calls, memory, trace, widths
 
-    def stack(self, spans: Sequence[Span], env: Env, rows: Index, policy: StackLike) -> list[Departure]:
+    def stack(
+        self, spans: Sequence[Span], env: Env, rows: Index, policy: StackLike, asked: Asked | None = None
+    ) -> list[Departure]:
         """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
         left: list[Departure] = []
         for span in spans:
             if isinstance(policy, GroupPolicy):
                 env[policy.value] = self._memory.put(policy.value, policy.places())
+            if asked is not None:
+                scored = every(rows.size, asked.tokens if _scored(span.branch, policy) else 0)
+                env[asked.value] = self._memory.put(asked.value, scored)
             self.segments(span.segments, env, rows, span.dead)
             branch = span.branch
             assert branch is not None  # only a stage of one segment has none
@@ -89,6 +101,12 @@ class Loop:
             self._widths.take(name, rows, env, self._memory)
             for value in dead[at] if dead else ():
                 env.pop(value, None)
+
+
+def _scored(branch: Branch | None, policy: StackLike) -> bool:
+    """Whether an exit is asked for scores that its blocks make."""
+    wanted = None if branch is None or branch.full else policy.wanted[branch.after]
+    return branch is not None and wanted is not None and not branch.free.isdisjoint(wanted)
 
 
 def joined(

@@ -47,6 +47,11 @@ def places(items: Index, factor: int) -> Index:
     return items if factor == 1 else (items[:, None] * factor + np.arange(factor)).reshape(-1)
 
 
+def every(rows: int, width: int) -> Index:
+    """The places of so many tokens in each of so many rows: int64 [rows, width]."""
+    return np.ascontiguousarray(np.broadcast_to(np.arange(width), (rows, width)))
+
+
 def silent_options() -> ort.RunOptions:
     """Options of a run whose failure is an exception, and not a line on stderr too."""
     options = ort.RunOptions()

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.errors import ExecutionError
+from offramp.runtime.engine.memory import every
 from offramp.runtime.generation.buffers import ChunkSegment, Store
 from offramp.runtime.result import Timing
 
@@ -84,6 +85,8 @@ class SlotRunner:
         while (going := np.flatnonzero(counts > done)).size:
             width = min(int(counts.max()) - done, self.store.capacity - int(seen[slots[going]].max()) - done)
             some = {name: array[going, done : done + width] for name, array in given.items()}
+            if call.asked is not None:  # all of a part, or nothing
+                some[call.asked] = every(going.size, width if given[call.asked].size else 0)
             shifted = seen.copy()
             shifted[slots] += np.minimum(counts, done)
             for name, array in self._with_idle(call, low, high, shifted, slots[going], some).items():

@@ -32,7 +32,8 @@ _SMALL = 16  # tokens: chunks of up to so many keep their bindings, since arrays
 class ChunkSegment:
     """A segment that runs on chunks: its inputs by what they are, as pairs of the file's name and the value's.
 
-    ``sized`` are the values with an axis of a chunk's tokens, and that axis.
+    ``sized`` are the values with an axis of a chunk's tokens, and that axis; ``asked`` is the one that says which of
+    them are scored.
     """
 
     segment: Segment
@@ -44,6 +45,7 @@ class ChunkSegment:
     made: tuple[tuple[str, str], ...]
     appended: tuple[tuple[str, str], ...]
     sized: tuple[tuple[str, int], ...]
+    asked: str | None
 
     @property
     def by_slot(self) -> bool:
@@ -72,12 +74,13 @@ def chunk_segment(
         tuple((key, name) for key, name in outputs if name not in of),
         tuple((key, of[name]) for key, name in outputs if name in of),
         tuple((name, axis) for name, axis in axes if axis >= 0),
+        next((name for _, name in chunk if name in {stack.asked for stack in manifest.stacks.values()}), None),
     )
 
 
 @dataclass(slots=True)
 class _Bound:
-    """A binding of a segment to some slots, and its arrays for chunks of the last size.
+    """A binding of a segment to some slots, and its arrays for the last sizes: of a chunk, and of what is asked there.
 
     ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store's slices. ``kept`` says which of those
     are bound now. ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
@@ -86,7 +89,7 @@ class _Bound:
     binding: Any
     counts: Array
     kept: int = -1
-    chunk: int = 0
+    sizes: tuple[int, int] = (0, 0)
     sized: list[ort.OrtValue] = field(default_factory=list)
     given: list[tuple[str, Array]] = field(default_factory=list)
     made: dict[str, Array] = field(default_factory=dict)
@@ -107,17 +110,19 @@ class Store:
         self._arrays: dict[str, Array] = {}
         self._on_device: dict[str, ort.OrtValue] = {}
         self._slices: dict[tuple[str, int, int], ort.OrtValue] = {}
-        self._bound: dict[tuple[str, int, int, int], _Bound] = {}
+        self._bound: dict[tuple[str, int, int, int, int], _Bound] = {}
         self._kept = 0  # how often values were replaced
         self._options = silent_options()
-        sizes = self._sizes(slots, 1)
+        stacks = [stack.asked for stack in manifest.stacks.values() if stack.asked is not None]
+        self._asked = {str(manifest.values[name].shape[1]) for name in stacks}
+        sizes = self._sizes(slots)
         for name in self.cache.buffers:
             self._arrays[name] = empty(manifest.values[name], sizes)
         self._settle(self.cache.buffers)
 
-    def _sizes(self, rows: int, chunk: int) -> dict[str, int]:
+    def _sizes(self, rows: int, chunk: int = 1, asked: int = 0) -> dict[str, int]:
         known = {self.manifest.batch or "": rows, self.cache.capacity: self.capacity, self.cache.chunk: chunk}
-        return dict.fromkeys(self.manifest.axes, 1) | known
+        return dict.fromkeys(self.manifest.axes, 1) | known | dict.fromkeys(self._asked, asked)
 
     def keep(self, values: Mapping[str, Array]) -> None:
         """Values that chunks read and do not change; they replace those of the same names."""
@@ -134,7 +139,7 @@ class Store:
     def grow(self, capacity: int) -> None:
         """Make room for more tokens; what the caches hold stays."""
         old, self.capacity = self.capacity, capacity
-        sizes = self._sizes(self.slots, 1)
+        sizes = self._sizes(self.slots)
         for name in self.cache.buffers:
             value = self.manifest.values[name]
             larger = empty(value, sizes)
@@ -220,7 +225,8 @@ class Store:
         What it returns may be overwritten by the next run.
         """
         chunk = max([values[name].shape[axis] for name, axis in segment.sized], default=1)
-        key = (segment.segment.name, low, high, min(chunk, _SMALL + 1))
+        asked = 0 if segment.asked is None else values[segment.asked].shape[1]
+        key = (segment.segment.name, low, high, min(chunk, _SMALL + 1), min(asked, _SMALL + 1))
         bound = self._bound.get(key)
         if bound is None:
             bound = self._bound[key] = self._bind(segment, low, high)
@@ -228,8 +234,9 @@ class Store:
             bound.kept = self._kept
             for file_name, name in segment.kept:
                 bound.binding.bind_ortvalue_input(file_name, self._slice(name, low, high))
-        if bound.chunk != chunk:
-            self._size(bound, segment, high - low, chunk)
+        if bound.sizes != (chunk, asked):
+            bound.sizes = chunk, asked
+            self._size(bound, segment, self._sizes(high - low, chunk, asked))
         for name, array in bound.given:
             array[...] = values[name]
         bound.counts[...] = lengths
@@ -254,10 +261,10 @@ class Store:
             bound.binding.bind_ortvalue_output(key, self._slice(name, low, high))
         return bound
 
-    def _size(self, bound: _Bound, segment: ChunkSegment, rows: int, chunk: int) -> None:
-        """Bind arrays for a chunk of this size in the place of those for the last one."""
-        values, sizes = self.manifest.values, self._sizes(rows, chunk)
-        bound.chunk, bound.given, bound.made, bound.fetched, bound.sized = chunk, [], {}, [], []
+    def _size(self, bound: _Bound, segment: ChunkSegment, sizes: Mapping[str, int]) -> None:
+        """Bind arrays of these sizes in the place of those of the last ones."""
+        values = self.manifest.values
+        bound.given, bound.made, bound.fetched, bound.sized = [], {}, [], []
 
         def array_of(name: str) -> tuple[Array, ort.OrtValue]:
             array = np.zeros([evaluate(size, sizes) for size in values[name].shape], values[name].dtype)
@@ -277,8 +284,8 @@ class Store:
                 bound.fetched.append((at, name))
 
     def _known(self, value: Value) -> bool:
-        """Whether the sizes of a value follow from slots, chunk and capacity."""
-        known = {self.manifest.batch, self.cache.chunk, self.cache.capacity}
+        """Whether the sizes of a value follow from slots, chunk, what is asked, and capacity."""
+        known = {self.manifest.batch, self.cache.chunk, self.cache.capacity, *self._asked}
         return all(names(size) <= known for size in value.shape)
 
     def _place(self, name: str) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ class ChunkSpan:
 
     ``reads`` are the values of the chunk that this span or a later one needs from before, ``state`` the one that this
     span of a stack makes of them, ``leaves`` those that are read behind it: by the next span, and by its exit.
+    ``asked`` is the value that says which tokens its exit scores, where those may be some.
     """
 
     stack: str | None
@@ -27,6 +28,7 @@ class ChunkSpan:
     leaves: Names
     branch: Branch | None
     branch_calls: tuple[ChunkSegment, ...]
+    asked: str | None = None
 
 
 def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) -> tuple[ChunkSpan, ...]:
@@ -54,6 +56,7 @@ def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) ->
                     leaves - apart,
                     branch,
                     tuple(ready[name] for name in branch.segments) if branch else (),
+                    step.stack.asked if step.stack else None,
                 )
             )
     return tuple(spans)

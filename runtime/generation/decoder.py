@@ -9,6 +9,7 @@ import numpy as np
 
 from offramp.bundle.manifest import Manifest
 from offramp.bundle.schedule import Branch
+from offramp.runtime.engine.memory import every
 from offramp.runtime.engine.widths import Sites, Widths
 from offramp.runtime.generation.batching import Index, SlotRunner, Values, greatest
 from offramp.runtime.generation.buffers import Store
@@ -66,6 +67,7 @@ class Decoder:
         self._copied = CopiedCaches(manifest, spans) if propagate == "kv" else None
         chunk = store.cache.chunk
         self._along = frozenset(name for name, value in manifest.values.items() if axis_of(value, chunk) == 1)
+        self._along |= {name for span in spans if span.branch for name in span.branch.scores.values()}
 
     @property
     def seen(self) -> Index:
@@ -103,7 +105,7 @@ class Decoder:
         behind = at
         while at < len(self.spans):
             span = self.spans[at]
-            group = self._span(at, group, step.new)
+            group = self._span(at, group, step)
             at += 1
             if span.branch is None:
                 continue
@@ -118,17 +120,28 @@ class Decoder:
                 group = self._staying(span, group, decision, step)
         return behind, onward
 
-    def _span(self, at: int, group: Group, new: Mapping[int, int]) -> Group:
+    def _span(self, at: int, group: Group, step: _Step) -> Group:
         """Rows with what waited for them, after a span."""
         slots, values, counts = group
         values, total = self.waiting.taken(at, slots, values, counts)
         if total is not counts:
             for slot, count in zip(slots.tolist(), total.tolist(), strict=True):
-                self._caught_up[slot] = max(count - new.get(slot, 0), self._caught_up.get(slot, 0))
-        values = self._run(at, slots, values, total)
+                self._caught_up[slot] = max(count - step.new.get(slot, 0), self._caught_up.get(slot, 0))
+        values = self._run(at, slots, values, total, self._asked(self.spans[at], total, step))
         if self.propagate == "hidden" and self.spans[at].stack is not None:  # what waited went its own way already
             return Group(slots, values, total).last(counts)
         return Group(slots, values, total)
+
+    def _asked(self, span: ChunkSpan, counts: Index, step: _Step) -> Index | None:
+        """Which tokens of each row the span's exit scores, int64 [rows, asked]: the last one, or all; None: no one."""
+        if span.asked is None or span.branch is None:
+            return None
+        asking = self._asking(span, span.branch, step)
+        if asking is None or (span.branch.pick is None and span.branch.free.isdisjoint(asking[1])):
+            return None
+        if span.branch.full and step.wanted.whole is not None and step.wanted.whole():
+            return every(counts.size, greatest(counts))
+        return counts[:, None] - 1
 
     def _decide(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> Decision:
         """What the policy says of the rows; nobody leaves where it is not asked."""
@@ -295,9 +308,11 @@ class Decoder:
 
     # running
 
-    def _run(self, at: int, slots: Index, values: Values, counts: Index) -> Values:
+    def _run(self, at: int, slots: Index, values: Values, counts: Index, asked: Index | None = None) -> Values:
         """The chunk's values after a span, [slots, chunk, ...]; what the rows have seen grows."""
         found, span = dict(values), self.spans[at]
+        if span.asked is not None:
+            found[span.asked] = every(slots.size, 0) if asked is None else asked
         for call in span.calls:
             found |= self.runner.run(call, self.seen[at], slots, found, counts)
             for _, item in self._sites.of[call.segment.name]:

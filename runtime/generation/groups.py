@@ -13,7 +13,8 @@ from offramp.runtime.generation.batching import Index, Values, greatest, padded
 class Group(NamedTuple):
     """Values ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
 
-    Functions that take some of them are told which values lie ``along`` the chunk's tokens.
+    Functions that take some of them are told which values lie ``along`` the chunk's tokens. Scores lie there too, or
+    are of the last token alone, or of none.
     """
 
     slots: Index
@@ -34,6 +35,8 @@ class Group(NamedTuple):
         pairs = list(enumerate(zip(self.counts.tolist(), wanted.tolist(), strict=True)))
         values = {
             name: padded([array[row, count - want : count] for row, (count, want) in pairs])
+            if array.shape[1] > 1
+            else array
             for name, array in self.values.items()
         }
         return Group(self.slots, values, wanted)
@@ -45,7 +48,10 @@ class Group(NamedTuple):
                 return self.values
             rows = np.arange(self.counts.size)
         at = self.counts[rows] - 1
-        return {name: array[rows, at][:, None] if name in along else array[rows] for name, array in self.values.items()}
+        return {
+            name: array[rows, at][:, None] if name in along and array.shape[1] > 1 else array[rows]
+            for name, array in self.values.items()
+        }
 
 
 def joined(groups: Sequence[Group], reads: Iterable[str]) -> Group:
