@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,7 @@ def validate(
     bound = tolerance(manifest)
     wanted = _Wanted(program)
     figures = {
-        "segments": _segments(lowered or program, manifest, sessions, origin),
+        "segments": _segments(lowered or program, manifest, sessions, origin, wanted.scores(manifest)),
         "chain": _checked(
             "the chain at full depth",
             worst(_run(program, chain, program.example_inputs), wanted.outputs()),
@@ -127,6 +129,22 @@ class _Wanted:
         self._cuts: dict[tuple[str, int], Program] = {}
         self._made: dict[int, dict[str, torch.Tensor]] = {}
 
+    @cached_property
+    def _whole(self) -> dict[str, torch.Tensor]:
+        """What the program's graph returns."""
+        return _returned(self.program, self.program.example_inputs)
+
+    def scores(self, manifest: Manifest) -> dict[str, torch.Tensor]:
+        """The scores of exits, by the values that hold them in a bundle."""
+        return {
+            exit_.scores[measure]: self._whole[key]
+            for name, stack in manifest.stacks.items()
+            for exit_, item in itertools.product(stack.exits, self.program.exits_of(name))
+            if exit_.after == item.after
+            for measure, key in item.scores.items()
+            if measure in exit_.scores
+        }
+
     def cut(self, stack: str, after: int) -> Program:
         """The program that always leaves a stack after so many blocks."""
         if after == self.program.stacks[stack].blocks:
@@ -139,7 +157,9 @@ class _Wanted:
         """The model's outputs, at full depth if no stack is named."""
         program = self.program if stack is None else self.cut(stack, after)
         if id(program) not in self._made:
-            self._made[id(program)] = eager(program, self.program.example_inputs)
+            inputs = self.program.example_inputs
+            found = self._whole if program is self.program else _returned(program, inputs)
+            self._made[id(program)] = program.as_returned(found, inputs)
         return self._made[id(program)]
 
 
@@ -167,9 +187,13 @@ def _checked(what: str, found: float, bound: float) -> float:
 
 
 def _segments(
-    program: Program, manifest: Manifest, sessions: Mapping[str, Any], origin: Mapping[str, fx.Node]
+    program: Program,
+    manifest: Manifest,
+    sessions: Mapping[str, Any],
+    origin: Mapping[str, fx.Node],
+    scores: Mapping[str, torch.Tensor],
 ) -> float:
-    """Each segment alone, on the values that torch computes for its inputs."""
+    """Each segment alone, on the values that torch computes for its inputs; ``scores`` are those before lowering."""
     nodes = set(origin.values())
     values: dict[fx.Node, Any] = {
         node: program.example_inputs[str(node.target)] for node in program.graph.find_nodes(op="placeholder")
@@ -188,7 +212,7 @@ def _segments(
         one = cache is not None and cache.rowwise and any(name in cache.buffers for name in segment.inputs.values())
 
         def value(name: str, one: bool = one) -> torch.Tensor:
-            found: torch.Tensor = values[origin[name]].detach()
+            found: torch.Tensor = scores.get(name, values[origin[name]]).detach()
             kind = manifest.values[name]
             if one and (place := kind.place(manifest.batch)):  # the file takes one row at a time
                 return found.narrow(place[0], 0, place[1])

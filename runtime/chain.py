@@ -126,9 +126,9 @@ class Chain:
         """
         policy, width = self._asked(policy)
         refuse(policy, "run() generates nothing")
-        arrays, batch = self._inputs.check(inputs)
+        arrays, batch, sizes = self._inputs.check(inputs)
         arrays |= {**fresh(self.manifest, arrays, batch), **width}
-        policies = asked_at(self.manifest.stacks, policy, batch, self._inputs.sizes(arrays))
+        policies = asked_at(self.manifest.stacks, policy, batch, sizes)
         memory = self._engine.memory
         ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
         outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}

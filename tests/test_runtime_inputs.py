@@ -36,7 +36,7 @@ def _given(batch: int = 2, tokens: int = 3) -> dict[str, object]:
 
 def test_what_fits() -> None:
     given = _given()
-    arrays, batch = _inputs().check(given)
+    arrays, batch, _ = _inputs().check(given)
     assert batch == 2
     assert all(arrays[name] is given[name] for name in VALUES)
     assert _inputs(None).check(given)[1] == 1
@@ -44,7 +44,7 @@ def test_what_fits() -> None:
 
 def test_lists_and_numbers_are_converted() -> None:
     given = _given() | {"ids": [[1, 2, 3], (4, 5, 6)], "mask": [[True] * 3] * 2, "offset": 5}
-    arrays, _ = _inputs().check(given)
+    arrays, _, _ = _inputs().check(given)
     assert [arrays[name].dtype for name in ("ids", "mask", "offset")] == [np.int64, np.bool_, np.int32]
     given["audio"] = np.zeros((6, 7, 4)).tolist()
     assert _inputs().check(given)[0]["audio"].dtype == np.float32

@@ -15,7 +15,6 @@ from offramp.runtime.engine.binding import bind
 from offramp.runtime.engine.loop import Asked, Loop, depths, joined
 from offramp.runtime.engine.memory import Env, Index, Memory
 from offramp.runtime.engine.widths import Sites, Widths
-from offramp.runtime.generation.cache_memory import chunk_of
 from offramp.runtime.policies.group_policy import StackLike
 from offramp.runtime.policies.stack_policy import Record
 from offramp.runtime.result import Timing
@@ -64,8 +63,9 @@ class Engine:
         cache = self._manifest.cache
         if stack.asked is None or cache is None:
             return None
-        tokens = {cache.tokens[0]: self.memory.get(values[cache.tokens[0]])}
-        return Asked(stack.asked, chunk_of(self._manifest, tokens))
+        name = cache.tokens[0]
+        axis = self._manifest.values[name].shape.index(cache.chunk)
+        return Asked(stack.asked, self.memory.get(values[name]).shape[axis])
 
     def _step(self, step: Step, ran: Ran, batch: int, policies: Mapping[str, StackLike]) -> None:
         loop, rows = Loop(self._calls, self.memory, ran.trace, ran.widths), np.arange(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,14 @@ from offramp.bundle.expressions import evaluate, names, solve
 from offramp.bundle.implied import ImpliedInputs
 from offramp.bundle.manifest import Manifest, Value
 from offramp.errors import InputError
+
+
+class Checked(NamedTuple):
+    """Inputs that fit, how many rows the batch has (1 for a model without a batch), and the lengths of all axes."""
+
+    arrays: dict[str, NDArray[Any]]
+    rows: int
+    sizes: dict[str, int]
 
 
 class Inputs:
@@ -62,8 +70,8 @@ class Inputs:
             found[name] = np.concatenate([np.full((array.shape[0], ahead), filler, array.dtype), array], 1)
         return found
 
-    def check(self, given: Mapping[str, Any]) -> tuple[dict[str, NDArray[Any]], int]:
-        """The inputs as contiguous arrays, and how many rows the batch has (1 for a model without a batch).
+    def check(self, given: Mapping[str, Any]) -> Checked:
+        """The inputs as contiguous arrays, with the lengths of their axes.
 
         Python lists and numbers become arrays of the right dtype. An array has to have it: no values are
         cast behind the user's back, and ONNX Runtime would take some wrong ones for right. Inputs that the graph
@@ -95,14 +103,7 @@ class Inputs:
         if problems:
             raise InputError("\n  ".join(problems))
         self._implied.check(given, sizes)
-        return arrays, 1 if self._batch is None else sizes[self._batch]
-
-    def sizes(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-        """The length of each axis of inputs that fit."""
-        found: dict[str, int] = {}
-        for _ in self._sizes(arrays, found):
-            pass
-        return found
+        return Checked(arrays, 1 if self._batch is None else sizes[self._batch], sizes)
 
     def _places(self, arrays: Mapping[str, NDArray[Any]], sizes: Mapping[str, int]) -> Iterator[str]:
         """What is wrong with the places that texts keep for other inputs."""
@@ -120,6 +121,8 @@ class Inputs:
         source: dict[str, str] = {}
         for name, axis, size in self._dims:
             found = arrays[name].shape[axis]
+            if sizes.get(size) == found:  # an axis by its name, as most are
+                continue
             unknown = names(size) - sizes.keys()
             if len(unknown) == 1:
                 (new,) = unknown

@@ -46,7 +46,7 @@ class Loop:
         """Run a stack on ``rows`` until all have left. ``env`` has what the stack reads, and is changed."""
         left: list[Departure] = []
         for span in spans:
-            if isinstance(policy, GroupPolicy):
+            if isinstance(policy, GroupPolicy) and self._reads(span, policy.value):
                 env[policy.value] = self._memory.put(policy.value, policy.places())
             if asked is not None:
                 scored = every(rows.size, asked.tokens if _scored(span.branch, policy) else 0)
@@ -69,6 +69,9 @@ class Loop:
             policy.keep(stay)
             env = self._memory.take(env, span.live, stay)
         return left
+
+    def _reads(self, span: Span, value: str) -> bool:
+        return any(value in self._calls[name].inputs for name in span.segments)
 
     def _ask(self, branch: Branch, env: Env, rows: Index, policy: StackLike) -> tuple[Rows | None, bool]:
         """Which rows leave (None: no one was asked), and whether the exit's segments ran for that, on all rows."""

@@ -82,8 +82,8 @@ def chunk_segment(
 class _Bound:
     """A binding of a segment to some slots, and its arrays for the last sizes: of a chunk, and of what is asked there.
 
-    ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store's slices. ``kept`` says which of those
-    are bound now. ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
+    ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store. ``kept`` says which of its values are
+    bound now. ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
     """
 
     binding: Any
@@ -128,7 +128,6 @@ class Store:
         """Values that chunks read and do not change; they replace those of the same names."""
         self._arrays |= {name: np.array(value, order="C") for name, value in values.items()}
         self._settle(values)
-        self._slices = {key: part for key, part in self._slices.items() if key[0] not in values}
         self._kept += 1
 
     def _settle(self, names: Any) -> None:
@@ -166,9 +165,7 @@ class Store:
         for name in (*self._arrays, *self._on_device):
             if self._place(name) is not None:
                 self._put(name, into, self._taken(name, out))
-        copied = {name for name in self._arrays if (self._place(name) or (0, 1))[0]}  # parts of these are copies
-        self._slices = {key: part for key, part in self._slices.items() if key[0] not in copied}
-        self._kept += bool(copied)
+        self._kept += any((self._place(name) or (0, 1))[0] for name in self._arrays)  # parts of these are copies
 
     def copy(self, source: str, target: str, slot: int, tokens: slice) -> None:
         """Give a cache what one of the same shape has of a row's tokens."""
@@ -233,7 +230,10 @@ class Store:
         if bound.kept != self._kept:
             bound.kept = self._kept
             for file_name, name in segment.kept:
-                bound.binding.bind_ortvalue_input(file_name, self._slice(name, low, high))
+                if name in self._on_device:
+                    bound.binding.bind_ortvalue_input(file_name, self._on_device[name])
+                else:
+                    bound.binding.bind_cpu_input(file_name, self._rows(name, low, high))
         if bound.sizes != (chunk, asked):
             bound.sizes = chunk, asked
             self._size(bound, segment, self._sizes(high - low, chunk, asked))
@@ -292,20 +292,22 @@ class Store:
         return self.manifest.values[name].place(self.manifest.batch)
 
     def _slice(self, name: str, low: int, high: int) -> ort.OrtValue:
-        """A value's part that belongs to these slots, made once."""
+        """A cache's part that belongs to these slots, as ONNX Runtime's value, made once."""
         if name in self._on_device:
             return self._on_device[name]
         if (name, low, high) not in self._slices:
-            self._slices[name, low, high] = self._part(name, low, high)
+            self._slices[name, low, high] = ort.OrtValue.ortvalue_from_numpy(self._rows(name, low, high))
         return self._slices[name, low, high]
 
-    def _part(self, name: str, low: int, high: int) -> ort.OrtValue:
+    def _rows(self, name: str, low: int, high: int) -> Array:
+        """A value's part that belongs to these slots: a view, where it lies in one piece."""
         place, array = self._place(name), self._arrays[name]
-        if place is not None:
-            axis, factor = place
-            array = array[(slice(None),) * axis + (slice(low * factor, high * factor),)]
+        if place is None or (low == 0 and high == self.slots):
+            return array
+        axis, factor = place
+        array = array[(slice(None),) * axis + (slice(low * factor, high * factor),)]
         if not array.flags.c_contiguous:
             if name in self.cache.buffers:
                 raise InputError(f"the cache {name!r} does not have rows on its first axis")
             array = np.ascontiguousarray(array)
-        return ort.OrtValue.ortvalue_from_numpy(array)
+        return array

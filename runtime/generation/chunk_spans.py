@@ -18,7 +18,8 @@ class ChunkSpan:
 
     ``reads`` are the values of the chunk that this span or a later one needs from before, ``state`` the one that this
     span of a stack makes of them, ``leaves`` those that are read behind it: by the next span, and by its exit.
-    ``asked`` is the value that says which tokens its exit scores, where those may be some.
+    ``asked`` is the value that says which tokens its exit scores, where those may be some; ``end`` is where the spans
+    of its stack end.
     """
 
     stack: str | None
@@ -28,7 +29,8 @@ class ChunkSpan:
     leaves: Names
     branch: Branch | None
     branch_calls: tuple[ChunkSegment, ...]
-    asked: str | None = None
+    asked: str | None
+    end: int
 
 
 def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) -> tuple[ChunkSpan, ...]:
@@ -42,6 +44,7 @@ def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) ->
     apart = kept | cache.buffers.keys() | {cache.lengths}
     spans: list[ChunkSpan] = []
     for step in Schedule.of(manifest, ("chunk",), (cache.logits,)).steps:
+        end = len(spans) + len(step.spans)
         for span in step.spans:
             branch, passing = span.branch, step.passing
             leaves = span.live | passing
@@ -57,6 +60,7 @@ def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) ->
                     branch,
                     tuple(ready[name] for name in branch.segments) if branch else (),
                     step.stack.asked if step.stack else None,
+                    end,
                 )
             )
     return tuple(spans)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from offramp.bundle.manifest import Manifest
 from offramp.bundle.schedule import Branch
 from offramp.runtime.engine.memory import every
-from offramp.runtime.engine.widths import Sites, Widths
+from offramp.runtime.engine.widths import Widths
 from offramp.runtime.generation.batching import Index, SlotRunner, Values, greatest
 from offramp.runtime.generation.buffers import Store
-from offramp.runtime.generation.cache_memory import axis_of
 from offramp.runtime.generation.chunk_spans import ChunkSpan
 from offramp.runtime.generation.copied_caches import CopiedCaches
 from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_picked, decide
@@ -21,6 +20,9 @@ from offramp.runtime.generation.groups import Group, joined
 from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.waiting import Waiting
 from offramp.runtime.policies.stack_policy import StackPolicy
+
+if TYPE_CHECKING:
+    from offramp.runtime.generation.plan import GenerationPlan
 
 NOTHING = Wanted()
 
@@ -48,26 +50,21 @@ class Decoder:
 
     def __init__(
         self,
-        manifest: Manifest,
-        spans: Sequence[ChunkSpan],
+        plan: GenerationPlan,
         store: Store,
         propagate: str = "defer",
         max_pending: int | None = None,
     ) -> None:
-        self.manifest, self.spans, self.store = manifest, spans, store
+        self.manifest, self.spans, self.store = plan.manifest, plan.spans, store
         self.propagate, self.max_pending = propagate, max_pending
         self.runner = SlotRunner(store)
-        self._sites = Sites(manifest)
+        self._sites, self._along = plan.sites, plan.along
         self.widths = Widths(self._sites)
-        self.waiting = Waiting([span.reads for span in spans], store.slots)
+        self.waiting = Waiting([span.reads for span in self.spans], store.slots)
         self.rows: Index = np.arange(store.slots)
         self._caught_up: dict[int, int] = {}
         self._nowhere = np.zeros(store.slots, np.int64)
-        self._ends = [1 + max(i for i, o in enumerate(spans) if o.stack == span.stack) for span in spans]
-        self._copied = CopiedCaches(manifest, spans) if propagate == "kv" else None
-        chunk = store.cache.chunk
-        self._along = frozenset(name for name, value in manifest.values.items() if axis_of(value, chunk) == 1)
-        self._along |= {name for span in spans if span.branch for name in span.branch.scores.values()}
+        self._copied = CopiedCaches(plan.manifest, plan.spans) if propagate == "kv" else None
 
     @property
     def seen(self) -> Index:
@@ -109,7 +106,7 @@ class Decoder:
             at += 1
             if span.branch is None:
                 continue
-            behind = self._ends[at - 1]
+            behind = self.spans[at - 1].end
             decision = self._decide(span, span.branch, group, step)
             go = np.arange(group.slots.size) if span.branch.full else decision.leave.nonzero()[0]
             if go.size:
@@ -251,7 +248,7 @@ class Decoder:
 
     def _wait(self, at: int, slot: int, values: Values) -> None:
         """Let a row's values wait at the next span, or at all deeper ones of the stack."""
-        ends = self._ends[at] if self.propagate == "hidden" else at + 1
+        ends = self.spans[at].end if self.propagate == "hidden" else at + 1
         here = self.spans[at - 1].state
         for span in range(at, ends):
             there = self.spans[span - 1].state
@@ -262,7 +259,7 @@ class Decoder:
         """Let the deeper spans have seen a row's last tokens, by the caches of the block that ran last."""
         seen = int(self.seen[at - 1, slot])
         copied.copy(self.store, self.spans[at - 1].stack or "", after, slot, slice(seen - count, seen))
-        self.seen[at : self._ends[at], slot] = seen
+        self.seen[at : self.spans[at].end, slot] = seen
 
     def flush(self, slots: Index, start: int, whole: Callable[[], bool] | None = None) -> dict[int, Values]:
         """Compute what waits at the spans from ``start`` on, of these rows, to the end of the stack.
@@ -272,7 +269,7 @@ class Decoder:
         found: dict[int, Values] = {}
         for slot in slots.tolist():
             group = Group(np.array([slot]), {}, np.zeros(1, np.int64))
-            for at in range(start, self._ends[start]):
+            for at in range(start, self.spans[start].end):
                 if not self.waiting.count(at, slot) and not group.counts[0]:
                     continue
                 values, counts = self.waiting.taken(at, *group)

@@ -16,8 +16,10 @@ from offramp.bundle.options import Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Engine, Ran
 from offramp.runtime.engine.inputs import Inputs
+from offramp.runtime.engine.widths import Sites
 from offramp.runtime.generation.batching import padded
 from offramp.runtime.generation.buffers import Store
+from offramp.runtime.generation.cache_memory import axis_of
 from offramp.runtime.generation.chunk_spans import ChunkSpan, check_layout, chunk_spans
 from offramp.runtime.generation.defaults import merged
 from offramp.runtime.policies.base import Policy
@@ -34,6 +36,8 @@ class GenerationPlan:
 
     Attributes:
         output: The value of the logits that generation reads.
+        along: The values that have a chunk's tokens on their second axis, or some of them.
+        sites: What has learners, by segment.
         stacks: Names of the stacks that run for each chunk of tokens, in order; tokens leave the last one.
         vocabulary: How many classes the logits have.
     """
@@ -49,6 +53,16 @@ class GenerationPlan:
         self.spans: tuple[ChunkSpan, ...] = chunk_spans(manifest, sessions, frozenset(kept))
         calls = [call for span in self.spans for call in (*span.calls, *span.branch_calls)]
         self._read = frozenset(name for call in calls for _, name in call.kept)
+        once = [stage.stack for stage in manifest.stages if stage.when == "input" and stage.stack]
+        self._once = {name: manifest.stacks[name] for name in once}
+        sized = [step for step in engine.schedule.steps if step.stage.when == "capacity"]
+        made = {name for step in sized for name in step.makes}
+        self._grows = bool(sized)
+        self._alone = all(step.reads - made <= {self.cache.places} for step in sized)  # whatever the inputs are
+        self._tables: dict[int, dict[str, Any]] = {}
+        self.along = frozenset(name for name, value in manifest.values.items() if axis_of(value, self.cache.chunk) == 1)
+        self.along |= {name for span in self.spans if span.branch for name in span.branch.scores.values()}
+        self.sites = Sites(manifest)
         self.stacks = [stage.stack for stage in manifest.stages if stage.when == "chunk" and stage.stack]
         self.output = manifest.outputs[self.cache.logits]
         self.vocabulary = int(manifest.values[self.output].shape[-1])
@@ -85,11 +99,11 @@ class GenerationPlan:
             filler = prompt.given.get(key, 0) if prompt else 0  # what counts on there is not read
             beside = self._beside if len(self.manifest.values[key].shape) == 2 else self._by_axes
             others[key] = beside(key, inputs, prompts, filler, least)
-        given, rows = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
+        given, rows, sizes = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         if prompt is not None:
             given[prompt.tokens], given[prompt.lengths] = given[name], np.array([row.size + ahead for row in prompts])
-        policies = asked_at(self.manifest.stacks, policy, rows, self._inputs.sizes(given))
+        policies = asked_at(self._once, policy, rows, sizes)
         memory = self._engine.memory
         return self._engine.run({key: memory.put(key, value) for key, value in given.items()}, rows, policies, "input")
 
@@ -117,9 +131,15 @@ class GenerationPlan:
     def tables(self, ran: Ran, capacity: int) -> dict[str, Array]:
         """What chunks read and do not change, where caches have room for so many tokens."""
         memory = self._engine.memory
-        places = memory.put(self.cache.places, np.arange(capacity))
-        sized = self._engine.run({**ran.values, self.cache.places: places}, 1, {}, "capacity").values
-        return {name: memory.get(sized[name]) for name in self._read if name in sized}
+        sized = self._tables.get(capacity)
+        if sized is None:
+            places = {self.cache.places: memory.put(self.cache.places, np.arange(capacity))}
+            given = places if self._alone else {**ran.values, **places}
+            sized = self._engine.run(given, 1, {}, "capacity").values if self._grows else given
+            if self._alone:
+                self._tables[capacity] = sized
+        found = ran.values | sized
+        return {name: memory.get(found[name]) for name in self._read if name in found}
 
     def tokens_input(self) -> str:
         """The input that holds token ids; InputError where a chunk needs more than those."""

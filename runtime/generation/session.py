@@ -56,7 +56,7 @@ class Session:
         self._limit, self.ahead = plan.cache.limit, plan.ahead(inputs)
         self._once: Ran = plan.once(inputs, prompts, policy, width)
         capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + self.ahead + 1)
-        self.decoder = Decoder(plan.manifest, plan.spans, plan.store(slots, capacity), propagate, max_pending)
+        self.decoder = Decoder(plan, plan.store(slots, capacity), propagate, max_pending)
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.policies = {name: StackPolicy(policy, plan.manifest.stacks[name], slots) for name in plan.stacks}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from functools import lru_cache
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,23 @@ from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Stack
 from offramp.runtime.policies.base import Cost, Policy, Rows, Scores
 from offramp.runtime.policies.stack_policy import Record, StackPolicy
+
+
+class _Layout(NamedTuple):
+    """The places that groups have among scores, the place of each token, and the places that stand for no tokens."""
+
+    parts: tuple[slice, ...]
+    tokens: NDArray[np.int64]
+    empty: NDArray[np.int64]
+
+
+@lru_cache(256)
+def _layout(counts: tuple[int, ...], alone: tuple[bool, ...]) -> _Layout:
+    """For groups of so many tokens, which leave alone or together."""
+    scores = [count if apart else 1 for count, apart in zip(counts, alone, strict=True)]
+    parts = tuple(slice(end - count, end) for count, end in zip(scores, itertools.accumulate(scores), strict=True))
+    times = [count // (score or 1) for count, score in zip(counts, scores, strict=True) for _ in range(score)]
+    return _Layout(parts, np.repeat(np.arange(sum(scores)), times), np.flatnonzero(np.array(times) == 0))
 
 
 class GroupPolicy:
@@ -23,19 +42,18 @@ class GroupPolicy:
 
     def __init__(self, policy: Policy, stack: Stack, batch: int, sizes: Mapping[str, int]) -> None:
         self._stack, self.value, self._costs = stack, stack.places or "", Cost in policy.observes
-        counts = [evaluate(group.tokens, sizes) for group in stack.groups]
-        scores = [group.scores(count) for group, count in zip(stack.groups, counts, strict=True)]
-        self._parts = [slice(end - count, end) for count, end in zip(scores, np.cumsum(scores), strict=True)]
-        times = [count // (score or 1) for count, score in zip(counts, scores, strict=True) for _ in range(score)]
-        self._tokens = np.repeat(np.arange(sum(scores)), times)
+        counts = tuple(evaluate(group.tokens, sizes) for group in stack.groups)
+        layout = _layout(counts, tuple(group.alone for group in stack.groups))
+        self._parts, self._tokens = layout.parts, layout.tokens
         self._groups = {
-            name: StackPolicy(policy, group, batch * count)
-            for (name, group), count in zip(stack.by_group.items(), scores, strict=True)
+            name: StackPolicy(policy, group, batch * (part.stop - part.start))
+            for (name, group), part in zip(stack.by_group.items(), self._parts, strict=True)
         }
-        self._inside = np.ones((batch, sum(scores)), np.bool_)  # by rows that are in the stack
-        self._depths = np.full((batch, sum(scores)), stack.blocks)  # by place in the batch
-        empty = np.array([not count for count, score in zip(counts, scores, strict=True) for _ in range(score)], bool)
-        self._inside[:, empty], self._depths[:, empty] = False, stack.exits[0].after  # nobody waits for no tokens
+        places = self._parts[-1].stop
+        self._inside = np.ones((batch, places), np.bool_)  # by rows that are in the stack
+        self._depths = np.full((batch, places), stack.blocks)  # by place in the batch
+        if layout.empty.size:  # nobody waits for no tokens
+            self._inside[:, layout.empty], self._depths[:, layout.empty] = False, stack.exits[0].after
         asked = {after: [group.wanted[after] for group in self._groups.values()] for after in self._exits}
         self.wanted = {
             after: tuple(dict.fromkeys(name for names in found if names is not None for name in names))
@@ -73,14 +91,17 @@ class GroupPolicy:
     def leave(self, after: int, rows: NDArray[np.int64], found: Scores) -> Rows:
         """Which of ``rows`` have left altogether; ``found`` has the wanted scores, [rows, groups]."""
         for group, part in zip(self._groups.values(), self._parts, strict=True):
-            here, at = np.nonzero(self._inside[:, part])
             wanted = group.wanted[after]
-            if wanted is None or not here.size:
+            if wanted is None:
+                continue
+            here, at = np.nonzero(self._inside[:, part])
+            if not here.size:
                 continue
             scores = {name: found[name][here, part.start + at] for name in wanted}
             leaves = group.leave(after, rows[here] * (part.stop - part.start) + at, scores)
-            self._inside[here[leaves], part.start + at[leaves]] = False
-            self._depths[rows[here[leaves]], part.start + at[leaves]] = after
+            if leaves.any():
+                here, at = here[leaves], part.start + at[leaves]
+                self._inside[here, at], self._depths[rows[here], at] = False, after
             group.keep(np.flatnonzero(~leaves))
         return np.logical_not(self._inside.any(1))
 
@@ -99,6 +120,8 @@ class GroupPolicy:
 
 def active_places(inside: Rows) -> NDArray[np.int64]:
     """Where tokens are True, in order: int64 [rows, the most of a row]; a row with fewer repeats its first one."""
+    if len(inside) == 1:
+        return np.flatnonzero(inside)[None]
     counts = inside.sum(1)
     order = np.argsort(~inside, axis=1, kind="stable")[:, : int(counts.max(initial=0))]
     return np.where(np.arange(order.shape[1]) < counts[:, None], order, order[:, :1])
