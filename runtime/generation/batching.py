@@ -38,25 +38,32 @@ class SlotRunner:
         What it returns may be overwritten by the next run on the same slots.
         """
         started = perf_counter()
+        if slots.size == 1 and self.store.device is None:  # which most steps have
+            low = int(slots[0]) if call.by_slot else 0
+            made = self.store.run(call, low, low + 1, values, seen[slots])
+        else:
+            made = self._together(call, seen, slots, values, counts)
+        self._trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
+        return made
+
+    def _together(self, call: ChunkSegment, seen: Index, slots: Index, values: Values, counts: Index) -> Values:
+        """Run it in as few runs as can be."""
         given = {name: values[name] for _, name in call.chunk}
         widest = greatest(counts)
-        low, high = (int(slots[0]) if slots.size == 1 else int(slots.min())), greatest(slots) + 1
+        low, high = int(slots.min()), greatest(slots) + 1
         if self.store.device is not None and call.by_slot:
             low, high = 0, self.store.slots
         rowwise = self.store.cache.rowwise and bool(call.buffers) and widest > 1
         room = not call.buffers or greatest(seen[low:high]) + widest <= self.store.capacity
         if not call.by_slot:
-            made = self.store.run(call, 0, slots.size, given, seen[slots])
-        elif slots.size == high - low and room and not (rowwise and slots.size > 1):
-            made = self.store.run(call, low, high, given, seen[low:high])
-        elif room and not rowwise:
-            made = self._with_idle(call, low, high, seen, slots, given)
-        elif self.store.device is not None and not rowwise:
-            made = self._in_parts(call, low, high, seen, slots, given, counts)
-        else:
-            made = self._apart(call, seen, slots, given, counts)
-        self._trace.append(Timing(call.segment.name, (perf_counter() - started) * 1e3, slots.size))
-        return made
+            return self.store.run(call, 0, slots.size, given, seen[slots])
+        if slots.size == high - low and room and not (rowwise and slots.size > 1):
+            return self.store.run(call, low, high, given, seen[low:high])
+        if room and not rowwise:
+            return self._with_idle(call, low, high, seen, slots, given)
+        if self.store.device is not None and not rowwise:
+            return self._in_parts(call, low, high, seen, slots, given, counts)
+        return self._apart(call, seen, slots, given, counts)
 
     def _with_idle(self, call: ChunkSegment, low: int, high: int, seen: Index, slots: Index, given: Values) -> Values:
         """Run slots in between too: what they append lies behind their length, and is not read.

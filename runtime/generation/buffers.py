@@ -32,8 +32,8 @@ _SMALL = 16  # tokens: chunks of up to so many keep their bindings, since arrays
 class ChunkSegment:
     """A segment that runs on chunks: its inputs by what they are, as pairs of the file's name and the value's.
 
-    ``sized`` are the values with an axis of a chunk's tokens, and that axis; ``asked`` is the one that says which of
-    them are scored.
+    ``sized`` is a value with an axis of a chunk's tokens, and that axis; ``asked`` the one that says which of them are
+    scored.
     """
 
     segment: Segment
@@ -44,7 +44,7 @@ class ChunkSegment:
     lengths: str | None
     made: tuple[tuple[str, str], ...]
     appended: tuple[tuple[str, str], ...]
-    sized: tuple[tuple[str, int], ...]
+    sized: tuple[str, int] | None
     asked: str | None
 
     @property
@@ -73,7 +73,7 @@ def chunk_segment(
         next((key for key, name in inputs if name == cache.lengths), None),
         tuple((key, name) for key, name in outputs if name not in of),
         tuple((key, of[name]) for key, name in outputs if name in of),
-        tuple((name, axis) for name, axis in axes if axis >= 0),
+        next(((name, axis) for name, axis in axes if axis >= 0), None),
         next((name for _, name in chunk if name in {stack.asked for stack in manifest.stacks.values()}), None),
     )
 
@@ -221,7 +221,7 @@ class Store:
 
         What it returns may be overwritten by the next run.
         """
-        chunk = max([values[name].shape[axis] for name, axis in segment.sized], default=1)
+        chunk = 1 if segment.sized is None else values[segment.sized[0]].shape[segment.sized[1]]
         asked = 0 if segment.asked is None else values[segment.asked].shape[1]
         key = (segment.segment.name, low, high, min(chunk, _SMALL + 1), min(asked, _SMALL + 1))
         bound = self._bound.get(key)
