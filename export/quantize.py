@@ -1,0 +1,183 @@
+"""An ONNX model with its weights in fewer bits, by ONNX Runtime's own quantizers; no kernel and no packing is ours.
+
+Where a segment runs on one token after the other, reading its weights is what takes time: ``MatMulNBits`` holds them in
+blocks of 4 or 8 bits. Where it runs on many at once, products do: dynamic int8 multiplies integers. Biases, norms and
+convolutions stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+#: Weights that share a scale, by bits: a scale for 32 weights of 8 bits would be an eighth of them.
+_BLOCK = {4: 32, 8: 64}
+_MICROSOFT = "com.microsoft"
+_LEAST = 1024  # bytes: smaller tables stay as they are
+
+
+def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) -> onnx.ModelProto:
+    """The model in one of the manifest's `ENCODINGS`, which may be made of the very model that is given.
+
+    Args:
+        model: with its weights inside.
+        encoding: of its products.
+        tables: weights of which rows are gathered, here or in another file (see `gathered`). They have 8 bits in any
+            encoding, and so have products with them: a head that is tied to the words' table reads the same bytes.
+    """
+    if encoding == "fp32":
+        return model
+    with _quiet():
+        model = _folded(_tables(model, tables))
+        return _dynamic(model) if encoding == "int8-dynamic" else _blocks(model, 4 if encoding == "int4" else 8)
+
+
+def gathered(model: onnx.ModelProto) -> set[str]:
+    """The weights of which a model gathers rows: tables that `quantized` can encode."""
+    tables = {item.name: item for item in model.graph.initializer}
+    return {
+        node.input[0]
+        for node in model.graph.node
+        if node.op_type == "Gather" and node.input[0] in tables and _is_table(node, tables[node.input[0]])
+    }
+
+
+def _is_table(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
+    wide = len(weight.dims) == 2 and 4 * weight.dims[0] * weight.dims[1] >= _LEAST and weight.dims[1] % 16 == 0
+    return wide and weight.data_type == onnx.TensorProto.FLOAT and not any(item.i for item in node.attribute)
+
+
+def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
+    """Tables in blocks of 8 bits: rows are gathered, and products with a table turned round read the same array."""
+    graph = model.graph
+    weights = {item.name: item for item in graph.initializer if item.name in names}
+    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
+    for at, node in enumerate(list(graph.node)):
+        products = node.op_type == "MatMul" and turned.get(node.input[1]) in weights
+        if products:
+            name = turned[node.input[1]]
+        elif node.op_type == "Gather" and node.input[0] in weights and _is_table(node, weights[node.input[0]]):
+            name = node.input[0]
+        else:
+            continue
+        rows, width = weights[name].dims
+        block = next(size for size in (_BLOCK[8], 32, 16) if width % size == 0)
+        if f"{name}_blocks" not in weights:
+            packed, scales = _packed(numpy_helper.to_array(weights[name]), block)
+            for kind, array in (("blocks", packed), ("rows", packed.reshape(rows, width)), ("scales", scales)):
+                weights[f"{name}_{kind}"] = numpy_helper.from_array(array, f"{name}_{kind}")
+                graph.initializer.append(weights[f"{name}_{kind}"])
+        if products:
+            made = helper.make_node(
+                "MatMulNBits",
+                [node.input[0], f"{name}_blocks", f"{name}_scales"],
+                node.output,
+                domain=_MICROSOFT,
+                K=width,
+                N=rows,
+                bits=8,
+                block_size=block,
+                accuracy_level=4,
+            )
+        else:
+            made = helper.make_node(
+                "GatherBlockQuantized",
+                [f"{name}_rows", node.input[1], f"{name}_scales"],
+                node.output,
+                domain=_MICROSOFT,
+                bits=8,
+                block_size=block,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        graph.node[at].CopyFrom(made)
+    if not any(item.domain == _MICROSOFT for item in model.opset_import):
+        model.opset_import.append(helper.make_opsetid(_MICROSOFT, 1))
+    return _without_unread(model)
+
+
+def _packed(table: NDArray[np.float32], block: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A table [rows, width] as ``MatMulNBits`` reads it: uint8 [rows, blocks, block], and scales [rows, blocks]."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+
+    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=8)
+    packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
+    return packed, scales
+
+
+def _blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
+    """Weights of so many bits, a scale for each block of them; activations of products are rounded to 8 bits."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+
+    config = DefaultWeightOnlyQuantConfig(
+        block_size=_BLOCK[bits], is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul",), bits=bits
+    )
+    quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+    quantizer.process()
+    made: onnx.ModelProto = quantizer.model.model
+    return made
+
+
+def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Products of whole numbers: weights of 8 bits, a scale for each column; activations by their own range."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        quantize_dynamic(
+            model,
+            file,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
+        )
+        return onnx.load(file)
+
+
+def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, whose products read their weights as they are: a quantizer sees no weight behind a transposition."""
+    graph = model.graph
+    weights = {item.name: item for item in graph.initializer}
+    found = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]
+    for node in found:
+        weight = weights[node.input[0]]
+        order = next((list(item.ints) for item in node.attribute if item.name == "perm"), None)
+        turned = np.ascontiguousarray(np.transpose(numpy_helper.to_array(weight), order))
+        graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
+        graph.node.remove(node)
+    return _without_unread(model)
+
+
+def _without_unread(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without weights, and transpositions, that nothing reads."""
+    read = {name for node in model.graph.node for name in node.input} | {item.name for item in model.graph.output}
+    for node in [node for node in model.graph.node if node.op_type == "Transpose" and node.output[0] not in read]:
+        model.graph.node.remove(node)
+    read = {name for node in model.graph.node for name in node.input}
+    for item in [item for item in model.graph.initializer if item.name not in read]:
+        model.graph.initializer.remove(item)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the root logger as it is: the quantizers set it, and tell of each node."""
+    root = logging.getLogger()
+    level, handlers, disabled = root.level, list(root.handlers), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.setLevel(level)
+        root.handlers[:] = handlers
