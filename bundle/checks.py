@@ -27,6 +27,7 @@ from offramp.bundle.manifest import (
 )
 from offramp.bundle.measures import MEASURES, measure_named
 from offramp.bundle.options import OPTIONS, read
+from offramp.bundle.precision import encodings
 from offramp.bundle.preprocessing import preprocessing_problems
 from offramp.errors import InputError
 
@@ -42,9 +43,17 @@ def problems_of(manifest: Manifest) -> list[str]:
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
         *generation_problems(manifest.generation),
         *preprocessing_problems(manifest.preprocessing),
+        *_calibration(manifest),
         *(f"labels: there is no output {name!r}" for name in manifest.labels if name not in manifest.outputs),
     ]
     return problems or list(_Flow(manifest).problems())
+
+
+def _calibration(manifest: Manifest) -> Iterator[str]:
+    """Thresholds hold for the encodings that they were chosen with."""
+    made = (manifest.calibration or {}).get("encodings", encodings(manifest))
+    if made != encodings(manifest):
+        yield "calibration: it was made in another precision; offramp calibrate chooses anew"
 
 
 def generation_problems(generation: Generation) -> Iterator[str]:

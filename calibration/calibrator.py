@@ -16,6 +16,7 @@ import numpy as np
 from offramp.bundle import directory
 from offramp.bundle.json_text import to_json
 from offramp.bundle.manifest import MANIFEST_FILE, Stack
+from offramp.bundle.precision import encodings
 from offramp.calibration import sequence, widths
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Examples, read
@@ -60,8 +61,18 @@ class Calibration:
         return "others" not in self.record or self.record["reason"] is None
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Make it the default of the bundle at ``path``: its manifest is replaced at once, and its card after it."""
+        """Make it the default of the bundle at ``path``: its manifest is replaced at once, and its card after it.
+
+        Raises:
+            InputError: that bundle is in another precision than the one that this was chosen for.
+        """
         manifest, root = directory.read(path, verify=False)
+        if encodings(manifest) != self.record.get("encodings", {}):
+            raise InputError(
+                f"this was chosen for a bundle in {_listed(self.record.get('encodings', {}))}; {root.name} is in "
+                f"{_listed(encodings(manifest))}, whose scores are others",
+                hint=f"offramp calibrate {root.name}",
+            )
         manifest = replace(manifest, policy=self.policy.to_dict(), calibration=self.record)
         text = to_json(manifest)
         with NamedTemporaryFile("w", dir=root, prefix=".manifest", delete=False, encoding="utf-8") as file:
@@ -145,6 +156,7 @@ def calibrate(
         "examples": len(examples),
         "data": examples.sha256,
         "seed": seed,
+        "encodings": encodings(chain.manifest),
         **found,
         "versions": {name: version(name) for name in ("offramp", "numpy", "onnxruntime")},
         "machine": f"{platform.machine()}, {physical_cores()} cores",
@@ -287,6 +299,11 @@ def _chosen(exits: _Exits, path: Path, results: Tested, costs: Costs) -> tuple[P
     record["thresholds"] = {after[at]: number for at, number in thresholds.items()}
     record["milliseconds"]["expected"] = round(expected, 4)
     return exits.policy(path, thresholds), record
+
+
+def _listed(found: Mapping[str, str]) -> str:
+    """Encodings in words."""
+    return ", ".join(sorted(set(found.values()))) + f" ({len(found)} segments)" if found else "fp32"
 
 
 def _named(quality: Quality | None, examples: Examples) -> str:

@@ -17,10 +17,12 @@ import torch
 
 from offramp.bundle.json_text import from_json, section, to_json
 from offramp.bundle.manifest import MANIFEST_FILE, Generation, Manifest
+from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
+from offramp.export.agreement import compared
 from offramp.export.describe import Describer, Progress
-from offramp.export.encode import Precision, compared, encoded, precisions
+from offramp.export.encode import Precision, encoded, precisions
 from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
@@ -41,6 +43,7 @@ def save(
     *,
     samples: Sequence[Mapping[str, Any]] | None = None,
     loss: float | None = None,
+    agreement: float = 0.0,
     segments: int | None = None,
     target: Target = "ort",
     learners: Literal["dense", "grouped"] | None = None,
@@ -65,6 +68,8 @@ def save(
         samples: inputs on which an encoded bundle is compared with the one in fp32; the captured ones if left out.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
             values; if left out .05, and .3 where something is int4.
+        agreement: the share of answers (the greatest of several classes), and of exits taken, that are to be the same
+            as in fp32. The latter is over thresholds from low to high: calibrated ones are chosen later.
         segments: how many per stack; None makes every block a segment of its own. Exits always end a segment.
         target: how cached attention is lowered: "ort" (ONNX Runtime's own operators, whose time follows the
             length that is filled) or "portable" (ONNX's own, opset 24).
@@ -89,7 +94,8 @@ def save(
 
     Raises:
         ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
-            scale, or from fp32 by more than ``loss``; nothing is left at ``path`` then that was not there before.
+            scale, or from fp32 by more than ``loss`` and ``agreement`` allow; nothing is left at ``path`` then
+            that was not there before.
         BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
     """
     known = precisions(precision)
@@ -129,13 +135,7 @@ def save(
             taken = samples or [given(program, program.example_inputs)]
             manifest = _encoded(manifest, directory, precision, taken)
             figures = dict(manifest.validation)
-            bound = loss if loss is not None else 0.3 if "int4" in known else 0.05
-            if not figures["encoding"] <= bound:
-                raise ExportError(
-                    f"precision={precision!r}: outputs differ from fp32 by {figures['encoding']:.3f} of their scale, "
-                    f"more than loss={bound}; {figures['same answers']:.1%} of the answers are the same",
-                    hint='a higher precision for some segments, {"decoder.6": "fp32"}; or loss=',
-                )
+            _bounded(manifest, loss if loss is not None else 0.3 if "int4" in known else 0.05, agreement)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)
@@ -163,6 +163,18 @@ def _encoded(
     shutil.rmtree(directory)
     made.rename(directory)
     return replace(found, validation={**manifest.validation, **changed})
+
+
+def _bounded(manifest: Manifest, loss: float, agreement: float) -> None:
+    found = manifest.validation
+    wrong = [] if found[ERROR] <= loss else [f"loss={loss}"]
+    if not all(found.get(key, 1.0) >= agreement for key in (ANSWERS, EXITS)):
+        wrong.append(f"agreement={agreement}")
+    if wrong:
+        raise ExportError(
+            f"{against_fp32(manifest)}; that is not within {' and '.join(wrong)}",
+            hint='a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',
+        )
 
 
 def _take_place(directory: Path, place: Path) -> None:

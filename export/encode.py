@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias
 
-import numpy as np
 import onnx
 from onnx import external_data_helper, numpy_helper
 
@@ -18,8 +17,6 @@ from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
 from offramp.export.quantize import gathered, quantized
 from offramp.export.write import ALIGNMENT, hashed
-from offramp.runtime.chain import Chain
-from offramp.runtime.policies.builtin import Never
 
 #: A precision of all segments, or of those whose names match a pattern; the first that matches counts.
 Precision: TypeAlias = str | Mapping[str, str]
@@ -143,25 +140,3 @@ class _Weights:
             self._placed[key] = self._file.tell()
             self._file.write(data)
         return self._placed[key]
-
-
-# how far it is from what it was
-
-
-def compared(before: Chain, after: Chain, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What encoding changed, over samples.
-
-    ``encoding`` is the worst output's root of the mean square of the differences, over that of its values; ``same
-    answers`` the share of places where an output of classes has its greatest value in the same one, 1 without any.
-    """
-    errors, same = [0.0], list[float]()
-    for inputs in samples:
-        old, new = (chain.run(inputs, Never()).outputs for chain in (before, after))
-        for name, value in old.items():
-            if value.dtype.kind != "f" or not value.size:
-                continue
-            scale = float(np.sqrt(np.mean(np.square(value)))) or 1.0
-            errors.append(float(np.sqrt(np.mean(np.square(new[name] - value)))) / scale)
-            if value.ndim > 1 and value.shape[-1] > 1:
-                same.append(float((new[name].argmax(-1) == value.argmax(-1)).mean()))
-    return {"encoding": max(errors), "same answers": float(np.mean(same)) if same else 1.0}

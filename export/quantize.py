@@ -148,24 +148,25 @@ def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model, whose products read their weights as they are: a quantizer sees no weight behind a transposition."""
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
-    found = [node for node in graph.node if node.op_type == "Transpose" and node.input[0] in weights]
-    for node in found:
-        weight = weights[node.input[0]]
-        order = next((list(item.ints) for item in node.attribute if item.name == "perm"), None)
-        turned = np.ascontiguousarray(np.transpose(numpy_helper.to_array(weight), order))
-        graph.initializer.append(numpy_helper.from_array(turned, node.output[0]))
-        graph.node.remove(node)
+    made = {item.name for item in graph.output}
+    for node in list(graph.node):
+        if node.op_type == "Transpose" and node.input[0] in weights and node.output[0] not in made:
+            order = next((list(item.ints) for item in node.attribute if item.name == "perm"), None)
+            turned = np.transpose(numpy_helper.to_array(weights[node.input[0]]), order)
+            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned), node.output[0]))
+            graph.node.remove(node)
     return _without_unread(model)
 
 
 def _without_unread(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without weights, and transpositions, that nothing reads."""
-    read = {name for node in model.graph.node for name in node.input} | {item.name for item in model.graph.output}
-    for node in [node for node in model.graph.node if node.op_type == "Transpose" and node.output[0] not in read]:
-        model.graph.node.remove(node)
-    read = {name for node in model.graph.node for name in node.input}
-    for item in [item for item in model.graph.initializer if item.name not in read]:
-        model.graph.initializer.remove(item)
+    """The model without weights, and transpositions of some, that nothing reads."""
+    graph = model.graph
+    read = {name for node in graph.node for name in node.input} | {item.name for item in graph.output}
+    for node in [node for node in graph.node if node.op_type == "Transpose" and node.output[0] not in read]:
+        graph.node.remove(node)
+    read = {name for node in graph.node for name in node.input} | {item.name for item in graph.output}
+    for item in [item for item in graph.initializer if item.name not in read]:
+        graph.initializer.remove(item)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from offramp.bundle.expressions import evaluate
 from offramp.bundle.manifest import Manifest, Value
+from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
 from offramp.runtime.engine.widths import kinds
 
 CARD_FILE = "README.md"
@@ -160,11 +161,13 @@ def _validation(manifest: Manifest) -> str:
     rows = [
         (_FIGURES.get(key, key.replace("_", " ")), f"{error:.0e}" if error else "0")
         for key, error in manifest.validation.items()
-        if key != "tolerance" and isinstance(error, int | float)
+        if key not in ("tolerance", ERROR, ANSWERS, EXITS) and isinstance(error, int | float)
     ]
     if not rows:
         return "It was not."
-    return _table(("what", "largest difference, of the output's scale"), rows)
+    table = _table(("what", "largest difference, of the output's scale"), rows)
+    encoded = against_fp32(manifest)
+    return f"{table}\n\nThat was in fp32. {encoded[0].upper()}{encoded[1:]}." if encoded else table
 
 
 def _usage(manifest: Manifest, name: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from offramp.bundle import directory
 from offramp.bundle.manifest import Manifest, Stack, Value
 from offramp.bundle.options import Sampling
+from offramp.bundle.precision import against_fp32
 from offramp.errors import InputError
 from offramp.runtime.engine import widths
 from offramp.runtime.engine.binding import bind_takers
@@ -301,6 +302,7 @@ class Chain:
             f"  inputs {_listed(self.inputs)}; outputs {_listed(self.outputs)}",
             listing(manifest.leaving),
             widths.listing(manifest),
+            f"  {text}" if (text := against_fp32(manifest)) else "",
             f"  {len(manifest.segments)} segments of {files} files; policy {self.policy!r}>",
         ]
         return "\n".join(line for line in lines if line)
