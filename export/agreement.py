@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import Exit
+from offramp.bundle.manifest import Exit, Manifest
 from offramp.bundle.measures import measure_named
-from offramp.bundle.precision import ANSWERS, ERROR, EXITS
+from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
+from offramp.errors import ExportError
 from offramp.runtime.chain import Chain
 from offramp.runtime.policies.base import Policy, Rows, State
+from offramp.runtime.policies.builtin import Depth, Never
+from offramp.runtime.result import Result
 
 _THRESHOLDS = np.linspace(0.1, 0.9, 9)  # quantiles of the scores in fp32
 
@@ -31,8 +35,49 @@ class _Asks(Policy):
         return np.zeros(state.rows.size, np.bool_)
 
 
-def compared(before: Chain, after: Chain, samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What encoding changed, over samples.
+@dataclass(frozen=True)
+class Bounds:
+    """How far outputs may be from fp32, and the share of answers, and of exits taken, that are to be the same."""
+
+    loss: float
+    agreement: float = 0.0
+
+    def passed(self, figures: Mapping[str, float]) -> list[str]:
+        """The bounds that figures, as `changed` has them, are not within."""
+        wrong = [] if figures[ERROR] <= self.loss else [f"loss={self.loss}"]
+        if not all(figures.get(key, 1.0) >= self.agreement for key in (ANSWERS, EXITS)):
+            wrong.append(f"agreement={self.agreement}")
+        return wrong
+
+    def check(self, manifest: Manifest) -> None:
+        """ExportError where a bundle is not within them."""
+        if wrong := self.passed(manifest.validation):
+            raise ExportError(
+                f"{against_fp32(manifest)}; that is not within {' and '.join(wrong)}",
+                hint='a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',
+            )
+
+
+def ways(manifest: Manifest) -> Iterator[Policy]:
+    """Policies that together run every file: full depth, and each exit that has files of its own."""
+    yield Never()
+    files = {name: item.file for name, item in manifest.segments.items()}
+    for stack in manifest.stacks.values():
+        run = {files[name] for name in stack.exits[-1].segments}
+        for exit_ in stack.exits[:-1]:
+            if not run.issuperset(own := {files[name] for name in exit_.segments}):
+                run |= own
+                yield Depth(dict.fromkeys(stack.by_group, exit_.after))
+
+
+def answers(chain: Chain, samples: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """What a bundle says of each sample at full depth, with all that its exits score, and at exits of their own."""
+    policies = [_Asks(), *list(ways(chain.manifest))[1:]]
+    return [chain.run(inputs, policy) for inputs in samples for policy in policies]
+
+
+def changed(before: Sequence[Result], after: Sequence[Result]) -> dict[str, float]:
+    """What encoding changed, over what `answers` gives.
 
     ``encoding`` is the worst output's root of the mean square of the differences, over that of its values; ``same
     answers`` the share of places where an output of classes has its greatest value in the same one; ``same exits`` the
@@ -41,8 +86,7 @@ def compared(before: Chain, after: Chain, samples: Sequence[Mapping[str, Any]]) 
     """
     errors, same = [0.0], list[float]()
     scores: dict[tuple[str, str], list[list[NDArray[Any]]]] = defaultdict(list)
-    for inputs in samples:
-        old, new = (chain.run(inputs, _Asks()) for chain in (before, after))
+    for old, new in zip(before, after, strict=True):
         for name, value in old.outputs.items():
             if value.dtype.kind != "f" or not value.size:
                 continue

@@ -17,12 +17,12 @@ import torch
 
 from offramp.bundle.json_text import from_json, section, to_json
 from offramp.bundle.manifest import MANIFEST_FILE, Generation, Manifest
-from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
-from offramp.export.agreement import compared
+from offramp.export.agreement import Bounds, answers, changed
+from offramp.export.automatic import automatic
 from offramp.export.describe import Describer, Progress
-from offramp.export.encode import Precision, encoded, precisions
+from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
 from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
@@ -63,8 +63,10 @@ def save(
         program: what to export.
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
         precision: of the weights of products: "fp32"; "int8", in blocks where tokens come one by one, with activations
-            in whole numbers too where a segment runs on many (encoders, models without caches); "int4", in blocks; or
-            one for each pattern of segments, ``{"decoder.*": "int4"}``, and fp32 for the others.
+            in whole numbers too where a segment runs on many (encoders, models without caches); "int4", in blocks
+            (tables of words, and heads that are tied to them, in 8 bits); one for each pattern of segments,
+            ``{"decoder.*": "int4"}``, and fp32 for the others; or "auto", for each segment what is fastest on this
+            machine within ``loss`` and ``agreement``.
         samples: inputs on which an encoded bundle is compared with the one in fp32; the captured ones if left out.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
             values; if left out .05, and .3 where something is int4.
@@ -133,9 +135,10 @@ def save(
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:
             taken = samples or [given(program, program.example_inputs)]
-            manifest = _encoded(manifest, directory, precision, taken)
+            bounds = Bounds(loss if loss is not None else 0.3 if "int4" in known else 0.05, agreement)
+            manifest = _encoded(manifest, directory, precision, taken, bounds)
             figures = dict(manifest.validation)
-            _bounded(manifest, loss if loss is not None else 0.3 if "int4" in known else 0.05, agreement)
+            bounds.check(manifest)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)
@@ -150,31 +153,25 @@ def save(
 
 
 def _encoded(
-    manifest: Manifest, directory: Path, precision: Precision, samples: Sequence[Mapping[str, Any]]
+    manifest: Manifest, directory: Path, precision: Precision, samples: Sequence[Mapping[str, Any]], bounds: Bounds
 ) -> Manifest:
     """Put the bundle with its weights encoded in the place of that in fp32; its manifest, with what that changed."""
     made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
     try:
-        found = encoded(manifest, directory, made, precision)
-        changed = compared(Chain(manifest, directory), Chain(found, made), samples)
+        if precision == AUTO:
+            wanted, about = automatic(manifest, directory, samples, bounds)
+            called = f"auto ({', '.join(sorted(set(wanted.values())))})"
+            manifest = replace(manifest, provenance={**manifest.provenance, "precision": about})
+        else:
+            wanted, called = encodings_of(manifest, precision), shown(precision)
+        found = encoded(manifest, directory, made, wanted, called)
+        figures = changed(answers(Chain(manifest, directory), samples), answers(Chain(found, made), samples))
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise
     shutil.rmtree(directory)
     made.rename(directory)
-    return replace(found, validation={**manifest.validation, **changed})
-
-
-def _bounded(manifest: Manifest, loss: float, agreement: float) -> None:
-    found = manifest.validation
-    wrong = [] if found[ERROR] <= loss else [f"loss={loss}"]
-    if not all(found.get(key, 1.0) >= agreement for key in (ANSWERS, EXITS)):
-        wrong.append(f"agreement={agreement}")
-    if wrong:
-        raise ExportError(
-            f"{against_fp32(manifest)}; that is not within {' and '.join(wrong)}",
-            hint='a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',
-        )
+    return replace(found, validation={**manifest.validation, **figures})
 
 
 def _take_place(directory: Path, place: Path) -> None:

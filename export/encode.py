@@ -15,12 +15,14 @@ from onnx import external_data_helper, numpy_helper
 
 from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
-from offramp.export.quantize import gathered, quantized
+from offramp.export.quantize import encoding_of, gathered, quantized
 from offramp.export.write import ALIGNMENT, hashed
 
 #: A precision of all segments, or of those whose names match a pattern; the first that matches counts.
 Precision: TypeAlias = str | Mapping[str, str]
 PRECISIONS = ("fp32", "int8", "int4")
+#: What is fastest where it is exported; of a whole bundle only.
+AUTO = "auto"
 _LEAST = 1024  # bytes: smaller arrays stay in their file
 
 
@@ -35,7 +37,8 @@ def precision_of(precision: Precision, segment: str) -> str:
         chosen = next((item for pattern, item in precision.items() if fnmatchcase(segment, pattern)), "fp32")
     if chosen not in PRECISIONS:
         raise ExportError(
-            f"precision={chosen!r}: there are {', '.join(PRECISIONS)}, or one for each pattern of segments",
+            f"precision={chosen!r}: there are {', '.join(PRECISIONS)}, or one for each pattern of segments; "
+            "and auto, of a whole bundle",
             hint='precision={"decoder.*": "int4", "tail": "int8"}',
         )
     return str(chosen)
@@ -43,21 +46,26 @@ def precision_of(precision: Precision, segment: str) -> str:
 
 def precisions(precision: Precision) -> set[str]:
     """Those that it names; ExportError where there is no such one."""
+    if precision == AUTO:
+        return {AUTO}
     if isinstance(precision, str):
         return {precision_of(precision, "")}
     return {precision_of(item, "") for item in precision.values()} or {"fp32"}
 
 
-def encoded(manifest: Manifest, source: Path, target: Path, precision: Precision) -> Manifest:
-    """Write the segments of the bundle at ``source`` to ``target``, with its weights encoded; the manifest of that.
+def shown(precision: Precision) -> str:
+    """A precision in words."""
+    return precision if isinstance(precision, str) else ", ".join(f"{key} {item}" for key, item in precision.items())
 
-    Thresholds that were chosen for the bundle do not hold for it, so it has none.
+
+def encodings_of(manifest: Manifest, precision: Precision) -> dict[str, str]:
+    """The encoding of each file of a bundle.
 
     Raises:
         ExportError: see `precision_of`; or a file is read as two precisions.
     """
     wanted: dict[str, str] = {}
-    together = {name for stage in manifest.stages if stage.when != "chunk" for name in _segments(manifest, stage)}
+    together = run_together(manifest)
     for name, segment in manifest.segments.items():
         bits = precision_of(precision, name)
         encoding = "int8-dynamic" if bits == "int8" and name in together else bits
@@ -66,22 +74,44 @@ def encoded(manifest: Manifest, source: Path, target: Path, precision: Precision
                 f"segments of the file {segment.file} are to be {wanted[segment.file]} and {encoding}",
                 hint="one precision for all that share their weights",
             )
+    return wanted
+
+
+def encoded(manifest: Manifest, source: Path, target: Path, wanted: Mapping[str, str], called: str) -> Manifest:
+    """Write the segments of the bundle at ``source`` to ``target``, with its weights encoded; the manifest of that.
+
+    Thresholds that were chosen for the bundle do not hold for it, so it has none.
+
+    Args:
+        manifest: of the bundle at ``source``.
+        source: the bundle in fp32.
+        target: an empty directory.
+        wanted: the encoding of each file. One that has nothing for it gets what there is: a head that is tied to a
+            table has 8 bits where 4 were wanted.
+        called: what the manifest calls that.
+    """
     tables = _Tables(source, (file for file, encoding in wanted.items() if encoding != "fp32"))
     with (target / WEIGHTS_FILE).open("wb") as weights:
         writer = _Weights(weights)
+        made = dict[str, str]()
         for file, encoding in wanted.items():
             model = quantized(onnx.load(source / file), encoding, tables.of(file))
+            made[file] = encoding_of(model)
             (target / file).write_bytes(writer.moved(model).SerializeToString(deterministic=True))
     for file in manifest.take.values():
         shutil.copyfile(source / file, target / file)
-    segments = {name: replace(item, encoding=wanted[item.file]) for name, item in manifest.segments.items()}
+    segments = {name: replace(item, encoding=made[item.file]) for name, item in manifest.segments.items()}
     files = {path.name: hashed(path) for path in sorted(target.iterdir())}
     others = {name: item for name, item in manifest.files.items() if name not in files}
     for name in others:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
-    shown = precision if isinstance(precision, str) else ", ".join(f"{key} {item}" for key, item in precision.items())
-    return replace(manifest, segments=segments, files=files | others, precision=shown, policy=None, calibration=None)
+    return replace(manifest, segments=segments, files=files | others, precision=called, policy=None, calibration=None)
+
+
+def run_together(manifest: Manifest) -> set[str]:
+    """The segments that run on many tokens at once, and never on one after the other."""
+    return {name for stage in manifest.stages if stage.when != "chunk" for name in _segments(manifest, stage)}
 
 
 def _segments(manifest: Manifest, stage: Stage) -> Iterator[str]:

@@ -37,8 +37,19 @@ def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) ->
     if encoding == "fp32":
         return model
     with _quiet():
-        model = _folded(_tables(model, tables))
+        model = _folded(_tables(_products(model), tables))
         return _dynamic(model) if encoding == "int8-dynamic" else _blocks(model, 4 if encoding == "int4" else 8)
+
+
+def encoding_of(model: onnx.ModelProto) -> str:
+    """What a model's weights are: where `quantized` found nothing of a kind, another than it was asked for."""
+    kinds = {node.op_type for node in model.graph.node}
+    if "MatMulInteger" in kinds:
+        return "int8-dynamic"
+    if kinds.isdisjoint(("MatMulNBits", "GatherBlockQuantized")):
+        return "fp32"
+    bits = {item.i for node in model.graph.node for item in node.attribute if item.name == "bits"}
+    return "int4" if 4 in bits else "int8"
 
 
 def gathered(model: onnx.ModelProto) -> set[str]:
@@ -54,6 +65,29 @@ def gathered(model: onnx.ModelProto) -> set[str]:
 def _is_table(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
     wide = len(weight.dims) == 2 and 4 * weight.dims[0] * weight.dims[1] >= _LEAST and weight.dims[1] % 16 == 0
     return wide and weight.data_type == onnx.TensorProto.FLOAT and not any(item.i for item in node.attribute)
+
+
+def _products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with products and sums in the place of ``Gemm`` of a weight, which no quantizer for blocks knows."""
+    weights = {item.name for item in model.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        how = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        plain = not how.get("transA") and how.get("alpha", 1.0) == how.get("beta", 1.0) == 1.0
+        if node.op_type != "Gemm" or node.input[1] not in weights or not plain:
+            nodes.append(node)
+            continue
+        (data, weight, *bias), (out,) = node.input, node.output
+        if how.get("transB"):
+            nodes.append(helper.make_node("Transpose", [weight], [f"{out}_weight"], perm=[1, 0]))
+            weight = f"{out}_weight"
+        nodes.append(helper.make_node("MatMul", [data, weight], [f"{out}_product" if any(bias) else out]))
+        if any(bias):
+            nodes.append(helper.make_node("Add", [f"{out}_product", *bias], [out]))
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # they live in what is cleared
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
 
 
 def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:

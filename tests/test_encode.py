@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import offramp
 from offramp import cli
+from offramp.bundle.precision import encodings
 from offramp.errors import BundleError, ExportError, InputError
+from offramp.export.automatic import chosen
 from offramp.passes import apply
 
 WIDE = 64
@@ -64,8 +66,8 @@ def operators(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("precision", "encodings", "operator", "share", "least"),
     [
-        ("int8", {"int8-dynamic"}, "MatMulInteger", 0.36, 0.9),
-        ("int4", {"int4"}, "MatMulNBits", 0.27, 0.5),
+        ("int8", {"int8", "int8-dynamic"}, "MatMulInteger", 0.36, 0.9),
+        ("int4", {"int8", "int4"}, "MatMulNBits", 0.27, 0.5),
         ({"encoder.1": "int4"}, {"int4", "fp32"}, "MatMulNBits", 0.8, 0.5),
     ],
 )
@@ -83,6 +85,7 @@ def test_a_model_that_runs_at_once(
     chain = offramp.load(tmp_path / "m.offramp")
     assert {segment.encoding for segment in chain.manifest.segments.values()} == encodings
     assert operator in operators(tmp_path / "m.offramp")
+    assert isinstance(precision, dict) or "Gemm" not in operators(tmp_path / "m.offramp")
     assert size(tmp_path / "m.offramp") < share * size(tmp_path / "whole.offramp")
     assert 0 < figures["encoding"] < 0.2
     assert figures["same answers"] >= least
@@ -122,6 +125,42 @@ def test_the_same_bytes_lie_there_once(program: offramp.Program, tmp_path: Path)
     assert weights - sum(places.values()) < 64 * len(places)
 
 
+def test_auto_takes_what_is_fastest_within_the_bound(program: offramp.Program, tmp_path: Path) -> None:
+    samples = [{"ids": np.random.default_rng(0).integers(500, size=(8, 12))}]
+    figures = offramp.save(program, tmp_path / "m.offramp", "auto", samples=samples, loss=0.02)
+    chain = offramp.load(tmp_path / "m.offramp")
+    assert figures["encoding"] <= 0.02
+    measured = chain.manifest.provenance["precision"]
+    for segment in chain.manifest.segments.values():
+        if segment.file in measured:
+            found = measured[segment.file]
+            assert found["encoding"] == segment.encoding
+            assert found["milliseconds"].keys() == found["loss"].keys()
+            assert all(times["many"] > 0 for times in found["milliseconds"].values())
+    assert {"fp32", "int4", "int8-dynamic"} <= measured["encoder.1.onnx"]["loss"].keys()
+    assert "auto (" in repr(chain)
+    offramp.save(program, tmp_path / "m.offramp", "auto", samples=samples, loss=0)
+    assert not encodings(offramp.load(tmp_path / "m.offramp").manifest)
+
+
+def test_auto_of_a_generator_times_single_tokens(decoder: tiny.Captured, tmp_path: Path) -> None:
+    made = apply(decoder.program, "insert-exits{head=own},insert-cache")
+    offramp.save(made, tmp_path / "m.offramp", "auto")
+    measured = offramp.load(tmp_path / "m.offramp").manifest.provenance["precision"]
+    times = {name: found["milliseconds"]["fp32"].keys() for name, found in measured.items() if name[:8] == "decoder."}
+    assert times
+    assert all("one" in kinds for kinds in times.values())
+
+
+def test_the_choice_gives_up_the_least_time() -> None:
+    costs = {"a": {"fp32": 9.0, "int8": 3.0, "int4": 2.0}, "b": {"fp32": 9.0, "int8": 2.05, "int4": 2.0}}
+    losses = {"a": {"fp32": 0.0, "int8": 0.01, "int4": 0.1}, "b": {"fp32": 0.0, "int8": 0.01, "int4": 0.1}}
+    assert chosen(costs, losses, 1.0) == {"a": "int4", "b": "int4"}
+    assert chosen(costs, losses, 0.12) == {"a": "int4", "b": "int8"}
+    assert chosen(costs, losses, 0.015) == {"a": "int8", "b": "int8"}
+    assert chosen(costs, losses, 0.0) == {"a": "fp32", "b": "fp32"}
+
+
 def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = apply(offramp.capture(Tied().eval(), {"ids": torch.randint(500, (2, 12))}), "insert-exits,insert-cache")
@@ -150,7 +189,7 @@ def test_thresholds_are_of_one_precision(program: offramp.Program, tmp_path: Pat
         offramp.save(program, tmp_path / f"{name}.offramp", precision)
     examples = {"ids": np.random.default_rng(0).integers(500, size=(40, 12))}
     found = offramp.calibrate(offramp.load(tmp_path / "m.offramp"), examples, keep=0.5, confidence=0.5)
-    with pytest.raises(InputError, match=r"chosen for a bundle in int8-dynamic .*; whole.offramp is in fp32"):
+    with pytest.raises(InputError, match=r"chosen for a bundle in int8, int8-dynamic .*; whole.offramp is in fp32"):
         found.write(tmp_path / "whole.offramp")
     found.write(tmp_path / "m.offramp")
     assert offramp.load(tmp_path / "m.offramp").manifest.calibration

@@ -24,7 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="SPEC",
         default="fp32",
-        help="of the weights: fp32, int8, int4, or one for segments by their names, 'decoder.*=int4,tail=int8'",
+        help="of the weights: fp32, int8, int4; one for segments by their names, 'decoder.*=int4,tail=int8'; or auto, for "
+        "each segment what is fastest on this machine within --loss and --agreement",
     )
     parser.add_argument(
         "--loss",
