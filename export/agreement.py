@@ -42,8 +42,8 @@ class Bounds:
     loss: float
     agreement: float = 0.0
 
-    def passed(self, figures: Mapping[str, float]) -> list[str]:
-        """The bounds that figures, as `changed` has them, are not within."""
+    def broken(self, figures: Mapping[str, float]) -> list[str]:
+        """Those that figures, as `changed` has them, are not within."""
         wrong = [] if figures[ERROR] <= self.loss else [f"loss={self.loss}"]
         if not all(figures.get(key, 1.0) >= self.agreement for key in (ANSWERS, EXITS)):
             wrong.append(f"agreement={self.agreement}")
@@ -51,7 +51,7 @@ class Bounds:
 
     def check(self, manifest: Manifest) -> None:
         """ExportError where a bundle is not within them."""
-        if wrong := self.passed(manifest.validation):
+        if wrong := self.broken(manifest.validation):
             raise ExportError(
                 f"{against_fp32(manifest)}; that is not within {' and '.join(wrong)}",
                 hint='a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',

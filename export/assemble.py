@@ -16,13 +16,12 @@ import onnxruntime
 import torch
 
 from offramp.bundle.json_text import from_json, section, to_json
-from offramp.bundle.manifest import MANIFEST_FILE, Generation, Manifest
+from offramp.bundle.manifest import MANIFEST_FILE, Generation
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
-from offramp.export.agreement import Bounds, answers, changed
-from offramp.export.automatic import automatic
 from offramp.export.describe import Describer, Progress
-from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
+from offramp.export.encode import Precision, precisions
+from offramp.export.fewer_bits import in_fewer_bits
 from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
@@ -33,7 +32,6 @@ from offramp.export.write import Writer
 from offramp.program.learners import FORMS
 from offramp.program.program import Program
 from offramp.runtime import card
-from offramp.runtime.chain import Chain
 
 
 def save(
@@ -135,10 +133,8 @@ def save(
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:
             taken = samples or [given(program, program.example_inputs)]
-            bounds = Bounds(loss if loss is not None else 0.3 if "int4" in known else 0.05, agreement)
-            manifest = _encoded(manifest, directory, precision, taken, bounds)
+            manifest = in_fewer_bits(manifest, directory, precision, taken, loss, agreement)
             figures = dict(manifest.validation)
-            bounds.check(manifest)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)
@@ -150,28 +146,6 @@ def save(
         shutil.rmtree(directory, ignore_errors=True)
         raise
     return figures
-
-
-def _encoded(
-    manifest: Manifest, directory: Path, precision: Precision, samples: Sequence[Mapping[str, Any]], bounds: Bounds
-) -> Manifest:
-    """Put the bundle with its weights encoded in the place of that in fp32; its manifest, with what that changed."""
-    made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
-    try:
-        if precision == AUTO:
-            wanted, about = automatic(manifest, directory, samples, bounds)
-            called = f"auto ({', '.join(sorted(set(wanted.values())))})"
-            manifest = replace(manifest, provenance={**manifest.provenance, "precision": about})
-        else:
-            wanted, called = encodings_of(manifest, precision), shown(precision)
-        found = encoded(manifest, directory, made, wanted, called)
-        figures = changed(answers(Chain(manifest, directory), samples), answers(Chain(found, made), samples))
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
-    shutil.rmtree(directory)
-    made.rename(directory)
-    return replace(found, validation={**manifest.validation, **figures})
 
 
 def _take_place(directory: Path, place: Path) -> None:

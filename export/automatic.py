@@ -37,7 +37,7 @@ def automatic(
 
     Every file is timed in every encoding, on one token where it runs token by token, else on the first sample's first
     row. Its loss is that of the chain in which it alone is encoded. Losses of several are taken to add up in squares;
-    what that says is checked, and where it is too much the bound becomes narrower.
+    what that says is checked, and the widest bound is looked for with which it holds.
 
     Args:
         manifest: of the bundle in fp32.
@@ -77,15 +77,16 @@ def automatic(
             name: {item: times[item, name].get("one", times[item, name].get("many", 0.0)) for item in options[name]}
             for name in names
         }
-        bound = 2 * bounds.loss  # losses cancel each other in part
+        found = dict.fromkeys(names, "fp32")
+        low, high = 0.0, 2 * bounds.loss  # losses cancel each other in part
+        bound = high
         for _ in range(_TRIES):
-            found = chosen(costs, losses, bound)
-            figures = lost(found)
-            if not bounds.passed(figures):
-                break
-            bound *= min(0.8, 0.9 * bounds.loss / max(figures[ERROR], 1e-9))
-        else:
-            found = dict.fromkeys(names, "fp32")
+            bolder = chosen(costs, losses, bound)
+            if bolder != found and bounds.broken(lost(bolder)):
+                high = bound
+            else:
+                low, found = bound, bolder
+            bound = (low + high) / 2
     about = {
         name: {
             "encoding": found[name],

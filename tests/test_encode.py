@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import offramp
 from offramp import cli
 from offramp.bundle.precision import encodings
+from offramp.check import check
 from offramp.errors import BundleError, ExportError, InputError
 from offramp.export.automatic import chosen
 from offramp.passes import apply
@@ -252,3 +253,18 @@ def test_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "int8" in offramp.load(tmp_path / "m.offramp").manifest.precision
     assert "there are fp32, int8, int4" in refused(capsys, *given, "--precision", "int2")
     assert cli.main([*map(str, given), "--precision", "int4", "--loss", "0.000001"]) == 1
+
+
+def test_a_check_in_fewer_bits() -> None:
+    torch.manual_seed(0)
+    inputs = {"ids": torch.randint(500, (2, 12))}
+    report = check(Wide().eval(), inputs, precision="int8", pipeline="insert-exits,insert-scores{measure=top1}")
+    assert report.ok, report.reason
+    assert 0 < report.max_error["precision"] < 0.05  # type: ignore[operator]
+    assert report.agreement.keys() == {"answers", "exits"}
+    assert report.bytes["bundle"] < report.bytes["parameters"]  # type: ignore[operator]
+    report = check(Wide().eval(), inputs, precision="int8", loss=1e-6, pipeline="")
+    assert (report.ok, report.stage) == (False, "export")
+    assert "not within loss=1e-06" in str(report.reason)
+    report = check(Wide().eval(), inputs, precision="int3")
+    assert "precision='int3': there are" in str(report.reason)

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from offramp import models
+from offramp.bundle import directory
+from offramp.bundle.precision import ANSWERS, ERROR, EXITS
 from offramp.errors import OfframpError
 from offramp.export import save
+from offramp.export.encode import Precision, precisions
+from offramp.export.fewer_bits import in_fewer_bits
 from offramp.export.validation import Arrays, eager, given, worst
 from offramp.passes import InsertExits, apply
 from offramp.passes.caches.chunks import cached_stacks, check_chunks
@@ -52,7 +56,7 @@ class Report:
         model: What the caller calls the model.
         ok: Whether the model works, with every figure of ``max_error`` within the tolerance. A causal model that
             cannot have caches (a classifier, say) works without: it has exits, and generates nothing.
-        stage: Where it failed: model, capture, structure, rewrite, export, load or run.
+        stage: Where it failed: model, capture, structure, rewrite, export, load, run or precision.
         reason: What failed, and what to try; of a model that works, why it has no caches (None where it has, and
             where no stack is causal).
         stacks: The stacks, in the order in which they run.
@@ -61,9 +65,12 @@ class Report:
         max_error: Largest errors, relative to the scale of what was expected: ``graph`` (eager against
             captured), ``chain`` (eager against the chain at full depth), ``exits`` (every forced exit against
             the same truncation in torch), ``cache`` (step by step against one pass), ``other_shapes`` (batch
-            sizes and lengths that were not captured).
+            sizes and lengths that were not captured), and where a precision was asked for ``precision`` (the
+            chain in that against the one in fp32, by the root of mean squares, on all of these inputs).
+        precision: The precision that was asked for.
+        agreement: Where that is not fp32, the shares of ``answers`` and of ``exits`` taken that are the same.
         seconds: Wall time by step.
-        bytes: Sizes of the model's parameters and of the bundle.
+        bytes: Sizes of the model's parameters and of the bundle, in that precision.
     """
 
     model: str
@@ -76,14 +83,18 @@ class Report:
     max_error: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("graph", "chain", "exits", "cache", "other_shapes"))
     )
+    precision: Precision = "fp32"
+    agreement: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float | None] = field(
         default_factory=lambda: dict.fromkeys(("capture", "rewrite", "export", "run"))
     )
     bytes: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(("parameters", "bundle")))
 
     def to_json(self) -> str:
-        """One line of JSON. An error that is no number (shapes differ, say) is null; ``reason`` has it."""
+        """One line of JSON, which says of precision and agreement only what was asked for. An error that is no number (shapes differ, say) is null; ``reason`` has it."""
         fields = asdict(self)
+        if self.precision == "fp32":
+            del fields["precision"], fields["agreement"]
         fields["max_error"] = {name: _rounded(error) for name, error in self.max_error.items()}
         return json.dumps(fields, ensure_ascii=False, allow_nan=False)
 
@@ -93,6 +104,8 @@ def check(
     example_inputs: ExampleInputs | None = None,
     *,
     pipeline: str | None = None,
+    precision: Precision = "fp32",
+    loss: float | None = None,
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -103,13 +116,18 @@ def check(
         example_inputs: for a module, as ``offramp.capture`` takes them.
         pipeline: passes instead of caches, where the model can generate with them, and an exit with a shared head
             after every block of every stack; "" for none.
+        precision: as for ``offramp.save``: once the bundle in fp32 is checked, it is compared with one in this.
+        loss: as for ``offramp.save``.
         name: what the report calls the model; its name or class if None.
         progress: as for ``offramp.save``.
 
     What offramp refuses, and what differs from torch, is in the report. An exception other than OfframpError
     passes through: it is a fault of the model's own code or of offramp.
     """
-    return Check(model, example_inputs, pipeline=pipeline, name=name, progress=progress).run()
+    checker = Check(
+        model, example_inputs, pipeline=pipeline, precision=precision, loss=loss, name=name, progress=progress
+    )
+    return checker.run()
 
 
 class Check:
@@ -121,13 +139,16 @@ class Check:
         example_inputs: ExampleInputs | None = None,
         *,
         pipeline: str | None = None,
+        precision: Precision = "fp32",
+        loss: float | None = None,
         name: str | None = None,
         progress: Progress | None = None,
         note: Callable[[str], None] = models.log.warning,
     ) -> None:
         self._note = note
         self._model, self._inputs, self._pipeline, self._progress = model, example_inputs, pipeline, progress
-        self.report = Report(name or (model if isinstance(model, str) else type(model).__name__))
+        self._precision, self._loss = precision, loss
+        self.report = Report(name or (model if isinstance(model, str) else type(model).__name__), precision=precision)
         self.stage = "model"
         self._wrong: list[str] = []
 
@@ -148,6 +169,7 @@ class Check:
     def _steps(self, path: Path) -> None:
         report = self.report
         passes = None if self._pipeline is None else as_passes(self._pipeline)  # before anything that takes long
+        encodes = precisions(self._precision) != {"fp32"}
         module, inputs = (
             models.resolve(self._model, self._note)() if isinstance(self._model, str) else (self._model, self._inputs)
         )
@@ -181,9 +203,23 @@ class Check:
                     report.max_error["exits"] = validated["exits"]
                 if program.cache is not None:
                     report.max_error["cache"] = max(check_chunks(captured, program), validated["cache"])
+        if encodes and not self._wrong:
+            with self._timed("precision"):
+                self._encode(program, path)
         if self._wrong:
             self.failed("run", "; ".join(self._wrong))
         report.ok = not self._wrong
+
+    def _encode(self, program: Program, path: Path) -> None:
+        """The bundle in fewer bits, on the example and at other sizes."""
+        manifest, _ = directory.read(path)
+        sizes = [program.example_inputs, *(inputs for inputs, _ in at_other_sizes(program))]
+        samples = [given(program, inputs) for inputs in sizes]
+        found = in_fewer_bits(manifest, path, self._precision, samples, self._loss)
+        self.report.bytes["bundle"] = sum(file.stat().st_size for file in path.iterdir())
+        self.report.max_error["precision"] = found.validation[ERROR]
+        shares = {"answers": found.validation.get(ANSWERS), "exits": found.validation.get(EXITS)}
+        self.report.agreement = {name: round(share, 4) for name, share in shares.items() if share is not None}
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

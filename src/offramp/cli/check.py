@@ -12,7 +12,7 @@ import sys
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING
 
-from offramp.cli import _common
+from offramp.cli import _common, _precision
 
 if TYPE_CHECKING:
     from offramp.check import Report
@@ -24,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _common.model_argument(parser)
     _common.pipeline_argument(parser, default="caches where the model generates, and an exit after every block")
+    _precision.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
@@ -33,7 +34,14 @@ def run(args: argparse.Namespace) -> int:
         from offramp.check import Check
 
         with _common.progress("exporting") as shown:
-            check = Check(args.model, pipeline=args.pipeline, progress=shown, note=_common.note)
+            check = Check(
+                args.model,
+                pipeline=args.pipeline,
+                precision=_precision.read(args.precision),
+                loss=args.loss,
+                progress=shown,
+                note=_common.note,
+            )
             try:
                 check.run()
             except Exception as error:
@@ -57,5 +65,7 @@ def _text(report: Report) -> str:
     errors = [f"{name} {error:.1e}" for name, error in report.max_error.items() if error is not None]
     seconds = [f"{step} {time:.1f}" for step, time in report.seconds.items() if time is not None]
     lines += [f"  errors   {', '.join(errors)}"] if errors else []
+    same = [f"{name} {share:.1%}" for name, share in report.agreement.items()]
+    lines += [f"  same     {', '.join(same)}, as in fp32"] if same else []
     lines += [f"  seconds  {', '.join(seconds)}"] if seconds else []
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from offramp.cli import _common
+from offramp.cli import _common, _precision
 from offramp.errors import InputError
 
 
@@ -20,19 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _common.model_argument(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the bundle's directory")
     _common.pipeline_argument(parser, default="caches where the model generates")
-    parser.add_argument(
-        "--precision",
-        metavar="SPEC",
-        default="fp32",
-        help="of the weights: fp32, int8, int4; one for segments by their names, 'decoder.*=int4,tail=int8'; or auto, for "
-        "each segment what is fastest on this machine within --loss and --agreement",
-    )
-    parser.add_argument(
-        "--loss",
-        metavar="X",
-        type=float,
-        help="how far outputs may be from fp32 then, of their scale (.05, with int4 .3)",
-    )
+    _precision.add_arguments(parser)
     parser.add_argument(
         "--agreement",
         metavar="SHARE",
@@ -93,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         figures = offramp.save(
             program,
             args.output,
-            _precision(args.precision),
+            _precision.read(args.precision),
             loss=args.loss,
             agreement=args.agreement,
             segments=args.segments,
@@ -113,12 +101,3 @@ def run(args: argparse.Namespace) -> int:
     errors = ", ".join(f"{what} {error:.1e}" for what, error in figures.items() if what not in apart)
     print(f"errors against torch: {errors} (allowed {figures['tolerance']:.0e})")
     return 0
-
-
-def _precision(text: str) -> str | dict[str, str]:
-    """The precision that ``--precision`` says."""
-    if "=" not in text:
-        return text
-    return {
-        pattern: sign and precision for pattern, sign, precision in (item.partition("=") for item in text.split(","))
-    }

@@ -1,0 +1,61 @@
+"""A bundle in fp32 becomes the same one in fewer bits, compared with what it was."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from offramp.bundle.manifest import Manifest
+from offramp.export.agreement import Bounds, answers, changed
+from offramp.export.automatic import automatic
+from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
+from offramp.runtime.chain import Chain
+
+#: How far outputs may be from fp32 where nobody says so, of their scale; and where something is int4.
+LOSS, LOSS_INT4 = 0.05, 0.3
+
+
+def in_fewer_bits(
+    manifest: Manifest,
+    directory: Path,
+    precision: Precision,
+    samples: Sequence[Mapping[str, Any]],
+    loss: float | None = None,
+    agreement: float = 0.0,
+) -> Manifest:
+    """Put the bundle with its weights encoded in the place of that in fp32; its manifest, which is not written.
+
+    Args:
+        manifest: of the bundle in fp32.
+        directory: where that is, without its manifest.
+        precision: as for ``save``.
+        samples: as for ``save``.
+        loss: as for ``save``.
+        agreement: as for ``save``.
+
+    Raises:
+        ExportError: outputs are not within the bounds; ``directory`` is what it was.
+    """
+    bounds = Bounds(loss if loss is not None else LOSS_INT4 if "int4" in precisions(precision) else LOSS, agreement)
+    made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
+    try:
+        if precision == AUTO:
+            wanted, about = automatic(manifest, directory, samples, bounds)
+            called = f"auto ({', '.join(sorted(set(wanted.values())))})"
+            manifest = replace(manifest, provenance={**manifest.provenance, "precision": about})
+        else:
+            wanted, called = encodings_of(manifest, precision), shown(precision)
+        found = encoded(manifest, directory, made, wanted, called)
+        figures = changed(answers(Chain(manifest, directory), samples), answers(Chain(found, made), samples))
+        found = replace(found, validation={**manifest.validation, **figures})
+        bounds.check(found)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    shutil.rmtree(directory)
+    made.rename(directory)
+    return found
