@@ -91,7 +91,10 @@ class Report:
     bytes: dict[str, int | None] = field(default_factory=lambda: dict.fromkeys(("parameters", "bundle")))
 
     def to_json(self) -> str:
-        """One line of JSON, which says of precision and agreement only what was asked for. An error that is no number (shapes differ, say) is null; ``reason`` has it."""
+        """One line of JSON. An error that is no number (shapes differ, say) is null; ``reason`` has it.
+
+        It has precision and agreement where a precision was asked for.
+        """
         fields = asdict(self)
         if self.precision == "fp32":
             del fields["precision"], fields["agreement"]
