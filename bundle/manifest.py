@@ -31,7 +31,7 @@ WIDTH = "learners_width"
 #: How learners run: all, and those that are not taken count for nothing, or each on the tokens that take it.
 FORMS = ("dense", "grouped")
 #: How the numbers of a segment are encoded: its weights and products.
-ENCODINGS = ("fp32", "int8", "int8-dynamic", "int4")
+ENCODINGS = ("fp32", "fp16", "int8", "int8-dynamic", "int4")
 
 # The dtypes of values: numpy's names, and ONNX Runtime's.
 DTYPES: Mapping[str, str] = {

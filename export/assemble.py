@@ -60,11 +60,11 @@ def save(
     Args:
         program: what to export.
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
-        precision: of the weights of products: "fp32"; "int8", in blocks where tokens come one by one, with activations
-            in whole numbers too where a segment runs on many (encoders, models without caches); "int4", in blocks
-            (tables of words, and heads that are tied to them, in 8 bits); one for each pattern of segments,
-            ``{"decoder.*": "int4"}``, and fp32 for the others; or "auto", for each segment what is fastest on this
-            machine within ``loss`` and ``agreement``.
+        precision: of the weights: "fp32"; "fp16", in which they are stored, and computed with in fp32; "int8", in
+            blocks where tokens come one by one, with activations in whole numbers too where a segment runs on many
+            (encoders, models without caches); "int4", in blocks (tables of words, and heads that are tied to them, in
+            8 bits); one for each pattern of segments, ``{"decoder.*": "int4"}``, and fp32 for the others; or "auto",
+            for each segment what is fastest on this machine within ``loss`` and ``agreement``.
         samples: inputs on which an encoded bundle is compared with the one in fp32; the captured ones if left out.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
             values; if left out .05, and .3 where something is int4.

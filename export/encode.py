@@ -20,7 +20,7 @@ from offramp.export.write import ALIGNMENT, hashed
 
 #: A precision of all segments, or of those whose names match a pattern; the first that matches counts.
 Precision: TypeAlias = str | Mapping[str, str]
-PRECISIONS = ("fp32", "int8", "int4")
+PRECISIONS = ("fp32", "fp16", "int8", "int4")
 #: What is fastest where it is exported; of a whole bundle only.
 AUTO = "auto"
 _LEAST = 1024  # bytes: smaller arrays stay in their file

@@ -8,7 +8,7 @@ convolutions stay as they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 #: Weights that share a scale, by bits: a scale for 32 weights of 8 bits would be an eighth of them.
 _BLOCK = {4: 32, 8: 64}
 _MICROSOFT = "com.microsoft"
-_LEAST = 1024  # bytes: smaller tables stay as they are
+_LEAST = 1024  # bytes: smaller arrays stay as they are
 
 
 def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) -> onnx.ModelProto:
@@ -36,6 +36,8 @@ def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) ->
     """
     if encoding == "fp32":
         return model
+    if encoding == "fp16":
+        return _halves(model)
     with _quiet():
         model = _folded(_tables(_products(model), tables))
         return _dynamic(model) if encoding == "int8-dynamic" else _blocks(model, 4 if encoding == "int4" else 8)
@@ -47,7 +49,8 @@ def encoding_of(model: onnx.ModelProto) -> str:
     if "MatMulInteger" in kinds:
         return "int8-dynamic"
     if kinds.isdisjoint(("MatMulNBits", "GatherBlockQuantized")):
-        return "fp32"
+        halves = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
+        return "fp16" if halves else "fp32"
     bits = {item.i for node in model.graph.node for item in node.attribute if item.name == "bits"}
     return "int4" if 4 in bits else "int8"
 
@@ -67,6 +70,42 @@ def _is_table(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
     return wide and weight.data_type == onnx.TensorProto.FLOAT and not any(item.i for item in node.attribute)
 
 
+def _halves(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Weights of half the bytes: ONNX Runtime makes them whole at load, and rows of tables once they are gathered."""
+    graph = model.graph
+    weights = {item.name: item for item in graph.initializer}
+    halves = dict[str, str]()
+    for item in list(weights.values()):
+        if item.data_type == onnx.TensorProto.FLOAT and 4 * np.prod(item.dims) >= _LEAST:
+            array = numpy_helper.to_array(item)
+            if np.abs(array).max() <= np.finfo(np.float16).max:
+                halves[item.name] = f"{item.name}_half"
+                graph.initializer.append(numpy_helper.from_array(array.astype(np.float16), halves[item.name]))
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in halves:
+            (out,) = node.output
+            rest = onnx.NodeProto()
+            rest.CopyFrom(node)
+            rest.input[0], rest.output[0] = halves[node.input[0]], f"{out}_half"
+            nodes += [rest, helper.make_node("Cast", [f"{out}_half"], [out], to=onnx.TensorProto.FLOAT)]
+        else:
+            nodes.append(node)
+    read = {name for node in nodes for name in node.input} & halves.keys()
+    whole = [helper.make_node("Cast", [halves[name]], [name], to=onnx.TensorProto.FLOAT) for name in sorted(read)]
+    for name in halves:
+        graph.initializer.remove(weights[name])
+    return _with_nodes(model, [*whole, *nodes])
+
+
+def _with_nodes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """The model with these nodes, some of which are its own."""
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    return model
+
+
 def _products(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model with products and sums in the place of ``Gemm`` of a weight, which no quantizer for blocks knows."""
     weights = {item.name for item in model.graph.initializer}
@@ -84,10 +123,7 @@ def _products(model: onnx.ModelProto) -> onnx.ModelProto:
         nodes.append(helper.make_node("MatMul", [data, weight], [f"{out}_product" if any(bias) else out]))
         if any(bias):
             nodes.append(helper.make_node("Add", [f"{out}_product", *bias], [out]))
-    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]  # they live in what is cleared
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return model
+    return _with_nodes(model, nodes)
 
 
 def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny
 import torch
@@ -126,6 +127,26 @@ def test_the_same_bytes_lie_there_once(program: offramp.Program, tmp_path: Path)
     assert weights - sum(places.values()) < 64 * len(places)
 
 
+def test_halves_are_whole_once_they_are_loaded(decoder: tiny.Captured, tmp_path: Path) -> None:
+    for name, precision in (("whole", "fp32"), ("m", "fp16")):
+        offramp.save(apply(decoder.program, "insert-cache"), tmp_path / name, precision)
+    assert (tmp_path / "m" / "weights.bin").stat().st_size < 0.6 * (tmp_path / "whole" / "weights.bin").stat().st_size
+    chain = offramp.load(tmp_path / "m")
+    assert "fp16 against fp32: 0.00" in repr(chain)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    for file in {item.file for item in chain.manifest.segments.values()}:
+        onnxruntime.InferenceSession(tmp_path / "m" / file, options)
+        graph = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
+        halves = {item.name for item in graph.initializer if item.data_type == onnx.TensorProto.FLOAT16}
+        assert {node.op_type for node in graph.node if halves & set(node.input)} <= {"Gather", "Slice"}
+    found = chain.generate({"input_ids": [[1, 2, 3]]}, max_new_tokens=4)
+    assert (
+        found.tokens[0].tolist()
+        == offramp.load(tmp_path / "whole").generate({"input_ids": [[1, 2, 3]]}, max_new_tokens=4).tokens[0].tolist()
+    )
+
+
 def test_auto_takes_what_is_fastest_within_the_bound(program: offramp.Program, tmp_path: Path) -> None:
     samples = [{"ids": np.random.default_rng(0).integers(500, size=(8, 12))}]
     figures = offramp.save(program, tmp_path / "m.offramp", "auto", samples=samples, loss=0.02)
@@ -219,7 +240,7 @@ def test_too_much_is_an_error_that_leaves_nothing(program: offramp.Program, tmp_
 @pytest.mark.parametrize(
     ("precision", "options", "reason"),
     [
-        ("fp8", {}, "precision='fp8': there are fp32, int8, int4"),
+        ("fp8", {}, "precision='fp8': there are fp32, fp16, int8, int4"),
         ({"encoder.1": "bf16"}, {}, "precision='bf16'"),
         ("int8", {"policy": {"name": "never"}}, "thresholds hold for the precision that they were chosen for"),
         ({"encoder.1/tail": "int8"}, {}, "segments of the file tail.onnx are to be"),
@@ -251,7 +272,7 @@ def test_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert run(capsys, "inspect", tmp_path / "m.offramp") in shown
     assert "of the answers are the same" in shown
     assert "int8" in offramp.load(tmp_path / "m.offramp").manifest.precision
-    assert "there are fp32, int8, int4" in refused(capsys, *given, "--precision", "int2")
+    assert "there are fp32, fp16, int8, int4" in refused(capsys, *given, "--precision", "int2")
     assert cli.main([*map(str, given), "--precision", "int4", "--loss", "0.000001"]) == 1
 
 

@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         metavar="SPEC",
         default="fp32",
-        help="of the weights: fp32, int8, int4; one for segments by their names, 'decoder.*=int4,tail=int8'; or auto, "
-        "for each segment what is fastest on this machine within the bounds",
+        help="of the weights: fp32, fp16, int8, int4; one for segments by their names, 'decoder.*=int4,tail=int8'; or "
+        "auto, for each segment what is fastest on this machine within the bounds",
     )
     parser.add_argument(
         "--loss",
