@@ -88,10 +88,11 @@ def changed(before: Sequence[Result], after: Sequence[Result]) -> dict[str, floa
     scores: dict[tuple[str, str], list[list[NDArray[Any]]]] = defaultdict(list)
     for old, new in zip(before, after, strict=True):
         for name, value in old.outputs.items():
-            if value.dtype.kind != "f" or not value.size:
+            there = np.isfinite(value)  # what is hidden may be -inf
+            if value.dtype.kind != "f" or not there.any():
                 continue
-            scale = float(np.sqrt(np.mean(np.square(value)))) or 1.0
-            errors.append(float(np.sqrt(np.mean(np.square(new.outputs[name] - value)))) / scale)
+            scale = float(np.sqrt(np.mean(np.square(value[there])))) or 1.0
+            errors.append(float(np.sqrt(np.mean(np.square(new.outputs[name][there] - value[there])))) / scale)
             if value.ndim > 1 and value.shape[-1] > 1:
                 same.append(float((new.outputs[name].argmax(-1) == value.argmax(-1)).mean()))
         for stack, exits in old.scores.items():
@@ -99,7 +100,7 @@ def changed(before: Sequence[Result], after: Sequence[Result]) -> dict[str, floa
                 places = [place for place, found in exits.items() if measure in found]
                 pair = [[run.scores[stack][place][measure].reshape(-1) for place in places] for run in (old, new)]
                 scores[stack, measure].append([np.stack(found, 1) for found in pair])
-    figures = {ERROR: max(errors)}
+    figures = {ERROR: float(np.max(errors))}  # no number where one is none
     if same:
         figures[ANSWERS] = float(np.mean(same))
     if scores:

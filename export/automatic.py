@@ -69,13 +69,13 @@ def automatic(
         def lost(encodings: Mapping[str, str]) -> dict[str, float]:
             return changed(before, answers(chain(encodings), samples))
 
-        losses = {
-            name: {item: lost({name: item})[ERROR] if item != "fp32" else 0.0 for item in options[name]}
-            for name in names
-        }
+        losses = {name: {"fp32": 0.0} for name in names}
+        for name, item in ((name, item) for name, known in options.items() for item in known[1:]):
+            if np.isfinite(error := lost({name: item})[ERROR]):
+                losses[name][item] = error
         costs = {
-            name: {item: times[item, name].get("one", times[item, name].get("many", 0.0)) for item in options[name]}
-            for name in names
+            name: {item: times[item, name].get("one", times[item, name].get("many", 0.0)) for item in known}
+            for name, known in losses.items()
         }
         found = dict.fromkeys(names, "fp32")
         low, high = 0.0, 2 * bounds.loss  # losses cancel each other in part
@@ -91,12 +91,12 @@ def automatic(
         name: {
             "encoding": found[name],
             "milliseconds": {
-                item: {kind: round(ms, 4) for kind, ms in times[item, name].items()} for item in options[name]
+                item: {kind: round(ms, 4) for kind, ms in times[item, name].items()} for item in losses[name]
             },
             "loss": {item: round(error, 6) for item, error in losses[name].items()},
         }
         for name in names
-        if len(options[name]) > 1
+        if len(losses[name]) > 1
     }
     return found, about
 

@@ -21,8 +21,10 @@ from offramp import cli
 from offramp.bundle.precision import encodings
 from offramp.check import check
 from offramp.errors import BundleError, ExportError, InputError
+from offramp.export.agreement import Bounds, changed
 from offramp.export.automatic import chosen
 from offramp.passes import apply
+from offramp.runtime.result import Result
 
 WIDE = 64
 
@@ -172,6 +174,16 @@ def test_auto_of_a_generator_times_single_tokens(decoder: tiny.Captured, tmp_pat
     times = {name: found["milliseconds"]["fp32"].keys() for name, found in measured.items() if name[:8] == "decoder."}
     assert times
     assert all("one" in kinds for kinds in times.values())
+
+
+def test_what_is_hidden_counts_for_nothing_and_what_breaks_is_no_number() -> None:
+    def result(*values: float) -> Result:
+        return Result({"logits": np.array([values], np.float32)}, {}, {}, ())
+
+    before = [result(3.0, 4.0, -np.inf)]
+    assert changed(before, [result(3.0, 4.5, -np.inf)])["encoding"] == pytest.approx(0.1)
+    assert np.isnan(changed(before, [result(np.nan, 4.0, -np.inf)])["encoding"])
+    assert Bounds(1.0).broken({"encoding": float("nan")}) == ["loss=1.0"]
 
 
 def test_the_choice_gives_up_the_least_time() -> None:
