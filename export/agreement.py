@@ -54,7 +54,7 @@ class Bounds:
         if wrong := self.broken(manifest.validation):
             raise ExportError(
                 f"{against_fp32(manifest)}; that is not within {' and '.join(wrong)}",
-                hint='a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',
+                hint='precision="auto"; a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',
             )
 
 
