@@ -414,8 +414,8 @@ def test_two_further_files_of_one_name_are_refused(encoder: tiny.Captured, tmp_p
 
 
 def test_another_precision_is_refused(encoder: tiny.Captured, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"precision='fp16': there are fp32, int8, int4"):
-        save(encoder.program, tmp_path / "m.offramp", precision="fp16")
+    with pytest.raises(ExportError, match=r"precision='fp8': there are fp32, fp16, int8, int4"):
+        save(encoder.program, tmp_path / "m.offramp", precision="fp8")
     assert not any(tmp_path.iterdir())
 
 
