@@ -90,6 +90,13 @@ def leaves(measure: str, scores: NDArray[Any], thresholds: Thresholds) -> NDArra
     return taken
 
 
+def thresholds_of(stack: Stack, measure: str, thresholds: Thresholds) -> Policy:
+    """The policy of one stack that has these thresholds."""
+    named = {stack.exits[at].after: threshold for at, threshold in thresholds.items()}
+    kind = Entropy if measure_named(measure).surer == "less" else Confidence
+    return kind(measure=measure, thresholds=named)
+
+
 def policy_of(
     stack: Stack, measure: str, thresholds: Thresholds, *, alone: bool, beside: Policy | None = None
 ) -> Policy:
@@ -99,9 +106,7 @@ def policy_of(
     """
     if beside is not None and not thresholds:
         return beside
-    named = {stack.exits[at].after: threshold for at, threshold in thresholds.items()}
-    kind = Entropy if measure_named(measure).surer == "less" else Confidence
-    policy = kind(measure=measure, thresholds=named)
+    policy = thresholds_of(stack, measure, thresholds)
     exits = beside.exits if isinstance(beside, Width) else beside
     made = policy if alone else Each({**(exits.stacks if isinstance(exits, Each) else {}), stack.name: policy})
     return Width(beside.budget, made) if isinstance(beside, Width) else made

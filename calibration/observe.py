@@ -146,11 +146,8 @@ def stack_of(chain: Chain, name: str | None = None) -> Stack:
         InputError: there is none of that name, or none that has exits with scores.
     """
     usable = _usable(chain)
-    if name in usable and _leave_alone(chain, usable[name]):
-        raise InputError(
-            f"the tokens of {name!r} leave alone, and thresholds are chosen for what leaves together",
-            hint='split-modalities{tokens=group}; or a policy of your own: Confidence(0.99, measure="cosine")',
-        )
+    if name in usable:
+        _check_together(chain, usable[name])
     found = [stack for stack in scored(chain) if name in (None, stack.name)]
     if not found:
         what = "has no exit before full depth that has a score" if name in (None, *usable) else "is no stack to choose"
@@ -159,6 +156,41 @@ def stack_of(chain: Chain, name: str | None = None) -> Stack:
             hint='offramp export -p "insert-exits,insert-scores{measure=top1}"',
         )
     return found[-1]
+
+
+def stacks_of(chain: Chain, names: Sequence[str]) -> list[Stack]:
+    """The stacks that are chosen for together, in the order in which they run; scores may be missing.
+
+    Raises:
+        InputError: there are none of these names, or they have no exits.
+    """
+    usable = _usable(chain)
+    unknown = [name for name in names if name not in usable]
+    without = [name for name in names if name in usable and len(usable[name].exits) < 2]
+    if unknown or without or not names:
+        what = f"{unknown} are no stacks to choose" if unknown else f"{without} have no exit before full depth"
+        raise InputError(
+            f"{what if names else 'no stack is named'}; stacks: {sorted(usable)}",
+            hint='offramp export -p "insert-exits,insert-scores{measure=top1}"',
+        )
+    found = [stack for name, stack in usable.items() if name in names]
+    for stack in found:
+        _check_together(chain, stack)
+    return found
+
+
+def _check_together(chain: Chain, stack: Stack) -> None:
+    if _leave_alone(chain, stack):
+        raise InputError(
+            f"the tokens of {stack.name!r} leave alone, and thresholds are chosen for what leaves together",
+            hint='split-modalities{tokens=group}; or a policy of your own: Confidence(0.99, measure="cosine")',
+        )
+
+
+def others_of_group(chain: Chain, stack: Stack) -> list[Stack]:
+    """The groups of tokens whose blocks are the same stack's; none of a stack that has no groups."""
+    names = _whole(chain, stack).by_group
+    return [other for name, other in chain.stacks.items() if name in names and name != stack.name]
 
 
 # Rows
@@ -174,7 +206,7 @@ def within(policy: Policy, stack: str, beside: Policy | None) -> Policy:
     return Each({**beside.stacks, stack: policy})
 
 
-def _answered(
+def answered(
     chain: Chain, inputs: Example, policy: Policy, options: Mapping[str, Any]
 ) -> tuple[list[NDArray[Any]], Mapping[str, Any]]:
     """What each row of a batch is answered, and the scores of stacks that run once for it."""
@@ -213,12 +245,12 @@ def observe_rows(
     for rows, inputs in together(chain, examples.inputs):
         references: Sequence[Any] = [examples.labels[row] for row in rows] if examples.labels is not None else ()
         if wide is not None:
-            wide[rows], references = graded_rows(_answered(chain, inputs, Never(), options)[0], references)
+            wide[rows], references = graded_rows(answered(chain, inputs, Never(), options)[0], references)
         for at, exit_ in reversed(list(enumerate(stack.exits))):
             full = at == early
             asked = () if full else measures_of(exit_)
             policy = within(Never() if full else Forced(stack.name, exit_.after, asked), stack.name, beside)
-            answers, made = _answered(chain, inputs, policy, options)
+            answers, made = answered(chain, inputs, policy, options)
             found[rows, at], references = graded_rows(answers, references)
             for measure in asked:
                 scores[measure][rows, at] = made[stack.name][exit_.after][measure]

@@ -19,7 +19,7 @@ from test_packaging import run_without_torch
 
 import offramp
 from offramp.bundle.manifest import MANIFEST_FILE
-from offramp.calibration import calibrator
+from offramp.calibration import exits
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import read
 from offramp.calibration.gates import fit_scale
@@ -45,7 +45,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks that are slow and heads that are not, so that what is chosen does not depend on the machine."""
-    monkeypatch.setattr(calibrator, "time_rows", lambda chain, stack, *_: costs(len(stack.exits)))
+    monkeypatch.setattr(exits, "time_rows", lambda chain, stack, *_: costs(len(stack.exits)))
 
 
 def costs(exits: int, dear: float = 0.1) -> Costs:
@@ -112,7 +112,7 @@ def test_labels_say_what_is_right(root: Path) -> None:
 
 
 def test_segments_are_timed_on_this_machine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrator, "time_rows", time_rows)
+    monkeypatch.setattr(exits, "time_rows", time_rows)
     times = offramp.calibrate(root, {"ids": ids(400)}, keep=0.5).record["milliseconds"]
     assert 0 < times["expected"] <= times["full"] < 100
 
@@ -120,11 +120,11 @@ def test_segments_are_timed_on_this_machine(root: Path, monkeypatch: pytest.Monk
 def test_exits_that_cost_more_than_they_save_are_dropped(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = costs(4)
     first = replace(usual, tails=np.array([5.0, 0.1, 0.1, 0.1]))
-    monkeypatch.setattr(calibrator, "time_rows", lambda chain, stack, *_: first)
+    monkeypatch.setattr(exits, "time_rows", lambda chain, stack, *_: first)
     record = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6, measure="top1").record
     assert "it saves nothing: " in record["dropped"]["1"]
     assert "1" not in record["thresholds"]
-    monkeypatch.setattr(calibrator, "time_rows", lambda chain, stack, *_: costs(4, dear=50.0))
+    monkeypatch.setattr(exits, "time_rows", lambda chain, stack, *_: costs(4, dear=50.0))
     never = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6)
     assert never.policy == Never()
     assert "is faster than full depth on this machine" in never.record["reason"]

@@ -15,7 +15,7 @@ from two_modalities import VOCABULARY, inputs, joined
 
 import offramp
 from offramp.bundle.json_text import to_json
-from offramp.calibration import calibrator
+from offramp.calibration import exits
 from offramp.calibration.costs import Costs
 from offramp.calibration.observe import Observed, observe_tokens, time_rows
 from offramp.errors import InputError
@@ -52,8 +52,8 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     def tokens(chain: Chain, stack: Any, *rest: Any) -> tuple[Observed, Costs]:
         return observe_tokens(chain, stack, *rest)[0], costs(chain, stack, None, rest[-1])
 
-    monkeypatch.setattr(calibrator, "time_rows", costs)
-    monkeypatch.setattr(calibrator, "observe_tokens", tokens)
+    monkeypatch.setattr(exits, "time_rows", costs)
+    monkeypatch.setattr(exits, "observe_tokens", tokens)
 
 
 def data(count: int, decodes: bool = False) -> dict[str, NDArray[Any]]:

@@ -19,7 +19,7 @@ from test_insert_acm import weights
 
 import offramp
 from offramp.bundle.manifest import MANIFEST_FILE
-from offramp.calibration import calibrator, reporting, sequence, widths
+from offramp.calibration import calibrator, exits, reporting, sequence, widths
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Examples, read
 from offramp.calibration.sequence import Asked, Full
@@ -247,7 +247,7 @@ def test_tokens_are_timed_on_this_machine(
 
 
 def test_exits_are_chosen_with_all_learners(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibrator, "time_rows", lambda *_: costs(None))
+    monkeypatch.setattr(exits, "time_rows", lambda *_: costs(None))
     found = no_write(both, texts(300), keep=0.3)
     assert isinstance(found.policy, Confidence | Entropy)
     assert "width" not in found.record
@@ -259,7 +259,7 @@ def test_the_width_although_there_are_exits(both: Path) -> None:
 
 def test_exits_at_a_width(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they are compared with has all learners, in time as in quality; the width alone comes first."""
-    monkeypatch.setattr(calibrator, "time_rows", lambda *_: costs(8.4))
+    monkeypatch.setattr(exits, "time_rows", lambda *_: costs(8.4))
     found = no_write(both, texts(300), keep=0.3, width=0.5)
     assert isinstance(found.policy, Width)
     assert found.policy.budget == found.record["width"] == 0.5

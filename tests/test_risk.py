@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from offramp.calibration.calibrator import tested as results_of
 from offramp.calibration.costs import Costs
+from offramp.calibration.exits import tested as results_of
 from offramp.calibration.gates import Fit, leaves
 from offramp.calibration.observe import Observed
 from offramp.calibration.risk import accepted, least_examples, losses_of, p_value

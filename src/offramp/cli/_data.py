@@ -41,9 +41,6 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
         ".jsonl (text or inputs, perhaps label)",
     )
     parser.add_argument(
-        "--stack", metavar="NAME", help="the stack that is left early; the last with scores if left out"
-    )
-    parser.add_argument(
         "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"
     )
     parser.add_argument("--truncate", action="store_true", help="cut a text that is longer than the model takes")

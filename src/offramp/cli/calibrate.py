@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _data.add_arguments(parser, required=True)
+    parser.add_argument(
+        "--stack",
+        metavar="NAME",
+        action="append",
+        help="the stack that is left early; the last with scores if left out. Repeated, thresholds and fixed depths of "
+        "all are chosen together, which runs three in ten examples for each exit and for up to 64 combinations",
+    )
     parser.add_argument("--keep", metavar="SHARE", type=float, default=0.99, help="of the quality (default 0.99)")
     parser.add_argument("--confidence", metavar="P", type=float, default=0.95, help="that it is kept (default 0.95)")
     parser.add_argument("--measure", metavar="NAME", help="the score to go by; the fastest if left out")
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         _data.read(chain, args.bundle, args.data, truncate=args.truncate),
         keep=args.keep,
         confidence=args.confidence,
-        stack=args.stack,
+        stack=args.stack[0] if args.stack and len(args.stack) == 1 else args.stack,
         measure=args.measure,
         width=args.width,
         others=_others(chain, args),
@@ -64,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if calibration.chosen:
         calibration.write(args.bundle)
-    print(_text(calibration, "token" if chain.generates else "row"))
+    joint = "stacks" in calibration.record
+    print(_text(calibration, "row" if not chain.generates else "generation" if joint else "token"))
     return 0
 
 
@@ -83,7 +91,7 @@ def _others(chain: Chain, args: argparse.Namespace) -> Each | None:
         raise InputError(
             f"--others own: the bundle's policy {policy!r} is no policy for each stack", hint="--others full"
         )
-    others = {name: one for name, one in policy.stacks.items() if name != args.stack}
+    others = {name: one for name, one in policy.stacks.items() if name not in args.stack}
     return Each(others) if others else None
 
 
@@ -115,6 +123,8 @@ def _text(calibration: Calibration, step: str) -> str:
         )
     if "budgets" in record:
         lines += ["", _widths(record)]
+    elif "stacks" in record:
+        lines += ["", _stacks(record)]
     elif record.get("temperatures") or record.get("dropped"):
         lines += ["", _exits(record)]
     return "\n".join(lines)
@@ -128,6 +138,17 @@ def _widths(record: Mapping[str, Any]) -> str:
         found[budget] = "passed" if at < settings["passed"] else "failed"
     found |= {budget: f"not tested: {why}" for budget, why in record["dropped"].items()}
     return _common.table(("width", "test"), [(budget, found[budget]) for budget in sorted(found, key=float)[::-1]])
+
+
+def _stacks(record: Mapping[str, Any]) -> str:
+    """One line for each stack that was chosen for."""
+    from offramp.runtime.policies.builtin import from_dict
+
+    rows = [
+        (name, str(from_dict(found["policy"])) if "policy" in found else "", found["candidates"])
+        for name, found in record["stacks"].items()
+    ]
+    return _common.table(("stack", "policy", "of"), rows)
 
 
 def _exits(record: Mapping[str, Any]) -> str:

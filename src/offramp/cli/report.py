@@ -24,6 +24,9 @@ _MADE_UP_ROWS, _MADE_UP_TOKENS = 8, 64
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the subcommand's arguments."""
     _data.add_arguments(parser, required=False)
+    parser.add_argument(
+        "--stack", metavar="NAME", help="the stack that is left early; the last with scores if left out"
+    )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--figure", metavar="FILE.png", type=Path, help="draw the frontier (needs matplotlib)")
 
