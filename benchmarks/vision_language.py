@@ -75,15 +75,15 @@ class Ways:
             yield from self.mue()
         else:
             say(f"MuE is left out: there is no {weights_of('separate', self.weights)}")
-        _, grouped, both = self.calibrated("joint", {**COSINE, "decoder": "top1"})
-        (deed,) = self.calibrated("joint", {"decoder": "top1"})
-        yield from self.way("joint, groups leave apart", "joint", grouped)
-        yield from self.way("DEED: top1 in the decoder", "joint", deed)
-        yield from self.way("joint and DEED", "joint", both)
+        deed = {**COSINE, "decoder": "top1"}
+        yield from self.way("DEED: top1 in the decoder", "joint", self.calibrated("joint", {"decoder": "top1"})[-1])
+        yield from self.way("joint and DEED, one after the other", "joint", self.calibrated("joint", deed)[-1])
+        yield from self.way("joint calibrated", "joint", self.at_once("joint", COSINE))
+        yield from self.way("joint and DEED", "joint", self.at_once("joint", deed))
         yield self.fixed()
 
     def mue(self) -> Iterator[Way]:
-        """Encoded apart, cosine everywhere: with the paper's constants, and thresholds that were chosen as ours are."""
+        """Encoded apart, cosine everywhere: with the paper's constants, and with what was chosen as ours is."""
         cosine = {name: offramp.Confidence(at, "cosine") for name, at in zip(GROUPS, (0.9, 0.95), strict=True)}
         if self.kind is QUESTIONS:
             paper: Chosen = {**cosine, "decoder": offramp.Confidence(0.95, "cosine")}
@@ -93,8 +93,8 @@ class Ways:
         chain = bundle("separate", self.weights, dict.fromkeys(PLACES, EARLY))
         yield Way("separate, full depth", bundle("separate", self.weights, {}))
         yield Way("MuE: the paper's thresholds", chain, offramp.Each(paper), "kv")
-        chosen = self.calibrated("separate", {**COSINE, "decoder": "cosine"})[-1]
-        yield from self.way("MuE: chosen thresholds", "separate", chosen, "kv")
+        chosen = self.at_once("separate", {**COSINE, "decoder": "cosine"})
+        yield from self.way("MuE: calibrated", "separate", chosen, "kv")
         yield from self.way("MuE with deferral", "separate", chosen)
 
     def fixed(self) -> Way:
@@ -128,7 +128,10 @@ class Ways:
         return json.loads(file.read_text())
 
     def way(self, name: str, form: str, chosen: Chosen, propagate: str = "defer") -> Iterator[Way]:
-        """A chain with the exits that are asked and reached; nothing where none is."""
+        """A chain with the exits that are asked and reached; nothing where none is.
+
+        Blocks of a decoder that no token reaches are cut off.
+        """
         if not chosen:
             say(f"{name} is left out: nothing was proven")
             return
@@ -136,8 +139,11 @@ class Ways:
         exits: dict[str, list[int]] = {}
         for place, policy in policies.items():
             stack = _stack(form, place)
-            exits[stack] = sorted({*exits.get(stack, ()), *policy.thresholds})
-        yield Way(name, bundle(form, self.weights, exits), offramp.Each(policies), propagate)
+            exits[stack] = sorted({*exits.get(stack, ()), *_exits(policy)})
+        cut = {}
+        if isinstance(policies.get("decoder"), offramp.Depth):
+            (cut["decoder"],) = _exits(policies.pop("decoder"))
+        yield Way(name, bundle(form, self.weights, exits, cut), offramp.Each(policies), propagate)
 
     def calibrated(self, form: str, measures: Mapping[str, str]) -> list[Chosen]:
         """Thresholds for one place after the other, of each with those before.
@@ -148,29 +154,34 @@ class Ways:
         return [{place: from_dict(policy) for place, policy in each.items()} for each in found]
 
     def _calibrated(self, form: str, measures: Mapping[str, str]) -> list[dict[str, Any]]:
-        exits = {_stack(form, place): EARLY for place in PLACES}
-        chain, data = bundle(form, self.weights, exits), examples(self.kind, self.count)
         found = []
         chosen: Chosen = {}
         for left, (place, score) in zip(reversed(range(len(measures))), measures.items(), strict=True):
             share = 1 - 0.5 ** (len(measures) - left + 1) if left else 1.0
-            made = offramp.calibrate(
-                chain,
-                data,
-                keep=1 - (1 - self.kind.keep) * share,
-                quality=judged(self.kind),
-                stack=place,
-                measure=score,
-                others=offramp.Each(chosen) if chosen else None,
-                max_new_tokens=self.kind.most,
-            )
-            reason = made.record["reason"]
-            say(f"{self.kind.name}, {form}, {place} by {score}: {reason or made.record['thresholds']}")
-            if reason is None:
-                assert isinstance(made.policy, offramp.Each)
-                chosen = dict(made.policy.stacks)
+            keep, others = 1 - (1 - self.kind.keep) * share, offramp.Each(chosen) if chosen else None
+            chosen = self._calibrate(form, keep, stack=place, measure=score, others=others) or chosen
             found.append({place: policy.to_dict() for place, policy in chosen.items()})
         return found
+
+    def _calibrate(self, form: str, keep: float, **options: Any) -> Chosen:
+        """What a calibration chose, by place; nothing where nothing was proven."""
+        chain = bundle(form, self.weights, {_stack(form, place): EARLY for place in PLACES})
+        asked = {"keep": keep, "quality": judged(self.kind), "max_new_tokens": self.kind.most, **options}
+        made = offramp.calibrate(chain, examples(self.kind, self.count), **asked)
+        say(f"{self.kind.name}, {form}, {options['stack']}: {made.record['reason'] or made.policy}")
+        if made.record["reason"] is not None:
+            return {}
+        assert isinstance(made.policy, offramp.Each)
+        return dict(made.policy.stacks)
+
+    def at_once(self, form: str, measures: Mapping[str, str]) -> Chosen:
+        """Thresholds and fixed depths for all places together."""
+        found = self.kept(form, f"at-once-{'-'.join(measures.values())}", lambda: self._at_once(form, measures))
+        return {place: from_dict(policy) for place, policy in found.items()}
+
+    def _at_once(self, form: str, measures: Mapping[str, str]) -> dict[str, Any]:
+        made = self._calibrate(form, self.kind.keep, stack=list(measures), measure=measures)
+        return {place: policy.to_dict() for place, policy in made.items()}
 
     def patient(self) -> Way:
         """The least patience in the decoder (PABEE) that keeps enough, or the most that was tried."""
@@ -186,15 +197,25 @@ class Ways:
         return Way(f"PABEE: patience {patience}", chain, offramp.Patience(patience))
 
 
-def _reached(policy: offramp.Policy) -> Threshold:
+def _reached(policy: offramp.Policy) -> offramp.Policy:
     """The policy without exits behind one that everything leaves at."""
-    assert isinstance(policy, Threshold)
+    if not isinstance(policy, Threshold):
+        return policy
     kept: dict[int, float] = {}
     for after, at in sorted(policy.thresholds.items()):
         kept[after] = at
         if at < ALL and not isinstance(policy, offramp.Entropy):
             break
     return replace(policy, thresholds=kept)
+
+
+def _exits(policy: offramp.Policy) -> list[int]:
+    """After how many blocks a policy lets something leave."""
+    if isinstance(policy, Threshold):
+        return [*policy.thresholds]
+    assert isinstance(policy, offramp.Depth)
+    assert isinstance(policy.depth, int)
+    return [policy.depth]
 
 
 def _stack(form: str, place: str) -> str:
