@@ -13,7 +13,7 @@ depth, rows may leave.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -171,13 +171,21 @@ class Stack:
         """What leaves, by the names that policies have for it: the stack itself, or ``STACK.GROUP`` for each group."""
         if not self.groups:
             return {self.name: self}
-        names = (f"{self.name}.{group.name}" for group in self.groups)
-        return {name: replace(self, name=name, groups=(), places=None) for name in names}
+        alone = {item.name: getattr(self, item.name) for item in fields(self)} | {"groups": (), "places": None}
+        names = [f"{self.name}.{group.name}" for group in self.groups]
+        return {name: GroupStack(**{**alone, "name": name, "of": self.name}) for name in names}
 
     @property
     def asking(self) -> tuple[Exit, ...]:
         """The exits at which policies are asked: those before full depth, and full depth where it picks tokens."""
         return self.exits if PICK in self.exits[-1].scores else self.exits[:-1]
+
+
+@dataclass(frozen=True)
+class GroupStack(Stack):
+    """A group of a stack's tokens, as policies see it; it leaves by the exits of the stack ``of`` that name."""
+
+    of: str = ""
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,9 @@ What every candidate of a stack does alone comes first. Then the search goes on 
 accept, full depth included, to what is bolder in one stack: to the fastest that is expected to be accepted too, else
 to what is expected to come nearest to that. The losses that are expected are sums of those alone, the milliseconds are
 those of where it goes on from, less what the stack's own costs say. So a candidate that uses up what may be lost does
-not hide what several others save for less. Nothing is tried that is nowhere less bold than what loses far too much. It
-ends where nothing faster than what is likely to be accepted is left.
+not hide what several others save for less. Nothing is tried that is nowhere less bold than what loses far too much.
+Where nothing faster is left, it looks for the fastest that spares a part of what may be lost, for the tests to start
+with.
 
 At most `COMBINATIONS` are tried, each on all fitting examples; of those that do not lose far too much `TIMED` rows or
 generations are timed as a whole, in turns with full depth. A path has at most `TESTS` of them, which are timed again.
@@ -40,6 +41,7 @@ _Item = TypeVar("_Item")
 
 COMBINATIONS, TESTS, TIMED = 64, 12, 16
 _FASTER = 0.98  # of the time of the one before, from which on it is more than noise
+_SPARED = (0.0, 0.25, 0.5, 0.75)  # of what may be lost
 _FAR = 3  # standard errors; where so many more than may be is lost, nothing bolder is tried
 
 
@@ -116,30 +118,33 @@ class Search:
         for alone in sorted(self._bolder(self._start), key=sum):
             if not self._hopeless(alone) and len(self.found) < COMBINATIONS:
                 self._try(alone)
-        while len(self.found) < COMBINATIONS:
-            fastest = min(one.milliseconds for at, one in self.found.items() if self._promising(at))
-            guessed = [guess for guess in self._guesses() if guess.milliseconds < fastest]
-            likely = [guess for guess in guessed if guess.bound <= 0]
+        for at, share in enumerate(_SPARED):
+            room = (COMBINATIONS - len(self.found)) // (len(_SPARED) - at)
+            self._descend(min(0.0, share * self.found[self._start].bound), len(self.found) + room)
+
+    def _descend(self, most: float, tries: int) -> None:
+        """Look for the fastest whose bound is at most ``most``, until so many have been tried."""
+        while len(self.found) < tries:
+            promising = [at for at, one in self.found.items() if at == self._start or one.bound <= most]
+            fastest = min(self.found[at].milliseconds for at in promising)
+            guessed = [guess for at in promising for guess in self._guesses(at) if guess.milliseconds < fastest]
+            likely = [guess for guess in guessed if guess.bound <= most]
             if not guessed:
                 return
             best = min(likely or guessed, key=attrgetter("milliseconds" if likely else "bound"))
             self._try(best.combination)
 
-    def _guesses(self) -> Iterator[_Guess]:
-        """Of all that is bolder in one stack than something promising; of one combination perhaps several."""
-        for at in filter(self._promising, self.found):
-            one = self.found[at]
-            for bolder in self._bolder(at):
-                place = next(place for place, old in enumerate(at) if old != bolder[place])
-                then, now = (self.found.get(self._alone(place, each[place])) for each in (bolder, at))
-                if then is None or now is None or bolder in self.found or self._hopeless(bolder):
-                    continue
-                saved = self._saves[place][bolder[place]] - self._saves[place][at[place]]
-                bound = self._bound(one.losses + then.losses - now.losses)
-                yield _Guess(bolder, bound, one.milliseconds - saved)
-
-    def _promising(self, combination: Combination) -> bool:
-        return combination == self._start or self.found[combination].bound <= 0
+    def _guesses(self, at: Combination) -> Iterator[_Guess]:
+        """Of all that is bolder in one stack and has not been tried."""
+        one = self.found[at]
+        for bolder in self._bolder(at):
+            place = next(place for place, old in enumerate(at) if old != bolder[place])
+            then, now = (self.found.get(self._alone(place, each[place])) for each in (bolder, at))
+            if then is None or now is None or bolder in self.found or self._hopeless(bolder):
+                continue
+            saved = self._saves[place][bolder[place]] - self._saves[place][at[place]]
+            bound = self._bound(one.losses + then.losses - now.losses)
+            yield _Guess(bolder, bound, one.milliseconds - saved)
 
     def _alone(self, place: int, candidate: int) -> Combination:
         return (*self._start[:place], candidate, *self._start[place + 1 :])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle.manifest import Exit, Stack
+from offramp.bundle.manifest import Exit, GroupStack, Stack
 from offramp.bundle.measures import measure_named
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, together
@@ -136,7 +136,7 @@ def runs_once(chain: Chain, stack: Stack) -> bool:
 
 def _whole(chain: Chain, stack: Stack) -> Stack:
     """The stack that a group of tokens belongs to; a stack itself."""
-    return next(whole for whole in chain.manifest.stacks.values() if stack.name in whole.by_group)
+    return chain.manifest.stacks[stack.of if isinstance(stack, GroupStack) else stack.name]
 
 
 def stack_of(chain: Chain, name: str | None = None) -> Stack:

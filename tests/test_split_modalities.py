@@ -334,6 +334,16 @@ def test_policies_name_groups_and_no_stack(plain: Case) -> None:
         plain.chain.run(plain.arrays, offramp.Depth({"encoder": 1}))
 
 
+def test_hints_name_the_stack_that_has_a_groups_exits(plain: Case) -> None:
+    with pytest.raises(
+        PolicyError, match=r"'encoder.image' has no exit(.*\n)*.*insert-exits{stack=encoder,after=9}"
+    ):
+        plain.chain.run(plain.arrays, offramp.Depth({"encoder.image": 9}))
+    split = offramp.apply(offramp.capture(joined(), inputs()), "split-modalities")
+    with pytest.raises(SpecError, match=r"unknown stack 'encoder.text'(.*\n)*.*stack=encoder, by whose exits"):
+        offramp.apply(split, "insert-exits{stack=encoder.text}")
+
+
 @given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
 def test_places_of_active_tokens(drawn: list[list[bool]]) -> None:
     inside = np.array(drawn)

@@ -81,7 +81,11 @@ def stack_named(program: Program, name: str | None) -> str:
             hint=f"stack={names[-1] if names else '...'}",
         )
     if name not in program.stacks:
-        raise SpecError(f"unknown stack {name!r}; the program has {names}", hint="`offramp inspect` shows the stacks")
+        groups = {f"{item.stack}.{group.name}": item.stack for item in program.groups for group in item.groups}
+        hint = f"stack={groups[name]}, by whose exits its groups leave" if name in groups else None
+        raise SpecError(
+            f"unknown stack {name!r}; the program has {names}", hint=hint or "`offramp inspect` shows the stacks"
+        )
     return name
 
 

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from offramp.bundle.manifest import Exit, Stack
+from offramp.bundle.manifest import Exit, GroupStack, Stack
 from offramp.bundle.parse import decode
 from offramp.errors import PolicyError
 from offramp.runtime.policies.adaptive import Adaptive
@@ -57,9 +57,11 @@ class Depth(Policy):
         for name, depth in depths.items():
             named(stacks, name)
             if depth not in {exit_.after for exit_ in stacks[name].exits}:
+                stack = stacks[name]
+                of = stack.of if isinstance(stack, GroupStack) else name
                 raise PolicyError(
                     f"stack {name!r} has no exit after {depth} blocks; there are:\n{listing(stacks)}",
-                    hint=f"insert-exits{{stack={name},after={depth}}}",
+                    hint=f"insert-exits{{stack={of},after={depth}}}",
                 )
 
     def to_dict(self) -> dict[str, Any]:
