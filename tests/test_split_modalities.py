@@ -335,9 +335,7 @@ def test_policies_name_groups_and_no_stack(plain: Case) -> None:
 
 
 def test_hints_name_the_stack_that_has_a_groups_exits(plain: Case) -> None:
-    with pytest.raises(
-        PolicyError, match=r"'encoder.image' has no exit(.*\n)*.*insert-exits{stack=encoder,after=9}"
-    ):
+    with pytest.raises(PolicyError, match=r"'encoder.image' has no exit(.*\n)*.*insert-exits{stack=encoder,after=9}"):
         plain.chain.run(plain.arrays, offramp.Depth({"encoder.image": 9}))
     split = offramp.apply(offramp.capture(joined(), inputs()), "split-modalities")
     with pytest.raises(SpecError, match=r"unknown stack 'encoder.text'(.*\n)*.*stack=encoder, by whose exits"):
