@@ -660,6 +660,11 @@ NOT_CAPTURED: dict[str, tuple[Factory, str]] = {
 REFUSED: dict[str, Factory] = {
     "causal_convolution": _by_hand(partial(_Decoder, _ConvolvedBlock)),
     "token_shift": _by_hand(partial(_Decoder, _ShiftedBlock)),
+    # a hybrid: a short convolution, then attention
+    "lfm2": _hf(
+        "Lfm2ForCausalLM", _GROUPED, num_hidden_layers=2 * BLOCKS, layer_types=["conv", "full_attention"] * BLOCKS,
+        block_auto_adjust_ff_dim=False
+    ),
 }
 
 # Name, role and number of blocks of every stack.

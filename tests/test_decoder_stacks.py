@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import decoders
+import numpy as np
 import pytest
 import torch
+from architectures import BLOCKS
 from torch import Tensor, nn
 
+import offramp
 from offramp.errors import CaptureError, PassError
 from offramp.passes import apply
 from offramp.passes.caches.chunks import cached_stacks
@@ -68,7 +73,7 @@ def test_stacks_and_axes(name: str) -> None:
 def _assert_cached(name: str, program: Program) -> None:
     """``insert-cache`` keeps keys and values of every decoder block, and checks itself in chunks; or refuses."""
     if name in decoders.REFUSED:
-        with pytest.raises(PassError, match=r"tokens.*decoders\.py"):
+        with pytest.raises(PassError, match=r"tokens.*(decoders|modeling_lfm2)\.py"):
             apply(program, "insert-cache")
         return
     made = apply(program, "insert-cache")
@@ -77,6 +82,22 @@ def _assert_cached(name: str, program: Program) -> None:
     assert made.cache is not None
     kept = [key for key in made.cache.buffers if key.startswith("key")]
     assert len(kept) >= sum(stack.blocks for stack in causal)
+
+
+@pytest.mark.slow
+def test_exits_of_a_hybrid_are_the_model_with_fewer_layers(tmp_path: Path) -> None:
+    module, inputs = built("lfm2")
+    offramp.save(apply(capture(module, inputs), "insert-exits"), tmp_path / "hybrid.offramp")
+    chain = offramp.load(tmp_path / "hybrid.offramp")
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    model: Any = module.model
+    layers = model.layers
+    for after in range(1, BLOCKS + 1):
+        model.layers = layers[: 2 * after]
+        with torch.no_grad():
+            wanted = named_outputs(module(**inputs))["logits"].numpy()
+        found = chain.run(arrays, offramp.Depth(after)).outputs["logits"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def reach(program: Program) -> list[int]:
