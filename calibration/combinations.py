@@ -15,19 +15,19 @@ generations are timed as a whole, in turns with full depth. A path has at most `
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from statistics import NormalDist
-from time import perf_counter
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.calibration.examples import Example, Examples, together
-from offramp.calibration.observe import answered
+from offramp.calibration.observe import answered, traced
 from offramp.calibration.quality import graded
 from offramp.calibration.risk import losses_of
 from offramp.calibration.sequence import Asked
@@ -40,6 +40,7 @@ Combination: TypeAlias = tuple[int, ...]  # the candidate of each stack: 0 is fu
 _Item = TypeVar("_Item")
 
 COMBINATIONS, TESTS, TIMED = 64, 12, 16
+_LONG = 4.0
 _FASTER = 0.98  # of the time of the one before, from which on it is more than noise
 _SPARED = (0.0, 0.25, 0.5, 0.75)  # of what may be lost
 _FAR = 3  # standard errors; where so many more than may be is lost, nothing bolder is tried
@@ -90,12 +91,21 @@ class Search:
         self._timed = fitting.inputs[:TIMED]
         self.found: dict[Combination, Found] = {}
         self._start = (0,) * len(saves)
-        self._run()
 
     @cached_property
     def full_milliseconds(self) -> float:
         """Of full depth with all learners."""
         return milliseconds(self._asked, self._timed, [Never()])[0]
+
+    def run(self) -> None:
+        """Try combinations: ``found`` has what came out."""
+        self._try(self._start)
+        for alone in sorted(self._bolder(self._start), key=sum):
+            if not self._hopeless(alone) and len(self.found) < COMBINATIONS:
+                self._try(alone)
+        for at, share in enumerate(_SPARED):
+            room = (COMBINATIONS - len(self.found)) // (len(_SPARED) - at)
+            self._descend(min(0.0, share * self.found[self._start].bound), len(self.found) + room)
 
     def path(self) -> dict[Combination, float]:
         """What is worth a test, from careful to bold, each faster than the one before: timed anew, all in turns."""
@@ -112,15 +122,6 @@ class Search:
             if took <= _FASTER * min(path.values(), default=self.full_milliseconds):
                 path[at] = took
         return path
-
-    def _run(self) -> None:
-        self._try(self._start)
-        for alone in sorted(self._bolder(self._start), key=sum):
-            if not self._hopeless(alone) and len(self.found) < COMBINATIONS:
-                self._try(alone)
-        for at, share in enumerate(_SPARED):
-            room = (COMBINATIONS - len(self.found)) // (len(_SPARED) - at)
-            self._descend(min(0.0, share * self.found[self._start].bound), len(self.found) + room)
 
     def _descend(self, most: float, tries: int) -> None:
         """Look for the fastest whose bound is at most ``most``, until so many have been tried."""
@@ -189,18 +190,25 @@ class Search:
 
 
 def milliseconds(asked: Asked, examples: Sequence[Example], policies: Sequence[Policy]) -> list[float]:
-    """Of a row or a whole generation, one at a time, the policies in turns; medians of ratios to the first."""
+    """Of a row or a whole generation, one at a time, the policies in turns: what segments and the host's work take.
 
-    def took(example: Example, policy: Policy) -> float:
-        started = perf_counter()
-        answered(asked.chain, example, policy, asked.options)
-        return (perf_counter() - started) * 1e3
-
+    A segment that is interrupted by other work on the machine counts for no more than `_LONG` times its median.
+    """
     for policy in policies:
-        took(examples[0], policy)
-    times = np.array([[took(example, policy) for policy in policies] for example in examples])
-    ratios = np.median(times / times[:, :1], 0)
-    return [float(np.median(times[:, 0]) * ratio) for ratio in ratios]
+        traced(asked.chain, examples[0], policy, asked.options)
+    runs = [[traced(asked.chain, example, policy, asked.options) for policy in policies] for example in examples]
+    host = np.median(
+        [(wall - sum(item.milliseconds for item in trace)) / len(trace) for run in runs for trace, wall in run]
+    )
+    found = []
+    for at in range(len(policies)):
+        times = defaultdict(list)
+        for trace, _ in (run[at] for run in runs):
+            for item in trace:
+                times[item.segment].append(item.milliseconds)
+        in_all = sum(np.minimum(each, _LONG * np.median(each)).sum() + host * len(each) for each in times.values())
+        found.append(float(in_all) / len(examples))
+    return found
 
 
 def some(items: Sequence[_Item], most: int) -> list[_Item]:

@@ -84,6 +84,7 @@ def choose(joint: Joint, fitting: Examples, testing: Examples) -> tuple[Policy, 
         texts = [generate(asked.chain, example, Never(), asked.options)[0] for example in fitting.inputs]
     candidates = [_candidates(exits, fitting, texts, tests) for exits in joint.stacks]
     search = Search(asked, [of.saves for of in candidates], partial(joint.policy, candidates), fitting, tests)
+    search.run()
     path = search.path()
     policies = [joint.policy(candidates, combination) for combination in path]
     results = sequence.tested(asked, testing, policies)

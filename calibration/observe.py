@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from types import MappingProxyType
 from typing import Any
 
@@ -221,6 +222,21 @@ def answered(
     result, answer = chain.run(inputs, policy), answers_of(chain)
     output, place = result.outputs[answer], chain.rows_of(answer)
     return [output] if place is None else list(np.moveaxis(output, place[0], 0)), result.scores
+
+
+def traced(chain: Chain, inputs: Example, policy: Policy, options: Mapping[str, Any]) -> tuple[Sequence[Timing], float]:
+    """The segments that ran for an answer, and its milliseconds of wall time."""
+    started = perf_counter()
+    if chain.generates is None:
+        trace: Sequence[Timing] = chain.run(inputs, policy).trace
+    else:
+        made = chain.generator(inputs, policy, **{**options, **GREEDY})
+        found = list(made.trace)
+        while made.rows:
+            found += made.next()[0].trace
+        made.end()
+        trace = found
+    return trace, (perf_counter() - started) * 1e3
 
 
 def observe_rows(

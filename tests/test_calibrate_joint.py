@@ -256,7 +256,9 @@ def test_the_promise_is_broken_no_more_often_than_stated(monkeypatch: pytest.Mon
     broken = passed = 0
     for _ in range(draws):
         fitting = Examples(list(drawn.random((150, 27))), None)
-        path = list(Search(asked, SAVES, lambda at: at, fitting, 400).path())  # type: ignore[arg-type, return-value]
+        search = Search(asked, SAVES, lambda at: at, fitting, 400)  # type: ignore[arg-type, return-value]
+        search.run()
+        path = list(search.path())
         held = drawn.random((400, 27))
         early = [held[:, np.dot(at, (9, 3, 1))] >= lost(at) for at in path]
         count = accepted((p_value(losses_of(each, np.ones(400), keep), keep) for each in early), 1 - confidence)
@@ -279,7 +281,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch, loses: Callable[[Combination], bool
     monkeypatch.setattr(combinations, "answered", answered)
     monkeypatch.setattr(combinations, "milliseconds", milliseconds)
     asked = Asked(None, 0.9, 0.9, lambda answer, _: answer, {})  # type: ignore[arg-type]
-    return Search(asked, [list(range(7))] * 5, lambda at: at, Examples([{}] * 30, None), 100)  # type: ignore[arg-type, return-value]
+    search = Search(asked, [list(range(7))] * 5, lambda at: at, Examples([{}] * 30, None), 100)  # type: ignore[arg-type, return-value]
+    search.run()
+    return search
 
 
 def test_a_search_goes_straight_where_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
