@@ -26,7 +26,9 @@ from offramp.calibration.risk import accepted, losses_of, p_value
 from offramp.calibration.sequence import Asked
 from offramp.errors import InputError
 from offramp.runtime import Chain, Depth, Each, Never, Policy
+from offramp.runtime.result import Timing
 
+REAL = combinations.milliseconds
 BLOCKS = 4
 EXITS = "insert-exits{stack=encoder},insert-scores{stack=encoder,measure=cosine}"
 GROUPS = ("encoder.image", "encoder.text")
@@ -291,6 +293,20 @@ def test_a_search_goes_straight_where_nothing_is_lost(monkeypatch: pytest.Monkey
     assert len(search.found) == 1 + 5 * 6 + 4
     assert len(search.path()) <= combinations.TESTS
     assert list(search.path())[-1] == (6,) * 5
+
+
+def test_other_work_on_the_machine_counts_for_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sixteen runs one is interrupted in a segment, and another between two."""
+    runs = iter([(1.0, 0.0)] * 6 + [(9.0, 0.0)] + [(1.0, 0.0)] * 6 + [(1.0, 30.0)] + [(1.0, 0.0)] * 20)
+
+    def traced(*_: Any) -> tuple[list[Timing], float]:
+        first, beside = next(runs)
+        return [Timing("first", first, 1), Timing("second", 2.0, 1)], first + 2.0 + 0.5 + beside
+
+    monkeypatch.setattr(combinations, "traced", traced)
+    asked = Asked(None, 0.9, 0.9, lambda answer, _: answer, {})  # type: ignore[arg-type]
+    (found,) = REAL(asked, [{}] * 16, [Never()])
+    assert found == pytest.approx(3.5 + (4.0 - 1.0) / 16)
 
 
 def test_a_search_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
