@@ -632,6 +632,28 @@ def _blip_captioner(folder: Path) -> None:
     transformers.BlipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
 
 
+# The image stands before the text, whose first token the model knows.
+@_directory("image to text", "image", {"vision_model": 2, "encoder": BLOCKS}, generates=True)
+def _git_reader(folder: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": INNER}
+    vision = {**sizes, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    config = transformers.GitConfig(
+        vision_config=vision,
+        vocab_size=VOCAB,
+        num_hidden_layers=BLOCKS,
+        max_position_embeddings=POSITIONS,
+        **sizes,
+        **_IDS,
+    )
+    _save(folder, _model("GitForCausalLM", config), max_new_tokens=8, eos_token_id=END, pad_token_id=PAD)
+    _tokenizer(folder, "start")
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+        folder
+    )
+
+
 # Two towers
 
 
