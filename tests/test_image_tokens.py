@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import offramp
 from offramp import cli
-from offramp.errors import ExecutionError, InputError, PassError
+from offramp.check import check
+from offramp.errors import ExecutionError, InputError, PassError, SpecError
 from offramp.passes.caches.chunks import check_chunks
 from offramp.program import ops
 from offramp.program.graph import expression, placeholders, shape
@@ -474,3 +475,35 @@ def test_tokens_are_those_of_transformers(make: Callable[[], Any], tmp_path: Pat
                 **alone, pixel_values=inputs["pixel_values"][at : at + 1], max_new_tokens=8, do_sample=False
             )
         assert found.tokens[at].tolist() == wanted[0, -8:].tolist()
+
+
+def _florence() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Its image's features take places of the encoder's text; the decoder's tokens are its own."""
+    text = transformers.BartConfig(
+        vocab_size=99, d_model=32, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64, use_cache=False,
+    )  # fmt: skip
+    vision = {
+        "embed_dim": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_heads": [2, 2, 2, 2], "num_groups": [2, 2, 2, 2],
+        "window_size": 4, "projection_dim": 32, "max_position_embeddings": 10,
+    }  # fmt: skip
+    config = transformers.Florence2Config(text_config=text.to_dict(), vision_config=vision, image_token_id=98)
+    torch.manual_seed(0)
+    ids = torch.randint(3, 90, (2, 10))
+    ids[:, :5] = 98
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 64, 64), "decoder_input_ids": ids[:, 5:]}
+    return transformers.Florence2ForConditionalGeneration(config).eval(), inputs
+
+
+@pytest.mark.slow
+def test_florence_has_exits_and_caches_and_no_groups() -> None:
+    model, inputs = _florence()
+    report = check(model, inputs)
+    assert report.ok, report.reason
+    assert {stack.name for stack in report.stacks if stack.cached} == {"decoder"}
+    program = offramp.capture(model, inputs)
+    encoder = next(
+        name for name, stack in program.stacks.items() if stack.path == "model.language_model.encoder.layers"
+    )
+    with pytest.raises(SpecError, match=f"no tokens of several inputs are joined before stack '{encoder}'"):
+        offramp.apply(program, f"split-modalities{{stack={encoder}}}")
