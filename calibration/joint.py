@@ -32,7 +32,9 @@ from offramp.calibration.risk import accepted
 from offramp.calibration.sequence import Asked
 from offramp.runtime import Depth, Each, Never, Policy, Width
 
-_CANDIDATES = 6  # of a stack, full depth not counted
+Numbers = NDArray[np.float64]
+
+_CANDIDATES = 8  # of a stack, full depth not counted
 _POINTS = 5  # of a path of thresholds
 
 
@@ -115,15 +117,15 @@ def choose(joint: Joint, fitting: Examples, testing: Examples) -> tuple[Policy, 
 
 
 def _candidates(exits: Exits, fitting: Examples, texts: Sequence[NDArray[np.int64]], tests: int) -> Candidates:
-    """Full depth, and of fixed depths and thresholds those than which none is both cheaper and better."""
+    """Full depth, and of fixed depths and thresholds those than which none is both cheaper and clearly better."""
     stack = exits.stack
     seen, costs = _observed(exits, fitting, texts)
     record: dict[str, Any] = {"measure": None, "temperatures": {}}
-    found: list[tuple[float, float, Policy]] = []  # expected milliseconds, quality
+    found: list[tuple[float, Numbers, Policy]] = []  # expected milliseconds, quality of each example
 
     def add(taken: NDArray[np.int64], expected: float, policy: Policy) -> None:
         steps = np.take_along_axis(seen.quality, taken[:, None], 1)[:, 0]
-        found.append((expected, float(seen.by_example(steps).mean()), policy))
+        found.append((expected, seen.by_example(steps), policy))
 
     if len(seen.quality):  # else no text has a token that may leave
         for at, exit_ in enumerate(stack.exits[:-1]):
@@ -135,16 +137,20 @@ def _candidates(exits: Exits, fitting: Examples, texts: Sequence[NDArray[np.int6
         for thresholds, expected in path.settings:
             taken = leaves(path.measure, seen.scores[path.measure], thresholds)
             add(taken, expected, thresholds_of(stack, path.measure, thresholds))
-    kept: list[tuple[float, Policy]] = []
-    best = -np.inf
-    for expected, quality, policy in sorted(found, key=lambda item: (item[0], -item[1])):
-        if quality > best:
-            kept.insert(0, (costs.full - expected, policy))
-            best = quality
-    kept = [(0.0, Never()), *some(kept, _CANDIDATES)]
+    kept: list[tuple[float, Numbers, Policy]] = []
+    for one in sorted(found, key=lambda item: item[0]):
+        if not any(_clearly_better(cheaper, one[1]) for _, cheaper, _ in kept):
+            kept.insert(0, one)
+    chosen = [(0.0, Never()), *((costs.full - expected, policy) for expected, _, policy in some(kept, _CANDIDATES))]
     steps = len(seen.quality) / len(fitting)
-    saves = [saved * steps for saved, _ in kept]
-    return Candidates(stack, [policy for _, policy in kept], saves, {**record, "candidates": len(kept)})
+    saves = [saved * steps for saved, _ in chosen]
+    return Candidates(stack, [policy for _, policy in chosen], saves, {**record, "candidates": len(chosen)})
+
+
+def _clearly_better(one: Numbers, other: Numbers) -> bool:
+    """By a standard error of what they differ in; or just as good everywhere."""
+    more = one - other
+    return bool(more.mean() >= more.std() / np.sqrt(more.size))
 
 
 def _observed(exits: Exits, fitting: Examples, texts: Sequence[NDArray[np.int64]]) -> tuple[Observed, Costs]:
