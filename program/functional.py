@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from offramp.program.fake_values import call_shapes
 from offramp.program.graph import add_call, aten, expression, fake_mode, is_symint, is_tensor, shape
 
 _WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # regions whose bodies are graphs of their own
@@ -46,11 +48,12 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
         made: ExportedProgram = exported.run_decompositions({})
         return made
     _sizes_first(exported.graph)
+    traces: dict[Hashable, fx.Graph] = {}
     for graph in graphs:
         sizes: dict[str, fx.Node] = {}
         for node in list(graph.nodes):
             if _composite(node):
-                _decompose(graph, node, sizes)
+                _decompose(graph, node, sizes, traces)
             elif is_symint(node):
                 sizes.setdefault(str(expression(node.meta["val"])), node)
     return exported
@@ -187,19 +190,20 @@ def _composite(node: fx.Node) -> bool:
     return _views(node) and node.target._can_decompose()
 
 
-def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> None:
-    """The operators that the node's operator is made of take its place; ``sizes`` are nodes to be read by them."""
-    read, whole = node.all_input_nodes, node.target
+def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node], traces: dict[Hashable, fx.Graph]) -> None:
+    """The operators that the node's operator is made of take its place.
 
-    def call(*values: Any) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(read, values, strict=True)).__getitem__)
-        return whole(*args, **kwargs)  # type: ignore[operator]
-
-    with fake_mode(graph), torch.no_grad():
-        traced = make_fx(call)(*[arg.meta["val"] for arg in read])
-    env = dict(zip(traced.graph.find_nodes(op="placeholder"), read, strict=True))
+    ``sizes`` are nodes to be read by them, and ``traces`` what calls on other values of the same shapes are made of.
+    """
+    read, whole, mode = node.all_input_nodes, node.target, fake_mode(graph)
+    shapes = call_shapes(mode, whole, *fx.node.map_arg((node.args, node.kwargs), lambda arg: arg.meta["val"]))
+    places = str(fx.node.map_arg((node.args, node.kwargs), lambda arg: f"argument {read.index(arg)}"))
+    inner_graph = traces.get((shapes, places)) or _traced(mode, node)
+    if shapes is not None:
+        traces[shapes, places] = inner_graph
+    env = dict(zip(inner_graph.find_nodes(op="placeholder"), read, strict=True))
     with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
+        for inner in inner_graph.nodes:
             if inner.op != "call_function":
                 continue
             known = sizes.get(str(expression(inner.meta["val"]))) if is_symint(inner) else None
@@ -208,7 +212,7 @@ def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> Non
             else:
                 env[inner] = graph.node_copy(inner, env.__getitem__)
                 env[inner].meta = {**node.meta, "val": inner.meta["val"]}
-    returned: Any = traced.graph.output_node().args[0]
+    returned: Any = inner_graph.output_node().args[0]
     if isinstance(returned, fx.Node):
         node.replace_all_uses_with(env[returned])
     else:
@@ -217,6 +221,19 @@ def _decompose(graph: fx.Graph, node: fx.Node, sizes: dict[str, fx.Node]) -> Non
             user.replace_all_uses_with(env[returned[user.args[1]]])
             graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _traced(mode: FakeTensorMode, node: fx.Node) -> fx.Graph:
+    """What the node's operator is made of, as a graph of what it reads."""
+    read = node.all_input_nodes
+
+    def call(*values: Any) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), dict(zip(read, values, strict=True)).__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    with mode, torch.no_grad():
+        made: fx.GraphModule = make_fx(call)(*[arg.meta["val"] for arg in read])
+    return made.graph
 
 
 def _sizes_first(graph: fx.Graph) -> None:

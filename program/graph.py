@@ -11,6 +11,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from offramp.errors import PassError
+from offramp.program.fake_values import fake_result
 
 aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
@@ -222,13 +223,6 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
         if isinstance(value, FakeTensor):
             return value.fake_mode
     raise PassError("the graph carries no shapes: capture it with offramp.capture")
-
-
-def fake_result(mode: FakeTensorMode, target: Any, args: Any, kwargs: Any) -> Any:
-    """What a call of ``target`` would give, as shapes and dtypes: nodes among the arguments stand for their values."""
-    values, named = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-    with mode, torch.no_grad():
-        return target(*values, **named)
 
 
 def add_call(mode: FakeTensorMode, graph: fx.Graph, target: Any, /, *args: Any, **kwargs: Any) -> fx.Node:

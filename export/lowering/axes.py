@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from offramp.export.lowering.pipeline import equal_sizes
-from offramp.program.graph import aten, expression, fake_result, is_weight, shape
+from offramp.program.fake_values import fake_result
+from offramp.program.graph import aten, expression, is_weight, shape
 from offramp.program.symbols import new_axis
 
 _log = logging.getLogger(__name__)

@@ -22,6 +22,18 @@ def _stride(b: Builder, tensor: fx.Node, axis: int) -> Any:
     return b.product(*b.sizes(tensor)[axis + 1 :])
 
 
+@lowering(aten.__and__.Tensor)
+def _and(b: Builder, one: fx.Node, other: fx.Node) -> fx.Node:
+    """What Python's ``&`` is called; unlike the operator itself it is decomposed, by tracing all that is around it."""
+    return b.call(aten.bitwise_and.Tensor, one, other)
+
+
+@lowering(aten.__or__.Tensor)
+def _or(b: Builder, one: fx.Node, other: fx.Node) -> fx.Node:
+    """``|``, likewise."""
+    return b.call(aten.bitwise_or.Tensor, one, other)
+
+
 @lowering(FILL_PLACES)
 def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node) -> fx.Node:
     """As in torch: where a row has another number of places, a row is gathered that is not there, which is an error."""

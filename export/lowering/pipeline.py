@@ -15,7 +15,8 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from offramp.errors import ExportError
-from offramp.program.graph import expression, fake_result, is_symint, is_tensor
+from offramp.program.fake_values import fake_result
+from offramp.program.graph import expression, is_symint, is_tensor
 
 log = logging.getLogger(__name__)
 

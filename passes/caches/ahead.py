@@ -25,13 +25,13 @@ from offramp.passes.groups.bounds import size_node
 from offramp.passes.groups.joined import along, flat
 from offramp.passes.groups.resized import Resized
 from offramp.passes.infra.editor import Editor
+from offramp.program.fake_values import fake_result
 from offramp.program.graph import (
     ancestors,
     aten,
     attribute,
     dependents,
     expression,
-    fake_result,
     placeholders,
     read_by,
     results,
@@ -142,6 +142,7 @@ class _Resymbolled:
     def __init__(self, program: Program, longer: Mapping[Any, int]) -> None:
         self.program, self.graph = program, fx.Graph()
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.mode.cache_enabled = False  # `fake_result` keeps its own, which takes less
         self.symbols: dict[Any, torch.SymInt] = {}
         self.nodes: dict[fx.Node, fx.Node] = {}
         for name, node in placeholders(program.graph).items():

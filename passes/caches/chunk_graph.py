@@ -17,7 +17,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from offramp.errors import PassError
 from offramp.program import ops
-from offramp.program.graph import aten, expression, fake_result, placeholders, shape, source, symbols
+from offramp.program.fake_values import fake_result
+from offramp.program.graph import aten, expression, placeholders, shape, source, symbols
 from offramp.program.program import Program
 from offramp.program.symbols import new_axis
 
@@ -42,6 +43,7 @@ class ChunkGraph:
         self.graph = fx.Graph()
         self.edits: Counter[str] = Counter()
         self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.mode.cache_enabled = False  # `fake_result` keeps its own, which takes less
         self.inputs: dict[str, fx.Node] = {}
         self.origin: fx.Node | None = None
         self._sizes: dict[str, fx.Node] = {}

@@ -13,11 +13,11 @@ from offramp.program.canonical.attention_axes import four_axes
 from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.canonical.in_other_words import in_other_words
 from offramp.program.dropout import keeps
+from offramp.program.fake_values import fake_result
 from offramp.program.graph import (
     aten,
     expression,
     fake_mode,
-    fake_result,
     is_symint,
     is_tensor,
     shape,
