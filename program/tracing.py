@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Dynamic = Mapping[str, Mapping[int, str]]
 _CONSTANTS = 4096  # elements
+_MANY = 8  # blocks
 _one_at_a_time = threading.RLock()
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -124,9 +126,17 @@ def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: 
 
 
 def _traced(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool) -> ExportedProgram:
-    with _Tracing(lists), _constants():
+    # torch's table of fake results pays where blocks are many: to keep one takes longer than to compute it
+    kept = {"fake_tensor_cache_enabled": dynamo_config.fake_tensor_cache_enabled and _longest(module) >= _MANY}
+    with _Tracing(lists), _constants(), dynamo_config.patch(kept):
         found: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
     return found
+
+
+def _longest(module: torch.nn.Module) -> int:
+    """How many modules the model's longest list has."""
+    lists = (torch.nn.ModuleList, torch.nn.Sequential)
+    return max((len(item) for item in module.modules() if isinstance(item, lists)), default=0)
 
 
 def flattened(traced: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:
