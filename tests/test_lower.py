@@ -89,7 +89,7 @@ def _empty(function: Computation, _: str) -> onnx.ModelProto:
     return onnx.helper.make_model(onnx.helper.make_graph([], "empty", weights, []))
 
 
-@pytest.mark.parametrize("blocks", [6, 12])
+@pytest.mark.parametrize("blocks", [3, 6])
 def test_equal_blocks_are_translated_once(blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(translations, "translate", _empty)
     monkeypatch.setenv("OFFRAMP_CACHE", "")

@@ -112,15 +112,22 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return model, program, offramp.load(path)
 
 
+@pytest.fixture(scope="module")
+def longer(case: tuple[Joined, Program, Chain]) -> tuple[Joined, Program, tuple[str, ...]]:
+    made, _, cut = with_places_ahead(case[1])
+    return case[0], made, cut
+
+
 @given(st.integers(1, 3), st.integers(2, 12), st.integers(2, 6))
 @settings(max_examples=10, deadline=None)
-def test_places_change_nothing(case: tuple[Joined, Program, Chain], rows: int, tokens: int, patches: int) -> None:
-    model, program, _ = case
-    made, _, cut = with_places_ahead(program)
+def test_places_change_nothing(
+    longer: tuple[Joined, Program, tuple[str, ...]], rows: int, tokens: int, patches: int
+) -> None:
+    model, made, cut = longer
     inputs = example(rows, tokens, patches)
     ahead = patches + model.parts
-    longer = {**inputs, "input_ids": torch.cat([torch.full((rows, ahead), 2), inputs["input_ids"]], 1)}
-    found = made.module(**longer)["logits"]
+    ids = torch.cat([torch.full((rows, ahead), 2), inputs["input_ids"]], 1)
+    found = made.module(**{**inputs, "input_ids": ids})["logits"]
     assert cut == (("logits",) if model.cut else ())
     torch.testing.assert_close(found[:, ahead:] if model.cut else found, model(**inputs)["logits"])
 
