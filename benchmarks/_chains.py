@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.lib.npyio import NpzFile
+from numpy.typing import NDArray
 
 import offramp
 from benchmarks._workers import Worker, serve
@@ -17,12 +19,13 @@ from offramp.bundle.manifest import Segment
 from offramp.runtime.engine.sessions import session_options
 from offramp.runtime.generation.buffers import chunk_segment
 
-SINGLE = "single.json"
+SINGLE, SINGLE_FOLDER = "single.json", "single"
 
 
-def chain(path: Path, *, single: bool = False) -> Worker:
-    """A worker on a bundle; ``single`` runs the file that `write_single` put beside it."""
-    return Worker(sys.executable, "-m", "benchmarks._chains", str(path), str(int(single)))
+def chain(path: Path, *, single: bool | str = False) -> Worker:
+    """A worker on a bundle; ``single`` runs the file that `write_single` put beside it, or one of another folder."""
+    folder = SINGLE_FOLDER if single is True else single or ""
+    return Worker(sys.executable, "-m", "benchmarks._chains", str(path), folder)
 
 
 def write_single(program: offramp.Program, bundle: Path) -> None:
@@ -49,7 +52,7 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
         for arg in node.all_input_nodes
         if is_tensor(arg) and arg not in made and arg.op != "get_attr"
     )
-    folder = bundle / "single"
+    folder = bundle / SINGLE_FOLDER
     folder.mkdir(exist_ok=True)
     writer = Writer(folder, program.graph_module)
     function = Translations().of(Subgraph("single", tuple(inputs), tuple(outputs.values()), tuple(nodes)))
@@ -73,34 +76,36 @@ def _name(program: offramp.Program, node: Any) -> str:
     return str(cuts.get(node.name, node.name))
 
 
-def main(path: Path, single: bool) -> None:
+def main(path: Path, single: str) -> None:
     """Serve."""
     model = offramp.load(path)
-    ids, (logits,) = model.generates, model.manifest.outputs.values()
+    ids, (logits,), generation = model.generates, model.manifest.outputs.values(), model.manifest.generation
     assert ids is not None
+    alone: dict[str, Any] = {"stop": (), "suppress": (), "suppress_first": ()}
 
     def inputs(prompt: list[int], features: str | None) -> dict[str, Any]:
         given: dict[str, Any] = {ids: [prompt]}
         if features:
-            given |= {name: np.load(features) for name in model.inputs if name != ids}
+            found = np.load(features)
+            given |= dict(found) if isinstance(found, NpzFile) else dict.fromkeys(model.inputs.keys() - {ids}, found)
         return given
 
-    def by_chain(prompt: list[int], new: int, features: str | None) -> tuple[list[int], list[float]]:
-        times, tokens = [time.perf_counter()], []
-        steps = model.stream(
-            inputs(prompt, features), offramp.Never(), max_new_tokens=new, stop=(), suppress=(), suppress_first=()
-        )
-        for step in steps:
+    def by_chain(prompt: list[int], new: int | None, features: str | None) -> tuple[list[int], list[float]]:
+        arrays, options = inputs(prompt, features), {} if new is None else {"max_new_tokens": new, **alone}
+        times, tokens = [time.perf_counter()], list[int]()
+        for step in model.stream(arrays, offramp.Never(), **options):
             tokens.append(step.token)
             times.append(time.perf_counter())
         return tokens, times
 
-    def by_session(prompt: list[int], new: int, features: str | None) -> tuple[list[int], list[float]]:
-        times, tokens = [time.perf_counter()], []
-        session = model.session(inputs(prompt, features))
-        session.reserve(len(prompt) + new)
+    def by_session(prompt: list[int], new: int | None, features: str | None) -> tuple[list[int], list[float]]:
+        arrays, stop = inputs(prompt, features), set(generation.stop or ()) if new is None else set()
+        most = new or (generation.max_length or 448) - len(prompt)
+        times, tokens = [time.perf_counter()], list[int]()
+        session = model.session(arrays)
+        session.reserve(len(prompt) + most)
         chunk, count = np.array([prompt]), np.zeros(1, np.int64)
-        for _ in range(new):
+        while len(tokens) < most and not stop.intersection(tokens[-1:]):
             made = session.decoder.store.run(whole, 0, 1, {ids: chunk}, count)
             count += chunk.shape[1]
             tokens.append(int(made[logits][0, -1].argmax()))
@@ -108,17 +113,21 @@ def main(path: Path, single: bool) -> None:
             times.append(time.perf_counter())
         return tokens, times
 
+    def of_text(text: list[int]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = model.run({ids: [text]}, offramp.Never()).outputs["logits"][0]
+        return found
+
     if single:
-        bound, made = json.loads((path / "single" / SINGLE).read_text())
+        bound, made = json.loads((path / single / SINGLE).read_text())
         values = {key: model.manifest.outputs.get(name, name) for key, name in made.items()}
         segment = Segment("single", "single.onnx", bound, values)
-        session = ort.InferenceSession(path / "single" / "single.onnx", session_options())
+        session = ort.InferenceSession(path / single / "single.onnx", session_options())
         cache = model.manifest.cache
         assert cache is not None
         changing = {*cache.tokens, *cache.buffers, cache.lengths}
         whole = chunk_segment(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
-    serve({}, by_session if single else by_chain)
+    serve({}, by_session if single else by_chain, of_text)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] == "1")
+    main(Path(sys.argv[1]), sys.argv[2])

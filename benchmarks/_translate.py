@@ -47,7 +47,7 @@ class Way:
         room = min(2 * len(source) + 10, LONGEST - 1)
         steps = list(self.chain.stream(inputs, self.policy(sentence), propagate=self.propagate, max_new_tokens=room))
         self.tokens.append([step.token for step in steps])
-        self.texts.append(words().decode([token for token in self.tokens[-1] if token != END]))
+        self.texts.append(spoken(self.tokens[-1]))
         self.depths.append([step.exit for step in steps])
         self.decoder.append(sum(step.milliseconds for step in steps))
 
@@ -79,21 +79,42 @@ def words() -> Tokenizer:
     return Tokenizer.from_file(str(TOKENS))
 
 
+def spoken(tokens: Sequence[int]) -> str:
+    """Tokens as text."""
+    return str(words().decode([token for token in tokens if token != END]))
+
+
 @functools.cache
-def bundle(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool = True) -> offramp.Chain:
+def saved(
+    exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool = True, precision: str = "fp32"
+) -> Path:
     """The translator as a bundle, with one segment between exits; no token goes deeper than ``deepest``.
 
     With a ``short`` list of candidates, exits and full depth pick tokens of it.
     """
-    path = FOLDER / f"{'short' if short else 'whole'}-{'-'.join(map(str, exits))}-of-{deepest}.offramp"
+    encoding = "" if precision == "fp32" else f"-{precision}"
+    path = FOLDER / f"{'short' if short else 'whole'}-{'-'.join(map(str, exits))}-of-{deepest}{encoding}.offramp"
     if not (path / "manifest.json").is_file():
         say(f"exporting {path}")
-        made = offramp.apply(translator.trained(exits, deepest), "insert-cache")
+        made = program(exits, deepest)
         if short:
             scores = offramp.InsertScores("decoder", (MEASURE, PICK), (*exits, deepest), ids=translator.english())
             made = offramp.apply(made, [scores])
-        offramp.save(made, path, segments=1, generation=GENERATION, files=[TOKENS])
-    return offramp.load(path, threads=THREADS)
+        offramp.save(made, path, precision, segments=1, generation=GENERATION, files=[TOKENS])
+    return path
+
+
+def program(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS) -> offramp.Program:
+    """The trained translator with its caches."""
+    return offramp.apply(translator.trained(exits, deepest), "insert-cache")
+
+
+@functools.cache
+def bundle(
+    exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool = True, precision: str = "fp32"
+) -> offramp.Chain:
+    """What `saved` has saved, loaded."""
+    return offramp.load(saved(exits, deepest, short, precision), threads=THREADS)
 
 
 def without_exits(weights: Path) -> offramp.Chain:

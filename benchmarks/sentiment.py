@@ -26,9 +26,9 @@ KEEP = (0.99, 0.98)
 EXITS = "1|2|3|4|5"
 
 
-def bundle() -> Path:
+def bundle(precision: str = "fp32") -> Path:
     """MiniLM with an exit after each block, and the heads that were trained for them."""
-    path = BUILD / "sentiment.offramp"
+    path = BUILD / ("sentiment.offramp" if precision == "fp32" else f"sentiment-{precision}.offramp")
     program = offramp.capture(*zoo.load("minilm"))
     program = offramp.apply(
         program, f"insert-exits{{after={EXITS},head=own}},insert-scores{{measure=top1|margin|entropy}}"
@@ -37,7 +37,7 @@ def bundle() -> Path:
         for after, head in minilm.exit_heads().items():
             for name, weight in head.items():
                 program.module.get_parameter(f"exits.encoder.{after}.classifier.{name}").copy_(weight)
-    offramp.save(program, path)
+    offramp.save(program, path, precision)
     return path
 
 

@@ -1,0 +1,270 @@
+"""Is a bundle faster than what one would pick instead? Same weights, precision and threads, quality in the same row.
+
+    python -m benchmarks.peers [language] [speech] [sentiment] [translation] [--turns N]
+
+Bundle and peer take turns; "times as fast" is the median over turns of the peer's time by the bundle's. Engines that
+are not installed are named and left out; ``OFFRAMP_PEERS_PYTHON`` names a Python that has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import onnxruntime as ort
+import sacrebleu
+from tokenizers import Tokenizer
+
+import offramp
+from benchmarks import _chains, _ctranslate2, _genai, _one_session, _translate, sentiment, speech
+from benchmarks._common import BUILD, Row, alternate, report, say, shown, steps
+from benchmarks._workers import Answer, Worker, python
+from examples.train_language_adapters import text
+from examples.translation.train import lines
+from offramp import zoo
+from offramp.runtime.engine.cores import physical_cores
+from offramp.runtime.engine.sessions import session_options
+from offramp.zoo.translator import BEGIN
+
+T = TypeVar("T")
+CONTEXTS, NEW = (64, 1024), 128
+TEXTS, LENGTH = 2, 512  # of WikiText-2, for perplexity
+SENTENCES = 100  # to translate
+KEEP = 0.99
+QUANTIZED = "one session, quantize_dynamic"
+DEED = ((2,), 5, 0.5)  # exits, the deepest block, the threshold: what `benchmarks.translation` chose
+
+
+def row(
+    task: str, precision: str, peer: str, unit: str, times: tuple[Sequence[float], Sequence[float]], quality: str
+) -> Row:
+    """A comparison, from the milliseconds of bundle and peer in each turn; for tokens/s those of a token."""
+    middle = [statistics.median(found) for found in times]
+    ratio = statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True))
+    figures = [1e3 / ms for ms in middle] if unit == "tokens/s" else middle
+    return shown(
+        {
+            "task": task,
+            "weights": precision,
+            "peer": peer,
+            "unit": unit,
+            "bundle": figures[0],
+            "its": figures[1],
+            "times as fast": round(ratio, 3),
+            "quality, bundle / peer": quality,
+        }
+    )
+
+
+class Took(NamedTuple):
+    """The tokens of a run in this process, and its milliseconds."""
+
+    tokens: list[int]
+    total_ms: float
+
+
+def turns(count: int, *runs: Callable[[], T]) -> list[list[T]]:
+    """The answers of each, which take turns after one that warms up."""
+    answers = [[run() for run in runs] for _ in range(count + 1)]
+    return [list(found) for found in zip(*answers[1:], strict=True)]
+
+
+def saved(name: str, precision: str, make: Callable[[], offramp.Program], **options: Any) -> Path:
+    """A bundle, exported once. How far its outputs are from fp32 is not bounded: quality is in the table."""
+    path = BUILD / f"peers-{name}-{precision}.offramp"
+    if not (path / "manifest.json").is_file():
+        say(f"exporting {path}")
+        offramp.save(make(), path, precision=precision, loss=math.inf, **options)
+    return path
+
+
+def installed(package: str) -> bool:
+    """Whether the peers' Python has it; says so where it has not."""
+    found = python(package) is not None
+    if not found:
+        say(f"{package} is not installed: its rows are left out")
+    return found
+
+
+# the tasks
+
+
+def language(count: int) -> Iterator[Row]:
+    """SmolLM2-135M: the first ``CONTEXTS`` tokens of WikiText-2's test text, and `NEW` more."""
+    if not installed(_genai.PACKAGE):
+        return
+    files = zoo.tokenizer_files("smollm2")
+    ids = Tokenizer.from_file(str(files[0])).encode(text("test")[:20_000]).ids
+    program = functools.cache(lambda: offramp.apply(offramp.capture(*zoo.load("smollm2")), "insert-cache"))
+    for precision in ("int4", "fp32"):
+        options = {"segments": 6, "generation": zoo.generation("smollm2"), "files": files}
+        path = saved("smollm2", precision, program, **options)
+        with contextlib.ExitStack() as opened:
+            own = opened.enter_context(_chains.chain(path))
+            other = opened.enter_context(_genai.genai(_genai.smollm2(precision), physical_cores()))
+            say(f"perplexity of {TEXTS} texts of {LENGTH} tokens, {precision}")
+            quality = " / ".join(f"{_perplexity(worker, ids):.2f}" for worker in (own, other))
+            peer = f"onnxruntime-genai {other.loaded['version']}"
+            for context in CONTEXTS:
+                ours, theirs = turns(count, *_decoding((own, other), ids[:context]))
+                prompt = ([answer.prefill_ms for answer in ours], [answer.prefill_ms for answer in theirs])
+                token = ([answer.mean_ms for answer in ours], [answer.mean_ms for answer in theirs])
+                told = f"perplexity {quality}"
+                yield row(f"SmolLM2, prompt of {context}", precision, peer, "ms", prompt, told)
+                yield row(f"SmolLM2, {NEW} after {context}", precision, peer, "tokens/s", token, told)
+
+
+def _perplexity(worker: Worker, ids: Sequence[int]) -> float:
+    texts = [ids[start : start + LENGTH] for start in range(0, TEXTS * LENGTH, LENGTH)]
+    return math.exp(statistics.mean(worker.loss(each) for each in texts))
+
+
+def _decoding(workers: Sequence[Worker], prompt: Sequence[int]) -> list[Callable[[], Answer]]:
+    return [functools.partial(worker.decode, prompt, NEW) for worker in workers]
+
+
+def whisper(count: int) -> Iterator[Row]:
+    """Whisper base: the LJSpeech clips that have transcripts, encoder and decoder, greedy, to the end of the text."""
+    if not installed(_ctranslate2.PACKAGE):
+        return
+    files, generation = zoo.tokenizer_files("whisper_base"), zoo.generation("whisper_base")
+    path = saved(
+        "whisper",
+        "int8",
+        lambda: offramp.apply(offramp.capture(*zoo.load("whisper_base")), "insert-cache"),
+        segments=1,
+        generation=generation,
+        files=files,
+    )
+    words, errors = Tokenizer.from_file(str(files[0])), [[0, 0], [0, 0]]
+    times: tuple[list[float], list[float]] = ([], [])
+    with contextlib.ExitStack() as opened:
+        own = opened.enter_context(_chains.chain(path))
+        other = opened.enter_context(_ctranslate2.ctranslate2(_ctranslate2.whisper_base(), physical_cores()))
+        for clip in steps([clip for clip in speech.clips() if clip.said is not None], "clips"):
+            heard = BUILD / "peers-clip.npy"
+            np.save(heard, clip.features)
+            runs = [functools.partial(worker.decode, generation["prompt"], None, heard) for worker in (own, other)]
+            for k, answers in enumerate(turns(count, *runs)):
+                times[k].append(statistics.median(answer.total_ms for answer in answers))
+                wrong, said = speech.word_errors(words.decode(answers[0].tokens), str(clip.said))
+                errors[k] = [errors[k][0] + wrong, errors[k][1] + said]
+        quality = " / ".join(f"{wrong / said:.3f}" for wrong, said in errors)
+        peer = f"CTranslate2 {other.loaded['version']}"
+        yield row("Whisper base, a clip", "int8", peer, "ms", times, f"WER {quality}")
+
+
+def classified(count: int) -> Iterator[Row]:
+    """MiniLM on SST-2's test sentences, at full depth and with exits that were calibrated on dev."""
+    chain = offramp.load(sentiment.bundle("int8"))
+    path = BUILD / "peers-minilm" / "int8.onnx"
+    if not path.exists():
+        _one_session.quantized(_one_session.exported(*zoo.load("minilm"), path.with_name("fp32.onnx")), path)
+    session = ort.InferenceSession(path, session_options())
+    policies = {"full depth": offramp.Never(), f"calibrated, keep={KEEP}": sentiment.calibrated(chain, KEEP)}
+    for size in sentiment.BATCHES:
+        batches, labels = sentiment.batches(size)
+        ways: dict[str, Callable[[Mapping[str, Any]], Any]] = {"peer": lambda batch: session.run(None, dict(batch))[0]}
+        for name, policy in policies.items():
+            ways[name] = functools.partial(_logits, chain, policy)
+        answers = {name: np.concatenate([way(batch).argmax(-1) for batch in batches]) for name, way in ways.items()}
+        right = {name: float((found == labels).mean()) for name, found in answers.items()}
+        times = alternate({name: functools.partial(_all, way, batches) for name, way in ways.items()}, 1.0, count)
+        each = {name: [ms / len(labels)] for name, ms in times.items()}
+        for name in policies:
+            quality = f"accuracy {right[name]:.4f} / {right['peer']:.4f}"
+            task = f"MiniLM, a sentence of {size}, {name}"
+            yield row(task, "int8", QUANTIZED, "ms", (each[name], each["peer"]), quality)
+
+
+def _logits(chain: offramp.Chain, policy: offramp.Policy, batch: Mapping[str, Any]) -> Any:
+    return chain.run(batch, policy).outputs["logits"]
+
+
+def _all(way: Callable[[Mapping[str, Any]], Any], batches: Sequence[Mapping[str, Any]]) -> None:
+    for batch in batches:
+        way(batch)
+
+
+def translation(count: int) -> Iterator[Row]:
+    """The translator on Multi30k, encoder and decoder, at full depth and with an exit, against one session for both."""
+    _translate.on_one_core()
+    split, (exits, deepest, at) = "test_2016_flickr", DEED
+    sources, said = _translate.sources(split, SENTENCES), lines(f"{split}.en")[:SENTENCES]
+    early = offramp.Confidence(measure=_translate.MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})
+    alone = _translate.saved(short=False)
+    if not (alone / _chains.SINGLE_FOLDER / _chains.SINGLE).exists():
+        _chains.write_single(_translate.program(), alone)
+    for precision in ("fp32", "int8"):
+        ways = {
+            "full depth": (_translate.bundle(short=False, precision=precision), offramp.Never()),
+            f"exit after {exits[0]} of {deepest}": (_translate.bundle(exits, deepest, precision=precision), early),
+        }
+        with _chains.chain(alone, single=_single(alone, precision)) as worker:
+            peer = functools.partial(_by_worker, worker)
+            runs = {"peer": peer} | {name: functools.partial(_by_chain, *way) for name, way in ways.items()}
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            texts: dict[str, list[str]] = {name: [] for name in runs}
+            for source in steps(sources, f"sentences, {precision}"):
+                inputs = {"input_ids": np.array([source]), "attention_mask": np.ones((1, len(source)), np.int64)}
+                found = turns(count, *(functools.partial(run, inputs) for run in runs.values()))
+                for name, answers in zip(runs, found, strict=True):
+                    times[name].append(statistics.median(answer.total_ms for answer in answers))
+                    texts[name].append(_translate.spoken(answers[0].tokens))
+        bleu = {name: float(sacrebleu.corpus_bleu(hypotheses, [said]).score) for name, hypotheses in texts.items()}
+        for name in ways:
+            quality = f"BLEU {bleu[name]:.1f} / {bleu['peer']:.1f}"
+            kind = "one session" if precision == "fp32" else QUANTIZED
+            yield row(f"translator, a sentence, {name}", precision, kind, "ms", (times[name], times["peer"]), quality)
+
+
+def _single(bundle: Path, precision: str) -> str:
+    """The folder in the bundle with the one file for both stacks, quantized where it is to be."""
+    whole = bundle / _chains.SINGLE_FOLDER
+    if precision == "fp32":
+        return whole.name
+    folder = whole.with_name(f"{whole.name}-{precision}")
+    if not (folder / _chains.SINGLE).exists():
+        _one_session.quantized(whole / "single.onnx", folder / "single.onnx")
+        shutil.copyfile(whole / _chains.SINGLE, folder / _chains.SINGLE)
+    return folder.name
+
+
+def _by_worker(worker: Worker, inputs: Mapping[str, Any]) -> Took:
+    heard = BUILD / "peers-sentence.npz"
+    np.savez(heard, **inputs)
+    answer = worker.decode([BEGIN], None, heard)
+    return Took(answer.tokens, answer.total_ms)
+
+
+def _by_chain(chain: offramp.Chain, policy: offramp.Policy, inputs: Mapping[str, Any]) -> Took:
+    started = perf_counter()
+    tokens = [step.token for step in chain.stream(inputs, policy)]
+    return Took(tokens, (perf_counter() - started) * 1e3)
+
+
+TASKS = {"language": language, "speech": whisper, "sentiment": classified, "translation": translation}
+
+
+def main() -> None:
+    """Print one table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)} (all)")
+    parser.add_argument("--turns", metavar="N", type=int, default=5, help="of bundle and peer (5)")
+    args = parser.parse_args()
+    rows = [found for name in args.tasks or TASKS for found in TASKS[name](args.turns)]
+    if rows:
+        report("peers", f"bundle and peer, {physical_cores()} threads", rows)
+
+
+if __name__ == "__main__":
+    main()
