@@ -15,6 +15,7 @@ import clock
 import numpy as np
 import pytest
 import tiny
+import torch
 
 import offramp
 from offramp import cli
@@ -138,6 +139,9 @@ def test_no_room_points_back() -> None:
         ("export", "zoo:minilm"),
         ("export", "zoo:minilm", "-o", "x", "--segments", "0"),
         ("bench", "x", "--batch", "many"),
+        ("bench", "x", "--against", "tensorrt=x"),
+        ("bench", "x", "--against", "ort"),
+        ("bench", "x", "--against", "ort=x", "--depths"),
     ],
 )
 def test_usage_is_status_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
@@ -413,6 +417,71 @@ def test_bench_alternates(bundle: Path) -> None:
     assert {way: len(found) for way, found in times.items()} == {"full": 3, "early": 3}
     assert len(segments["prologue"]) == 6
     assert len(segments["block4"]) == 3
+
+
+@pytest.fixture(scope="module")
+def beside(encoder: tiny.Captured, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a bundle, and the same model as torch.onnx.export writes it."""
+    root = tmp_path_factory.mktemp("beside")
+    offramp.save(offramp.apply(encoder.program, "insert-exits{after=2}"), root / "m.offramp")
+    free = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in tiny.text()}
+    torch.onnx.export(
+        tiny.seeded(tiny.Encoder),
+        kwargs=tiny.text(),
+        f=root / "m.onnx",
+        dynamo=True,
+        dynamic_shapes=free,
+        verbose=False,
+    )
+    return root
+
+
+def test_bench_against_one_session_and_torch(beside: Path, models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--repeat", "2", "--against", f"ort={beside / 'm.onnx'}", "--against", f"torch={models}:encoder"]
+    _, ways, told, segments = run(capsys, "bench", beside / "m.offramp", *argv).split("\n\n")
+    assert [line.split("  ")[0] for line in ways.splitlines()[1:]] == [
+        "full depth",
+        "encoder 2 of 4",
+        f"ort {beside / 'm.onnx'}",
+        f"torch {models}:encoder",
+    ]
+    for line in told.splitlines():
+        found = re.search(r"outputs differ by up to (\S+) of their scale \(logits\)", line)
+        assert found
+        assert float(found[1]) < 1e-5
+    assert "m.onnx" not in segments
+
+
+def test_an_engine_that_computes_something_else_is_said_to(
+    beside: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.py").write_text(
+        "import tiny\ndef encoder():\n    return tiny.seeded(tiny.Encoder, 1), tiny.text()\n"
+        "def decoder():\n    return tiny.seeded(lambda: tiny.Encoder(pooled=False)), tiny.text()\n"
+    )
+    argv: list[str | Path] = ["bench", beside / "m.offramp", "--repeat", "1", "--against"]
+    shown = run(capsys, *argv, f"torch={tmp_path / 'other.py'}:encoder")
+    assert float(re.findall(r"differ by up to (\S+)", shown)[0]) > 0.01
+    assert "outputs are of another shape" in run(capsys, *argv, f"torch={tmp_path / 'other.py'}:decoder")
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [
+        (("ort=FOLDER/none.onnx",), "there is no such file"),
+        (("ort=FOLDER/text.onnx",), "ONNX Runtime cannot load it"),
+        (("ort=FOLDER/m.offramp/tail.onnx",), "and the bundle input_ids, attention_mask"),
+        (("torch=zoo:none",), "the zoo has no model 'none'"),
+        (("genai=FOLDER",), "--against: this bundle generates nothing"),
+        (("genai=FOLDER", "torch=zoo:minilm"), "ort, torch run one pass, genai, ctranslate2 generate"),
+    ],
+)
+def test_bench_against_refuses(
+    against: tuple[str, ...], said: str, beside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (beside / "text.onnx").write_text("no model")
+    argv = [item for other in against for item in ("--against", other.replace("FOLDER", str(beside)))]
+    assert said in refused(capsys, "bench", beside / "m.offramp", *argv)
 
 
 # inspect and export

@@ -401,6 +401,89 @@ def test_bench_depths_needs_caches_and_exits(tmp_path: Path, capsys: pytest.Capt
     assert "--depths: this bundle has no caches" in said
 
 
+# bench --against what generates
+
+
+ENGINES = {
+    "onnxruntime_genai": """
+class Config:
+    def __init__(self, path): pass
+    def overlay(self, text): self.text = text
+class Model:
+    def __init__(self, config):
+        assert '"eos_token_id": 10' in config.text
+        assert '"intra_op_num_threads": 1' in config.text
+class GeneratorParams:
+    def __init__(self, model): pass
+    def set_search_options(self, do_sample, max_length): self.length = max_length
+class Generator:
+    def __init__(self, model, params): self.tokens, self.length = [], params.length
+    def append_tokens(self, rows): self.tokens += rows[0]
+    def is_done(self): return len(self.tokens) == self.length
+    def generate_next_token(self): self.tokens.append(3)
+    def get_sequence(self, row): return self.tokens
+""",
+    "ctranslate2": """
+class StorageView:
+    from_array = staticmethod(lambda array: array)
+class Found:
+    sequences_ids = [[1, 2, 3]]
+class models:
+    class Whisper:
+        def __init__(self, path, device, intra_threads): pass
+        def generate(self, features, prompts, beam_size):
+            assert features.shape == (1, 8, 100) and prompts == [[7]] and beam_size == 1
+            return [Found]
+""",
+}
+
+
+@pytest.fixture
+def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of modules that stand for engines, where a process of its own finds them; and a model's directory."""
+    for name, code in ENGINES.items():
+        (tmp_path / f"{name}.py").write_text(code)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "genai_config.json").write_text('{"model": {"vocab_size": 11}}')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path / "model"
+
+
+def test_bench_against_genai(writer: Path, engines: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--against", f"genai={engines}", "--repeat", "6", "--tokens", "9", "--threads", "1"]
+    given, table = run(capsys, "bench", writer, *argv).rstrip("\n").split("\n\n")
+    assert given == "input_ids [1, 9] and 6 tokens"
+    heads, full, genai = (re.split(r"  +", line.strip()) for line in table.splitlines())
+    assert heads == ["way", "first ms", "all ms", "tokens", "tokens/s", "speed-up", "same tokens"]
+    assert (full[0], full[3], full[5], full[6]) == ("full depth", "6", "1.000", "6")
+    assert (genai[0], genai[3]) == (f"genai {engines}", "6")
+
+
+def test_bench_against_ctranslate2(
+    listener: Path, engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv: list[str | Path] = ["--against", f"ctranslate2={engines}", "--audio", sound(tmp_path / "a.wav", 0.5)]
+    given, table = run(capsys, "bench", listener, *argv).rstrip("\n").split("\n\n")
+    assert given == "features [1, 8, 100], input_ids [1, 1] and all that follows"
+    assert table.splitlines()[-1].startswith(f"ctranslate2 {engines}")
+
+
+def test_bench_against_an_engine_that_is_not_there_or_does_not_fit(
+    writer: Path, listener: Path, engines: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for other in ("genai", "ctranslate2"):
+        said = refused(capsys, "bench", writer, "--against", f"{other}={tmp_path / 'none'}")
+        assert "there is no such directory" in said
+    assert "takes features" in refused(capsys, "bench", writer, "--against", f"ctranslate2={engines}")
+    assert "takes token ids alone" in refused(capsys, "bench", listener, "--against", f"genai={engines}")
+    assert "--against times one row" in refused(
+        capsys, "bench", writer, "--batch", "2", "--against", f"genai={engines}"
+    )
+    (tmp_path / "ctranslate2.py").write_text("raise ModuleNotFoundError(\"No module named 'ctranslate2'\")")
+    said = refused(capsys, "bench", writer, "--against", f"ctranslate2={engines}")
+    assert "No module named 'ctranslate2'\n  try: pip install ctranslate2" in said
+
+
 def test_every_nth_token_takes_along_what_waits(writer: Path) -> None:
     chain = offramp.load(writer)
     policy = _depths.EveryNth(_words.token_stack(chain).name, 1, 4)

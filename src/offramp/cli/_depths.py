@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from offramp.runtime.policies.base import Rows
 
 PERIODS = (2, 4, 8)
-_ALONE: dict[str, Any] = {
+ALONE: dict[str, Any] = {
     "stop": (),
     "stop_strings": (),
     "temperature": 0,
@@ -59,22 +59,25 @@ def run(chain: Chain, args: argparse.Namespace) -> int:
     """Measure and print."""
     if chain.manifest.cache is None:
         raise InputError("--depths: this bundle has no caches", hint='offramp export -p "insert-cache,insert-exits"')
-    if args.batch != 1:
-        raise InputError("--depths times one row", hint="leave --batch out")
     stack = _words.token_stack(chain)
     if len(stack.exits) < 2:
         raise InputError(
             f"stack {stack.name!r} has no exit before full depth", hint=f"insert-exits{{stack={stack.name}}}"
         )
     tokens = args.repeat or 32
-    inputs = _given(chain, args, tokens)
+    inputs = given(chain, args, tokens, "--depths")
     print(", ".join(f"{name} {list(np.shape(value))}" for name, value in inputs.items()), f"and {tokens} tokens\n")
     print(report(stack, times(chain, inputs, stack, tokens)))
     return 0
 
 
-def _given(chain: Chain, args: argparse.Namespace, tokens: int) -> _inputs.Inputs:
-    """What the user gave, and made up what that lacks: a prompt of ``--tokens``, or as many as leave room."""
+def given(chain: Chain, args: argparse.Namespace, tokens: int, whose: str) -> _inputs.Inputs:
+    """What the user gave, and made up what that lacks: a prompt of ``--tokens``, or as many as leave room.
+
+    ``whose`` option it is that times one row.
+    """
+    if args.batch != 1:
+        raise InputError(f"{whose} times one row", hint="leave --batch out")
     cache = chain.manifest.cache
     assert cache is not None
     args.raw = False
@@ -85,7 +88,7 @@ def _given(chain: Chain, args: argparse.Namespace, tokens: int) -> _inputs.Input
     made_up = _inputs.made_up(chain, 1, length)
     rows = {len(value) for value in given.values()}
     if rows - {1}:
-        raise InputError(f"--depths times one row, these are {max(rows)}")
+        raise InputError(f"{whose} times one row, these are {max(rows)}")
     return made_up | given
 
 
@@ -97,7 +100,7 @@ def times(chain: Chain, inputs: Mapping[str, Any], stack: Stack, tokens: int) ->
     ways |= {(depth, period): EveryNth(stack.name, depth, period) for depth in early for period in PERIODS}
     count = tokens + _WARM_UP
     streams: dict[tuple[int, int], Iterator[Token]] = {
-        way: chain.stream(inputs, policy, max_new_tokens=count, **_ALONE) for way, policy in ways.items()
+        way: chain.stream(inputs, policy, max_new_tokens=count, **ALONE) for way, policy in ways.items()
     }
     steps: dict[tuple[int, int], list[Token]] = {way: [] for way in ways}
     for _ in range(count):
