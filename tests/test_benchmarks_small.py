@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks are no part of the package
 common = pytest.importorskip("benchmarks._common")
 translate = pytest.importorskip("benchmarks._translate")
 speech = pytest.importorskip("benchmarks.speech")
+workers = pytest.importorskip("benchmarks._workers")
+peers = pytest.importorskip("benchmarks.peers")
 recipe = pytest.importorskip("examples.train_speech_adapters")
 
 
@@ -58,3 +62,21 @@ def test_a_static_truncation_stands_beside_each_exit_policy() -> None:
         *(row["decoding"] for row in rows),
         f"  beside it: {translate.cut(2)}",
     ]
+
+
+def test_perplexity_is_of_the_tokens_after_the_first() -> None:
+    logits = np.log(np.array([[1, 2, 5], [4, 4, 2], [9, 9, 9]], np.float32)) + 10
+    assert workers.nats(logits, [0, 2, 1]) == pytest.approx(-(math.log(5 / 8) + math.log(0.4)) / 2, rel=1e-4)
+
+
+def test_a_peer_is_compared_turn_by_turn() -> None:
+    found = peers.row("a", "int8", "other", "ms", ([1.0, 2.0, 4.0], [2.0, 3.0, 9.0]), "WER")
+    assert (found["bundle"], found["its"], found["times as fast"]) == (2.0, 3.0, 2.0)
+    found = peers.row("a", "int8", "other", "tokens/s", ([10.0], [20.0]), "WER")
+    assert (found["bundle"], found["its"], found["times as fast"]) == (100.0, 50.0, 2.0)
+
+
+def test_a_peer_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not peers.installed("no_such_engine")
+    assert "no_such_engine is not installed: its rows are left out" in capsys.readouterr().err
+    assert peers.installed("numpy")
