@@ -22,10 +22,9 @@ from offramp.runtime.generation.buffers import chunk_segment
 SINGLE, SINGLE_FOLDER = "single.json", "single"
 
 
-def chain(path: Path, *, single: bool | str = False) -> Worker:
-    """A worker on a bundle; ``single`` runs the file that `write_single` put beside it, or one of another folder."""
-    folder = SINGLE_FOLDER if single is True else single or ""
-    return Worker(sys.executable, "-m", "benchmarks._chains", str(path), folder)
+def chain(path: Path, *, single: bool = False) -> Worker:
+    """A worker on a bundle; ``single`` runs the file that `write_single` put beside it."""
+    return Worker(sys.executable, "-m", "benchmarks._chains", str(path), str(int(single)))
 
 
 def write_single(program: offramp.Program, bundle: Path) -> None:
@@ -76,7 +75,7 @@ def _name(program: offramp.Program, node: Any) -> str:
     return str(cuts.get(node.name, node.name))
 
 
-def main(path: Path, single: str) -> None:
+def main(path: Path, single: bool) -> None:
     """Serve."""
     model = offramp.load(path)
     ids, (logits,), generation = model.generates, model.manifest.outputs.values(), model.manifest.generation
@@ -118,10 +117,10 @@ def main(path: Path, single: str) -> None:
         return found
 
     if single:
-        bound, made = json.loads((path / single / SINGLE).read_text())
+        bound, made = json.loads((path / SINGLE_FOLDER / SINGLE).read_text())
         values = {key: model.manifest.outputs.get(name, name) for key, name in made.items()}
         segment = Segment("single", "single.onnx", bound, values)
-        session = ort.InferenceSession(path / single / "single.onnx", session_options())
+        session = ort.InferenceSession(path / SINGLE_FOLDER / "single.onnx", session_options())
         cache = model.manifest.cache
         assert cache is not None
         changing = {*cache.tokens, *cache.buffers, cache.lengths}
@@ -130,4 +129,4 @@ def main(path: Path, single: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2] == "1")

@@ -18,7 +18,7 @@ def exported(module: torch.nn.Module, example: Mapping[str, torch.Tensor], path:
     path.parent.mkdir(parents=True, exist_ok=True)
     free = {name: dict.fromkeys(range(value.ndim), torch.export.Dim.DYNAMIC) for name, value in example.items()}
     torch.onnx.export(
-        module, kwargs=dict(example), f=path, dynamo=True, dynamic_shapes=free, external_data=True, verbose=False
+        module, kwargs=dict(example), f=path, dynamo=True, dynamic_shapes=free, external_data=False, verbose=False
     )
     return path
 
@@ -28,8 +28,9 @@ def quantized(source: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
-        ready = Path(folder) / "ready.onnx"
-        quant_pre_process(source, ready, skip_symbolic_shape=True)
+        whole, ready = Path(folder) / "whole.onnx", Path(folder) / "ready.onnx"
+        onnx.save(onnx.load(source), whole)  # in one file: quant_pre_process loses the other one
+        quant_pre_process(whole, ready, skip_symbolic_shape=True)
         quantize_dynamic(
             ready,
             target,

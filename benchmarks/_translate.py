@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +101,8 @@ def saved(
         if short:
             scores = offramp.InsertScores("decoder", (MEASURE, PICK), (*exits, deepest), ids=translator.english())
             made = offramp.apply(made, [scores])
-        offramp.save(made, path, precision, segments=1, generation=GENERATION, files=[TOKENS])
+        # what fewer bits cost is in the tables
+        offramp.save(made, path, precision, loss=math.inf, segments=1, generation=GENERATION, files=[TOKENS])
     return path
 
 

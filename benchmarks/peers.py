@@ -196,20 +196,17 @@ def _all(way: Callable[[Mapping[str, Any]], Any], batches: Sequence[Mapping[str,
 
 
 def translation(count: int) -> Iterator[Row]:
-    """The translator on Multi30k, encoder and decoder, at full depth and with an exit, against one session for both."""
+    """The translator on Multi30k at full depth and with an exit, against the same encoder and one decoder session."""
     _translate.on_one_core()
     split, (exits, deepest, at) = "test_2016_flickr", DEED
     sources, said = _translate.sources(split, SENTENCES), lines(f"{split}.en")[:SENTENCES]
     early = offramp.Confidence(measure=_translate.MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})
-    alone = _translate.saved(short=False)
-    if not (alone / _chains.SINGLE_FOLDER / _chains.SINGLE).exists():
-        _chains.write_single(_translate.program(), alone)
     for precision in ("fp32", "int8"):
         ways = {
             "full depth": (_translate.bundle(short=False, precision=precision), offramp.Never()),
             f"exit after {exits[0]} of {deepest}": (_translate.bundle(exits, deepest, precision=precision), early),
         }
-        with _chains.chain(alone, single=_single(alone, precision)) as worker:
+        with _chains.chain(_with_single(precision), single=True) as worker:
             peer = functools.partial(_by_worker, worker)
             runs = {"peer": peer} | {name: functools.partial(_by_chain, *way) for name, way in ways.items()}
             times: dict[str, list[float]] = {name: [] for name in runs}
@@ -227,16 +224,16 @@ def translation(count: int) -> Iterator[Row]:
             yield row(f"translator, a sentence, {name}", precision, kind, "ms", (times[name], times["peer"]), quality)
 
 
-def _single(bundle: Path, precision: str) -> str:
-    """The folder in the bundle with the one file for both stacks, quantized where it is to be."""
-    whole = bundle / _chains.SINGLE_FOLDER
-    if precision == "fp32":
-        return whole.name
-    folder = whole.with_name(f"{whole.name}-{precision}")
-    if not (folder / _chains.SINGLE).exists():
-        _one_session.quantized(whole / "single.onnx", folder / "single.onnx")
-        shutil.copyfile(whole / _chains.SINGLE, folder / _chains.SINGLE)
-    return folder.name
+def _with_single(precision: str) -> Path:
+    """The translator's bundle with its decoder in one file beside it, quantized where it is to be."""
+    plain, path = (_translate.saved(short=False, precision=encoding) for encoding in ("fp32", precision))
+    folders = [bundle / _chains.SINGLE_FOLDER for bundle in (plain, path)]
+    if not (folders[0] / _chains.SINGLE).exists():
+        _chains.write_single(_translate.program(), plain)
+    if not (folders[1] / _chains.SINGLE).exists():
+        _one_session.quantized(folders[0] / "single.onnx", folders[1] / "single.onnx")
+        shutil.copyfile(folders[0] / _chains.SINGLE, folders[1] / _chains.SINGLE)
+    return path
 
 
 def _by_worker(worker: Worker, inputs: Mapping[str, Any]) -> Took:
