@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -26,8 +26,9 @@ from tokenizers import Tokenizer
 
 import offramp
 from benchmarks import _chains, _ctranslate2, _genai, _one_session, _translate, sentiment, speech
-from benchmarks._common import BUILD, Row, alternate, report, say, shown, steps
-from benchmarks._workers import Answer, Worker, python
+from benchmarks._common import BUILD, Row, report, say, steps
+from benchmarks._peers import Took, installed, row, saved, turns
+from benchmarks._workers import Answer, Worker
 from examples.train_language_adapters import text
 from examples.translation.train import lines
 from offramp import zoo
@@ -35,67 +36,12 @@ from offramp.runtime.engine.cores import physical_cores
 from offramp.runtime.engine.sessions import session_options
 from offramp.zoo.translator import BEGIN
 
-T = TypeVar("T")
 CONTEXTS, NEW = (64, 1024), 128
 TEXTS, LENGTH = 2, 512  # of WikiText-2, for perplexity
 SENTENCES = 100  # to translate
 KEEP = 0.99
 QUANTIZED = "one session, quantize_dynamic"
 DEED = ((2,), 5, 0.5)  # exits, the deepest block, the threshold: what `benchmarks.translation` chose
-
-
-def row(
-    task: str, precision: str, peer: str, unit: str, times: tuple[Sequence[float], Sequence[float]], quality: str
-) -> Row:
-    """A comparison, from the milliseconds of bundle and peer in each turn; for tokens/s those of a token."""
-    middle = [statistics.median(found) for found in times]
-    ratio = statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True))
-    figures = [1e3 / ms for ms in middle] if unit == "tokens/s" else middle
-    return shown(
-        {
-            "task": task,
-            "weights": precision,
-            "peer": peer,
-            "unit": unit,
-            "bundle": figures[0],
-            "its": figures[1],
-            "times as fast": round(ratio, 3),
-            "quality, bundle / peer": quality,
-        }
-    )
-
-
-class Took(NamedTuple):
-    """The tokens of a run in this process, and its milliseconds."""
-
-    tokens: list[int]
-    total_ms: float
-
-
-def turns(count: int, *runs: Callable[[], T]) -> list[list[T]]:
-    """The answers of each, which take turns after one that warms up."""
-    answers = [[run() for run in runs] for _ in range(count + 1)]
-    return [list(found) for found in zip(*answers[1:], strict=True)]
-
-
-def saved(name: str, precision: str, make: Callable[[], offramp.Program], **options: Any) -> Path:
-    """A bundle, exported once. How far its outputs are from fp32 is not bounded: quality is in the table."""
-    path = BUILD / f"peers-{name}-{precision}.offramp"
-    if not (path / "manifest.json").is_file():
-        say(f"exporting {path}")
-        offramp.save(make(), path, precision=precision, loss=math.inf, **options)
-    return path
-
-
-def installed(package: str) -> bool:
-    """Whether the peers' Python has it; says so where it has not."""
-    found = python(package) is not None
-    if not found:
-        say(f"{package} is not installed: its rows are left out")
-    return found
-
-
-# the tasks
 
 
 def language(count: int) -> Iterator[Row]:
@@ -171,28 +117,33 @@ def classified(count: int) -> Iterator[Row]:
         _one_session.quantized(_one_session.exported(*zoo.load("minilm"), path.with_name("fp32.onnx")), path)
     session = ort.InferenceSession(path, session_options())
     policies = {"full depth": offramp.Never(), f"calibrated, keep={KEEP}": sentiment.calibrated(chain, KEEP)}
+    ways: dict[str, Callable[[Mapping[str, Any]], Any]] = {"peer": lambda batch: session.run(None, dict(batch))[0]}
+    ways |= {name: functools.partial(_logits, chain, policy) for name, policy in policies.items()}
     for size in sentiment.BATCHES:
         batches, labels = sentiment.batches(size)
-        ways: dict[str, Callable[[Mapping[str, Any]], Any]] = {"peer": lambda batch: session.run(None, dict(batch))[0]}
-        for name, policy in policies.items():
-            ways[name] = functools.partial(_logits, chain, policy)
-        answers = {name: np.concatenate([way(batch).argmax(-1) for batch in batches]) for name, way in ways.items()}
-        right = {name: float((found == labels).mean()) for name, found in answers.items()}
-        times = alternate({name: functools.partial(_all, way, batches) for name, way in ways.items()}, 1.0, count)
-        each = {name: [ms / len(labels)] for name, ms in times.items()}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        right = dict.fromkeys(ways, 0)
+        for number, batch in enumerate(steps(batches, f"batches of {size}")):
+            truth = labels[number * size :][:size]
+            found = turns(count, *(functools.partial(_answered, way, batch) for way in ways.values()))
+            for name, answers in zip(ways, found, strict=True):
+                times[name].append(statistics.median(ms for _, ms in answers) / len(truth))
+                right[name] += int((answers[0][0] == truth).sum())
         for name in policies:
-            quality = f"accuracy {right[name]:.4f} / {right['peer']:.4f}"
+            quality = f"accuracy {right[name] / len(labels):.4f} / {right['peer'] / len(labels):.4f}"
             task = f"MiniLM, a sentence of {size}, {name}"
-            yield row(task, "int8", QUANTIZED, "ms", (each[name], each["peer"]), quality)
+            yield row(task, "int8", QUANTIZED, "ms", (times[name], times["peer"]), quality)
 
 
 def _logits(chain: offramp.Chain, policy: offramp.Policy, batch: Mapping[str, Any]) -> Any:
     return chain.run(batch, policy).outputs["logits"]
 
 
-def _all(way: Callable[[Mapping[str, Any]], Any], batches: Sequence[Mapping[str, Any]]) -> None:
-    for batch in batches:
-        way(batch)
+def _answered(way: Callable[[Mapping[str, Any]], Any], batch: Mapping[str, Any]) -> tuple[Any, float]:
+    """The likelier class of each row, and the milliseconds."""
+    started = perf_counter()
+    logits = way(batch)
+    return logits.argmax(-1), (perf_counter() - started) * 1e3
 
 
 def translation(count: int) -> Iterator[Row]:

@@ -14,7 +14,7 @@ common = pytest.importorskip("benchmarks._common")
 translate = pytest.importorskip("benchmarks._translate")
 speech = pytest.importorskip("benchmarks.speech")
 workers = pytest.importorskip("benchmarks._workers")
-peers = pytest.importorskip("benchmarks.peers")
+peers = pytest.importorskip("benchmarks._peers")
 recipe = pytest.importorskip("examples.train_speech_adapters")
 
 

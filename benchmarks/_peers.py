@@ -1,0 +1,66 @@
+"""What a comparison with a peer is made of: bundles, turns, a row."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import offramp
+from benchmarks._common import BUILD, Row, say, shown
+from benchmarks._workers import python
+
+T = TypeVar("T")
+
+
+def row(
+    task: str, precision: str, peer: str, unit: str, times: tuple[Sequence[float], Sequence[float]], quality: str
+) -> Row:
+    """A comparison, from the milliseconds of bundle and peer in each turn; for tokens/s those of a token."""
+    middle = [statistics.median(found) for found in times]
+    ratio = statistics.median(theirs / ours for ours, theirs in zip(*times, strict=True))
+    figures = [1e3 / ms for ms in middle] if unit == "tokens/s" else middle
+    return shown(
+        {
+            "task": task,
+            "weights": precision,
+            "peer": peer,
+            "unit": unit,
+            "bundle": figures[0],
+            "its": figures[1],
+            "times as fast": round(ratio, 3),
+            "quality, bundle / peer": quality,
+        }
+    )
+
+
+class Took(NamedTuple):
+    """The tokens of a run in this process, and its milliseconds."""
+
+    tokens: list[int]
+    total_ms: float
+
+
+def turns(count: int, *runs: Callable[[], T]) -> list[list[T]]:
+    """The answers of each, which take turns after one that warms up."""
+    answers = [[run() for run in runs] for _ in range(count + 1)]
+    return [list(found) for found in zip(*answers[1:], strict=True)]
+
+
+def saved(name: str, precision: str, make: Callable[[], offramp.Program], **options: Any) -> Path:
+    """A bundle, exported once. How far its outputs are from fp32 is not bounded: quality is in the table."""
+    path = BUILD / f"peers-{name}-{precision}.offramp"
+    if not (path / "manifest.json").is_file():
+        say(f"exporting {path}")
+        offramp.save(make(), path, precision=precision, loss=math.inf, **options)
+    return path
+
+
+def installed(package: str) -> bool:
+    """Whether the peers' Python has it; says so where it has not."""
+    found = python(package) is not None
+    if not found:
+        say(f"{package} is not installed: its rows are left out")
+    return found
