@@ -34,6 +34,7 @@ def quantized(source: Path, target: Path) -> Path:
         quantize_dynamic(
             ready,
             target,
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],  # it takes ONNX's Attention for ONNX Runtime's own
             weight_type=QuantType.QInt8,
             per_channel=True,
             extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
