@@ -2,8 +2,9 @@
 
     python -m benchmarks.peers [language] [speech] [sentiment] [translation] [--turns N]
 
-Bundle and peer take turns; "times as fast" is the median over turns of the peer's time by the bundle's. Engines that
-are not installed are named and left out; ``OFFRAMP_PEERS_PYTHON`` names a Python that has them.
+Bundle and peer take turns. An item (a prompt, a clip, a batch, a sentence) takes the median of its turns, and "times as
+fast" compares the sums over items. Engines that are not installed are named and left out;
+``OFFRAMP_PEERS_PYTHON`` names a Python that has them.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def language(count: int) -> Iterator[Row]:
             peer = f"onnxruntime-genai {other.loaded['version']}"
             for context in CONTEXTS:
                 ours, theirs = turns(count, *_decoding((own, other), ids[:context]))
-                prompt = ([answer.prefill_ms for answer in ours], [answer.prefill_ms for answer in theirs])
-                token = ([answer.mean_ms for answer in ours], [answer.mean_ms for answer in theirs])
+                prompt = ([_median(ours, "prefill_ms")], [_median(theirs, "prefill_ms")])
+                token = ([_median(ours, "mean_ms")], [_median(theirs, "mean_ms")])
                 told = f"perplexity {quality}"
                 yield row(f"SmolLM2, prompt of {context}", precision, peer, "ms", prompt, told)
                 yield row(f"SmolLM2, {NEW} after {context}", precision, peer, "tokens/s", token, told)
@@ -72,6 +73,10 @@ def language(count: int) -> Iterator[Row]:
 def _perplexity(worker: Worker, ids: Sequence[int]) -> float:
     texts = [ids[start : start + LENGTH] for start in range(0, TEXTS * LENGTH, LENGTH)]
     return math.exp(statistics.mean(worker.loss(each) for each in texts))
+
+
+def _median(answers: Sequence[Answer], what: str) -> float:
+    return float(statistics.median(getattr(answer, what) for answer in answers))
 
 
 def _decoding(workers: Sequence[Worker], prompt: Sequence[int]) -> list[Callable[[], Answer]]:
