@@ -441,6 +441,25 @@ def test_exits_are_compared_with_what_full_depth_picks(picking: tuple[Program, o
     assert 3 < sum(agreed) < len(agreed)
 
 
+class EverySecond(Compared):
+    """Is told of every second step that goes deep."""
+
+    asked = 0
+
+    def compares(self, stack: str) -> bool:
+        self.asked += 1
+        return self.asked % 2 == 0
+
+
+@pytest.mark.parametrize("pick", [0.0, 2.0])
+def test_whether_to_compare_is_asked_once_a_step(picking: tuple[Program, offramp.Chain], pick: float) -> None:
+    policy = EverySecond(pick)
+    steps = list(picking[1].stream({"input_ids": [[3, 1]]}, policy, max_new_tokens=25))
+    deep = [step for step in steps[1:] if step.exit == tiny.BLOCKS]  # the first step is the prompt's
+    assert policy.asked == len(deep)
+    assert len(policy.agreed) == 3 * (len(deep) // 2)  # a token and the two that waited for it
+
+
 def test_without_exits_only_full_depth_can_be_scored(decoder: tiny.Captured) -> None:
     with pytest.raises(SpecError, match="has exits after no block"):
         apply(decoder.program, TEXT)

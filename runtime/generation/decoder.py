@@ -29,13 +29,17 @@ NOTHING = Wanted()
 
 @dataclass
 class _Step:
-    """What one step is asked for, and what it has found so far; ``new`` and ``notes`` are by slot."""
+    """What one step is asked for, and what it has found so far; ``new`` and ``notes`` are by slot.
+
+    ``whole`` is what `Wanted.whole` said where rows got to full depth: it is asked once, since it may count.
+    """
 
     policies: Mapping[str, StackPolicy] | None
     wanted: Wanted
     new: Mapping[int, int]
     notes: Mapping[int, Notes]
     results: list[RowResult]
+    whole: bool = False
 
 
 class Decoder:
@@ -102,6 +106,8 @@ class Decoder:
         behind = at
         while at < len(self.spans):
             span = self.spans[at]
+            if span.branch is not None and span.branch.full and span.branch.ends:
+                step.whole = step.wanted.whole is not None and step.wanted.whole()
             group = self._span(at, group, step)
             at += 1
             if span.branch is None:
@@ -136,7 +142,7 @@ class Decoder:
         asking = self._asking(span, span.branch, step)
         if asking is None or (span.branch.pick is None and span.branch.free.isdisjoint(asking[1])):
             return None
-        if span.branch.full and step.wanted.whole is not None and step.wanted.whole():
+        if span.branch.full and step.whole:
             return every(counts.size, greatest(counts))
         return counts[:, None] - 1
 
@@ -181,7 +187,7 @@ class Decoder:
         self, span: ChunkSpan, branch: Branch, group: Group, decision: Decision, go: list[int], step: _Step
     ) -> list[RowResult]:
         """What rows leave the last stack with: a token that was picked, outputs for the last token, or for all."""
-        whole = step.wanted.whole is not None and branch.full and step.wanted.whole()
+        whole = branch.full and step.whole
         deep = self._all_picked(span, branch, group, step) if whole else None
         whole = whole and deep is None
         picked = {} if whole else decision.accepted(group.slots, step.wanted.accepts)
