@@ -97,12 +97,7 @@ def _everywhere(program: Program, count: int | None) -> torch.Tensor:
             break
     if count is None:
         assert program.cache is not None
-        axis = next(
-            i
-            for i, e in enumerate(map(expression, shape(placeholders(program.graph)[program.cache.tokens[0]])))
-            if e in program.axes.tokens
-        )
-        count = program.example_inputs[program.cache.tokens[0]].shape[axis]
+        count = program.example_inputs[program.cache.tokens[0]].shape[program.chunk_axis]
     return torch.arange(count).repeat(rows, 1)
 
 

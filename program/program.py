@@ -129,8 +129,7 @@ class Program:
         for name in self.cache.implied:
             given.pop(name, None)
         nodes = placeholders(self.graph)
-        chunk = nodes[self.cache.tokens[0]]
-        axis = next(i for i, size in enumerate(shape(chunk)) if expression(size) in self.axes.tokens)
+        chunk, axis = nodes[self.cache.tokens[0]], self.chunk_axis
         place = self.axes.batch_axis(chunk)
         rows = given[self.cache.tokens[0]].shape[place[0]] if place else 1
         given[self.cache.lengths] = torch.zeros(rows, dtype=torch.int64)
@@ -147,6 +146,13 @@ class Program:
             ]
             given[name] = torch.zeros(sizes, dtype=nodes[name].meta["val"].dtype)
         return given
+
+    @property
+    def chunk_axis(self) -> int:
+        """The axis of a chunk's tokens in its ids; of a program with caches."""
+        assert self.cache is not None
+        chunk = placeholders(self.graph)[self.cache.tokens[0]]
+        return next(axis for axis, size in enumerate(shape(chunk)) if expression(size) in self.axes.tokens)
 
     def ahead(self, inputs: Mapping[str, torch.Tensor]) -> int:
         """How many places for features stand in front of the text in these inputs."""
