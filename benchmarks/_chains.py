@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from benchmarks._workers import Worker, serve
 from offramp.bundle.manifest import Segment
 from offramp.runtime.engine.sessions import session_options
 from offramp.runtime.generation.buffers import chunk_segment
+from offramp.runtime.generation.session import Session
 
 SINGLE, SINGLE_FOLDER = "single.json", "single"
 
@@ -61,6 +63,43 @@ def write_single(program: offramp.Program, bundle: Path) -> None:
     (folder / SINGLE).write_text(json.dumps([names, {f"out{i}": name for i, name in enumerate(outputs)}]))
 
 
+class Single:
+    """What `write_single` wrote, in one session, with the encoder and the caches of the bundle that it lies beside."""
+
+    def __init__(self, bundle: Path, model: offramp.Chain, threads: int | None = None) -> None:
+        bound, made = json.loads((bundle / SINGLE_FOLDER / SINGLE).read_text())
+        values = {key: model.manifest.outputs.get(name, name) for key, name in made.items()}
+        segment = Segment("single", "single.onnx", bound, values)
+        session = ort.InferenceSession(bundle / SINGLE_FOLDER / "single.onnx", session_options(threads))
+        cache, ids, (logits,) = model.manifest.cache, model.generates, model.manifest.outputs.values()
+        assert cache is not None and ids is not None
+        changing = {*cache.tokens, *cache.buffers, cache.lengths}
+        self._file = chunk_segment(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
+        self._model, self._ids, self._logits = model, ids, logits
+
+    def session(self, inputs: Mapping[str, Any]) -> Session:
+        """A generation of one row, of which has run what runs once."""
+        return self._model.session(inputs)
+
+    def tokens(
+        self, session: Session, most: int | None = None, stop: Collection[int] | None = None
+    ) -> Iterator[int]:
+        """The greedy tokens of a generation, as many as the bundle's own settings say, or the arguments."""
+        generation = self._model.manifest.generation
+        (prompt,), stop = session.prompts, set(generation.stop or ()) if stop is None else stop
+        most = (generation.max_length or 448) - prompt.size if most is None else most
+        session.reserve(prompt.size + most)
+        chunk, count = prompt[None], np.zeros(1, np.int64)
+        for _ in range(most):
+            made = session.decoder.store.run(self._file, 0, 1, {self._ids: chunk}, count)
+            count += chunk.shape[1]
+            token = int(made[self._logits][0, -1].argmax())
+            yield token
+            if token in stop:
+                return
+            chunk = np.array([[token]])
+
+
 def _of_chunk(program: offramp.Program, piece: Any) -> bool:
     cache = program.cache
     assert cache is not None
@@ -78,7 +117,7 @@ def _name(program: offramp.Program, node: Any) -> str:
 def main(path: Path, single: bool) -> None:
     """Serve."""
     model = offramp.load(path)
-    ids, (logits,), generation = model.generates, model.manifest.outputs.values(), model.manifest.generation
+    ids = model.generates
     assert ids is not None
     alone: dict[str, Any] = {"stop": (), "suppress": (), "suppress_first": ()}
 
@@ -98,17 +137,11 @@ def main(path: Path, single: bool) -> None:
         return tokens, times
 
     def by_session(prompt: list[int], new: int | None, features: str | None) -> tuple[list[int], list[float]]:
-        arrays, stop = inputs(prompt, features), set(generation.stop or ()) if new is None else set()
-        most = new or (generation.max_length or 448) - len(prompt)
+        assert whole is not None
+        most, stop = (None, None) if new is None else (new, ())
         times, tokens = [time.perf_counter()], list[int]()
-        session = model.session(arrays)
-        session.reserve(len(prompt) + most)
-        chunk, count = np.array([prompt]), np.zeros(1, np.int64)
-        while len(tokens) < most and not stop.intersection(tokens[-1:]):
-            made = session.decoder.store.run(whole, 0, 1, {ids: chunk}, count)
-            count += chunk.shape[1]
-            tokens.append(int(made[logits][0, -1].argmax()))
-            chunk = np.array([tokens[-1:]])
+        for token in whole.tokens(whole.session(inputs(prompt, features)), most, stop):
+            tokens.append(token)
             times.append(time.perf_counter())
         return tokens, times
 
@@ -116,15 +149,7 @@ def main(path: Path, single: bool) -> None:
         found: NDArray[np.float32] = model.run({ids: [text]}, offramp.Never()).outputs["logits"][0]
         return found
 
-    if single:
-        bound, made = json.loads((path / SINGLE_FOLDER / SINGLE).read_text())
-        values = {key: model.manifest.outputs.get(name, name) for key, name in made.items()}
-        segment = Segment("single", "single.onnx", bound, values)
-        session = ort.InferenceSession(path / SINGLE_FOLDER / "single.onnx", session_options())
-        cache = model.manifest.cache
-        assert cache is not None
-        changing = {*cache.tokens, *cache.buffers, cache.lengths}
-        whole = chunk_segment(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
+    whole = Single(path, model) if single else None
     serve({}, by_session if single else by_chain, of_text)
 
 

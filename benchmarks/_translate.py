@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 import sacrebleu
@@ -15,6 +16,8 @@ import torch
 from tokenizers import Tokenizer
 
 import offramp
+from benchmarks import _chains
+from benchmarks._chains import Single
 from benchmarks._common import BUILD, Known, Row, say, steps
 from examples.translation.train import captured, lines
 from offramp.bundle.measures import PICK
@@ -26,6 +29,7 @@ FOLDER = BUILD / "translation"
 MEASURE = "top1-short"
 THREADS = 1  # more make a model of this size slower
 TURN = 8  # sentences
+FULL = "full depth, one session"
 GATED = ("[", "a perfect gate")  # how the names of exit policies begin
 
 
@@ -34,9 +38,10 @@ class Way:
     """A way of decoding, and what it took: text, tokens, depths and decoder milliseconds of each sentence."""
 
     name: str
-    chain: offramp.Chain
+    chain: offramp.Chain | Single
     policy: Callable[[int], offramp.Policy] = lambda sentence: offramp.Never()
     propagate: str = "defer"
+    deepest: int = DECODER_BLOCKS
     texts: list[str] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
     depths: list[list[int]] = field(default_factory=list)
@@ -46,15 +51,23 @@ class Way:
         """Translate a sentence, and note what it took."""
         inputs = {"input_ids": [source], "attention_mask": [[1] * len(source)]}
         room = min(2 * len(source) + 10, LONGEST - 1)
-        steps = list(self.chain.stream(inputs, self.policy(sentence), propagate=self.propagate, max_new_tokens=room))
-        self.tokens.append([step.token for step in steps])
+        if isinstance(self.chain, Single):
+            session = self.chain.session(inputs)
+            started = perf_counter()
+            self.tokens.append(list(self.chain.tokens(session, room)))
+            self.decoder.append((perf_counter() - started) * 1e3)
+            self.depths.append([self.deepest] * len(self.tokens[-1]))
+        else:
+            options = {"propagate": self.propagate, "max_new_tokens": room}
+            steps = list(self.chain.stream(inputs, self.policy(sentence), **options))
+            self.tokens.append([step.token for step in steps])
+            self.decoder.append(sum(step.milliseconds for step in steps))
+            self.depths.append([step.exit for step in steps])
         self.texts.append(spoken(self.tokens[-1]))
-        self.depths.append([step.exit for step in steps])
-        self.decoder.append(sum(step.milliseconds for step in steps))
 
     def anew(self) -> Way:
         """The same way, with nothing measured."""
-        return Way(self.name, self.chain, self.policy, self.propagate)
+        return Way(self.name, self.chain, self.policy, self.propagate, self.deepest)
 
     @property
     def milliseconds(self) -> float:
@@ -119,13 +132,23 @@ def bundle(
     return offramp.load(saved(exits, deepest, short, precision), threads=THREADS)
 
 
-def without_exits(weights: Path) -> offramp.Chain:
+@functools.cache
+def single(deepest: int = DECODER_BLOCKS) -> Way:
+    """The decoder as one file in one session, with neither exits nor a short list: what one has without offramp."""
+    path, name = saved((), deepest, short=False), FULL if deepest == DECODER_BLOCKS else cut(deepest)
+    if not (path / _chains.SINGLE_FOLDER / _chains.SINGLE).exists():
+        _chains.write_single(program((), deepest), path)
+    return Way(name, Single(path, bundle((), deepest, short=False), THREADS), deepest=deepest)
+
+
+def without_exits(weights: Path) -> Way:
     """The same model as it was trained without exits: what ``examples.translation.train --plain`` left."""
     made = captured.__wrapped__()  # with weights of its own
     load_weights(made, weights)
-    path = FOLDER / "plain.offramp"
-    offramp.save(offramp.apply(made.without_dropout(), "insert-cache"), path, segments=1, generation=GENERATION)
-    return offramp.load(path, threads=THREADS)
+    path, plain = FOLDER / "plain.offramp", offramp.apply(made.without_dropout(), "insert-cache")
+    offramp.save(plain, path, segments=1, generation=GENERATION)
+    _chains.write_single(plain, path)
+    return Way("trained without exits, one session", Single(path, offramp.load(path, threads=THREADS), THREADS))
 
 
 def sources(split: str, count: int | None = None) -> list[list[int]]:

@@ -22,13 +22,13 @@ from benchmarks._translate import (
     beside,
     bleu,
     bundle,
-    cut,
     listed,
     measure,
     on_one_core,
     perfect,
     row,
     same,
+    single,
     without_exits,
 )
 from offramp.zoo.translator import DECODER_BLOCKS
@@ -86,12 +86,12 @@ def main() -> None:
     rounds(parser)
     args = parser.parse_args()
     on_one_core()
-    one = Way("full depth, one session", bundle(short=False))
+    one = single()
     few = same(offramp.Confidence(measure=MEASURE, thresholds={DECODER_BLOCKS: 0.0}))
     ways = [one, Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
-    ways += [Way(cut(k), bundle((), k, short=False)) for k in range(1, DECODER_BLOCKS)]
+    ways += [single(k) for k in range(1, DECODER_BLOCKS)]
     if args.plain:
-        ways.append(Way("trained without exits, one session", without_exits(args.plain)))
+        ways.append(without_exits(args.plain))
     gated = [(f"[{keep:.0%}] ", way) for found in (deed, free) for keep, way in choose(found, one, args.val).items()]
     for mark, way in gated:
         ways.append(Way(mark + way.name, way.chain, way.policy))

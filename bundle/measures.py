@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-#: What a score is made of: the exit's logits, those of a short list of candidates, hidden states, or a trained gate.
-Source = Literal["logits", "short head", "hidden states", "gate", "bundle"]
+#: What a score is made of: the exit's logits, those of a head of its own (for a short list of candidates, or for all
+#: classes), hidden states, or a trained gate.
+Source = Literal["logits", "short head", "screened head", "hidden states", "gate", "bundle"]
 #: What is computed of the source; the measures of a short head are those of logits, of the candidates' alone.
 Computation = Literal["top1", "margin", "entropy", "prediction", "cosine", "learned", "unknown"]
 
@@ -47,6 +48,8 @@ class Measure:
 
 #: A row's next token, of a short list of candidates: greedy generation takes it where the row leaves.
 PICK = "prediction-short"
+#: The same of all classes, which needs nobody's consent: it is what the logits would say.
+SCREENED = "prediction-screened"
 
 MEASURES: Mapping[str, Measure] = {
     measure.name: measure
@@ -60,6 +63,7 @@ MEASURES: Mapping[str, Measure] = {
         Measure("top1-short", "short head", "top1"),
         Measure("margin-short", "short head", "margin"),
         Measure(PICK, "short head", "prediction", None, "int64"),
+        Measure(SCREENED, "screened head", "prediction", None, "int64"),
     )
 }
 
@@ -72,6 +76,7 @@ def names_from(*sources: Source) -> tuple[str, ...]:
 OF_LOGITS = names_from("logits")
 OF_STATE = names_from("hidden states", "gate")
 OF_SHORT = names_from("short head")
+OF_OWN_HEAD = names_from("short head", "screened head")
 
 
 def measure_named(name: str) -> Measure:

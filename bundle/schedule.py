@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from offramp.bundle.manifest import Exit, Manifest, Segment, Stack, Stage
-from offramp.bundle.measures import PICK
+from offramp.bundle.measures import PICK, SCREENED
 
 Names: TypeAlias = frozenset[str]
 
@@ -21,7 +21,7 @@ class Branch:
 
     ``results`` maps what a stack gives to its surroundings, under the names of full depth, to this exit's values: the
     model's outputs where it ``ends`` there, or the stack's output where other stages follow. ``pick`` is the value that
-    holds a row's next token where the exit has one without running anything.
+    holds a row's next token where the exit has one without running anything, ``exact`` whether its outputs say the same.
     """
 
     after: int
@@ -33,6 +33,7 @@ class Branch:
     full: bool
     ends: bool
     pick: str | None
+    exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +154,7 @@ def _branch(manifest: Manifest, stack: Stack, exit_: Exit, outputs: Mapping[str,
     segments = _making([manifest.segments[name] for name in exit_.segments], wanted)
     made = {value for segment in segments for value in segment.outputs.values()}
     free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
+    pick = next((measure for measure in (SCREENED, PICK) if measure in free), None)
     return Branch(
         exit_.after,
         tuple(segment.name for segment in segments),
@@ -162,7 +164,8 @@ def _branch(manifest: Manifest, stack: Stack, exit_: Exit, outputs: Mapping[str,
         free,
         full=exit_.after == stack.blocks,
         ends=ends,
-        pick=exit_.scores[PICK] if PICK in free and ends else None,
+        pick=exit_.scores[pick] if pick and ends else None,
+        exact=pick == SCREENED,
     )
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Manifest, Stack
-from offramp.bundle.measures import PICK
 from offramp.bundle.schedule import Schedule
 
 Numbers = NDArray[np.float64]
@@ -71,7 +70,7 @@ class Costs:
             blocks=blocks,
             further=further,
             tails=np.array([spent(branch.segments, times) for branch in branches]),
-            picks=np.array([bool(manifest.cache) and PICK in b.scores and not b.full for b in branches]),
+            picks=np.array([bool(manifest.cache) and b.pick is not None and (b.exact or not b.full) for b in branches]),
             free={
                 measure: np.array([measure not in branch.scores or measure in branch.free for branch in early])
                 for measure in sorted({measure for branch in early for measure in branch.scores})
@@ -90,7 +89,7 @@ class Costs:
     @property
     def full(self) -> float:
         """A step to full depth, where no one is asked."""
-        return float(self.around + self.blocks.sum() + self.tails[-1])
+        return float(self.around + self.blocks.sum() + self.leave[-1])
 
     @property
     def whole(self) -> float:

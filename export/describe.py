@@ -11,6 +11,7 @@ from torch import fx
 from offramp.bundle import manifest as m
 from offramp.bundle.expressions import names
 from offramp.bundle.implied import LOWEST
+from offramp.bundle.measures import SCREENED
 from offramp.errors import ExportError
 from offramp.export.lowering.node_builder import Target
 from offramp.export.partition import Plan, StackPlan
@@ -44,6 +45,7 @@ class Describer:
         self.unsaid: dict[str, str] = {}
         self.translations = Translations(target)
         self.returned = results(program.graph)
+        self.screened = {self.returned[item.scores[SCREENED]] for item in program.exits if SCREENED in item.scores}
         self.names = {node: name for name, node in placeholders(program.graph).items()}
         for stack in program.stacks.values():
             for depth, name in enumerate(stack.cuts):
@@ -264,7 +266,8 @@ class Describer:
             return name
         self.progress(name, len(self.segments), self._total)
         translation = self.translations.of(subgraph)
-        file = self.writer.segment(translation, subgraph.name, _ENCODING)
+        screened = [place for place, node in enumerate(translation.outputs) if node in self.screened]
+        file = self.writer.segment(translation, subgraph.name, _ENCODING, screened)
         renamed = renamed or {}
         inputs, outputs = {}, {}
         for i, node in enumerate(translation.inputs):

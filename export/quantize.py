@@ -140,9 +140,9 @@ def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
         else:
             continue
         rows, width = weights[name].dims
-        block = next(size for size in (_BLOCK[8], 32, 16) if width % size == 0)
+        block = _block_of(width)
         if f"{name}_blocks" not in weights:
-            packed, scales = _packed(numpy_helper.to_array(weights[name]), block)
+            packed, scales = packed_rows(numpy_helper.to_array(weights[name]))
             for kind, array in (("blocks", packed), ("rows", packed.reshape(rows, width)), ("scales", scales)):
                 weights[f"{name}_{kind}"] = numpy_helper.from_array(array, f"{name}_{kind}")
                 graph.initializer.append(weights[f"{name}_{kind}"])
@@ -175,11 +175,19 @@ def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     return _without_unread(model)
 
 
-def _packed(table: NDArray[np.float32], block: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """A table [rows, width] as ``MatMulNBits`` reads it: uint8 [rows, blocks, block], and scales [rows, blocks]."""
+def _block_of(width: int) -> int:
+    """How many weights of a table's row share a scale; the width is a multiple of 16."""
+    return next(size for size in (_BLOCK[8], 32, 16) if width % size == 0)
+
+
+def packed_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A table in 8 bits as ``MatMulNBits`` reads it: uint8 [rows, blocks, block], and scales float32 [rows, blocks].
+
+    Its ``width`` is a multiple of 16; a weight is its byte less 128, times its block's scale.
+    """
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
 
-    config = DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=8)
+    config = DefaultWeightOnlyQuantConfig(block_size=_block_of(table.shape[1]), is_symmetric=True, bits=8)
     packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
     return packed, scales
 

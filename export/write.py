@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from offramp.bundle.manifest import WEIGHTS_FILE, File
 from offramp.errors import ExportError
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.merged_products import merged
+from offramp.export.screening import Screen, heads, insert
 from offramp.export.translations import Translation
 from offramp.program.graph import attribute, storage_key
 
@@ -47,15 +49,22 @@ class Writer:
         self._placed: dict[Any, tuple[int, int]] = {}
         self._files: dict[Any, str] = {}
         self._operators: dict[str, set[str]] = {}
+        self._screens: dict[Any, Screen] = {}
 
-    def segment(self, translation: Translation, name: str, encoding: str = "fp32") -> str:
-        """Write the ONNX file of a translation with its weights, if there is none yet; returns the file's name."""
+    def segment(
+        self, translation: Translation, name: str, encoding: str = "fp32", screened: Sequence[int] = ()
+    ) -> str:
+        """Write the ONNX file of a translation with its weights, if there is none yet; returns the file's name.
+
+        The classes of outputs at the places in ``screened`` are those of `prediction-screened`.
+        """
         tensors = [[attribute(self.module, str(part.target)) for part in merged(node)] for node in translation.weights]
         places = [self._place(parts, encoding) for parts in tensors]
-        identity = (translation.key, encoding, tuple(places))
+        identity = (translation.key, encoding, tuple(places), tuple(screened))
         if identity not in self._files:
             model = ir.from_proto(translation.model)
             _bind(model, tensors, places)
+            self._screen(model, [model.graph.outputs[place] for place in screened], tensors)
             self._files[identity] = f"{name.replace('/', '-')}.onnx"
             self._operators[self._files[identity]] = {node.op_type for node in model.graph}
             self._write(self._files[identity], model)
@@ -92,6 +101,23 @@ class Writer:
         """Let go of the weights file."""
         self._weights.close()
 
+    def _screen(
+        self, model: ir.Model, outputs: Sequence[ir.Value], tensors: Sequence[Sequence[torch.Tensor]]
+    ) -> None:
+        """Screen the classes of the model's heads; what that knows of a weight is made once."""
+        weights = {f"w{i}": parts[0] for i, parts in enumerate(tensors)}
+        for head in heads(outputs):
+            weight = weights[str(head.weight.name)].detach().cpu()
+            key = storage_key(weight)
+            if key not in self._screens:
+                self._screens[key] = Screen.of(weight.numpy())
+            known = {}
+            for item in fields(Screen):
+                array = torch.from_numpy(getattr(self._screens[key], item.name))
+                known[item.name] = _external(f"{head.weight.name}_{item.name}", [array], self._place([array], "screen"))
+                model.graph.register_initializer(known[item.name])
+            insert(model, head, known)
+
     def _place(self, parts: Sequence[torch.Tensor], encoding: str) -> tuple[int, int]:
         """Offset and size in bytes of a weight in the weights file; it is written when first asked for.
 
@@ -121,12 +147,15 @@ def _bind(model: ir.Model, tensors: Sequence[Sequence[torch.Tensor]], places: Se
         if size == 0 or (size <= _INLINE and not tensor.is_floating_point() and len(parts) == 1):
             value.const_value = ir.Tensor(tensor.detach().cpu().contiguous().numpy(), name=value.name)
         else:
-            dims = ir.Shape(
-                [sum(part.shape[0] for part in parts), *tensor.shape[1:]] if len(parts) > 1 else tensor.shape
-            )
-            dtype = _ELEMENTS[tensor.dtype]
-            value.const_value = ir.ExternalTensor(WEIGHTS_FILE, offset, size, dtype, shape=dims, name=f"w{i}")
+            value.const_value = _external(f"w{i}", parts, (offset, size)).const_value
         model.graph.register_initializer(value)
+
+
+def _external(name: str, parts: Sequence[torch.Tensor], place: tuple[int, int]) -> ir.Value:
+    """A weight, or several one behind the other, that lies in the weights file."""
+    dims = ir.Shape([sum(part.shape[0] for part in parts), *parts[0].shape[1:]] if len(parts) > 1 else parts[0].shape)
+    tensor = ir.ExternalTensor(WEIGHTS_FILE, *place, _ELEMENTS[parts[0].dtype], shape=dims, name=name)
+    return ir.Value(name=name, shape=dims, type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 def hashed(path: Path) -> File:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import fx
 
-from offramp.bundle.measures import MEASURES, OF_LOGITS, OF_SHORT, OF_STATE, Measure
+from offramp.bundle.measures import MEASURES, OF_LOGITS, OF_OWN_HEAD, OF_SHORT, OF_STATE, SCREENED, Measure
 from offramp.errors import SpecError
 from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
@@ -40,11 +40,14 @@ class InsertScores(Pass):
       them, most frequent first, or names a text file of them; of these ``candidates`` many count (all). Without
       ``ids`` they are the ``candidates`` (512) classes of most probability in the captured model's answer to the
       inputs that it was captured with
+    - prediction-screened: as prediction, of all classes, and made by a head that screens them first: products in 8
+      bits, with a bound on the error of each, say which classes may be the greatest, and only those get their exact
+      products (`offramp.export.screening`). Greedy generation takes its token from there, where the row leaves
 
     The first four need the exit's tail to run, the others only the block. A short score has an adapter and tail of
     its own up to the head, and K of the head's V rows, in the block's segment; where the row leaves, the whole tail
     runs, or, where an exit has prediction-short and generation is greedy, nothing: that is the token (the lexical
-    short list of machine translation). Probabilities are of the candidates alone, hence never below those of all
+    short list of machine translation), or prediction-screened. Probabilities are of the candidates alone, hence never below those of all
     classes: a threshold for top1 is too low for top1-short. The rows are a copy: insert the scores after adapters, and
     after training of the head. Where ``after`` names all blocks, full depth gets short scores too, which spares it
     the head where they are sure enough: there a policy says whether the token that was picked will do.
@@ -53,9 +56,10 @@ class InsertScores(Pass):
     stack each token has a score of its own, since each may leave at another exit; where tokens leave in groups
     (``split-modalities``) each group has one, [batch, groups], and cosine alone is made of them.
 
-    Requires: exits; for all but cosine and learned, a stack whose tail ends in logits; for short scores, logits of
-    one product with a weight, and operators that keep classes apart after it (scale, bias, soft-cap).
-    Ensures: full depth gets the first four too.
+    Requires: exits, for all but prediction-screened; for all but cosine and learned, a stack whose tail ends in
+    logits; for short and screened scores, logits of one product with a weight, and operators that keep classes apart
+    after it (scale, bias, soft-cap).
+    Ensures: full depth gets the first four and prediction-screened too.
     Invalidates: nothing.
     """
 
@@ -105,7 +109,7 @@ class InsertScores(Pass):
                     f"measure={'|'.join(self.measures)}: batch and tokens share an axis of the hidden state ({error})",
                     hint="measure=top1, margin or entropy",
                 ) from error
-        if set(self.measures) & set(OF_SHORT):
+        if set(self.measures) & set(OF_OWN_HEAD):
             tokens, name = self._tokens(program), self._logits(program)
             sizes = [expression(size) for size in shape(results(program.graph)[name])]
             if tokens is not None and tokens not in sizes:
@@ -115,16 +119,17 @@ class InsertScores(Pass):
                     hint="return the logits of all tokens, or measure=top1, margin or entropy",
                 )
             for item in (*program.exits_of(stack), *([self._full(program)] if self._at_end(program) else ())):
-                if set(self._wanted(program, item)) & set(OF_SHORT):
+                if set(self._wanted(program, item)) & set(OF_OWN_HEAD):
                     find_head(program.graph, results(program.graph)[item.outputs[self._logits(program)]])
+        if set(self.measures) & set(OF_SHORT):
             self._candidates(program)
         elif self.candidates is not None or self.ids is not None:
             raise SpecError(f"candidates and ids belong to measure={', '.join(OF_SHORT)}")
 
     def _at_end(self, program: Program) -> bool:
-        """Whether full depth gets short scores."""
+        """Whether full depth gets scores of heads of its own."""
         blocks = program.stacks[stack_named(program, self.stack)].blocks
-        return blocks in self._given and bool(set(self.measures) & set(OF_SHORT))
+        return SCREENED in self.measures or (blocks in self._given and bool(set(self.measures) & set(OF_SHORT)))
 
     @property
     def _given(self) -> tuple[Any, ...]:
@@ -153,13 +158,14 @@ class InsertScores(Pass):
         return found[0] if found else Exit(name, stack.blocks, stack.output, stack.output, outputs=outputs)
 
     def _wanted(self, program: Program, item: Exit) -> tuple[str, ...]:
-        """The measures that an exit gets; full depth those of its logits, and short ones only where it is named."""
+        """The measures that an exit gets; full depth all of its logits, and short ones only where it is named."""
         name = stack_named(program, self.stack)
         if item.stack != name:
             return ()
         if item.after < program.stacks[name].blocks:
             return self.measures if item.after in self._early(program) else ()
-        return tuple(m for m in self.measures if m in OF_LOGITS or (m in OF_SHORT and self._at_end(program)))
+        short = OF_SHORT if program.stacks[name].blocks in self._given else ()
+        return tuple(m for m in self.measures if m in (*OF_LOGITS, SCREENED, *short))
 
     def _candidates(self, program: Program) -> tuple[int, ...]:
         return short_list(program.example_outputs[self._logits(program)], self.candidates, self.ids)
@@ -202,8 +208,8 @@ class InsertScores(Pass):
         full = self._full(program)
         if full not in exits and self._wanted(program, full):
             exits.append(full)
-        short = set(self.measures) & set(OF_SHORT)
-        head = ShortHead(editor, name, self._candidates(program)) if short else None
+        short = ShortHead(editor, name, self._candidates(program)) if set(self.measures) & set(OF_SHORT) else None
+        heads = {"short head": short, "screened head": ShortHead(editor, name)}
         notes = []
         for at, item in enumerate(exits):
             scores = dict(item.scores)
@@ -211,7 +217,7 @@ class InsertScores(Pass):
                 if measure in scores:
                     notes.append(f"the exit after block {item.after} has {measure} already")
                 else:
-                    node = self._score(editor, program, item, MEASURES[measure], head)
+                    node = self._score(editor, program, item, MEASURES[measure], heads.get(MEASURES[measure].source))
                     scores[measure] = f"{name}.{item.after}/{measure}"
                     editor.returns({scores[measure]: node})
             exits[at] = replace(item, scores=scores)
@@ -227,7 +233,7 @@ class InsertScores(Pass):
         if measure.source == "gate":
             return builder.learned(hidden, builder.padding(stack.name), f"exits.{item.stack}.{item.after}.gate")
         logits = results(editor.graph)[item.outputs[self._logits(program)]]
-        if head is None or measure.source == "logits":
+        if head is None:
             return builder.of_logits(logits, measure, builder.padding(stack.name))
         few = head.logits(builder, hidden, logits)
         found = builder.of_logits(few, measure, builder.padding(stack.name))

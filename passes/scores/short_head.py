@@ -114,15 +114,15 @@ def _floats(node: fx.Node) -> bool:
 
 
 class ShortHead:
-    """Writes copies of a stack's exits' tails whose head has the rows of ``candidates`` only.
+    """Writes copies of a stack's exits' tails whose head has the rows of ``candidates`` only (None: all).
 
     The rows are buffers named ``exits.STACK.short.`` + the name of the weight that they are from: exits with one head
     share them, and training leaves them alone.
     """
 
-    def __init__(self, editor: Editor, stack: str, candidates: Sequence[int]) -> None:
+    def __init__(self, editor: Editor, stack: str, candidates: Sequence[int] | None = None) -> None:
         self.editor, self.prefix = editor, f"exits.{stack}.short"
-        self.candidates = torch.tensor(candidates)
+        self.candidates = None if candidates is None else torch.tensor(candidates)
         self._made: dict[fx.Node, fx.Node] = {}
         self._rows: dict[tuple[fx.Node, int], fx.Node] = {}
 
@@ -137,6 +137,8 @@ class ShortHead:
 
     def classes(self, builder: ScoreBuilder, places: fx.Node) -> fx.Node:
         """The classes of the candidates at ``places``, int64 of the same shape."""
+        if self.candidates is None:
+            return places
         name = f"{self.prefix}.candidates"
         ids = self._known(name, self.candidates) or self.editor.buffer(name, self.candidates, builder.here)
         return builder.call(aten.index.Tensor, ids, [places])
@@ -162,13 +164,15 @@ class ShortHead:
         env[given[at]] = self._of(builder, given[at], axis)
         for node in (head.product, *head.after):
             given = list(fx.node.map_arg(node.args, few))
-            if node.target in _RESHAPES and given[1][-1] == classes:
+            if node.target in _RESHAPES and given[1][-1] == classes and self.candidates is not None:
                 given[1] = [*given[1][:-1], len(self.candidates)]
             env[node] = builder.call(node.target, *given, **dict(fx.node.map_arg(node.kwargs, few)))
         return env[logits]
 
-    def _of(self, builder: ScoreBuilder, weight: Any, axis: int) -> fx.Node:
+    def _of(self, builder: ScoreBuilder, weight: Any, axis: int) -> Any:
         """The candidates' part of a value that is the same for all inputs."""
+        if self.candidates is None:
+            return weight
         axis %= len(shape(weight))
         if (weight, axis) not in self._rows:
             value = evaluate(self.editor.module, [weight], {})[weight].detach()

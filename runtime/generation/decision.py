@@ -19,11 +19,17 @@ class Wanted:
     """What is wanted of a step besides each row's next token.
 
     ``whole`` is asked where rows get to full depth: whether all of their tokens are wanted, not the last ones alone.
-    ``accepts``, of a slot and the token that an exit has picked: whether that will do without the model's outputs.
+    ``accepts``, of a slot and the token that an exit has picked: whether that will do without the model's outputs;
+    with ``deep`` also at full depth.
     """
 
     whole: Callable[[], bool] | None = None
     accepts: Callable[[int, int], bool] | None = None
+    deep: bool = True
+
+    def picks(self, branch: Branch) -> bool:
+        """Whether full depth gives the tokens alone, which nobody is asked about."""
+        return branch.full and branch.exact and self.deep and self.accepts is not None
 
 
 class Asked(NamedTuple):
@@ -47,7 +53,10 @@ class Notes:
 
 
 class Decision(NamedTuple):
-    """Which rows leave, bool [rows]; the exit's values for all of them if it made any, and the tokens it picks."""
+    """Which rows leave, bool [rows]; the exit's values for all of them if it made any, and the tokens it picks.
+
+    A token of -1 is none: the head of all classes has to say it.
+    """
 
     leave: NDArray[np.bool_]
     made: Values | None = None
@@ -57,8 +66,8 @@ class Decision(NamedTuple):
         """The picked tokens that will do, by row, of the rows that leave."""
         if accepts is None or not self.tokens:
             return {}
-        places, going = slots.tolist(), self.leave.nonzero()[0].tolist()
-        return {row: self.tokens[row] for row in going if accepts(places[row], self.tokens[row])}
+        places, known = slots.tolist(), [row for row in self.leave.nonzero()[0].tolist() if self.tokens[row] >= 0]
+        return {row: self.tokens[row] for row in known if accepts(places[row], self.tokens[row])}
 
 
 def decide(
@@ -71,25 +80,35 @@ def decide(
     found = {measure: made[branch.scores[measure]].reshape(rows.size, -1)[:, -1] for measure in wanted}
     leave = policy.leave(branch.after, rows, found)
     scores = {measure: array.tolist() for measure, array in found.items()}
-    tokens = () if branch.pick is None else made[branch.pick].reshape(rows.size, -1)[:, -1].tolist()
+    tokens = picked(branch, made, rows.size)
     ready = branch.ends and all(value in made for value in branch.results.values())
     for place, row in enumerate(notes):
         said = {measure: float(score[place]) for measure, score in scores.items()}
         row.scores = said or row.scores
         if branch.ends:
             outputs = {name: made[value][place] for name, value in branch.results.items()} if ready else None
-            row.asked[branch.after] = Asked(said, tokens[place] if tokens else None, outputs)
+            token = tokens[place] if tokens and tokens[place] >= 0 else None
+            row.asked[branch.after] = Asked(said, token, outputs)
     return Decision(leave, made, tokens)
 
 
-def all_picked(
-    branch: Branch, policy: StackPolicy, wanted: Sequence[str], values: Values, rows: Index, counts: Index
-) -> list[list[int]] | None:
-    """The tokens that full depth picks for all ``counts`` tokens of each row, if the policy accepts every one."""
+def picked(branch: Branch, made: Values, rows: int) -> Sequence[int]:
+    """The token that the exit picks behind each row's last one; none at all where it picks none."""
+    return () if branch.pick is None else made[branch.pick].reshape(rows, -1)[:, -1].tolist()
+
+
+def all_picked(branch: Branch, values: Values, counts: Index) -> list[list[int]] | None:
+    """The tokens that full depth picks behind all ``counts`` tokens of each row; None where it does not know one."""
     assert branch.pick is not None
+    found = [row[:count] for row, count in zip(values[branch.pick].tolist(), counts.tolist(), strict=True)]
+    return None if any(token < 0 for row in found for token in row) else found
+
+
+def all_accepted(
+    branch: Branch, policy: StackPolicy, wanted: Sequence[str], values: Values, rows: Index, counts: Index
+) -> bool:
+    """Whether the policy accepts the tokens that full depth picks for all ``counts`` tokens of each row."""
     inside = np.arange(greatest(counts)) < counts[:, None]
     found = {measure: values[branch.scores[measure]][inside] for measure in wanted}
     repeated = np.repeat(rows, counts)
-    if not policy.decide(branch.after, repeated, found, history=repeated.size == rows.size).all():
-        return None
-    return [row[:count] for row, count in zip(values[branch.pick].tolist(), counts.tolist(), strict=True)]
+    return bool(policy.decide(branch.after, repeated, found, history=repeated.size == rows.size).all())

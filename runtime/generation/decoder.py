@@ -15,7 +15,7 @@ from offramp.runtime.generation.batching import Index, SlotRunner, Values, great
 from offramp.runtime.generation.buffers import Store
 from offramp.runtime.generation.chunk_spans import ChunkSpan
 from offramp.runtime.generation.copied_caches import CopiedCaches
-from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_picked, decide
+from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_accepted, all_picked, decide, picked
 from offramp.runtime.generation.groups import Group, joined
 from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.waiting import Waiting
@@ -139,15 +139,19 @@ class Decoder:
         """Which tokens of each row the span's exit scores, int64 [rows, asked]: the last one, or all; None: no one."""
         if span.asked is None or span.branch is None:
             return None
-        asking = self._asking(span, span.branch, step)
-        if asking is None or (span.branch.pick is None and span.branch.free.isdisjoint(asking[1])):
-            return None
+        if not step.wanted.picks(span.branch):
+            asking = self._asking(span, span.branch, step)
+            if asking is None or (span.branch.pick is None and span.branch.free.isdisjoint(asking[1])):
+                return None
         if span.branch.full and step.whole:
             return every(counts.size, greatest(counts))
         return counts[:, None] - 1
 
     def _decide(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> Decision:
         """What the policy says of the rows; nobody leaves where it is not asked."""
+        if step.wanted.picks(branch):
+            made, rows = group.last_tokens(self._along), group.slots.size
+            return Decision(np.ones(rows, np.bool_), made, picked(branch, made, rows))
         asking = self._asking(span, branch, step)
         if asking is None:
             return Decision(np.zeros(group.slots.size, np.bool_))
@@ -161,7 +165,7 @@ class Decoder:
     def _asking(self, span: ChunkSpan, branch: Branch, step: _Step) -> tuple[StackPolicy, tuple[str, ...]] | None:
         """The policy that is asked at an exit, and the scores that it wants; None where nobody is."""
         policy = step.policies[span.stack or ""] if step.policies else None
-        if policy is None or (branch.full and (step.wanted.accepts is None or branch.pick is None)):
+        if policy is None or (branch.full and (step.wanted.accepts is None or branch.pick is None or branch.exact)):
             return None  # at full depth the question is whether the token that was picked will do
         asked = policy.wanted.get(branch.after)
         return None if asked is None else (policy, asked)
@@ -211,8 +215,12 @@ class Decoder:
         return found
 
     def _all_picked(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> list[list[int]] | None:
-        asking = self._asking(span, branch, step)
-        return asking and all_picked(branch, *asking, group.values, self.rows[group.slots], group.counts)
+        if not step.wanted.picks(branch):
+            asking = self._asking(span, branch, step)
+            rows = self.rows[group.slots]
+            if asking is None or not all_accepted(branch, *asking, group.values, rows, group.counts):
+                return None
+        return all_picked(branch, group.values, group.counts)
 
     def _staying(self, span: ChunkSpan, group: Group, decision: Decision, step: _Step) -> Group:
         """The rows that have not left."""

@@ -111,7 +111,8 @@ class Session:
         caught_up, alone = 0, slots
         if greatest(counts) > 1:  # apart, so that each row gets what it gets alone
             alone, several = slots[counts == 1], slots[counts > 1]
-            results = self.decoder.step(several, {name: chunk[several]}, counts[several], None)
+            last = Wanted(accepts=wanted.accepts, deep=wanted.deep)
+            results = self.decoder.step(several, {name: chunk[several]}, counts[several], None, last)
             caught_up = self.decoder.caught_up
         if alone.size:
             rows = self.decoder.rows[:count]

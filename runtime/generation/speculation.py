@@ -172,7 +172,7 @@ def verified(session: Session, policy: Verify) -> Iterator[Token]:
         text = texts[session.rows[slot]]
         return chooser.takes(token, len(text.tokens) + len(text.drafts) - text.given)
 
-    wanted = Wanted(_always, picks if chooser.batched else None)
+    wanted = Wanted(_always, picks if chooser.batched else None, deep=False)
     while session.rows:
         started = perf_counter()
         ran = session.step(tokens, drafting, wanted)
