@@ -72,7 +72,8 @@ class Single:
         segment = Segment("single", "single.onnx", bound, values)
         session = ort.InferenceSession(bundle / SINGLE_FOLDER / "single.onnx", session_options(threads))
         cache, ids, (logits,) = model.manifest.cache, model.generates, model.manifest.outputs.values()
-        assert cache is not None and ids is not None
+        assert cache is not None
+        assert ids is not None
         changing = {*cache.tokens, *cache.buffers, cache.lengths}
         self._file = chunk_segment(model.manifest, segment, session, frozenset(set(bound.values()) - changing))
         self._model, self._ids, self._logits = model, ids, logits
@@ -81,9 +82,7 @@ class Single:
         """A generation of one row, of which has run what runs once."""
         return self._model.session(inputs)
 
-    def tokens(
-        self, session: Session, most: int | None = None, stop: Collection[int] | None = None
-    ) -> Iterator[int]:
+    def tokens(self, session: Session, most: int | None = None, stop: Collection[int] | None = None) -> Iterator[int]:
         """The greedy tokens of a generation, as many as the bundle's own settings say, or the arguments."""
         generation = self._model.manifest.generation
         (prompt,), stop = session.prompts, set(generation.stop or ()) if stop is None else stop

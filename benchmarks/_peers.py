@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from benchmarks._common import BUILD, Row, say, shown
 from benchmarks._workers import python
 
 T = TypeVar("T")
+PAUSE = 0.2  # seconds
 
 
 def row(
@@ -46,8 +48,8 @@ class Took(NamedTuple):
 
 
 def turns(count: int, *runs: Callable[[], T]) -> list[list[T]]:
-    """The answers of each, which take turns after one that warms up."""
-    answers = [[run() for run in runs] for _ in range(count + 1)]
+    """The answers of each, which take turns after one that warms up; the threads of the one before stop spinning."""
+    answers = [[(time.sleep(PAUSE), run())[1] for run in runs] for _ in range(count + 1)]
     return [list(found) for found in zip(*answers[1:], strict=True)]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
+from typing import Literal, TypeAlias
 
 import numpy as np
 import sacrebleu
@@ -20,7 +21,7 @@ from benchmarks import _chains
 from benchmarks._chains import Single
 from benchmarks._common import BUILD, Known, Row, say, steps
 from examples.translation.train import captured, lines
-from offramp.bundle.measures import PICK
+from offramp.bundle.measures import PICK, SCREENED
 from offramp.training.weights import load_weights
 from offramp.zoo import translator
 from offramp.zoo.translator import BEGIN, DECODER_BLOCKS, END, GENERATION, LONGEST, TOKENS
@@ -29,6 +30,7 @@ FOLDER = BUILD / "translation"
 MEASURE = "top1-short"
 THREADS = 1  # more make a model of this size slower
 TURN = 8  # sentences
+Heads: TypeAlias = Literal["whole", "screened", "short"]
 FULL = "full depth, one session"
 GATED = ("[", "a perfect gate")  # how the names of exit policies begin
 
@@ -58,8 +60,8 @@ class Way:
             self.decoder.append((perf_counter() - started) * 1e3)
             self.depths.append([self.deepest] * len(self.tokens[-1]))
         else:
-            options = {"propagate": self.propagate, "max_new_tokens": room}
-            steps = list(self.chain.stream(inputs, self.policy(sentence), **options))
+            policy = self.policy(sentence)
+            steps = list(self.chain.stream(inputs, policy, propagate=self.propagate, max_new_tokens=room))
             self.tokens.append([step.token for step in steps])
             self.decoder.append(sum(step.milliseconds for step in steps))
             self.depths.append([step.exit for step in steps])
@@ -100,18 +102,20 @@ def spoken(tokens: Sequence[int]) -> str:
 
 @functools.cache
 def saved(
-    exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool = True, precision: str = "fp32"
+    exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, head: Heads = "short", precision: str = "fp32"
 ) -> Path:
     """The translator as a bundle, with one segment between exits; no token goes deeper than ``deepest``.
 
-    With a ``short`` list of candidates, exits and full depth pick tokens of it.
+    With a "short" list of candidates, exits and full depth pick tokens of it; with a "screened" head, of all.
     """
     encoding = "" if precision == "fp32" else f"-{precision}"
-    path = FOLDER / f"{'short' if short else 'whole'}-{'-'.join(map(str, exits))}-of-{deepest}{encoding}.offramp"
+    path = FOLDER / f"{head}-{'-'.join(map(str, exits))}-of-{deepest}{encoding}.offramp"
     if not (path / "manifest.json").is_file():
         say(f"exporting {path}")
         made = program(exits, deepest)
-        if short:
+        if head == "screened":
+            made = offramp.apply(made, [offramp.InsertScores("decoder", SCREENED)])
+        if head == "short":
             scores = offramp.InsertScores("decoder", (MEASURE, PICK), (*exits, deepest), ids=translator.english())
             made = offramp.apply(made, [scores])
         # what fewer bits cost is in the tables
@@ -126,19 +130,19 @@ def program(exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS) -> offramp
 
 @functools.cache
 def bundle(
-    exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, short: bool = True, precision: str = "fp32"
+    exits: Sequence[int] = (), deepest: int = DECODER_BLOCKS, head: Heads = "short", precision: str = "fp32"
 ) -> offramp.Chain:
     """What `saved` has saved, loaded."""
-    return offramp.load(saved(exits, deepest, short, precision), threads=THREADS)
+    return offramp.load(saved(exits, deepest, head, precision), threads=THREADS)
 
 
 @functools.cache
 def single(deepest: int = DECODER_BLOCKS) -> Way:
     """The decoder as one file in one session, with neither exits nor a short list: what one has without offramp."""
-    path, name = saved((), deepest, short=False), FULL if deepest == DECODER_BLOCKS else cut(deepest)
+    path, name = saved((), deepest, head="whole"), FULL if deepest == DECODER_BLOCKS else cut(deepest)
     if not (path / _chains.SINGLE_FOLDER / _chains.SINGLE).exists():
         _chains.write_single(program((), deepest), path)
-    return Way(name, Single(path, bundle((), deepest, short=False), THREADS), deepest=deepest)
+    return Way(name, Single(path, bundle((), deepest, head="whole"), THREADS), deepest=deepest)
 
 
 def without_exits(weights: Path) -> Way:

@@ -41,6 +41,7 @@ CONTEXTS, NEW = (64, 1024), 128
 TEXTS, LENGTH = 2, 512  # of WikiText-2, for perplexity
 SENTENCES = 100  # to translate
 KEEP = 0.99
+SCREENED = "insert-scores{stack=decoder,measure=prediction-screened},insert-cache"
 QUANTIZED = "one session, quantize_dynamic"
 DEED = ((2,), 5, 0.5)  # exits, the deepest block, the threshold: what `benchmarks.translation` chose
 
@@ -51,7 +52,7 @@ def language(count: int) -> Iterator[Row]:
         return
     files = zoo.tokenizer_files("smollm2")
     ids = Tokenizer.from_file(str(files[0])).encode(text("test")[:20_000]).ids
-    program = functools.cache(lambda: offramp.apply(offramp.capture(*zoo.load("smollm2")), "insert-cache"))
+    program = functools.cache(lambda: offramp.apply(offramp.capture(*zoo.load("smollm2")), SCREENED))
     for precision in ("int4", "fp32"):
         options = {"segments": 6, "generation": zoo.generation("smollm2"), "files": files}
         path = saved("smollm2", precision, program, **options)
@@ -91,7 +92,7 @@ def whisper(count: int) -> Iterator[Row]:
     path = saved(
         "whisper",
         "int8",
-        lambda: offramp.apply(offramp.capture(*zoo.load("whisper_base")), "insert-cache"),
+        lambda: offramp.apply(offramp.capture(*zoo.load("whisper_base")), SCREENED),
         segments=1,
         generation=generation,
         files=files,
@@ -116,10 +117,10 @@ def whisper(count: int) -> Iterator[Row]:
 
 def classified(count: int) -> Iterator[Row]:
     """MiniLM on SST-2's test sentences, at full depth and with exits that were calibrated on dev."""
-    chain = offramp.load(sentiment.bundle("int8"))
     path = BUILD / "peers-minilm" / "int8.onnx"
-    if not path.exists():
+    if not path.exists():  # the quantizer opens a session of its own, which the chain's threads would not allow
         _one_session.quantized(_one_session.exported(*zoo.load("minilm"), path.with_name("fp32.onnx")), path)
+    chain = offramp.load(sentiment.bundle("int8"))
     session = ort.InferenceSession(path, session_options())
     policies = {"full depth": offramp.Never(), f"calibrated, keep={KEEP}": sentiment.calibrated(chain, KEEP)}
     ways: dict[str, Callable[[Mapping[str, Any]], Any]] = {"peer": lambda batch: session.run(None, dict(batch))[0]}
@@ -159,7 +160,7 @@ def translation(count: int) -> Iterator[Row]:
     early = offramp.Confidence(measure=_translate.MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})
     for precision in ("fp32", "int8"):
         ways = {
-            "full depth": (_translate.bundle(short=False, precision=precision), offramp.Never()),
+            "full depth": (_translate.bundle(head="whole", precision=precision), offramp.Never()),
             f"exit after {exits[0]} of {deepest}": (_translate.bundle(exits, deepest, precision=precision), early),
         }
         with _chains.chain(_with_single(precision), single=True) as worker:
@@ -182,7 +183,7 @@ def translation(count: int) -> Iterator[Row]:
 
 def _with_single(precision: str) -> Path:
     """The translator's bundle with its decoder in one file beside it, quantized where it is to be."""
-    plain, path = (_translate.saved(short=False, precision=encoding) for encoding in ("fp32", precision))
+    plain, path = (_translate.saved(head="whole", precision=encoding) for encoding in ("fp32", precision))
     folders = [bundle / _chains.SINGLE_FOLDER for bundle in (plain, path)]
     if not (folders[0] / _chains.SINGLE).exists():
         _chains.write_single(_translate.program(), plain)

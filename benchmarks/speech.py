@@ -29,7 +29,7 @@ from benchmarks._common import BUILD, Known, Row, data, report, rounds, say, sho
 from examples import train_speech_adapters as recipe
 from offramp import zoo
 from offramp.bundle.manifest import Exit
-from offramp.bundle.measures import PICK
+from offramp.bundle.measures import PICK, SCREENED
 from offramp.runtime.policies.base import Rows
 from offramp.runtime.policies.builtin import Verify
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
@@ -120,10 +120,10 @@ def clips() -> list[Clip]:
 
 
 def bundles() -> dict[str, Path]:
-    """The encoder; the decoder "plain", with a single session, with a short list at full depth, with exits, and cut."""
+    """The encoder; the decoder plain (and in one session), screened, with a short list at its end, with exits, cut."""
     if not recipe.WEIGHTS.is_file():
         raise SystemExit(f"no {recipe.WEIGHTS.name}\n  try: {recipe.COMMAND}")
-    names = ("encoder", "plain", "end", "short", *map(cut, recipe.EXITS))
+    names = ("encoder", "plain", "screened", "end", "short", *map(cut, recipe.EXITS))
     paths = {name: BUILD / f"speech-{name.replace(' ', '-')}.offramp" for name in names}
     how: dict[str, Any] = {"generation": zoo.generation(MODEL), "files": zoo.tokenizer_files(MODEL), "segments": 1}
     if not (paths["encoder"] / "manifest.json").exists():
@@ -137,6 +137,10 @@ def bundles() -> dict[str, Path]:
         program = recipe.program("insert-cache")
         offramp.save(program, paths["plain"], **how)
         _chains.write_single(program, paths["plain"])
+    if not (paths["screened"] / "manifest.json").exists():
+        say("exporting the decoder, screened")
+        scores = offramp.InsertScores("decoder", SCREENED)
+        offramp.save(offramp.apply(recipe.program(""), [scores, offramp.InsertCache()]), paths["screened"], **how)
     for name, exits in (("end", ()), ("short", recipe.EXITS)):
         trained = recipe.WEIGHTS.stat().st_mtime
         if not (paths[name] / "manifest.json").exists() or paths[name].stat().st_mtime < trained:
@@ -197,9 +201,12 @@ def listed(exits: Sequence[int]) -> str:
     return " and ".join(map(str, exits))
 
 
-def ways(plain: offramp.Chain, end: offramp.Chain, short: offramp.Chain, *truncated: offramp.Chain) -> dict[str, Way]:
+def ways(
+    plain: offramp.Chain, screened: offramp.Chain, end: offramp.Chain, short: offramp.Chain, *truncated: offramp.Chain
+) -> dict[str, Way]:
     """Every way but perfect gates and the single session; ``truncated`` are what each exit would be without gates."""
-    found = {FULL: Way(plain, offramp.Never()), "full depth, exits unused": Way(short, offramp.Never())}
+    found = {FULL: Way(plain, offramp.Never()), "full depth, screened head": Way(screened, offramp.Never())}
+    found["full depth, exits unused"] = Way(short, offramp.Never())
     for at in (0.8, 0.85, AT):
         found[f"short list >= {at} after {BLOCKS}"] = Way(
             end, offramp.Confidence(measure=SHORT, thresholds={BLOCKS: at})
@@ -243,7 +250,7 @@ def main() -> None:
     recordings = clips()[: args.clips]
     paths = bundles()
     encoder, *decoders = (offramp.load(path) for path in paths.values())
-    short = decoders[2]
+    short = decoders[3]
     words = Tokenizer.from_file(str(paths["plain"] / "tokenizer.json"))
     every = ways(*decoders)
     for way in every.values():

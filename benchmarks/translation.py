@@ -88,7 +88,8 @@ def main() -> None:
     on_one_core()
     one = single()
     few = same(offramp.Confidence(measure=MEASURE, thresholds={DECODER_BLOCKS: 0.0}))
-    ways = [one, Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
+    ways = [one, Way("full depth, screened head", bundle(head="screened"))]
+    ways += [Way("full depth, short list", bundle(), few), Way("full depth, the chain", bundle((1, 3)))]
     ways += [single(k) for k in range(1, DECODER_BLOCKS)]
     if args.plain:
         ways.append(without_exits(args.plain))

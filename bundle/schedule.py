@@ -21,7 +21,7 @@ class Branch:
 
     ``results`` maps what a stack gives to its surroundings, under the names of full depth, to this exit's values: the
     model's outputs where it ``ends`` there, or the stack's output where other stages follow. ``pick`` is the value that
-    holds a row's next token where the exit has one without running anything, ``exact`` whether its outputs say the same.
+    holds a row's next token where the exit has one without running anything, ``exact`` whether all classes were asked.
     """
 
     after: int

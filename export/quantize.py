@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +22,8 @@ from onnx import helper, numpy_helper
 _BLOCK = {4: 32, 8: 64}
 _MICROSOFT = "com.microsoft"
 _LEAST = 1024  # bytes: smaller arrays stay as they are
+#: How the names of nodes begin whose products have fewer bits in any encoding, with bounds that have to hold.
+SCREENING = "screen"
 
 
 def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) -> onnx.ModelProto:
@@ -45,14 +46,19 @@ def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) ->
 
 def encoding_of(model: onnx.ModelProto) -> str:
     """What a model's weights are: where `quantized` found nothing of a kind, another than it was asked for."""
-    kinds = {node.op_type for node in model.graph.node}
+    own = [node for node in model.graph.node if not _screens(node)]
+    kinds = {node.op_type for node in own}
     if "MatMulInteger" in kinds:
         return "int8-dynamic"
     if kinds.isdisjoint(("MatMulNBits", "GatherBlockQuantized")):
         halves = any(item.data_type == onnx.TensorProto.FLOAT16 for item in model.graph.initializer)
         return "fp16" if halves else "fp32"
-    bits = {item.i for node in model.graph.node for item in node.attribute if item.name == "bits"}
+    bits = {item.i for node in own for item in node.attribute if item.name == "bits"}
     return "int4" if 4 in bits else "int8"
+
+
+def _screens(node: onnx.NodeProto) -> bool:
+    return bool(node.name.startswith(SCREENING))
 
 
 def gathered(model: onnx.ModelProto) -> set[str]:
@@ -75,7 +81,8 @@ def _halves(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
     halves = dict[str, str]()
-    for item in list(weights.values()):
+    bounds = {name for node in graph.node if _screens(node) and node.op_type != "Gather" for name in node.input}
+    for item in [item for item in weights.values() if item.name not in bounds]:
         if item.data_type == onnx.TensorProto.FLOAT and 4 * np.prod(item.dims) >= _LEAST:
             array = numpy_helper.to_array(item)
             if np.abs(array).max() <= np.finfo(np.float16).max:
@@ -199,7 +206,8 @@ def _blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
     config = DefaultWeightOnlyQuantConfig(
         block_size=_BLOCK[bits], is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul",), bits=bits
     )
-    quantizer = MatMulNBitsQuantizer(model, algo_config=config)
+    bounds = [node.name for node in model.graph.node if _screens(node)]
+    quantizer = MatMulNBitsQuantizer(model, algo_config=config, nodes_to_exclude=bounds)
     quantizer.process()
     made: onnx.ModelProto = quantizer.model.model
     return made
@@ -215,6 +223,7 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
             model,
             file,
             op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=[node.name for node in model.graph.node if _screens(node)],
             per_channel=True,
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},

@@ -6,28 +6,29 @@ scale of its own, an 8-bit product ``a`` is off by no more than::
     |x w - a| <= sum over b of  |x_b| |w_b - v_b| + max(abs(x_b)) / 254 * sum(abs(v_b))
 
 The first term is the weights' rounding (Cauchy and Schwarz), the second that of ``x``, by half a step. So classes whose
-upper bound is less than another one's lower bound are not the greatest, and the exact products of the others decide: the
-same class as by all of them, from a quarter of the bytes. (SVD-softmax, Shim et al., NeurIPS 2017, screens so without a
-bound.) Where a machine's kernel rounds in another way, an exact product lies outside of its bounds, and the answer is
--1: nobody knows.
+upper bound is less than another one's lower bound are not the greatest, and the exact products of the others decide:
+the same class as by all of them, from a quarter of the bytes. (SVD-softmax, Shim et al., NeurIPS 2017, screens so
+without a bound.) Where a machine's kernel rounds in another way, an exact product lies outside of its bounds, and the
+answer is -1: nobody knows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from offramp.export.quantize import packed_rows
+from offramp.export.quantize import SCREENING, packed_rows
 
 _MICROSOFT = "com.microsoft"
 _LEAST = 1 << 19  # weights: below, screening takes longer than what it spares
 _ROUNDING = 2.0**-22  # of float32 for each term of a product, of the four that are compared
+_HALF = 2.0**-11  # of weights in float16, if they are stored so
 _RISING = ("Tanh", "Identity")  # these keep the greatest the greatest, as do products with a positive constant
 
 
@@ -52,7 +53,7 @@ class Screen:
         whole = weight.reshape(blocks.shape)
         coarse = (blocks.astype(np.float32) - 128) * scales.reshape(*blocks.shape[:2], 1)
         lengths, wrong = (np.linalg.norm(array, axis=-1) for array in (whole, whole - coarse))
-        rounded = wrong + _ROUNDING * weight.shape[1] * lengths
+        rounded = wrong + (_HALF + _ROUNDING * weight.shape[1]) * lengths
         bounds = np.concatenate([rounded, np.abs(coarse).sum(-1) / 254], 1).T
         return cls(blocks, scales, np.ascontiguousarray(np.nextafter(bounds, np.float32(np.inf)), np.float32))
 
@@ -76,36 +77,35 @@ def heads(outputs: Iterable[ir.Value]) -> Iterator[Head]:
 
 
 def _head(argmax: ir.Node) -> Head | None:
-    if argmax.attributes.get_int("axis", 0) != -1 or argmax.attributes.get_int("keepdims", 1):
+    if argmax.attributes.get_int("axis", 0) != -1 or argmax.attributes.get_int("keepdims", True):
         return None
-    value, bias = argmax.inputs[0], None
-    while (node := value.producer()) is not None and len(value.uses()) == 1:
-        if node.op_type == "MatMul":
-            turned = node.inputs[1].producer()
-            if turned is None or turned.op_type != "Transpose" or not _large(turned.inputs[0]):
-                return None
-            return Head(argmax, node.inputs[0], turned.inputs[0], bias)
-        if node.op_type == "Gemm" and node.attributes.get_int("transB", 0) and _large(node.inputs[1]) and bias is None:
-            return Head(argmax, node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None)
+    value: ir.Value | None = argmax.inputs[0]
+    bias: ir.Value | None = None
+    while value is not None and (node := value.producer()) is not None and len(value.uses()) == 1:
+        value, other = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
+        if node.op_type == "MatMul" and other is not None and (turned := other.producer()) is not None:
+            weight = turned.inputs[0] if turned.op_type == "Transpose" else None
+            return Head(argmax, value, weight, bias) if value is not None and _large(weight) else None
         if bias is not None:
             return None  # of a product that is scaled before
-        if node.op_type == "Add" and node.inputs[1].is_initializer():
-            bias = node.inputs[1]
-        elif node.op_type not in _RISING and not _scaled(node):
+        if node.op_type == "Add" and other is not None and other.is_initializer():
+            bias = other
+        elif node.op_type not in _RISING and not _scaled(node, other):
             return None
-        value = node.inputs[0]
     return None
 
 
-def _large(weight: ir.Value) -> bool:
-    known = weight.const_value
-    return known is not None and len(known.shape) == 2 and known.size >= _LEAST and known.shape[1] % 16 == 0
+def _large(weight: ir.Value | None) -> TypeGuard[ir.Value]:
+    known = None if weight is None else weight.const_value
+    if known is None or len(known.shape) != 2 or known.dtype != ir.DataType.FLOAT:
+        return False
+    return known.size >= _LEAST and known.shape.numpy()[1] % 16 == 0
 
 
-def _scaled(node: ir.Node) -> bool:
+def _scaled(node: ir.Node, factor: ir.Value | None) -> bool:
     """Whether a value is multiplied by one positive number."""
-    factor = node.inputs[1].const_value if node.op_type in ("Mul", "Div") else None
-    return factor is not None and factor.size == 1 and bool(factor.numpy().item() > 0)
+    known = None if factor is None or node.op_type not in ("Mul", "Div") else factor.const_value
+    return known is not None and known.size == 1 and bool(known.numpy().item() > 0)
 
 
 def insert(model: ir.Model, head: Head, known: Mapping[str, ir.Value]) -> None:
@@ -117,18 +117,17 @@ def insert(model: ir.Model, head: Head, known: Mapping[str, ir.Value]) -> None:
     blocks, scales, bounds = (known[item.name] for item in fields(Screen))
     assert blocks.shape is not None
     classes, count, block = blocks.shape.numpy()
-    features = count * block
     nodes: list[ir.Node] = []
 
     def op(kind: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Value:
-        nodes.append(ir.node(kind, inputs, attributes, domain=domain, name=f"screen_{len(nodes)}"))
+        nodes.append(ir.node(kind, inputs, attributes, domain=domain, name=f"{SCREENING}_{len(nodes)}"))
         return nodes[-1].outputs[0]
 
     def sizes(*values: int) -> ir.Value:
         return op("Constant", value_ints=values)
 
-    weights = {"K": features, "N": classes, "bits": 8, "block_size": block, "accuracy_level": 4}
-    x = op("Reshape", head.data, sizes(-1, features))
+    weights = {"K": count * block, "N": classes, "bits": 8, "block_size": block, "accuracy_level": 4}
+    x = op("Reshape", head.data, sizes(-1, count * block))
     coarse = op("MatMulNBits", x, blocks, scales, domain=_MICROSOFT, **weights)
     parts = op("Reshape", x, sizes(0, count, block))
     lengths = op("ReduceL2", parts, sizes(2), keepdims=0)

@@ -51,9 +51,7 @@ class Writer:
         self._operators: dict[str, set[str]] = {}
         self._screens: dict[Any, Screen] = {}
 
-    def segment(
-        self, translation: Translation, name: str, encoding: str = "fp32", screened: Sequence[int] = ()
-    ) -> str:
+    def segment(self, translation: Translation, name: str, encoding: str = "fp32", screened: Sequence[int] = ()) -> str:
         """Write the ONNX file of a translation with its weights, if there is none yet; returns the file's name.
 
         The classes of outputs at the places in ``screened`` are those of `prediction-screened`.
@@ -101,9 +99,7 @@ class Writer:
         """Let go of the weights file."""
         self._weights.close()
 
-    def _screen(
-        self, model: ir.Model, outputs: Sequence[ir.Value], tensors: Sequence[Sequence[torch.Tensor]]
-    ) -> None:
+    def _screen(self, model: ir.Model, outputs: Sequence[ir.Value], tensors: Sequence[Sequence[torch.Tensor]]) -> None:
         """Screen the classes of the model's heads; what that knows of a weight is made once."""
         weights = {f"w{i}": parts[0] for i, parts in enumerate(tensors)}
         for head in heads(outputs):

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import fx
 
-from offramp.bundle.measures import OF_SHORT
+from offramp.bundle.measures import OF_OWN_HEAD
 from offramp.errors import SpecError
 from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
@@ -67,10 +67,10 @@ class InsertAdapter(Pass):
                 f"stack {stack!r} has exits after {have or 'no block'}, not after {missing or 'any'}",
                 hint=f"insert-exits{{stack={stack},after=...}} first",
             )
-        late = [e.after for e in program.exits_of(stack) if e.after in wanted and set(e.scores) & set(OF_SHORT)]
+        late = [e.after for e in program.exits_of(stack) if e.after in wanted and set(e.scores) & set(OF_OWN_HEAD)]
         if late and self.kind != "identity":
             raise SpecError(
-                f"the exits after {late} have short scores, which read the state without an adapter",
+                f"the exits after {late} have scores of heads of their own, which read the state without an adapter",
                 hint="insert-adapter before insert-scores",
             )
 

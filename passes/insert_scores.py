@@ -46,11 +46,11 @@ class InsertScores(Pass):
 
     The first four need the exit's tail to run, the others only the block. A short score has an adapter and tail of
     its own up to the head, and K of the head's V rows, in the block's segment; where the row leaves, the whole tail
-    runs, or, where an exit has prediction-short and generation is greedy, nothing: that is the token (the lexical
-    short list of machine translation), or prediction-screened. Probabilities are of the candidates alone, hence never below those of all
-    classes: a threshold for top1 is too low for top1-short. The rows are a copy: insert the scores after adapters, and
-    after training of the head. Where ``after`` names all blocks, full depth gets short scores too, which spares it
-    the head where they are sure enough: there a policy says whether the token that was picked will do.
+    runs, or, where an exit has prediction-short or prediction-screened and generation is greedy, nothing: that is the
+    token (the lexical short list of machine translation). Probabilities are of the candidates alone, hence never below
+    those of all classes: a threshold for top1 is too low for top1-short. The rows are a copy: insert the scores after
+    adapters, and after training of the head. Where ``after`` names all blocks, full depth gets short scores too, which
+    spares it the head where they are sure enough: there a policy says whether the token that was picked will do.
 
     Where logits have more axes than rows and classes, the least sure place that is not padding decides; in a causal
     stack each token has a score of its own, since each may leave at another exit; where tokens leave in groups

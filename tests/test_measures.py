@@ -8,7 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offramp.bundle.measures import MEASURES, OF_LOGITS, OF_SHORT, OF_STATE, PICK, measure_named, names_from
+from offramp.bundle.measures import (
+    MEASURES,
+    OF_LOGITS,
+    OF_OWN_HEAD,
+    OF_SHORT,
+    OF_STATE,
+    PICK,
+    SCREENED,
+    measure_named,
+    names_from,
+)
 from offramp.calibration.gates import Scale, evidence, leaves
 from offramp.errors import PolicyError
 from offramp.runtime.policies.thresholds import Confidence, check_learner
@@ -20,14 +30,14 @@ _ASKING = re.compile(rf"""[=!]= *"({"|".join(MEASURES)})"|(starts|ends)with\("(p
 
 
 def test_every_measure_is_from_one_source() -> None:
-    assert (*OF_LOGITS, *OF_STATE, *OF_SHORT) == tuple(MEASURES)
+    assert (*OF_LOGITS, *OF_STATE, *OF_OWN_HEAD) == tuple(MEASURES)
     assert names_from("short head", "gate") == ("learned", *OF_SHORT)
     assert all(measure.name == name for name, measure in MEASURES.items())
 
 
 def test_a_score_says_what_or_how_surely() -> None:
     says_what = [name for name, measure in MEASURES.items() if not measure.gates]
-    assert says_what == ["prediction", PICK]
+    assert says_what == ["prediction", PICK, SCREENED]
     assert [name for name, measure in MEASURES.items() if measure.dtype == "int64"] == says_what
     assert [name for name, measure in MEASURES.items() if measure.gates and not measure.bounded] == ["entropy"]
 

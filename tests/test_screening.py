@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from test_short_scores import FORMS, Compared, Tailed
-from torch import Tensor, nn
+from torch import Tensor
 
 import offramp
 from offramp.bundle.measures import SCREENED
@@ -203,7 +203,8 @@ def test_the_greatest_class_is_that_of_all_products(body: str, shape: tuple[int,
         x = random.standard_normal((*shape, 64)).astype(np.float32)
         x += arrays["w"][3] * random.integers(3)
         (found,), (expected,) = (each.run(None, {"x": x}) for each in (session, plain))
-        assert found.shape == shape and found.dtype == np.int64
+        assert found.shape == shape
+        assert found.dtype == np.int64
         np.testing.assert_array_equal(found, expected)
 
 
@@ -283,6 +284,28 @@ class Squared(tiny.Talker):
 
 def _captured_of(make: Any) -> tiny.Captured:
     return tiny.captured(make, {"input_ids": tiny.ids()}, seed=4)
+
+
+# Precision
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.usefixtures("screened")
+def test_bounds_hold_in_any_precision(tmp_path: Path, precision: str) -> None:
+    """They stay in fp32, as the products in 8 bits do; a file is called by what its other weights are."""
+    program = apply(_captured_of(tiny.Talker).program, f"{TEXT},insert-cache")
+    path = tmp_path / "talker.offramp"
+    save(program, path, precision, loss=10.0)
+    chain = offramp.load(path)
+    (name,) = [name for name, found in _operators(path).items() if "NonZero" in found]
+    model = onnx.load(path / f"{name}.onnx", load_external_data=False)
+    bounds = {item.name: item.data_type for item in model.graph.initializer if "_bounds" in item.name}
+    assert list(bounds.values()) == [onnx.TensorProto.FLOAT]
+    (reader,) = [node for node in model.graph.node if set(node.input) & set(bounds)]
+    assert reader.op_type == "MatMul"
+    expected = {"int4": {"int4", "int8"}, "fp16": {"fp16", "fp32"}}.get(precision, {precision})
+    assert {segment.encoding for segment in chain.manifest.segments.values()} <= expected
+    assert _tails(chain, offramp.Never(), PROMPTS) == {False}
 
 
 # Generation

@@ -30,7 +30,7 @@ class State:
         stack: The stack's name.
         after: How many blocks are done.
         blocks: How many the stack has.
-        scores: For each measure that was asked for, float32 [rows] (int64 for "prediction" and "prediction-short").
+        scores: For each measure that was asked for, float32 [rows] (int64 for those that say a class).
         rows: Where these rows are in the batch of the run, int64 [rows]; increasing, but in generations where others
             have ended.
         history: The scores of the same rows at the earlier exits that were asked, by ``after``, in order; none where

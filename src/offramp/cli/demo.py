@@ -2,7 +2,7 @@
 
   sentiment [SENTENCE ...]   MiniLM with a sentiment head after each of its 6 blocks (the default)
   translation [TEXT ...]     German captions become English, with a trained exit after 2 of 8 decoder blocks
-  speech [FILE.wav]          Whisper base writes down a recording, most tokens picked from a short list
+  speech [FILE.wav]          Whisper base writes down a recording, its vocabulary screened for each token
 
 The first time, a demo exports its bundles (10 seconds to 2 minutes); then it runs them in turns with full depth.
 """

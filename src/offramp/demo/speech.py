@@ -1,4 +1,4 @@
-"""``offramp demo speech``: Whisper base writes down a recording, most tokens picked from a short list."""
+"""``offramp demo speech``: Whisper base writes down a recording, its vocabulary screened for each token."""
 
 from __future__ import annotations
 
@@ -9,18 +9,11 @@ from offramp import models, zoo
 from offramp.cli import _inputs, _text, _words
 from offramp.demo import _two_ways
 from offramp.errors import InputError
-from offramp.runtime import Confidence
+from offramp.runtime import Never
 
 MODEL = "whisper_base"
 BUNDLE = Path("build/whisper-base.offramp")
-BLOCKS, MEASURE, LEAST = 6, "top1-short", 0.8
-#: All six blocks, and the head of the whole vocabulary only where the short list is unsure.
-POLICY = Confidence(measure=MEASURE, thresholds={BLOCKS: LEAST})
-_IDS = Path(zoo.__file__).with_name("whisper_english.txt")
-PIPELINE = (
-    f"insert-scores{{stack=decoder,measure={MEASURE}|prediction-short,after={BLOCKS},ids={_IDS}}}",
-    "insert-cache",
-)
+PIPELINE = ("insert-scores{stack=decoder,measure=prediction-screened}", "insert-cache")
 _MODULE, _RECORDING = "moonshine_voice", "assets/beckett.wav"
 REQUIREMENT = "moonshine-voice==0.1.5"
 
@@ -31,16 +24,13 @@ def bundles(path: Path) -> dict[Path, tuple[str, ...]]:
 
 
 def build(path: Path, progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Save Whisper as it is, and with a short list of 10,000 candidates at full depth."""
+    """Save Whisper as it is, and with a head that screens its vocabulary."""
     import offramp
 
     captured = offramp.capture(*zoo.load(MODEL))
-    scores = offramp.InsertScores("decoder", (MEASURE, "prediction-short"), BLOCKS, ids=str(_IDS))
-    quick = offramp.apply(captured, [scores, offramp.InsertCache()])
-    full = offramp.apply(captured, ",".join(_two_ways.FULL))
     how = models.settings(f"zoo:{MODEL}") | models.origin(f"zoo:{MODEL}") | {"segments": 1, "progress": progress}
-    for program, place, policy in ((full, _two_ways.full_of(path), None), (quick, path, POLICY.to_dict())):
-        offramp.save(program, place, policy=policy, **how)
+    for place, passes in bundles(path).items():
+        offramp.save(offramp.apply(captured, ",".join(passes)), place, **how)
 
 
 def show(path: Path, words: Sequence[str]) -> None:
@@ -48,20 +38,19 @@ def show(path: Path, words: Sequence[str]) -> None:
     if len(words) > 1:
         raise InputError(f"one recording at a time, these are {len(words)}", hint="offramp demo speech FILE.wav")
     sound = Path(words[0]) if words else recording()
-    both = quick, _ = _two_ways.ways(path, POLICY)
+    both = quick, _ = _two_ways.ways(path, Never())
     inputs = _inputs.hear(quick.chain, path, [sound])
-    short, full = _two_ways.in_turns(both, inputs)
+    screened, full = _two_ways.in_turns(both, inputs)
     decode = _words.decoder_of(_text.tokenizer_of(quick.chain, path))
-    sure = sum(step.scores.get(MEASURE, 0) >= LEAST for step in short.steps)  # the first token has no score
     cache = quick.chain.manifest.cache
     print(f"\nWhisper base listens to {sound.name}:\n\n {decode(full.tokens)}\n")
     print(f"  full depth, whole head   {full.milliseconds:6.1f} ms for {len(full.steps)} tokens")
     print(
-        f"  full depth, short list   {short.milliseconds:6.1f} ms for {len(short.steps)} tokens, {sure} of them from "
-        f"the 10,000 of {cache.vocabulary if cache else 0:,} tokens that English has most of"
+        f"  screened head            {screened.milliseconds:6.1f} ms for {len(screened.steps)} tokens, each the proven "
+        f"best of {cache.vocabulary if cache else 0:,}"
     )
-    print(f"  the words                {_two_ways.difference(decode(full.tokens), decode(short.tokens))}")
-    print(f"\nThe decoder is {_two_ways.summary([(short, full)], 'recording')}")
+    print(f"  the words                {_two_ways.difference(decode(full.tokens), decode(screened.tokens))}")
+    print(f"\nThe decoder is {_two_ways.summary([(screened, full)], 'recording')}")
     print(f"Run the bundle by hand, without torch:\n\n  offramp run {path} --audio {sound}\n")
 
 
