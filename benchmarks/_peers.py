@@ -14,7 +14,6 @@ from benchmarks._common import BUILD, Row, say, shown
 from benchmarks._workers import python
 
 T = TypeVar("T")
-PAUSE = 0.2  # seconds
 
 
 def row(
@@ -47,9 +46,17 @@ class Took(NamedTuple):
     total_ms: float
 
 
-def turns(count: int, *runs: Callable[[], T]) -> list[list[T]]:
-    """The answers of each, which take turns after one that warms up; the threads of the one before stop spinning."""
-    answers = [[(time.sleep(PAUSE), run())[1] for run in runs] for _ in range(count + 1)]
+def turns(count: int, *runs: Callable[[], T], pause: float = 0.0) -> list[list[T]]:
+    """The answers of each, which take turns after one that warms up.
+
+    ``pause`` seconds before each let the threads of another process stop spinning.
+    """
+    answers: list[list[T]] = []
+    for _ in range(count + 1):
+        answers.append([])
+        for run in runs:
+            time.sleep(pause)
+            answers[-1].append(run())
     return [list(found) for found in zip(*answers[1:], strict=True)]
 
 

@@ -41,6 +41,7 @@ CONTEXTS, NEW = (64, 1024), 128
 TEXTS, LENGTH = 2, 512  # of WikiText-2, for perplexity
 SENTENCES = 100  # to translate
 KEEP = 0.99
+PAUSE = 0.3  # seconds
 SCREENED = "insert-scores{stack=decoder,measure=prediction-screened},insert-cache"
 QUANTIZED = "one session, quantize_dynamic"
 DEED = ((2,), 5, 0.5)  # exits, the deepest block, the threshold: what `benchmarks.translation` chose
@@ -56,19 +57,32 @@ def language(count: int) -> Iterator[Row]:
     for precision in ("int4", "fp32"):
         options = {"segments": 6, "generation": zoo.generation("smollm2"), "files": files}
         path = saved("smollm2", precision, program, **options)
+        ways = [
+            functools.partial(_chains.chain, path),
+            functools.partial(_genai.genai, _genai.smollm2(precision), physical_cores()),
+        ]
+        firsts = turns(count, *(functools.partial(_first, way, ids[: CONTEXTS[0]]) for way in ways), pause=PAUSE)
         with contextlib.ExitStack() as opened:
-            own = opened.enter_context(_chains.chain(path))
-            other = opened.enter_context(_genai.genai(_genai.smollm2(precision), physical_cores()))
+            own, other = (opened.enter_context(way()) for way in ways)
             say(f"perplexity of {TEXTS} texts of {LENGTH} tokens, {precision}")
             quality = " / ".join(f"{_perplexity(worker, ids):.2f}" for worker in (own, other))
-            peer = f"onnxruntime-genai {other.loaded['version']}"
+            peer, told = f"onnxruntime-genai {other.loaded['version']}", f"perplexity {quality}"
+            first = ([statistics.median(firsts[0])], [statistics.median(firsts[1])])
+            yield row("SmolLM2, from the process to its first token", precision, peer, "ms", first, told)
             for context in CONTEXTS:
-                ours, theirs = turns(count, *_decoding((own, other), ids[:context]))
+                ours, theirs = turns(count, *_decoding((own, other), ids[:context]), pause=PAUSE)
                 prompt = ([_median(ours, "prefill_ms")], [_median(theirs, "prefill_ms")])
                 token = ([_median(ours, "mean_ms")], [_median(theirs, "mean_ms")])
-                told = f"perplexity {quality}"
                 yield row(f"SmolLM2, prompt of {context}", precision, peer, "ms", prompt, told)
                 yield row(f"SmolLM2, {NEW} after {context}", precision, peer, "tokens/s", token, told)
+
+
+def _first(way: Callable[[], Worker], prompt: Sequence[int]) -> float:
+    """Milliseconds from the start of a process to the first token."""
+    started = perf_counter()
+    with way() as worker:
+        worker.decode(prompt, 1)
+        return (perf_counter() - started) * 1e3
 
 
 def _perplexity(worker: Worker, ids: Sequence[int]) -> float:
@@ -106,7 +120,7 @@ def whisper(count: int) -> Iterator[Row]:
             heard = BUILD / "peers-clip.npy"
             np.save(heard, clip.features)
             runs = [functools.partial(worker.decode, generation["prompt"], None, heard) for worker in (own, other)]
-            for k, answers in enumerate(turns(count, *runs)):
+            for k, answers in enumerate(turns(count, *runs, pause=PAUSE)):
                 times[k].append(statistics.median(answer.total_ms for answer in answers))
                 wrong, said = speech.word_errors(words.decode(answers[0].tokens), str(clip.said))
                 errors[k] = [errors[k][0] + wrong, errors[k][1] + said]

@@ -8,8 +8,8 @@ scale of its own, an 8-bit product ``a`` is off by no more than::
 The first term is the weights' rounding (Cauchy and Schwarz), the second that of ``x``, by half a step. So classes whose
 upper bound is less than another one's lower bound are not the greatest, and the exact products of the others decide:
 the same class as by all of them, from a quarter of the bytes. (SVD-softmax, Shim et al., NeurIPS 2017, screens so
-without a bound.) Where a machine's kernel rounds in another way, an exact product lies outside of its bounds, and the
-answer is -1: nobody knows.
+without a bound.) The answer is -1, nobody knows, of a state that is no number or says little, so that too many may be
+the greatest, and where a machine's kernel rounds in another way, so that an exact product lies outside of its bounds.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from offramp.export.quantize import SCREENING, packed_rows
 
 _MICROSOFT = "com.microsoft"
 _LEAST = 1 << 19  # weights: below, screening takes longer than what it spares
+_MANY = 4096  # exact products of a run: beyond, all of them are quicker
 _ROUNDING = 2.0**-22  # of float32 for each term of a product, of the four that are compared
 _HALF = 2.0**-11  # of weights in float16, if they are stored so
 _RISING = ("Tanh", "Identity")  # these keep the greatest the greatest, as do products with a positive constant
@@ -85,7 +86,9 @@ def _head(argmax: ir.Node) -> Head | None:
         value, other = node.inputs[0], node.inputs[1] if len(node.inputs) > 1 else None
         if node.op_type == "MatMul" and other is not None and (turned := other.producer()) is not None:
             weight = turned.inputs[0] if turned.op_type == "Transpose" else None
-            return Head(argmax, value, weight, bias) if value is not None and _large(weight) else None
+            if value is None or not _large(weight) or not _of_classes(bias, weight):
+                return None
+            return Head(argmax, value, weight, bias)
         if bias is not None:
             return None  # of a product that is scaled before
         if node.op_type == "Add" and other is not None and other.is_initializer():
@@ -100,6 +103,14 @@ def _large(weight: ir.Value | None) -> TypeGuard[ir.Value]:
     if known is None or len(known.shape) != 2 or known.dtype != ir.DataType.FLOAT:
         return False
     return known.size >= _LEAST and known.shape.numpy()[1] % 16 == 0
+
+
+def _of_classes(bias: ir.Value | None, weight: ir.Value) -> bool:
+    """Whether a bias has a number for each class, if there is one."""
+    if bias is None:
+        return True
+    known, classes = bias.const_value, weight.const_value
+    return known is not None and classes is not None and known.size == classes.shape.numpy()[0]
 
 
 def _scaled(node: ir.Node, factor: ir.Value | None) -> bool:
@@ -137,7 +148,8 @@ def insert(model: ir.Model, head: Head, known: Mapping[str, ir.Value]) -> None:
         coarse = op("Add", coarse, head.bias)
     low = op("Sub", coarse, wrong)
     best = op("ReduceMax", low, sizes(1), keepdims=1)
-    places = op("Transpose", op("NonZero", op("GreaterOrEqual", op("Add", coarse, wrong), best)), perm=[1, 0])
+    every = op("Transpose", op("NonZero", op("GreaterOrEqual", op("Add", coarse, wrong), best)), perm=[1, 0])
+    places = op("Slice", every, sizes(0), sizes(_MANY), sizes(0))
     row, column = (op("Squeeze", op("Gather", places, sizes(axis), axis=1), sizes(1)) for axis in (0, 1))
     exact = op("Mul", op("Gather", x, row, axis=0), op("Gather", head.weight, column, axis=0))
     exact = op("ReduceSum", exact, sizes(1), keepdims=0)
@@ -145,7 +157,8 @@ def insert(model: ir.Model, head: Head, known: Mapping[str, ir.Value]) -> None:
         exact = op("Add", exact, op("Gather", op("Reshape", head.bias, sizes(-1)), column, axis=0))
     found = op("ArgMax", op("ScatterND", low, places, exact), axis=1, keepdims=0)
     off = op("Greater", op("Abs", op("Sub", exact, op("GatherND", coarse, places))), op("GatherND", wrong, places))
-    off = op("ReduceMax", op("Concat", op("Cast", off, to=int(ir.DataType.INT64)), sizes(0), axis=0), keepdims=1)
+    none, many = op("Reshape", op("IsNaN", best), sizes(-1)), op("Greater", op("Shape", every, end=1), sizes(_MANY))
+    off = op("ReduceMax", op("Cast", op("Concat", off, none, many, axis=0), to=int(ir.DataType.INT64)), keepdims=1)
     found = op("Where", op("Cast", off, to=int(ir.DataType.BOOL)), sizes(-1), found)
     made = op("Reshape", found, op("Shape", head.data, end=-1), allowzero=1)
     made.name, made.type, made.shape = head.argmax.outputs[0].name, head.argmax.outputs[0].type, None

@@ -183,6 +183,7 @@ OTHERS = {
     "scaled, then biased": LINEAR.replace(" m = ", " p = ") + "q = Mul (p, cap) m = Add (q, b) " + GREATEST,
     "turned round": LINEAR.replace(" m = ", " p = ") + "m = Mul (p, minus) " + GREATEST,
     "of each class its own": LINEAR.replace(" m = ", " p = ") + "m = Mul (p, b) " + GREATEST,
+    "of one number": LINEAR.replace(" m = ", " p = ") + "m = Add (p, cap) " + GREATEST,
     "along the tokens": LINEAR + "a = ArgMax <axis = 1, keepdims = 0> (m) y = Slice (a, b)",
     "the product is read": LINEAR + "z = Relu (m) " + GREATEST,
     "of a product": "t = Transpose <perm = [1, 0]> (x) m = MatMul (x, t) " + GREATEST,
@@ -244,6 +245,25 @@ def test_a_product_outside_of_its_bounds_is_no_answer(name: str) -> None:
     session = _inserted(_model(BODIES["plain"], arrays), arrays["w"], **{name: wrong[name]})
     x = np.random.default_rng(1).standard_normal((1, 1, 64)).astype(np.float32)
     assert session.run(None, {"x": x})[0].tolist() == [[-1]]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.usefixtures("screened")
+def test_a_state_that_is_no_number_has_no_answer(value: float) -> None:
+    arrays = _arrays()
+    session = _inserted(_model(BODIES["plain"], arrays), arrays["w"])
+    x = np.random.default_rng(1).standard_normal((1, 1, 64)).astype(np.float32)
+    x[..., 3] = value
+    assert session.run(None, {"x": x})[0].tolist() == [[-1]]
+
+
+def test_a_state_that_says_nothing_has_no_answer() -> None:
+    """All classes may be the greatest: their exact products would take more than the whole head."""
+    arrays = _arrays(classes=9000)
+    session = _inserted(_model(BODIES["plain"], arrays), arrays["w"])
+    x = np.zeros((1, 2, 64), np.float32)
+    assert session.run(None, {"x": x})[0].tolist() == [[-1, -1]]
+    assert session.run(None, {"x": x + 1})[0].min() >= 0
 
 
 # The pass
