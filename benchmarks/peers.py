@@ -55,7 +55,7 @@ def language(count: int) -> Iterator[Row]:
     ids = Tokenizer.from_file(str(files[0])).encode(text("test")[:20_000]).ids
     program = functools.cache(lambda: offramp.apply(offramp.capture(*zoo.load("smollm2")), SCREENED))
     for precision in ("int4", "fp32"):
-        options = {"segments": 6, "generation": zoo.generation("smollm2"), "files": files}
+        options = {"segments": 1, "generation": zoo.generation("smollm2"), "files": files}
         path = saved("smollm2", precision, program, **options)
         ways = [
             functools.partial(_chains.chain, path),

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from offramp.bundle.manifest import MANIFEST_FILE, Generation
 from offramp.bundle.preprocessing import Preprocessing
 from offramp.errors import ExportError
 from offramp.export.describe import Describer, Progress
-from offramp.export.encode import Precision, precisions
+from offramp.export.encode import Precision, precisions, screens
 from offramp.export.fewer_bits import in_fewer_bits
 from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
@@ -122,7 +123,7 @@ def save(
     directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
     writer = Writer(directory, lowered.graph_module)
     try:
-        describer = Describer(lowered, plan, writer, target, progress)
+        describer = Describer(lowered, plan, writer, target, progress, partial(screens, precision))
         provenance = _provenance(program, source, licence) | ({"learners": measured} if measured else {})
         manifest = describer.manifest(name or place.stem, provenance, policy)
         for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):

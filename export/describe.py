@@ -32,10 +32,19 @@ _ENCODING = "fp32"
 
 
 class Describer:
-    """Lowers the subgraphs of a plan through a writer, and says in manifest terms what they compute."""
+    """Lowers the subgraphs of a plan through a writer, and says in manifest terms what they compute.
+
+    ``screens`` says of a segment by its name whether the classes of `prediction-screened` are screened there.
+    """
 
     def __init__(
-        self, program: Program, plan: Plan, writer: Writer, target: Target, progress: Progress | None = None
+        self,
+        program: Program,
+        plan: Plan,
+        writer: Writer,
+        target: Target,
+        progress: Progress | None = None,
+        screens: Callable[[str], bool] = lambda segment: True,
     ) -> None:
         self.program, self.plan, self.writer, self.target = program, plan, writer, target
         self.progress = progress or (lambda name, done, total: None)
@@ -45,6 +54,7 @@ class Describer:
         self.unsaid: dict[str, str] = {}
         self.translations = Translations(target)
         self.returned = results(program.graph)
+        self.screens = screens
         self.screened = {self.returned[item.scores[SCREENED]] for item in program.exits if SCREENED in item.scores}
         self.names = {node: name for name, node in placeholders(program.graph).items()}
         for stack in program.stacks.values():
@@ -267,6 +277,7 @@ class Describer:
         self.progress(name, len(self.segments), self._total)
         translation = self.translations.of(subgraph)
         screened = [place for place, node in enumerate(translation.outputs) if node in self.screened]
+        screened = screened if self.screens(subgraph.name) else []
         file = self.writer.segment(translation, subgraph.name, _ENCODING, screened)
         renamed = renamed or {}
         inputs, outputs = {}, {}

@@ -44,6 +44,11 @@ def precision_of(precision: Precision, segment: str) -> str:
     return str(chosen)
 
 
+def screens(precision: Precision, segment: str) -> bool:
+    """Whether a segment's products have bits to spare: those of 8 or 4 bits are as quick as what would screen them."""
+    return precision != AUTO and precision_of(precision, segment) in ("fp32", "fp16")
+
+
 def precisions(precision: Precision) -> set[str]:
     """Those that it names; ExportError where there is no such one."""
     if precision == AUTO:

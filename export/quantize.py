@@ -22,7 +22,7 @@ from onnx import helper, numpy_helper
 _BLOCK = {4: 32, 8: 64}
 _MICROSOFT = "com.microsoft"
 _LEAST = 1024  # bytes: smaller arrays stay as they are
-#: How the names of nodes begin whose products have fewer bits in any encoding, with bounds that have to hold.
+#: How the names of nodes begin whose products have 8 bits in fp32 and fp16 too, with bounds that have to hold.
 SCREENING = "screen"
 
 
@@ -206,8 +206,7 @@ def _blocks(model: onnx.ModelProto, bits: int) -> onnx.ModelProto:
     config = DefaultWeightOnlyQuantConfig(
         block_size=_BLOCK[bits], is_symmetric=True, accuracy_level=4, op_types_to_quantize=("MatMul",), bits=bits
     )
-    bounds = [node.name for node in model.graph.node if _screens(node)]
-    quantizer = MatMulNBitsQuantizer(model, algo_config=config, nodes_to_exclude=bounds)
+    quantizer = MatMulNBitsQuantizer(model, algo_config=config)
     quantizer.process()
     made: onnx.ModelProto = quantizer.model.model
     return made
@@ -223,7 +222,6 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
             model,
             file,
             op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=[node.name for node in model.graph.node if _screens(node)],
             per_channel=True,
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from offramp.bundle import directory
-from offramp.bundle.manifest import Manifest, Stack, Value
+from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stack, Value
 from offramp.bundle.options import Sampling
 from offramp.bundle.precision import against_fp32
 from offramp.errors import InputError
@@ -60,9 +61,15 @@ def load(
         ExecutionError: a provider or a number of threads cannot be had.
     """
     started = perf_counter()
-    manifest, root = directory.read(path, verify=verify)
+    manifest, root = directory.read(path, verify=verify, later=(WEIGHTS_FILE,))
     log.info("read %s (%d files) in %.2f s", root, len(manifest.files), perf_counter() - started)
-    return Chain(manifest, root, providers, threads)
+    with ThreadPoolExecutor(1) as beside:  # ONNX Runtime copies weights, which are numbers alone, in the meantime
+        names = (WEIGHTS_FILE,) if verify else ()
+        weights = beside.submit(directory.verified, path, manifest, root, names)
+        try:
+            return Chain(manifest, root, providers, threads)
+        finally:
+            weights.result()
 
 
 class Chain:
