@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks are no part of the package
 common = pytest.importorskip("benchmarks._common")
 translate = pytest.importorskip("benchmarks._translate")
+growth = pytest.importorskip("benchmarks.growth")
 speech = pytest.importorskip("benchmarks.speech")
 workers = pytest.importorskip("benchmarks._workers")
 peers = pytest.importorskip("benchmarks._peers")
@@ -80,3 +83,35 @@ def test_a_peer_that_is_not_installed_is_named(capsys: pytest.CaptureFixture[str
     assert not peers.installed("no_such_engine")
     assert "no_such_engine is not installed: its rows are left out" in capsys.readouterr().err
     assert peers.installed("numpy")
+
+
+def cost(size: int, **totals: float) -> Any:
+    return growth.Cost(size, growth.Case(None, rows=size), {growth.STEP: totals["step"], growth.FIRST: totals["first"]})
+
+
+def test_slopes_are_between_neighbouring_sizes() -> None:
+    found = {"batch": [cost(1, step=2.0, first=4.0), cost(4, step=4.0, first=64.0), cost(8, step=8.0, first=64.0)]}
+    rows = list(growth.rows("batch", found["batch"]))
+    assert [row["slope"] for row in rows] == ["", 0.5, 1.0]
+    assert [row["tokens/s"] for row in rows] == [500, 1000, 1000]
+    assert [row["steepest"] for row in rows] == ["", "the prompt 2.00", "a step 1.00"]
+    assert growth.verdict(found) == "faster than linearly (slope above 1.1): the prompt from 1 to 4 rows (2.00)"
+    assert growth.verdict({"batch": found["batch"][1:]}).endswith(": nothing")
+    assert growth.sizes("256,64,64") == (64, 256)
+    assert growth.sizes("") == ()
+
+
+def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(growth, "BUILD", tmp_path)
+    monkeypatch.setattr(growth, "TURNS", 1)
+    small = growth.llama(2)
+    found = {
+        "context": growth.costs("context", {size: replace(small, context=size) for size in (4, 8)}),
+        "depth": growth.costs("depth", {2: small}),
+    }
+    (row,) = growth.rows("depth", found["depth"])
+    assert row["bundle MB a block"] == small.bundle / 2e6 > 1
+    assert all(row[column] > 0 for column in ("ms a step", "prompt, ms a token", "export s"))
+    growth.draw(found, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
