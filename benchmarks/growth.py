@@ -28,7 +28,8 @@ from offramp.cli import _figures
 
 CONTEXTS, BATCHES, DEPTHS = (64, 256, 1024, 2048, 4096), (1, 2, 4, 8, 16), (8, 16, 32, 64)
 UNITS = {"context": "tokens", "batch": "rows", "depth": "blocks"}
-PROMPT, NEW, TURNS = 64, 16, 5
+PROMPT, NEW = 64, 16
+TURNS, SECONDS = 5, 20  # at least, both
 SEGMENT = 8  # blocks
 STEEP = 1.1  # a slope that is more than noise
 STEP, FIRST, EXPORT, BUNDLE = "a step", "the prompt", "the export", "the bundle"
@@ -96,8 +97,15 @@ def took(case: Case) -> tuple[float, float]:
 
 
 def costs(axis: str, cases: Mapping[int, Case]) -> list[Cost]:
-    """Medians of turns in which every size has one; the first turn warms up."""
-    turns = [[took(case) for case in cases.values()] for _ in steps(range(TURNS + 1), f"turns of {axis}")][1:]
+    """Medians of turns in which every size has one; a turn before them warms up, and tells how many there will be."""
+
+    def turn() -> list[tuple[float, float]]:
+        return [took(case) for case in cases.values()]
+
+    begun = time.perf_counter()
+    turn()
+    count = max(TURNS, round(SECONDS / (time.perf_counter() - begun)))
+    turns = [turn() for _ in steps(range(count), f"turns of {axis}")]
     found = []
     for (size, case), taken in zip(cases.items(), zip(*turns, strict=True), strict=True):
         step, first = (statistics.median(times) for times in zip(*taken, strict=True))

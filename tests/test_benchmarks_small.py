@@ -105,6 +105,7 @@ def test_growth_is_measured_and_drawn(tmp_path: Path, monkeypatch: pytest.Monkey
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(growth, "BUILD", tmp_path)
     monkeypatch.setattr(growth, "TURNS", 1)
+    monkeypatch.setattr(growth, "SECONDS", 0)
     small = growth.llama(2)
     found = {
         "context": growth.costs("context", {size: replace(small, context=size) for size in (4, 8)}),
