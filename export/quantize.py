@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 #: Weights that share a scale, by bits: a scale for 32 weights of 8 bits would be an eighth of them.
 _BLOCK = {4: 32, 8: 64}
@@ -24,6 +25,7 @@ _MICROSOFT = "com.microsoft"
 _LEAST = 1024  # bytes: smaller arrays stay as they are
 #: How the names of nodes begin whose products have 8 bits in fp32 and fp16 too, with bounds that have to hold.
 SCREENING = "screen"
+_PARTS = ("Split", "Slice")  # operators that take a part of a weight: nn.MultiheadAttention has three in one
 
 
 def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) -> onnx.ModelProto:
@@ -40,7 +42,7 @@ def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) ->
     if encoding == "fp16":
         return _halves(model)
     with _quiet():
-        model = _folded(_tables(_products(model), tables))
+        model = _folded(_tables(_products(_folded(model, _PARTS)), tables), (*_PARTS, "Transpose"))
         return _dynamic(model) if encoding == "int8-dynamic" else _blocks(model, 4 if encoding == "int4" else 8)
 
 
@@ -79,7 +81,8 @@ def _is_table(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
 def _halves(model: onnx.ModelProto) -> onnx.ModelProto:
     """Weights of half the bytes: ONNX Runtime makes them whole at load, and rows of tables once they are gathered."""
     graph = model.graph
-    weights = {item.name: item for item in graph.initializer}
+    returned = {item.name for item in graph.output}  # of which a weight may be one
+    weights = {item.name: item for item in graph.initializer if item.name not in returned}
     halves = dict[str, str]()
     bounds = {name for node in graph.node if _screens(node) and node.op_type != "Gather" for name in node.input}
     for item in [item for item in weights.values() if item.name not in bounds]:
@@ -229,17 +232,20 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
         return onnx.load(file)
 
 
-def _folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model, whose products read their weights as they are: a quantizer sees no weight behind a transposition."""
+def _folded(model: onnx.ModelProto, kinds: Collection[str]) -> onnx.ModelProto:
+    """The model with what these operators make of weights as weights: a quantizer sees none behind an operator."""
     graph = model.graph
     weights = {item.name: item for item in graph.initializer}
     made = {item.name for item in graph.output}
     for node in list(graph.node):
-        if node.op_type == "Transpose" and node.input[0] in weights and node.output[0] not in made:
-            order = next((list(item.ints) for item in node.attribute if item.name == "perm"), None)
-            turned = np.transpose(numpy_helper.to_array(weights[node.input[0]]), order)
-            graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned), node.output[0]))
-            graph.node.remove(node)
+        known = node.op_type in kinds and all(name in weights for name in node.input)
+        if not known or not made.isdisjoint(node.output):
+            continue
+        arrays = {name: numpy_helper.to_array(weights[name]) for name in node.input}
+        for name, array in zip(node.output, ReferenceEvaluator(node).run(None, arrays), strict=True):
+            weights[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            graph.initializer.append(weights[name])
+        graph.node.remove(node)
     return _without_unread(model)
 
 

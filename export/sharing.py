@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 from torch import fx
 
@@ -11,7 +13,9 @@ from offramp.export.dataflow import Dataflow
 from offramp.export.lowering.merged_products import merged
 from offramp.export.requests import Request
 from offramp.export.subgraph import made_by
-from offramp.program.graph import ancestors, expression, is_symint, is_tensor, read_by, shape, symbols
+from offramp.program.graph import ancestors, aten, expression, is_symint, is_tensor, read_by, shape, symbols
+
+_PARTS = (operator.getitem, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.slice.Tensor)
 
 
 def shared_values(flow: Dataflow, requests: Iterable[Request]) -> set[fx.Node]:
@@ -24,7 +28,14 @@ def shared_values(flow: Dataflow, requests: Iterable[Request]) -> set[fx.Node]:
         shared = {node for node in shared if node not in chunked or counts[node] > 1}
         shared -= {node for node in shared if node in chunked and _cheap(flow, node)}
     shared = {node for node in shared if flow.level[node] is not None and is_tensor(node)}
-    return {node for node in shared if not merged(node) and not _trivial(flow, node)}
+    return {node for node in shared if not merged(node) and not _part(node) and not _trivial(flow, node)}
+
+
+def _part(node: Any) -> bool:
+    """Whether a value is a part of a weight, which is a weight to a product where it is made, and only there."""
+    while node.op == "call_function" and node.target in _PARTS and len(node.all_input_nodes) == 1:
+        node = node.args[0]
+    return bool(node.op == "get_attr")
 
 
 def _cheap(flow: Dataflow, node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from offramp.check import check
 from offramp.errors import BundleError, ExportError, InputError
 from offramp.export.agreement import Bounds, changed
 from offramp.export.automatic import chosen
+from offramp.export.quantize import quantized
 from offramp.passes import apply
 from offramp.runtime.result import Result
 
@@ -49,6 +50,20 @@ class Tied(Wide):
     def forward(self, ids: Tensor) -> Tensor:
         mask = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
         return nn.functional.linear(self.encoder(self.embed(ids), mask, is_causal=True), self.embed.weight)
+
+
+class Crossed(Wide):
+    """A decoder that attends to the encoder, by a weight of which queries take one part, keys and values the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(WIDE, 4, 4 * WIDE, batch_first=True, dropout=0.0)
+        self.decoder = nn.TransformerDecoder(layer, 2)
+
+    def forward(self, ids: Tensor, words: Tensor) -> Tensor:  # type: ignore[override]
+        mask = nn.Transformer.generate_square_subsequent_mask(words.shape[1])
+        x = self.decoder(self.embed(words), self.encoder(self.embed(ids)), mask, tgt_is_causal=True)
+        return self.head(x)  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +164,21 @@ def test_halves_are_whole_once_they_are_loaded(decoder: tiny.Captured, tmp_path:
     )
 
 
+@pytest.mark.parametrize("encoding", ["fp16", "int4", "int8", "int8-dynamic"])
+def test_a_weight_that_a_segment_gives_stays_as_it_is(encoding: str) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 23]> g (float[N, 64] x) => (float[N, 64] y, float[64, 64] w)'
+        "<float[64, 64] w, float[64, 64] v> { y = MatMul(x, v) }"
+    )
+    made = np.random.default_rng(0).normal(0, 0.1, (2, 64, 64)).astype(np.float32)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(made[i], name) for i, name in enumerate("wv"))
+    session = onnxruntime.InferenceSession(quantized(model, encoding, ()).SerializeToString())
+    found, given = session.run(None, {"x": np.ones((2, 64), np.float32)})
+    assert np.array_equal(given, made[0])
+    assert np.abs(found - made[1].sum(0)).max() < 0.3
+
+
 def test_auto_takes_what_is_fastest_within_the_bound(program: offramp.Program, tmp_path: Path) -> None:
     samples = [{"ids": np.random.default_rng(0).integers(500, size=(8, 12))}]
     figures = offramp.save(program, tmp_path / "m.offramp", "auto", samples=samples, loss=0.02)
@@ -216,6 +246,16 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     (table,) = (found for found in readers.values() if "GatherBlockQuantized" in dict(found))
     # one product, since each session packs its own copy of it
     assert sorted(kind for kind, _ in table) == ["GatherBlockQuantized", "MatMulNBits"]
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_parts_of_a_weight_are_encoded(precision: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = {"ids": torch.randint(500, (2, 12)), "words": torch.randint(500, (2, 9))}
+    made = apply(offramp.capture(Crossed().eval(), inputs), "insert-cache")
+    figures = offramp.save(made, tmp_path / "m.offramp", precision, loss=1)
+    assert 0 < figures["encoding"] < 0.2
+    assert not {"MatMul", "Gemm", "Split"} & operators(tmp_path / "m.offramp")
 
 
 def test_thresholds_are_of_one_precision(program: offramp.Program, tmp_path: Path) -> None:

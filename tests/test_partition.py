@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import decoders
 import pytest
 import tiny
 import torch
@@ -222,6 +223,17 @@ def test_a_bias_of_the_first_block_that_all_use_is_made_before_the_stack() -> No
     (bias,) = set.intersection(*({*block.inputs} for block in blocks))
     assert made_by(plan, bias) == ["before-encoder"]
     assert_computes(program, plan, inputs)
+
+
+def test_a_part_of_a_weight_is_a_weight_where_it_is_used() -> None:
+    module, inputs = decoders.REQUIRED["torch_transformer"]()
+    program = apply(capture(module, inputs), "insert-cache")
+    plan = partition(program)
+    splits = {node for node in program.graph.nodes if node.target is aten.split_with_sizes.default}
+    parts = {user for node in splits for user in node.users if node.args[0].op == "get_attr"}
+    assert len(parts) == 16  # of four blocks queries' weight and bias, and those of keys and values
+    assert not any(parts & {*piece.inputs, *piece.outputs} for piece in pieces(plan))
+    assert {len(parts & {*block.nodes}) for _, block in plan.stacks[1].blocks} == {2}
 
 
 def test_tied_weights_stay_tied(decoder: tiny.Captured) -> None:
