@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -38,15 +39,18 @@ def bed(name: str) -> Any:
 def row(name: str, report: check.Report) -> str:
     """One line of the table."""
     if not report.ok:
-        return f"| {name} | no | {report.stage}: {(report.reason or '').split(';')[0][:110]} | | | | |"
+        return f"| {name} | no | {report.stage}: {(report.reason or '').split(';')[0][:110]} | | | | | |"
     stacks = ", ".join(f"{stack.name} {stack.blocks}{' (cached)' if stack.cached else ''}" for stack in report.stacks)
     errors = [report.max_error[key] for key in ("chain", "exits", "cache", "other_shapes")]
     shown = " | ".join("" if error is None else f"{error:.0e}" for error in errors)
-    return f"| {name} | yes | {stacks} | {shown} |"
+    same = report.agreement.get("answers")
+    encoded = f"{report.max_error['precision']:.3f}" + ("" if same is None else f", {same:.1%}")
+    return f"| {name} | yes | {stacks} | {shown} | {encoded} |"
 
 
 HEAD = (
-    "| model | works | stacks and their blocks | chain | exits | cache | other shapes |\n|---|---|---|---|---|---|---|"
+    "| model | works | stacks and their blocks | chain | exits | cache | other shapes | int8: loss, same answers |\n"
+    "|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -98,7 +102,8 @@ def main() -> None:
     print(HEAD)
     for name in named or required:
         model = models[name]
-        report = check.check(model) if isinstance(model, str) else check.check(*model(), name=name)
+        module, inputs = (model, None) if isinstance(model, str) else model()
+        report = check.check(module, inputs, name=name, precision="int8", loss=math.inf)
         lines.append(row(name, report))
         print(lines[-1], flush=True)
     if not named:
