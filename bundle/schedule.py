@@ -154,7 +154,7 @@ def _branch(manifest: Manifest, stack: Stack, exit_: Exit, outputs: Mapping[str,
     segments = _making([manifest.segments[name] for name in exit_.segments], wanted)
     made = {value for segment in segments for value in segment.outputs.values()}
     free = frozenset(measure for measure, value in exit_.scores.items() if value not in made)
-    pick = next((measure for measure in (SCREENED, PICK) if measure in free), None)
+    pick = next((measure for measure in (SCREENED, PICK) if measure in free and ends), None)
     return Branch(
         exit_.after,
         tuple(segment.name for segment in segments),
@@ -164,7 +164,7 @@ def _branch(manifest: Manifest, stack: Stack, exit_: Exit, outputs: Mapping[str,
         free,
         full=exit_.after == stack.blocks,
         ends=ends,
-        pick=exit_.scores[pick] if pick and ends else None,
+        pick=exit_.scores[pick] if pick else None,
         exact=pick == SCREENED,
     )
 

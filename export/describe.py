@@ -276,8 +276,8 @@ class Describer:
             return name
         self.progress(name, len(self.segments), self._total)
         translation = self.translations.of(subgraph)
-        screened = [place for place, node in enumerate(translation.outputs) if node in self.screened]
-        screened = screened if self.screens(subgraph.name) else []
+        found = self.screened if self.screens(subgraph.name) else ()
+        screened = [place for place, node in enumerate(translation.outputs) if node in found]
         file = self.writer.segment(translation, subgraph.name, _ENCODING, screened)
         renamed = renamed or {}
         inputs, outputs = {}, {}

@@ -48,7 +48,7 @@ def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) ->
 
 def encoding_of(model: onnx.ModelProto) -> str:
     """What a model's weights are: where `quantized` found nothing of a kind, another than it was asked for."""
-    own = [node for node in model.graph.node if not _screens(node)]
+    own = [node for node in model.graph.node if not _of_screening(node)]
     kinds = {node.op_type for node in own}
     if "MatMulInteger" in kinds:
         return "int8-dynamic"
@@ -59,7 +59,7 @@ def encoding_of(model: onnx.ModelProto) -> str:
     return "int4" if 4 in bits else "int8"
 
 
-def _screens(node: onnx.NodeProto) -> bool:
+def _of_screening(node: onnx.NodeProto) -> bool:
     return bool(node.name.startswith(SCREENING))
 
 
@@ -84,7 +84,7 @@ def _halves(model: onnx.ModelProto) -> onnx.ModelProto:
     returned = {item.name for item in graph.output}  # of which a weight may be one
     weights = {item.name: item for item in graph.initializer if item.name not in returned}
     halves = dict[str, str]()
-    bounds = {name for node in graph.node if _screens(node) and node.op_type != "Gather" for name in node.input}
+    bounds = {name for node in graph.node if _of_screening(node) and node.op_type != "Gather" for name in node.input}
     for item in [item for item in weights.values() if item.name not in bounds]:
         if item.data_type == onnx.TensorProto.FLOAT and 4 * np.prod(item.dims) >= _LEAST:
             array = numpy_helper.to_array(item)

@@ -103,10 +103,10 @@ class Writer:
         """Screen the classes of the model's heads; what that knows of a weight is made once."""
         weights = {f"w{i}": parts[0] for i, parts in enumerate(tensors)}
         for head in heads(outputs):
-            weight = weights[str(head.weight.name)].detach().cpu()
+            weight = weights[str(head.weight.name)]
             key = storage_key(weight)
             if key not in self._screens:
-                self._screens[key] = Screen.of(weight.numpy())
+                self._screens[key] = Screen.of(weight.detach().cpu().numpy())
             known = {}
             for item in fields(Screen):
                 array = torch.from_numpy(getattr(self._screens[key], item.name))

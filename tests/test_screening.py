@@ -375,8 +375,11 @@ def test_greedy_generation_runs_no_other_head(talker: tuple[Program, offramp.Cha
 
 def test_whoever_needs_logits_gets_them(talker: tuple[Program, offramp.Chain]) -> None:
     chain, never = talker[1], offramp.Never()
-    for options in ({"temperature": 1.0}, {"beams": 2}, {"processors": (lambda tokens, logits: logits,)}):
-        assert True in _tails(chain, never, PROMPTS[:1], **options) if "beams" not in options else True
+    as_they_are = (lambda tokens, logits: logits,)
+    for options in ({"temperature": 1.0}, {"processors": as_they_are}):
+        assert True in _tails(chain, never, PROMPTS[:1], **options)
+    beams = _said(chain, never, PROMPTS, beams=2)
+    assert beams == _said(chain, never, PROMPTS, beams=2, processors=as_they_are)
     said = _said(chain, never, PROMPTS[:1])[0]
     assert True in _tails(chain, never, PROMPTS[:1], suppress=said)
     assert not set(said) & set(_said(chain, never, PROMPTS[:1], suppress=said)[0])
