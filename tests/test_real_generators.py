@@ -94,9 +94,7 @@ def test_the_demo_of_speech(speech_demo: tuple[str, Path]) -> None:
     found, _ = speech_demo
     assert "ever failed. No matter. Try again." in found
     assert "the same text" in found
-    short = re.search(r"for 19 tokens, (\d+) of them from the 10,000", found)
-    assert short is not None
-    assert int(short[1]) > 19 / 2
+    assert "for 19 tokens, 19 of them proven the best of 51,865" in found
     assert re.search(r"The decoder is \S+x as fast as full depth", found)
 
 
