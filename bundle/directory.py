@@ -14,11 +14,11 @@ from offramp.bundle.manifest import MANIFEST_FILE, File, Manifest
 from offramp.errors import BundleError
 
 
-def read(path: str | os.PathLike[str], *, verify: bool = True, later: Collection[str] = ()) -> tuple[Manifest, Path]:
+def read(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Manifest, Path]:
     """The checked manifest of the bundle in directory ``path``, and that directory with its links resolved.
 
     Files that the manifest does not list are not looked at. ``verify=False`` leaves out the sha256 of the
-    files (about 0.6 s per GB) and keeps all other checks; files in ``later`` are for `verified`.
+    files (about 0.6 s per GB) and keeps all other checks.
 
     Raises:
         BundleError: there is no bundle; its manifest is wrong or too new; a file has an unsafe name, is a
@@ -38,7 +38,7 @@ def read(path: str | os.PathLike[str], *, verify: bool = True, later: Collection
     problems = [text for name, file in manifest.files.items() if (text := _wrong(root, name, file))]
     _usable(path, problems)
     if verify:
-        verified(path, manifest, root, manifest.files.keys() - set(later))
+        verified(path, manifest, root, manifest.files)
     return manifest, root
 
 

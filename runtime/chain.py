@@ -40,6 +40,8 @@ from offramp.runtime.result import Result
 
 log = logging.getLogger(__name__)
 
+_LARGE = 1 << 24  # bytes of weights: fewer are verified before a thread has started
+
 
 def load(
     path: str | os.PathLike[str],
@@ -61,11 +63,15 @@ def load(
         ExecutionError: a provider or a number of threads cannot be had.
     """
     started = perf_counter()
-    manifest, root = directory.read(path, verify=verify, later=(WEIGHTS_FILE,))
+    manifest, root = directory.read(path, verify=False)
+    unverified = set(manifest.files if verify else ())
+    large = {name for name in unverified if name == WEIGHTS_FILE and manifest.files[name].bytes >= _LARGE}
+    directory.verified(path, manifest, root, unverified - large)
     log.info("read %s (%d files) in %.2f s", root, len(manifest.files), perf_counter() - started)
+    if not large:
+        return Chain(manifest, root, providers, threads)
     with ThreadPoolExecutor(1) as beside:  # ONNX Runtime copies weights, which are numbers alone, in the meantime
-        names = (WEIGHTS_FILE,) if verify else ()
-        weights = beside.submit(directory.verified, path, manifest, root, names)
+        weights = beside.submit(directory.verified, path, manifest, root, large)
         try:
             return Chain(manifest, root, providers, threads)
         finally:

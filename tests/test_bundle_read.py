@@ -18,6 +18,7 @@ import offramp
 from offramp.bundle import directory
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.errors import BundleError
+from offramp.runtime import chain
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,19 @@ def test_an_altered_file(root: Path) -> None:
     (root / "weights.bin").write_bytes(data)
     assert "weights.bin was altered: sha256" in _refused(root)
     offramp.load(root, verify=False)
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_an_altered_file_of_many_weights(root: Path, monkeypatch: pytest.MonkeyPatch, opens: bool) -> None:
+    """They are verified while sessions open, and whatever goes wrong there, the file is what is named."""
+    monkeypatch.setattr(chain, "_LARGE", 1)
+    offramp.load(root)
+    data = bytearray((root / "weights.bin").read_bytes())
+    data[5] ^= 1
+    (root / "weights.bin").write_bytes(data)
+    threads = None if opens else 0
+    with pytest.raises(BundleError, match=r"weights\.bin was altered: sha256"):
+        offramp.load(root, threads=threads)
 
 
 @pytest.mark.parametrize(
