@@ -1,4 +1,4 @@
-"""Write the table of docs/architectures.md: ``python docs/works.py`` (about eight minutes on two cores).
+"""Write the table of docs/architectures.md: ``python docs/works.py`` (about two and a half minutes on one core).
 
 ``python docs/works.py --all`` prints a table of every architecture of tests/architectures.py and tests/decoders.py
 (three quarters of an hour), and ``python docs/works.py NAME ...`` one of those named.
