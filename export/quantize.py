@@ -25,7 +25,8 @@ _MICROSOFT = "com.microsoft"
 _LEAST = 1024  # bytes: smaller arrays stay as they are
 #: How the names of nodes begin whose products have 8 bits in fp32 and fp16 too, with bounds that have to hold.
 SCREENING = "screen"
-_PARTS = ("Split", "Slice")  # operators that take a part of a weight: nn.MultiheadAttention has three in one
+#: Operators that take a part of a weight: of ``nn.MultiheadAttention``, which has three in one, or of stacked experts.
+_PARTS = ("Split", "Slice", "Gather")
 
 
 def quantized(model: onnx.ModelProto, encoding: str, tables: Collection[str]) -> onnx.ModelProto:
@@ -239,7 +240,8 @@ def _folded(model: onnx.ModelProto, kinds: Collection[str]) -> onnx.ModelProto:
     made = {item.name for item in graph.output}
     for node in list(graph.node):
         known = node.op_type in kinds and all(name in weights for name in node.input)
-        if not known or not made.isdisjoint(node.output):
+        rows = known and node.op_type == "Gather" and len(weights[node.input[1]].dims) > 0  # of a table
+        if not known or rows or not made.isdisjoint(node.output):
             continue
         arrays = {name: numpy_helper.to_array(weights[name]) for name in node.input}
         for name, array in zip(node.output, ReferenceEvaluator(node).run(None, arrays), strict=True):

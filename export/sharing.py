@@ -15,7 +15,18 @@ from offramp.export.requests import Request
 from offramp.export.subgraph import made_by
 from offramp.program.graph import ancestors, aten, expression, is_symint, is_tensor, read_by, shape, symbols
 
-_PARTS = (operator.getitem, aten.split_with_sizes.default, aten.split.Tensor, aten.chunk.default, aten.slice.Tensor)
+#: What takes a part of a weight, or turns it round.
+_VIEWS = (
+    operator.getitem,
+    aten.split_with_sizes.default,
+    aten.split.Tensor,
+    aten.chunk.default,
+    aten.slice.Tensor,
+    aten.select.int,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+)
 
 
 def shared_values(flow: Dataflow, requests: Iterable[Request]) -> set[fx.Node]:
@@ -28,12 +39,12 @@ def shared_values(flow: Dataflow, requests: Iterable[Request]) -> set[fx.Node]:
         shared = {node for node in shared if node not in chunked or counts[node] > 1}
         shared -= {node for node in shared if node in chunked and _cheap(flow, node)}
     shared = {node for node in shared if flow.level[node] is not None and is_tensor(node)}
-    return {node for node in shared if not merged(node) and not _part(node) and not _trivial(flow, node)}
+    return {node for node in shared if not merged(node) and not _of_weight(node) and not _trivial(flow, node)}
 
 
-def _part(node: Any) -> bool:
-    """Whether a value is a part of a weight, which is a weight to a product where it is made, and only there."""
-    while node.op == "call_function" and node.target in _PARTS and len(node.all_input_nodes) == 1:
+def _of_weight(node: Any) -> bool:
+    """Whether a value is a part of a weight, or one turned round: to a product it is a weight only where it is made."""
+    while node.op == "call_function" and node.target in _VIEWS and len(node.all_input_nodes) == 1:
         node = node.args[0]
     return bool(node.op == "get_attr")
 

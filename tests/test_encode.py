@@ -179,6 +179,29 @@ def test_a_weight_that_a_segment_gives_stays_as_it_is(encoding: str) -> None:
     assert np.abs(found - made[1].sum(0)).max() < 0.3
 
 
+@pytest.mark.parametrize("encoding", ["int4", "int8", "int8-dynamic"])
+def test_what_is_made_of_a_weight_is_one(encoding: str) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 23]> g (float[N, 64] x) => (float[N, 64] y)'
+        "<int64 one = {1}, int64[1] from = {64}, int64[1] to = {128}, int64[1] axis = {0}, int64[2] sizes = {64, 64},"
+        "float[128, 64] u, float[128, 64] v, float[2, 64, 64] w>"
+        "{ a, b = Split<axis = 0>(u, sizes) c = Transpose<perm = [1, 0]>(b) d = MatMul(x, c)"
+        "e = Slice(v, from, to, axis) f = Gemm<transB = 1>(d, e) h = Gather<axis = 0>(w, one) y = MatMul(f, h) }"
+    )
+    random = np.random.default_rng(0)
+    kept = [item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT64]
+    shapes = {"u": (128, 64), "v": (128, 64), "w": (2, 64, 64)}
+    made = {name: random.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend([*kept, *(onnx.numpy_helper.from_array(made[name], name) for name in made)])
+    x = random.normal(0, 1, (5, 64)).astype(np.float32)
+    (wanted,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    model = quantized(model, encoding, ())
+    assert not {"MatMul", "Gemm", "Split", "Slice", "Gather"} & {node.op_type for node in model.graph.node}
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
+    assert 0 < np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)) < 0.3
+
+
 def test_auto_takes_what_is_fastest_within_the_bound(program: offramp.Program, tmp_path: Path) -> None:
     samples = [{"ids": np.random.default_rng(0).integers(500, size=(8, 12))}]
     figures = offramp.save(program, tmp_path / "m.offramp", "auto", samples=samples, loss=0.02)

@@ -236,6 +236,15 @@ def test_a_part_of_a_weight_is_a_weight_where_it_is_used() -> None:
     assert {len(parts & {*block.nodes}) for _, block in plan.stacks[1].blocks} == {2}
 
 
+def test_a_weight_that_is_turned_round_is_one_where_it_is_used() -> None:
+    program = apply(capture(*decoders.OTHERS["falcon"]()), "insert-cache")  # x @ weight.T
+    turned = {node for node in program.graph.nodes if node.target is aten.permute.default}
+    turned = {node for node in turned if node.args[0].op == "get_attr"}
+    plan = partition(program)
+    assert not any(turned & {*piece.inputs, *piece.outputs} for piece in pieces(plan))
+    assert {len(turned & {*block.nodes}) for _, block in plan.stacks[0].blocks} == {4}
+
+
 def test_tied_weights_stay_tied(decoder: tiny.Captured) -> None:
     plan = partition(decoder.program)
     assert weights(plan.before[0]) & weights(*plan.tails) == {"words.weight"}
