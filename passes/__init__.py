@@ -8,6 +8,7 @@ from offramp.passes.insert_adapter import InsertAdapter
 from offramp.passes.insert_cache import InsertCache
 from offramp.passes.insert_exits import InsertExits
 from offramp.passes.insert_scores import InsertScores
+from offramp.passes.remove_exits import RemoveExits
 from offramp.passes.split_modalities import SplitModalities
 from offramp.passes.truncate import Truncate
 
@@ -20,6 +21,7 @@ __all__ = [
     "InsertScores",
     "Pass",
     "PassResult",
+    "RemoveExits",
     "SplitModalities",
     "Truncate",
     "apply",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         InsertCache,
         InsertExits,
         InsertScores,
+        RemoveExits,
         Truncate,
         apply,
     )
@@ -80,6 +81,7 @@ __all__ = [
     "Patience",
     "Policy",
     "Program",
+    "RemoveExits",
     "Result",
     "Sampling",
     "ShallowDeep",
@@ -104,6 +106,7 @@ _NAMES = {
         "InsertCache",
         "InsertExits",
         "InsertScores",
+        "RemoveExits",
         "Truncate",
         "apply",
     ),
