@@ -38,7 +38,7 @@ from offramp.runtime.engine.sessions import session_options
 from offramp.zoo.translator import BEGIN
 
 CONTEXTS, NEW = (64, 1024), 128
-TEXTS, LENGTH = 2, 512  # of WikiText-2, for perplexity
+TEXTS, LENGTH = 24, 512  # of WikiText-2, for perplexity
 SENTENCES = 100  # to translate
 KEEP = 0.99
 PAUSE = 0.3  # seconds
@@ -52,7 +52,7 @@ def language(count: int) -> Iterator[Row]:
     if not installed(_genai.PACKAGE):
         return
     files = zoo.tokenizer_files("smollm2")
-    ids = Tokenizer.from_file(str(files[0])).encode(text("test")[:20_000]).ids
+    ids = Tokenizer.from_file(str(files[0])).encode(text("test")[:120_000]).ids
     program = functools.cache(lambda: offramp.apply(offramp.capture(*zoo.load("smollm2")), SCREENED))
     for precision in ("int4", "fp32"):
         options = {"segments": 1, "generation": zoo.generation("smollm2"), "files": files}

@@ -66,7 +66,8 @@ def save(
             (encoders, models without caches); "int4", in blocks (tables of words, and heads that are tied to them, in
             8 bits); one for each pattern of segments, ``{"decoder.*": "int4"}``, and fp32 for the others; or "auto",
             for each segment what is fastest on this machine within ``loss`` and ``agreement``.
-        samples: inputs on which an encoded bundle is compared with the one in fp32; the captured ones if left out.
+        samples: inputs on which an encoded bundle is compared with the one in fp32, and which say how large the
+            features are that weights of 4 bits meet; the captured ones if left out. What the model is for is best.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
             values; if left out .05, and .3 where something is int4.
         agreement: the share of answers (the greatest of several classes), and of exits taken, that are to be the same

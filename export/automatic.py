@@ -14,10 +14,11 @@ from offramp.bundle.manifest import Manifest
 from offramp.bundle.precision import ERROR
 from offramp.export.agreement import Bounds, answers, changed, ways
 from offramp.export.encode import encoded, run_together
+from offramp.export.ranges import Sizes
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.sessions import open_sessions
 from offramp.runtime.policies.base import Policy
-from offramp.runtime.result import Timing
+from offramp.runtime.result import Result, Timing
 
 _ROUNDS, _STEPS = 5, 4
 _CLOSE = 1.05  # times that clocks do not tell apart: the smaller file is taken
@@ -32,6 +33,8 @@ def automatic(
     directory: Path,
     samples: Sequence[Mapping[str, Any]],
     bounds: Bounds,
+    sizes: Sizes,
+    before: Sequence[Result],
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The encoding of each file, and what was measured, by file.
 
@@ -44,6 +47,8 @@ def automatic(
         directory: where that is.
         samples: inputs on which outputs are compared.
         bounds: what is to be kept.
+        sizes: of the inputs of products.
+        before: what the bundle in fp32 answers.
     """
     names = list(dict.fromkeys(segment.file for segment in manifest.segments.values()))
     chunked = {item.file for name, item in manifest.segments.items() if name not in run_together(manifest)}
@@ -53,7 +58,9 @@ def automatic(
         for encoding in _SIZES[:-1]:
             place = Path(folder) / encoding
             place.mkdir()
-            made = encoded(manifest, directory, place, dict.fromkeys(names, encoding), encoding).segments.values()
+            made = encoded(
+                manifest, directory, place, dict.fromkeys(names, encoding), encoding, sizes
+            ).segments.values()
             sessions[encoding] = open_sessions(place, names, None, None)
             for name in dict.fromkeys(item.file for item in made if item.encoding == encoding):
                 if encoding != "int8-dynamic" or name not in chunked:  # where a token's range would be its prompt's
@@ -64,7 +71,6 @@ def automatic(
             return Chain(manifest, directory, _sessions=mixed)
 
         times = _times({encoding: chain(dict.fromkeys(names, encoding)) for encoding in sessions}, samples[0])
-        before = answers(chain({}), samples)
 
         def lost(encodings: Mapping[str, str]) -> dict[str, float]:
             return changed(before, answers(chain(encodings), samples))

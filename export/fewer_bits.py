@@ -13,6 +13,7 @@ from offramp.bundle.manifest import Manifest
 from offramp.export.agreement import Bounds, answers, changed
 from offramp.export.automatic import automatic
 from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
+from offramp.export.ranges import observed
 from offramp.runtime.chain import Chain
 
 #: How far outputs may be from fp32 where nobody says so, of their scale; and where something is int4.
@@ -43,14 +44,15 @@ def in_fewer_bits(
     bounds = Bounds(loss if loss is not None else LOSS_INT4 if "int4" in precisions(precision) else LOSS, agreement)
     made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
     try:
+        sizes, before = observed(manifest, directory, samples)
         if precision == AUTO:
-            wanted, about = automatic(manifest, directory, samples, bounds)
+            wanted, about = automatic(manifest, directory, samples, bounds, sizes, before)
             called = f"auto ({', '.join(sorted(set(wanted.values())))})"
             manifest = replace(manifest, provenance={**manifest.provenance, "precision": about})
         else:
             wanted, called = encodings_of(manifest, precision), shown(precision)
-        found = encoded(manifest, directory, made, wanted, called)
-        figures = changed(answers(Chain(manifest, directory), samples), answers(Chain(found, made), samples))
+        found = encoded(manifest, directory, made, wanted, called, sizes)
+        figures = changed(before, answers(Chain(found, made), samples))
         found = replace(found, validation={**manifest.validation, **figures})
         bounds.check(found)
     except BaseException:

@@ -1,0 +1,134 @@
+"""The ranges of weights of 4 bits: errors count by how large the features are that they meet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+import offramp
+from offramp.export.quantize import quantized
+from offramp.export.ranges import Ranges, limits, within
+
+FEATURES, WIDE = 256, 64
+
+
+def _product(weight: NDArray[np.float32], extra: str = "") -> onnx.ModelProto:
+    features, count = weight.shape
+    model = onnx.parser.parse_model(
+        f'<ir_version: 10, opset_import: ["": 23]> g (float[N, {features}] x) => (float[N, {count}] y)'
+        f"<float[{features}, {count}] w> {{ y = MatMul(x, w) {extra} }}"
+    )
+    del model.graph.initializer[:]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    return model
+
+
+def _run(model: onnx.ModelProto, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    (found,) = onnxruntime.InferenceSession(model.SerializeToString()).run(["y"], {"x": x})
+    return np.asarray(found, np.float32)
+
+
+def _inputs(random: np.random.Generator, rows: int = 64) -> NDArray[np.float32]:
+    """Features of very different sizes, as transformers have them."""
+    sizes = np.exp(random.normal(0, 1.5, FEATURES))
+    return (random.normal(0, 1, (rows, FEATURES)) * sizes).astype(np.float32)
+
+
+def _weight(random: np.random.Generator) -> NDArray[np.float32]:
+    return random.standard_t(4, (FEATURES, WIDE)).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_products_are_nearer(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    x, weight = _inputs(random), _weight(random)
+    other = x[32:]  # than those that the ranges are chosen by
+    ranges = Ranges({"f": {"x": np.square(x[:32]).sum(0)}}).of("f")
+    errors = []
+    for chosen in (None, ranges):
+        found = _run(quantized(_product(weight), "int4", (), chosen), other)
+        errors.append(float(np.square(found - other @ weight).sum()))
+    assert errors[1] < 0.8 * errors[0]
+
+
+@given(seed=st.integers(0, 1000), features=st.sampled_from([16, 96, 128, 200, 256]))
+def test_a_range_is_what_the_quantizer_takes(seed: int, features: int) -> None:
+    """Of 16 steps from the greatest weight that is left; and no weight crosses zero, or leaves its range."""
+    random = np.random.default_rng(seed)
+    weight = random.standard_t(3, (features, 8)).astype(np.float32)
+    ends = limits(weight, np.abs(random.normal(1, 1, features)).astype(np.float32), 128)
+    found = within(weight, ends, 128)
+    assert found.shape == weight.shape
+    assert np.all(np.sign(found) == np.sign(weight))
+    blocks = range(0, features, 128)
+    assert ends.shape == (8, len(blocks))
+    for place, start in enumerate(blocks):
+        own, kept = weight[start : start + 128], found[start : start + 128]
+        greatest = np.abs(own).max(0)
+        assert np.all((ends[:, place] <= greatest) & (ends[:, place] >= 0.49 * greatest))
+        np.testing.assert_array_equal(np.abs(kept).max(0), ends[:, place])
+        inside = np.abs(own) <= 0.87 * ends[:, place]
+        np.testing.assert_array_equal(kept[inside], own[inside])
+
+
+def test_a_weight_that_others_read_too_stays() -> None:
+    random = np.random.default_rng(0)
+    weight, x = _weight(random), _inputs(random, 4)
+    model = _product(weight, "z = Identity(w)")
+    model.graph.output.append(onnx.helper.make_empty_tensor_value_info("z"))
+    made = quantized(model, "int4", (), Ranges({"f": {"x": np.square(x).sum(0)}}).of("f"))
+    (z,) = onnxruntime.InferenceSession(made.SerializeToString()).run(["z"], {"x": x})
+    np.testing.assert_array_equal(z, weight)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"x": np.zeros(FEATURES)}, {"x": np.full(FEATURES, np.nan)}, {"x": np.ones(3)}])
+def test_without_sizes_a_range_is_the_blocks_own(sizes: dict[str, NDArray[np.float32]]) -> None:
+    weight = _weight(np.random.default_rng(0))
+    assert Ranges({"f": sizes}).of("f")("x", weight, 128) is weight
+
+
+def test_the_same_weights_stay_one_array() -> None:
+    random = np.random.default_rng(0)
+    weight = _weight(random)
+    ranges = Ranges({name: {"x": np.square(_inputs(random)).sum(0)} for name in ("a", "b")})
+    np.testing.assert_array_equal(ranges.of("a")("x", weight, 128), ranges.of("b")("x", weight.copy(), 128))
+
+
+class Steep(nn.Module):
+    """Two blocks whose features are of very different sizes, and some of whose weights are large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, FEATURES)
+        layer = nn.TransformerEncoderLayer(FEATURES, 4, 2 * FEATURES, batch_first=True, dropout=0.0, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(FEATURES, 3)
+        with torch.no_grad():
+            for name, weight in self.encoder.named_parameters():
+                if "norm" in name and "weight" in name:
+                    weight.copy_(torch.exp(torch.randn(FEATURES)))
+                elif weight.ndim == 2:
+                    weight.copy_(0.03 * torch.distributions.StudentT(3.0).sample(weight.shape))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(ids)).mean(1))  # type: ignore[no-any-return]
+
+
+def test_a_bundle_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearer to fp32 than by the greatest weights alone; nothing else is left in the directory."""
+    torch.manual_seed(0)
+    program = offramp.capture(Steep().eval(), {"ids": torch.randint(50, (2, 9))})
+    samples = [{"ids": np.random.default_rng(0).integers(50, size=(8, 20))}]
+    found = offramp.save(program, tmp_path / "a.offramp", "int4", samples=samples, loss=1)["encoding"]
+    assert not [path.name for path in (tmp_path / "a.offramp").iterdir() if "observed" in path.name]
+    monkeypatch.setattr(Ranges, "of", lambda self, file: None)
+    assert found < 0.9 * offramp.save(program, tmp_path / "b.offramp", "int4", samples=samples, loss=1)["encoding"]
