@@ -164,7 +164,8 @@ class Verify(ShallowDeep):
 
     The exit ``after`` so many blocks writes drafts while its score is above ``threshold``, at most ``drafts`` of them;
     then the deeper blocks run on all at once. Full depth's token takes the place of the first draft that differs, and
-    what follows that is forgotten. Greedy tokens are those of full depth; drawn ones have its distribution. It is the
+    what follows that is forgotten. Greedy tokens are those of full depth, near ties aside where weights have fewer bits
+    (several tokens at once are rounded otherwise than one by one); drawn ones have its distribution. It is the
     self-speculation of LayerSkip (arXiv 2404.16710) and Kangaroo (2404.18911); drafts that are drawn are checked as in
     2211.17192, sec. 2.3.
 
