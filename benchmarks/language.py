@@ -9,6 +9,7 @@ run of those above it over all of them.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -139,7 +140,7 @@ def rounds_of(policy: Verify, stack: Stack, runs: Sequence[Run], full: Sequence[
         "after": policy.after,
         "threshold": policy.threshold,
         "drafts a round": drafts,
-        "of them kept": (tokens / checks - 1) / drafts,
+        "of them kept": (tokens / checks - 1) / drafts if drafts else math.nan,
         "ms up to the exit": below_ms / below,
         "ms above it, once a round": above_ms / checks,
         "ms a token at full depth": whole,
@@ -195,8 +196,8 @@ def main() -> None:
             ]
         )
     title = f"SmolLM2-135M, {PROMPTS} prompts of {WORDS} words, {NEW} new tokens, greedy, {args.precision}"
-    report("language", title, spread(measured))
-    report("language_verify", f"a round of Verify: {title}", spread(verified))
+    report(f"language_{args.precision}", title, spread(measured))
+    report(f"language_{args.precision}_verify", f"a round of Verify: {title}", spread(verified))
 
 
 if __name__ == "__main__":

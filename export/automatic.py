@@ -14,7 +14,7 @@ from offramp.bundle.manifest import Manifest
 from offramp.bundle.precision import ERROR
 from offramp.export.agreement import Bounds, answers, changed, ways
 from offramp.export.encode import encoded, run_together
-from offramp.export.ranges import Sizes
+from offramp.export.ranges import Ranges
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.sessions import open_sessions
 from offramp.runtime.policies.base import Policy
@@ -33,7 +33,7 @@ def automatic(
     directory: Path,
     samples: Sequence[Mapping[str, Any]],
     bounds: Bounds,
-    sizes: Sizes,
+    ranges: Ranges,
     before: Sequence[Result],
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The encoding of each file, and what was measured, by file.
@@ -47,7 +47,7 @@ def automatic(
         directory: where that is.
         samples: inputs on which outputs are compared.
         bounds: what is to be kept.
-        sizes: of the inputs of products.
+        ranges: of weights of 4 bits.
         before: what the bundle in fp32 answers.
     """
     names = list(dict.fromkeys(segment.file for segment in manifest.segments.values()))
@@ -59,7 +59,7 @@ def automatic(
             place = Path(folder) / encoding
             place.mkdir()
             made = encoded(
-                manifest, directory, place, dict.fromkeys(names, encoding), encoding, sizes
+                manifest, directory, place, dict.fromkeys(names, encoding), encoding, ranges
             ).segments.values()
             sessions[encoding] = open_sessions(place, names, None, None)
             for name in dict.fromkeys(item.file for item in made if item.encoding == encoding):

@@ -16,7 +16,7 @@ from onnx import external_data_helper, numpy_helper
 from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
 from offramp.export.quantize import encoding_of, gathered, quantized
-from offramp.export.ranges import Ranges, Sizes
+from offramp.export.ranges import Ranges
 from offramp.export.write import ALIGNMENT, hashed
 
 #: A precision of all segments, or of those whose names match a pattern; the first that matches counts.
@@ -84,7 +84,7 @@ def encodings_of(manifest: Manifest, precision: Precision) -> dict[str, str]:
 
 
 def encoded(
-    manifest: Manifest, source: Path, target: Path, wanted: Mapping[str, str], called: str, sizes: Sizes
+    manifest: Manifest, source: Path, target: Path, wanted: Mapping[str, str], called: str, ranges: Ranges
 ) -> Manifest:
     """Write the segments of the bundle at ``source`` to ``target``, with its weights encoded; the manifest of that.
 
@@ -97,10 +97,9 @@ def encoded(
         wanted: the encoding of each file. One that has nothing for it gets what there is: a head that is tied to a
             table has 8 bits where 4 were wanted.
         called: what the manifest calls that.
-        sizes: of the inputs of products, by which weights of 4 bits get their ranges.
+        ranges: of weights of 4 bits.
     """
     tables = _Tables(source, (file for file, encoding in wanted.items() if encoding != "fp32"))
-    ranges = Ranges(sizes)
     with (target / WEIGHTS_FILE).open("wb") as weights:
         writer = _Weights(weights)
         made = dict[str, str]()

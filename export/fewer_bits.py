@@ -13,7 +13,8 @@ from offramp.bundle.manifest import Manifest
 from offramp.export.agreement import Bounds, answers, changed
 from offramp.export.automatic import automatic
 from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
-from offramp.export.ranges import observed
+from offramp.export.observe import observed
+from offramp.export.ranges import Ranges
 from offramp.runtime.chain import Chain
 
 #: How far outputs may be from fp32 where nobody says so, of their scale; and where something is int4.
@@ -44,14 +45,16 @@ def in_fewer_bits(
     bounds = Bounds(loss if loss is not None else LOSS_INT4 if "int4" in precisions(precision) else LOSS, agreement)
     made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
     try:
-        sizes, before = observed(manifest, directory, samples)
+        before = answers(Chain(manifest, directory), samples)
+        four = not precisions(precision).isdisjoint(("int4", AUTO))
+        ranges = Ranges(observed(manifest, directory, samples) if four else {})
         if precision == AUTO:
-            wanted, about = automatic(manifest, directory, samples, bounds, sizes, before)
+            wanted, about = automatic(manifest, directory, samples, bounds, ranges, before)
             called = f"auto ({', '.join(sorted(set(wanted.values())))})"
             manifest = replace(manifest, provenance={**manifest.provenance, "precision": about})
         else:
             wanted, called = encodings_of(manifest, precision), shown(precision)
-        found = encoded(manifest, directory, made, wanted, called, sizes)
+        found = encoded(manifest, directory, made, wanted, called, ranges)
         figures = changed(before, answers(Chain(found, made), samples))
         found = replace(found, validation={**manifest.validation, **figures})
         bounds.check(found)

@@ -28,7 +28,7 @@ _LEAST = 1024  # bytes: smaller arrays stay as they are
 #: How the names of nodes begin whose products have 8 bits in fp32 and fp16 too, with bounds that have to hold.
 SCREENING = "screen"
 #: Operators that take a part of a weight: of ``nn.MultiheadAttention``, which has three in one, or of stacked experts.
-_PARTS = ("Split", "Slice", "Gather")
+PARTS = ("Split", "Slice", "Gather")
 
 
 def quantized(
@@ -48,7 +48,7 @@ def quantized(
     if encoding == "fp16":
         return _halves(model)
     with _quiet():
-        model = _folded(_tables(_products(_folded(model, _PARTS)), tables), (*_PARTS, "Transpose"))
+        model = _folded(_tables(_products(_folded(model, PARTS)), tables), (*PARTS, "Transpose"))
         if encoding == "int8-dynamic":
             return _dynamic(model)
         if encoding == "int4" and within is not None:
@@ -214,11 +214,14 @@ def packed_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[
 
 def _into_ranges(model: onnx.ModelProto, within: Within) -> None:
     """Bring the weights that products alone read into the ranges that 4 bits have for them."""
-    readers: dict[str, list[onnx.NodeProto]] = {item.name: [] for item in model.graph.initializer}
+    returned = {item.name for item in model.graph.output}
+    readers: dict[str, list[onnx.NodeProto]] = {
+        item.name: [] for item in model.graph.initializer if item.name not in returned
+    }
     for node in model.graph.node:
         for name in set(node.input) & readers.keys():
             readers[name].append(node)
-    for item in model.graph.initializer:
+    for item in [item for item in model.graph.initializer if item.name in readers]:
         products = [node for node in readers[item.name] if node.op_type == "MatMul" and node.input[1] == item.name]
         if len(item.dims) == 2 and products and len(products) == len(readers[item.name]):
             weight = within(products[0].input[0], numpy_helper.to_array(item), _BLOCK[4])
@@ -267,7 +270,7 @@ def _folded(model: onnx.ModelProto, kinds: Collection[str]) -> onnx.ModelProto:
             continue
         arrays = {name: numpy_helper.to_array(weights[name]) for name in node.input}
         for name, array in zip(node.output, ReferenceEvaluator(node).run(None, arrays), strict=True):
-            weights[name] = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            weights[name] = numpy_helper.from_array(np.asarray(array, order="C"), name)
             graph.initializer.append(weights[name])
         graph.node.remove(node)
     return _without_unread(model)

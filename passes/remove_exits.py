@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from offramp.bundle.measures import OF_OWN_HEAD
 from offramp.errors import PassError
 from offramp.passes.infra.contract import Pass, PassResult, blocks_named, stack_named
 from offramp.passes.infra.editor import Editor
 from offramp.program.exit import Exit
+from offramp.program.graph import results
 from offramp.program.program import Program
+from offramp.program.record import Record
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,6 +22,9 @@ class RemoveExits(Pass):
 
     ``h2 -> state -> tail' -> encoder.2/logits``  goes; a bundle has no end of a segment there: each costs some time at
     every run, left or not.
+
+    With the last early exit go the scores of full depth that nobody can ask for then: all but those of short and
+    screened heads.
 
     Options: ``stack`` (may be left out where there is one); ``after``, counts of blocks or "all".
 
@@ -39,16 +46,28 @@ class RemoveExits(Pass):
         """Drop the exits' records and outputs, and what nothing else reads."""
         gone = self._exits(program)
         known = {item.after for item in gone}
-        named = blocks_named(program, stack_named(program, self.stack), self.after) if self.after != "all" else ()
-        notes = [f"there is no exit after block {after}" for after in named if after not in known]
+        asked = blocks_named(program, stack_named(program, self.stack), self.after) if self.after != "all" else ()
+        notes = [f"there is no exit after block {after}" for after in asked if after not in known]
         if not gone:
             return PassResult(program, notes=tuple(notes or ["there is no exit"]))
-        records = tuple(item for item in program.records if item not in gone)
-        kept = {*program.outputs}.union(*(item.graph_outputs for item in records))
+        records = tuple(kept for item in program.records if (kept := self._kept(program, item, gone)) is not None)
+        named = {*program.outputs}.union(*(item.graph_outputs for item in records))
         editor = Editor(program, repr(self))
-        editor.returns({}, dropped={key for item in gone for key in item.graph_outputs} - kept)
+        editor.returns({}, dropped=results(editor.graph).keys() - named)
         editor.drop_dead(keep={name for item in records for name in item.pinned_nodes})
         return editor.finish(tuple(notes), records=records)
+
+    def _kept(self, program: Program, item: Record, gone: Sequence[Exit]) -> Record | None:
+        """A record without the exits that go; of full depth behind the last of them what can still be asked for."""
+        if item in gone or not isinstance(item, Exit) or item.stack != gone[0].stack:
+            return None if item in gone else item
+        blocks = program.stacks[item.stack].blocks
+        if item.after < blocks or any(
+            other.after < blocks and other not in gone for other in program.exits_of(item.stack)
+        ):
+            return item
+        scores = {measure: key for measure, key in item.scores.items() if measure in OF_OWN_HEAD}
+        return replace(item, scores=scores) if scores else None
 
     def _exits(self, program: Program) -> list[Exit]:
         name = stack_named(program, self.stack)

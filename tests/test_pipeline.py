@@ -25,6 +25,7 @@ from offramp.passes import (
     InsertScores,
     Pass,
     PassResult,
+    RemoveExits,
     SplitModalities,
     Truncate,
     apply,
@@ -68,6 +69,7 @@ _passes: dict[type[Pass], st.SearchStrategy[Pass]] = {
         _after,
         st.none() | st.sampled_from(["logits", "output", "deep.list.0"]),
     ),
+    RemoveExits: st.builds(RemoveExits, _stacks, _after),
     Truncate: st.builds(Truncate, _stacks, st.integers(1, 60)),
 }
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import offramp
+from offramp.export.observe import observed
 from offramp.export.quantize import quantized
 from offramp.export.ranges import Ranges, limits, within
 
@@ -103,6 +104,14 @@ def test_the_same_weights_stay_one_array() -> None:
     np.testing.assert_array_equal(ranges.of("a")("x", weight, 128), ranges.of("b")("x", weight.copy(), 128))
 
 
+def test_ranges_are_of_a_shape() -> None:
+    """Weights of the same bytes, all zero, are not the same ones."""
+    sizes = {"x": np.ones(256, np.float32), "y": np.ones(64, np.float32)}
+    ranges = Ranges({"f": sizes}).of("f")
+    for name, shape in (("x", (256, 64)), ("y", (64, 256))):
+        assert ranges(name, np.zeros(shape, np.float32), 128).shape == shape
+
+
 class Steep(nn.Module):
     """Two blocks whose features are of very different sizes, and some of whose weights are large."""
 
@@ -124,11 +133,56 @@ class Steep(nn.Module):
 
 
 def test_a_bundle_has_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nearer to fp32 than by the greatest weights alone; nothing else is left in the directory."""
+    """Nearer to fp32 than by the greatest weights alone."""
     torch.manual_seed(0)
     program = offramp.capture(Steep().eval(), {"ids": torch.randint(50, (2, 9))})
     samples = [{"ids": np.random.default_rng(0).integers(50, size=(8, 20))}]
     found = offramp.save(program, tmp_path / "a.offramp", "int4", samples=samples, loss=1)["encoding"]
-    assert not [path.name for path in (tmp_path / "a.offramp").iterdir() if "observed" in path.name]
     monkeypatch.setattr(Ranges, "of", lambda self, file: None)
     assert found < 0.9 * offramp.save(program, tmp_path / "b.offramp", "int4", samples=samples, loss=1)["encoding"]
+
+
+class Eager(nn.Module):
+    """Blocks whose attention is written out: its products are of two states, as many wide as there are tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 64)
+        self.blocks = nn.ModuleList(nn.ModuleDict({k: nn.Linear(64, 64) for k in "qkvo"}) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            q, k, v = (block[name](x) for name in "qkv")  # type: ignore[index]
+            x = x + block["o"]((q @ k.mT / 8).softmax(-1) @ v)  # type: ignore[index]
+        return x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8", "auto"])
+def test_samples_of_several_lengths(tmp_path: Path, precision: str) -> None:
+    torch.manual_seed(0)
+    program = offramp.capture(Eager().eval(), {"ids": torch.randint(50, (2, 9))})
+    samples = [{"ids": np.random.default_rng(0).integers(50, size=(2, count))} for count in (12, 20)]
+    offramp.save(program, tmp_path / "m.offramp", precision, samples=samples, loss=1)
+    assert offramp.load(tmp_path / "m.offramp").run(samples[0]).outputs
+
+
+def test_what_products_of_weights_read(tmp_path: Path) -> None:
+    """Sums of squares, of features alone, and the directory is as it was, also where a bundle does not run."""
+    torch.manual_seed(0)
+    model = Eager().eval()
+    program = offramp.capture(model, {"ids": torch.randint(50, (2, 9))})
+    offramp.save(program, tmp_path / "m.offramp")
+    chain, files = offramp.load(tmp_path / "m.offramp"), sorted((tmp_path / "m.offramp").iterdir())
+    ids = np.random.default_rng(0).integers(50, size=(3, 7))
+    found = observed(chain.manifest, tmp_path / "m.offramp", [{"ids": ids}, {"ids": ids[:, :5]}])
+    assert {sums.shape for each in found.values() for sums in each.values()} == {(64,)}
+    with torch.no_grad():
+        x = [model.embed(torch.from_numpy(some)).reshape(-1, 64) for some in (ids, ids[:, :5])]
+    expected = sum(part.square().sum(0) for part in x)
+    first = found[chain.manifest.segments["encoder.1"].file]
+    assert any(np.allclose(sums, expected, rtol=1e-4) for sums in first.values())
+    assert len(first) == 2
+    with pytest.raises(offramp.OfframpError):
+        observed(chain.manifest, tmp_path / "m.offramp", [{"ids": ids.astype(np.float32)}])
+    assert sorted((tmp_path / "m.offramp").iterdir()) == files

@@ -58,6 +58,14 @@ def test_exits_of_one_stack_of_two(two_stacks: tiny.Captured) -> None:
     tiny.assert_same(before, found, 0, 0)
 
 
+def test_without_exits_nothing_scores(encoder: tiny.Captured) -> None:
+    program = apply(encoder.program, f"insert-exits,{SCORED},remove-exits{{after=1|2}}")
+    assert program.exits[-1].after == tiny.BLOCKS
+    program = apply(program, "remove-exits")
+    assert program.exits == ()
+    assert tiny.outputs(program.module, encoder.inputs).keys() == {"logits"}
+
+
 def test_full_depth_keeps_what_it_scores(decoder: tiny.Captured) -> None:
     scores = f"insert-scores{{measure=top1-short|prediction-short,ids=1|2|3,after=2|{tiny.BLOCKS}}}"
     program = apply(decoder.program, f"insert-exits{{after=2}},{scores},remove-exits")
