@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -176,7 +175,7 @@ def main() -> None:
         files=zoo.tokenizer_files("smollm2"),
     )
     chain = offramp.load(bundle)
-    asked = prompts(Tokenizer.from_file(str(Path(bundle) / "tokenizer.json")))
+    asked = prompts(Tokenizer.from_file(str(bundle / "tokenizer.json")))
     every = ways(SHORT if short else TOP1)
     decoded(chain, asked[0], every["full depth"])  # warms up
     measured, verified = [], []

@@ -22,18 +22,18 @@ _OBSERVED = "observed-"
 
 def observed(manifest: Manifest, directory: Path, samples: Sequence[Mapping[str, Any]]) -> Sizes:
     """Of every product of a weight, where the bundle at ``directory`` runs samples; padding counts as what it is."""
-    files = list(dict.fromkeys(segment.file for segment in manifest.segments.values()))
+    copies = {segment.file: f"{_OBSERVED}{segment.file}" for segment in manifest.segments.values()}
     named = {}
     try:
-        for file in files:
+        for file, copy in copies.items():
             model = onnx.load(directory / file, load_external_data=False)
             named[file] = _with_squares(model)
-            (directory / f"{_OBSERVED}{file}").write_bytes(model.SerializeToString())
-        sessions = open_sessions(directory, [f"{_OBSERVED}{file}" for file in files], None, None)
+            (directory / copy).write_bytes(model.SerializeToString())
+        sessions = open_sessions(directory, copies.values(), None, None)
     finally:
-        for file in files:
-            (directory / f"{_OBSERVED}{file}").unlink(missing_ok=True)
-    observing = {file: _Observing(sessions[f"{_OBSERVED}{file}"], named[file]) for file in files}
+        for copy in copies.values():
+            (directory / copy).unlink(missing_ok=True)
+    observing = {file: _Observing(sessions[copy], named[file]) for file, copy in copies.items()}
     answers(Chain(manifest, directory, _sessions=observing), samples)
     return {file: session.sums for file, session in observing.items()}
 
@@ -67,8 +67,7 @@ class _Observing:
     """A session that adds up what it gives beside the outputs that are asked for."""
 
     def __init__(self, session: Any, named: Mapping[str, str]) -> None:
-        self._session, self._named = session, list(named.values())
-        self._values = list(named)
+        self._session, self._named = session, named
         self.sums: dict[str, Array] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +75,7 @@ class _Observing:
 
     def run(self, wanted: Sequence[str], given: Mapping[str, Any], options: Any = None) -> list[Any]:
         """As the session's own."""
-        found = self._session.run([*wanted, *self._named], given, options)
-        for name, squares in zip(self._values, found[len(wanted) :], strict=True):
+        found = self._session.run([*wanted, *self._named.values()], given, options)
+        for name, squares in zip(self._named, found[len(wanted) :], strict=True):
             self.sums[name] = self.sums.get(name, np.float32(0)) + squares
         return list(found[: len(wanted)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -13,7 +12,6 @@ from offramp.passes.infra.editor import Editor
 from offramp.program.exit import Exit
 from offramp.program.graph import results
 from offramp.program.program import Program
-from offramp.program.record import Record
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,30 +42,21 @@ class RemoveExits(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Drop the exits' records and outputs, and what nothing else reads."""
+        name = stack_named(program, self.stack)
         gone = self._exits(program)
-        known = {item.after for item in gone}
-        asked = blocks_named(program, stack_named(program, self.stack), self.after) if self.after != "all" else ()
-        notes = [f"there is no exit after block {after}" for after in asked if after not in known]
+        lacking = set(blocks_named(program, name, self.after)) - {item.after for item in gone}
+        notes = [f"there is no exit after block {after}" for after in sorted(lacking) if self.after != "all"]
         if not gone:
             return PassResult(program, notes=tuple(notes or ["there is no exit"]))
-        records = tuple(kept for item in program.records if (kept := self._kept(program, item, gone)) is not None)
+        full = program.exit_after(name, program.stacks[name].blocks)
+        alone = all(item is full or item in gone for item in program.exits_of(name))
+        kept = (_of_own_head(full) if alone and item is full else item for item in program.records if item not in gone)
+        records = tuple(item for item in kept if item is not None)
         named = {*program.outputs}.union(*(item.graph_outputs for item in records))
         editor = Editor(program, repr(self))
         editor.returns({}, dropped=results(editor.graph).keys() - named)
         editor.drop_dead(keep={name for item in records for name in item.pinned_nodes})
         return editor.finish(tuple(notes), records=records)
-
-    def _kept(self, program: Program, item: Record, gone: Sequence[Exit]) -> Record | None:
-        """A record without the exits that go; of full depth behind the last of them what can still be asked for."""
-        if item in gone or not isinstance(item, Exit) or item.stack != gone[0].stack:
-            return None if item in gone else item
-        blocks = program.stacks[item.stack].blocks
-        if item.after < blocks or any(
-            other.after < blocks and other not in gone for other in program.exits_of(item.stack)
-        ):
-            return item
-        scores = {measure: key for measure, key in item.scores.items() if measure in OF_OWN_HEAD}
-        return replace(item, scores=scores) if scores else None
 
     def _exits(self, program: Program) -> list[Exit]:
         name = stack_named(program, self.stack)
@@ -78,3 +67,9 @@ class RemoveExits(Pass):
         """None of them is left."""
         if left := self._exits(result.program):
             raise PassError(f"{self!r} left the exits after {[item.after for item in left]}")
+
+
+def _of_own_head(full: Exit) -> Exit | None:
+    """Full depth with the scores that can be asked for where there is no early exit; None without any."""
+    scores = {measure: key for measure, key in full.scores.items() if measure in OF_OWN_HEAD}
+    return replace(full, scores=scores) if scores else None

@@ -51,7 +51,8 @@ def test_text_finds_a_pass_of_another_package() -> None:
     assert parse(repr(found)) == [found]
     with pytest.raises(
         SpecError,
-        match=r"unknown pass 'mark'; there are .*, insert-scores, mark-block, remove-exits, split-modalities, tr",
+        match=r"unknown pass 'mark'; there are .*, insert-scores, mark-block, remove-exits, "
+        r"split-modalities, truncate",
     ):
         parse("mark")
 
