@@ -15,6 +15,8 @@ from offramp.bundle.manifest import (
     DTYPES,
     ENCODINGS,
     FORMS,
+    FREELY,
+    STEPS,
     WIDTH,
     Cache,
     Exit,
@@ -24,6 +26,7 @@ from offramp.bundle.manifest import (
     Segment,
     Stack,
     Value,
+    in_steps,
 )
 from offramp.bundle.measures import MEASURES, measure_named
 from offramp.bundle.options import OPTIONS, read
@@ -40,6 +43,7 @@ def problems_of(manifest: Manifest) -> list[str]:
         *_references(manifest),
         *_learners(manifest),
         *_groups(manifest),
+        *_steps(manifest),
         *(text for stack in manifest.stacks.values() for text in _stack(stack)),
         *generation_problems(manifest.generation),
         *preprocessing_problems(manifest.preprocessing),
@@ -251,6 +255,7 @@ def _references(manifest: Manifest) -> Iterator[str]:
 def _segments_of(stack: Stack) -> Iterator[str]:
     for part in stack.parts:
         yield from part.segments
+        yield from [part.steps] if part.steps else ()
     for exit_ in stack.exits:
         yield from exit_.segments
 
@@ -268,6 +273,27 @@ def _stack(stack: Stack) -> Iterator[str]:
     loose = {exit_.after for exit_ in stack.exits} - {part.depth for part in stack.parts}
     if loose:
         yield f"stacks.{stack.name}.exits: no part ends at depth {', '.join(map(str, sorted(loose)))}"
+
+
+def _steps(manifest: Manifest) -> Iterator[str]:
+    """A part's ``steps`` take what the part takes, and give what it gives."""
+    for name, stack in manifest.stacks.items():
+        for i, part in enumerate(stack.parts):
+            segments = [manifest.segments.get(each or "") for each in (*part.segments, part.steps)]
+            if part.steps is None or None in segments:
+                continue
+            one, several = segments[0], segments[-1]
+            assert one is not None
+            assert several is not None
+            where = f"stacks.{name}.parts[{i}].steps: {part.steps!r}"
+            if manifest.cache is None or len(part.segments) != 1 or part.depth not in {e.after for e in stack.exits}:
+                yield f"{where} is for a part of one segment, with an exit behind it, of a bundle with caches"
+                continue
+            buffers = set(manifest.cache.buffers.values())
+            made = {value if value in buffers else in_steps(value) for value in one.outputs.values()}
+            needed = {*one.inputs.values(), STEPS, FREELY}
+            if missing := sorted((needed - {*several.inputs.values()}) | (made - {*several.outputs.values()})):
+                yield f"{where} has nothing for {', '.join(missing)}"
 
 
 def _kind(manifest: Manifest, name: str) -> tuple[object, ...]:

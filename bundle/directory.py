@@ -13,6 +13,8 @@ from offramp.bundle.json_text import from_json
 from offramp.bundle.manifest import MANIFEST_FILE, File, Manifest
 from offramp.errors import BundleError
 
+_MAPPED = 1 << 25  # bytes of a file that are hashed in one call
+
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Manifest, Path]:
     """The checked manifest of the bundle in directory ``path``, and that directory with its links resolved.
@@ -95,6 +97,14 @@ def _altered(path: Path, file: File) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    """In one call, during which other threads run, even while ONNX Runtime keeps Python's lock for itself."""
-    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    """In few calls, during which other threads run, even while ONNX Runtime keeps Python's lock for itself.
+
+    What a call reads counts as the process's memory until it is unmapped.
+    """
+    found, size = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as stream:
+        for start in range(0, size, _MAPPED):
+            length = min(_MAPPED, size - start)
+            with mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start) as content:
+                found.update(content)
+    return found.hexdigest()

@@ -22,11 +22,14 @@ from offramp.bundle.measures import PICK
 from offramp.bundle.preprocessing import Preprocessing
 
 FORMAT = "offramp"
-VERSION = 8
+VERSION = 9
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 #: The value that says which share of its learners a token is to take on average, float32 [1].
 WIDTH = "learners_width"
+#: Values of the segments in `Part.steps`: of how many tokens at most they make the next one, int64 []; and whether a
+#: token is followed by another without a look at it, bool [ids], the last of which stands for none (-1).
+STEPS, FREELY = "steps", "steps/freely"
 
 #: How learners run: all, and those that are not taken count for nothing, or each on the tokens that take it.
 FORMS = ("dense", "grouped")
@@ -41,6 +44,16 @@ DTYPES: Mapping[str, str] = {
     "float64": "tensor(double)",
     **{f"{sign}int{bits}": f"tensor({sign}int{bits})" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+
+
+def least_of(measure: str) -> str:
+    """The value that says what tokens have to score for a segment in `Part.steps` to go on, float32 []."""
+    return f"steps/least/{measure}"
+
+
+def in_steps(value: str) -> str:
+    """The value of a segment in `Part.steps` that holds another value of each of its tokens, [tokens, ...]."""
+    return f"steps/{value}"
 
 
 @dataclass(frozen=True)
@@ -121,12 +134,15 @@ class Learners:
 class Part:
     """Segments of a stack that run without a place to leave between; ``depth`` blocks are done.
 
-    ``output`` is the value of the hidden state then, which the next part reads.
+    ``output`` is the value of the hidden state then, which the next part reads. ``steps`` is a segment that runs the
+    part for one token of one row after another, each the one that the exit behind it picks, while this scores at least
+    `least_of` of each measure; its outputs have an axis of those tokens in front.
     """
 
     depth: int
     segments: tuple[str, ...]
     output: str
+    steps: str | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from offramp.export.fewer_bits import in_fewer_bits
 from offramp.export.forms import fastest
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
+from offramp.export.multistep import with_steps
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
 from offramp.export.validation import given, validate
@@ -137,6 +138,7 @@ def save(
             taken = samples or [given(program, program.example_inputs)]
             manifest = in_fewer_bits(manifest, directory, precision, taken, loss, agreement)
             figures = dict(manifest.validation)
+        manifest = with_steps(manifest, directory, given(program, program.example_inputs))
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)

@@ -226,6 +226,18 @@ def test_progress_bars_of_transformers_are_as_before_afterwards(tmp_path: Path) 
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
+def test_progress_bars_of_transformers_are_shown_afterwards_where_it_was_imported_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "quiet.py").write_text("import transformers.utils.logging\n")
+    script = """
+import sys
+from offramp import cli
+assert cli.main(["inspect", "quiet.py:factory"]) and "transformers" in sys.modules
+import transformers
+assert transformers.utils.logging.is_progress_bar_enabled()
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+
+
 def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: object) -> int:
         raise KeyboardInterrupt

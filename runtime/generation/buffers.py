@@ -83,7 +83,7 @@ class _Bound:
     """A binding of a segment to some slots, and its arrays for the last sizes: of a chunk, and of what is asked there.
 
     ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store. ``kept`` says which of its values are
-    bound now. ``fetched`` are outputs of sizes that only a run tells, by their place among all outputs.
+    bound now. ``fetched`` are outputs of sizes that only a run tells: their place among all, and their names.
     """
 
     binding: Any
@@ -93,7 +93,7 @@ class _Bound:
     sized: list[ort.OrtValue] = field(default_factory=list)
     given: list[tuple[str, Array]] = field(default_factory=list)
     made: dict[str, Array] = field(default_factory=dict)
-    fetched: list[tuple[int, str]] = field(default_factory=list)
+    fetched: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 class Store:
@@ -247,7 +247,9 @@ class Store:
             raise ExecutionError(f"segment {segment.segment.name!r} failed with {shapes}: {error}") from error
         if bound.fetched:
             outputs = bound.binding.get_outputs()
-            bound.made.update({wanted: outputs[at].numpy() for at, wanted in bound.fetched})
+            bound.made.update({wanted: outputs[at].numpy() for at, _, wanted in bound.fetched})
+            for _, file_name, _ in bound.fetched:  # ONNX Runtime would expect the next one to have this one's sizes
+                bound.binding.bind_output(file_name)
         return bound.made
 
     def _bind(self, segment: ChunkSegment, low: int, high: int) -> _Bound:
@@ -281,7 +283,7 @@ class Store:
                 bound.binding.bind_ortvalue_output(key, value)
             else:
                 bound.binding.bind_output(key)
-                bound.fetched.append((at, name))
+                bound.fetched.append((at, key, name))
 
     def _known(self, value: Value) -> bool:
         """Whether the sizes of a value follow from slots, chunk, what is asked, and capacity."""

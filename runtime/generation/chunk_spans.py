@@ -19,7 +19,7 @@ class ChunkSpan:
     ``reads`` are the values of the chunk that this span or a later one needs from before, ``state`` the one that this
     span of a stack makes of them, ``leaves`` those that are read behind it: by the next span, and by its exit.
     ``asked`` is the value that says which tokens its exit scores, where those may be some; ``end`` is where the spans
-    of its stack end.
+    of its stack end. ``steps`` runs them for several tokens of one row that leave at the exit, if there is that.
     """
 
     stack: str | None
@@ -31,6 +31,7 @@ class ChunkSpan:
     branch_calls: tuple[ChunkSegment, ...]
     asked: str | None
     end: int
+    steps: ChunkSegment | None
 
 
 def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) -> tuple[ChunkSpan, ...]:
@@ -45,6 +46,7 @@ def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) ->
     spans: list[ChunkSpan] = []
     for step in Schedule.of(manifest, ("chunk",), (cache.logits,)).steps:
         end = len(spans) + len(step.spans)
+        steps = {part.depth: part.steps for part in step.stack.parts if part.steps} if step.stack else {}
         for span in step.spans:
             branch, passing = span.branch, step.passing
             leaves = span.live | passing
@@ -61,6 +63,7 @@ def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) ->
                     tuple(ready[name] for name in branch.segments) if branch else (),
                     step.stack.asked if step.stack else None,
                     end,
+                    ready[steps[branch.after]] if branch is not None and branch.after in steps else None,
                 )
             )
     return tuple(spans)

@@ -17,6 +17,7 @@ from offramp.runtime.generation.chunk_spans import ChunkSpan
 from offramp.runtime.generation.copied_caches import CopiedCaches
 from offramp.runtime.generation.decision import Decision, Notes, Wanted, all_accepted, all_picked, decide, picked
 from offramp.runtime.generation.groups import Group, joined
+from offramp.runtime.generation.multistep import several
 from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.waiting import Waiting
 from offramp.runtime.policies.stack_policy import StackPolicy
@@ -31,7 +32,8 @@ NOTHING = Wanted()
 class _Step:
     """What one step is asked for, and what it has found so far; ``new`` and ``notes`` are by slot.
 
-    ``whole`` is what `Wanted.whole` said where rows got to full depth: it is asked once, since it may count.
+    ``whole`` is what `Wanted.whole` said where rows got to full depth: it is asked once, since it may count. ``most``
+    is how many tokens the one row may run for, ``before`` are those that left before the last of them.
     """
 
     policies: Mapping[str, StackPolicy] | None
@@ -40,6 +42,8 @@ class _Step:
     notes: Mapping[int, Notes]
     results: list[RowResult]
     whole: bool = False
+    most: int = 1
+    before: Sequence[RowResult] = ()
 
 
 class Decoder:
@@ -87,17 +91,21 @@ class Decoder:
         counts: Index,
         policies: Mapping[str, StackPolicy] | None,
         wanted: Wanted = NOTHING,
+        most: int = 1,
     ) -> list[RowResult]:
         """Run new tokens: ``values`` hold ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
 
-        ``policies`` (by stack) decide where rows leave; None runs all to full depth.
+        ``policies`` (by stack) decide where rows leave; None runs all to full depth. One row with one token may run on
+        by itself, for ``most`` tokens in all, while they leave at the first exit: see `multistep`.
         """
         self._caught_up = {}
         new = dict(zip(slots.tolist(), counts.tolist(), strict=True))
-        step = _Step(policies, wanted, new, {slot: Notes() for slot in new}, [])
+        step = _Step(policies, wanted, new, {slot: Notes() for slot in new}, [], most=most)
         at, groups = 0, [Group(slots, values, counts)]
         while groups:  # a stack after the other, in which all rows are asked together, wherever they left the last
             at, groups = self._stack(step, at, joined(groups, self.spans[at].reads))
+        if step.before:
+            step.results = [item._replace(before=step.before) for item in step.results]
         return step.results if self.max_pending is None else self._bounded(step.results, slots, wanted.whole)
 
     def _stack(self, step: _Step, at: int, group: Group) -> tuple[int, list[Group]]:
@@ -108,7 +116,7 @@ class Decoder:
             span = self.spans[at]
             if span.branch is not None and span.branch.full and span.branch.ends:
                 step.whole = step.wanted.whole is not None and step.wanted.whole()
-            group = self._span(at, group, step)
+            group = (self._ahead(at, group, step) if step.most > 1 else None) or self._span(at, group, step)
             at += 1
             if span.branch is None:
                 continue
@@ -134,6 +142,26 @@ class Decoder:
         if self.propagate == "hidden" and self.spans[at].stack is not None:  # what waited went its own way already
             return Group(slots, values, total).last(counts)
         return Group(slots, values, total)
+
+    def _ahead(self, at: int, group: Group, step: _Step) -> Group | None:
+        """The last token of a row that runs on by itself, behind a span that those before it have left; None: no row.
+
+        Those wait from then on, and are in ``step.before``.
+        """
+        span, branch, most = self.spans[at], self.spans[at].branch, step.most
+        asking = self._asking(span, branch, step) if span.steps is not None and branch is not None else None
+        bound = asking[0].bound(branch.after) if asking is not None and branch is not None else None
+        if self.max_pending is not None:
+            most = min(most, self.max_pending - int((self.seen[at] - self.seen[span.end - 1])[group.slots[0]]))
+        if asking is None or branch is None or bound is None or most < 2:
+            return None
+        ran = several(span, branch, self.runner, self.seen[at], group, bound, most)
+        if left := len(ran.picks) - 1:
+            self.waiting.advance(at, group.slots, np.array([left]))
+            self._skip(at + 1, ran.slot, branch.after, ran.left, left)
+            step.before = ran.results(*asking, int(self.rows[ran.slot]))
+        self.waiting.advance(at, group.slots, group.counts)
+        return ran.last()
 
     def _asked(self, span: ChunkSpan, counts: Index, step: _Step) -> Index | None:
         """Which tokens of each row the span's exit scores, int64 [rows, asked]: the last one, or all; None: no one."""
@@ -177,10 +205,10 @@ class Decoder:
         for row in go.tolist():
             slot = int(group.slots[row])
             step.notes[slot].exits[span.stack or ""] = branch.after
-            if not branch.full and self._copied is not None:
-                self._copy(self._copied, at, slot, branch.after, int(group.counts[row]))
-            elif not branch.full:
-                self._wait(at, slot, {name: array[row, : group.counts[row]] for name, array in group.values.items()})
+            if not branch.full:
+                count = int(group.counts[row])
+                values = {name: array[row, :count] for name, array in group.values.items()}
+                self._skip(at, slot, branch.after, values, count)
         if branch.ends:
             step.results += self._results(span, branch, group, decision, go.tolist(), step)
             return []
@@ -259,6 +287,13 @@ class Decoder:
         return {**values, **{full: values[here] for full, here in branch.results.items()}}
 
     # what waits
+
+    def _skip(self, at: int, slot: int, after: int, values: Values, count: int) -> None:
+        """Let the spans from ``at`` on do without a row's last tokens, which have these values behind the exit."""
+        if self._copied is not None:
+            self._copy(self._copied, at, slot, after, count)
+        else:
+            self._wait(at, slot, values)
 
     def _wait(self, at: int, slot: int, values: Values) -> None:
         """Let a row's values wait at the next span, or at all deeper ones of the stack."""

@@ -43,7 +43,7 @@ class Feedback:
             waiting = self._waiting[item.slot]
             if count > 1:
                 waiting += [[] for _ in range(count - 1)]
-            waiting.append(self._said(item))
+            waiting += map(self._said, (*item.before, item))
             deep = item.deep
             if item.whole is not None:
                 deep = self._best(item.whole[self._output]).tolist()

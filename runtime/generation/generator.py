@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from time import perf_counter
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from offramp.errors import InputError
 from offramp.runtime.generation.batching import Array
 from offramp.runtime.generation.decision import Wanted
+from offramp.runtime.generation.multistep import MOST
 from offramp.runtime.generation.results import StepResult
 from offramp.runtime.generation.sampling import Chooser
 from offramp.runtime.generation.session import Session
@@ -32,9 +34,14 @@ class Generator:
         self._texts = [prompt.tolist() for prompt in session.prompts]
         self._given = [len(text) for text in self._texts]
         self._run = [0] * len(self._texts)
-        self._ran: StepResult | None = None
+        self._ran = deque[StepResult]()  # of the last forward, for each token of it that is still to be chosen
+        self._ahead = False  # whether those are of tokens that have followed by themselves
         self._ended: list[int] = []  # slots, which are emptied before the next step
         self._wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
+        free = None if session.ends.stop is None else self._chooser.free(session.ends.stop)
+        self._most = 1 if free is None or len(session.rows) > 1 else MOST
+        if free is not None and self._most > 1:
+            session.freely(free)
         if session.sampling.max_new_tokens == 0:
             session.drop(list(range(len(session.rows))))
 
@@ -73,20 +80,22 @@ class Generator:
         found = plan.known(plan.rows_of_ids(tokens))
         if len(found) != len(rows) or any(row.size == 0 for row in found):
             raise InputError(f"tokens for {len(found)} rows; there are {len(rows)}, and each needs at least one")
+        if self._ran and self._ahead:
+            self._again()
         for row, new in zip(rows, found, strict=True):
             self._texts[row] += new.tolist()
-        self._ran = None
+        self._ran.clear()
 
     def logits(self) -> NDArray[Any]:
         """Of the token that follows each of `rows`, as the exit where it left has them: float [rows, vocabulary]."""
         self._settle()
         if not self.rows:
             raise InputError("every row has ended")
-        if self._ran is None or any(item.pick is not None for item in self._ran.rows):
-            if self._ran is not None:  # an exit has picked the token without any: the last one runs once more
-                self._back({row: len(self._texts[row]) - 1 for row in self.rows})
-            self._ran = self._forward(Wanted())
-        by_row = {self._session.rows[item.slot]: item.outputs[self._session.plan.output] for item in self._ran.rows}
+        if self._ran and any(item.pick is not None for item in self._ran[0].rows):
+            self._again()  # an exit has picked the token without any: the last one runs once more
+        if not self._ran:
+            self._ran.extend(self._forward(Wanted()))
+        by_row = {self._session.rows[item.slot]: item.outputs[self._session.plan.output] for item in self._ran[0].rows}
         return np.stack([by_row[row].reshape(-1) for row in self.rows])
 
     def next(self) -> list[Token]:
@@ -100,10 +109,11 @@ class Generator:
         if not session.rows:
             return []
         started = perf_counter()
-        ran = self._ran or self._forward(self._wanted)
+        if not self._ran:
+            self._ran.extend(self._forward(self._wanted, self._most))
+        ran = self._ran.popleft()
         chosen = self._chosen(ran)
         milliseconds = (perf_counter() - started) * 1e3
-        self._ran = None
         records = []
         for item, token in zip(ran.rows, chosen, strict=True):
             row = session.rows[item.slot]
@@ -130,26 +140,38 @@ class Generator:
         for row in self.rows:
             del self._texts[row][length:]
         self._back(dict.fromkeys(self.rows, length - 1))
-        self._ran = None
+        self._ran.clear()
 
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""
         self._session.end()
 
-    def _forward(self, wanted: Wanted) -> StepResult:
-        """Run what has been appended."""
-        rows = self._session.rows
+    def _forward(self, wanted: Wanted, most: int = 1) -> Iterator[StepResult]:
+        """Run what has been appended; what follows it is next, and then what follows that where more ran."""
+        rows, limit = self._session.rows, self._session.sampling.max_new_tokens
         tokens = [np.array(self._texts[row][self._run[row] :], np.int64) for row in rows]
-        ran = self._session.step(tokens, wanted=wanted)
+        if most > 1 and limit is not None:
+            most = min(most, limit - self._new(rows[0]))
+        ran = self._session.step(tokens, wanted=wanted, most=most)
+        before = ran.rows[0].before
+        self._ahead = bool(before)
         for row in rows:
-            self._run[row] = len(self._texts[row])
-        return ran
+            self._run[row] = len(self._texts[row]) + len(before)
+        own = min(1, len(before))  # what ran for all of them
+        for at, item in enumerate(before):
+            yield StepResult([item], ran.trace[:own] if at == 0 else (), 0)
+        yield ran._replace(trace=ran.trace[own:])
 
     def _settle(self) -> None:
         """Take out the rows that have ended."""
         if self._ended:
             self._session.drop(self._ended)
             self._ended = []
+
+    def _again(self) -> None:
+        """Forget what was run from each row's last token on."""
+        self._back({row: len(self._texts[row]) - 1 for row in self.rows})
+        self._ran.clear()
 
     def _back(self, lengths: Mapping[int, int]) -> None:
         """Forget what was run of rows behind so many tokens."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle.implied import ImpliedInputs
-from offramp.bundle.manifest import WIDTH, Manifest
+from offramp.bundle.manifest import FREELY, WIDTH, Manifest
 from offramp.bundle.options import Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Engine, Ran
@@ -48,7 +48,7 @@ class GenerationPlan:
         assert manifest.cache is not None
         self.manifest, self.cache, self._engine, self._device = manifest, manifest.cache, engine, device
         kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places, WIDTH}
-        kept |= {self.cache.prompt.lengths} if self.cache.prompt else set()
+        kept |= {FREELY} | ({self.cache.prompt.lengths} if self.cache.prompt else set())
         kept |= {name for step in engine.schedule.steps if step.stage.when != "chunk" for name in step.makes}
         self.spans: tuple[ChunkSpan, ...] = chunk_spans(manifest, sessions, frozenset(kept))
         calls = [call for span in self.spans for call in (*span.calls, *span.branch_calls)]

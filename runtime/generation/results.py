@@ -16,7 +16,7 @@ class RowResult(NamedTuple):
     ``pick`` is that token, where `Wanted.accepts` accepts what the exit picks; ``outputs`` are empty then. ``asked``
     has what the exits of that stack said of the token, by ``after``. Where all tokens that got to full depth in this
     step were wanted, ``deep`` are the next tokens that it picks for them if all will do, else ``whole`` are its
-    outputs, [tokens, ...].
+    outputs, [tokens, ...]. ``before`` are the tokens of the row that left in the same run before this one.
     """
 
     slot: int
@@ -27,6 +27,7 @@ class RowResult(NamedTuple):
     pick: int | None = None
     whole: Mapping[str, Array] | None = None
     deep: Sequence[int] | None = None
+    before: Sequence[RowResult] = ()
 
 
 class StepResult(NamedTuple):

@@ -94,6 +94,14 @@ class Chooser:
         bans = self._late if forced else (*self._early, *self._late)
         return not any(ban.start <= emitted < ban.end and token in ban.ids for ban in bans)
 
+    def free(self, ends: Collection[int]) -> NDArray[np.bool_] | None:
+        """Which tokens, bool [vocabulary], a row goes on with at any place, where ``ends`` end it; None: it depends."""
+        if not self.batched or self.sampling.forced_last or self.sampling.forced_first is not None:
+            return None
+        found = np.ones(self._vocabulary, np.bool_)
+        found[[*ends, *(token for ban in (*self._early, *self._late) for token in ban.ids.tolist())]] = False
+        return found
+
     def chances(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> NDArray[np.float64]:
         """The probabilities, float64 [vocabulary], that `choose` would draw from; arguments and errors as there."""
         ids, weights = self._weights(self.allowed(logits[None], [tokens], emitted)[0])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.bundle.manifest import FREELY
 from offramp.bundle.options import OPTIONS, PROPAGATE, Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Ran
@@ -62,6 +63,7 @@ class Session:
         self.policies = {name: StackPolicy(policy, plan.manifest.stacks[name], slots) for name in plan.stacks}
         self._given = np.array([row.size for row in prompts], np.int64) + self.ahead
         self._steps = np.zeros(slots, np.int64)
+        self._free = False
         self._feedback: Feedback | None = None
         if Agreement in policy.observes:
             self._feedback = Feedback(policy, self.decoder, plan.stacks[-1], plan.output)
@@ -91,11 +93,13 @@ class Session:
         tokens: Sequence[NDArray[np.int64]],
         policies: Mapping[str, StackPolicy] | None = None,
         wanted: Wanted = NOTHING,
+        most: int = 1,
     ) -> StepResult:
         """Run new tokens of every row that is still there, in the order of slots.
 
         Rows with one new token leave where ``policies`` (None: the session's own) say so, and the policy is told what
-        that took; those with several, a prompt's, go to full depth.
+        that took; those with several, a prompt's, go to full depth. One row alone may run on by itself, for ``most``
+        tokens in all, to one that is not to be followed `freely`.
         """
         started = perf_counter()
         policies = self.policies if policies is None else policies
@@ -123,12 +127,14 @@ class Session:
                 wanted = replace(wanted, whole=self._feedback.wants)
             if alone.size < count:
                 chunk, counts = chunk[alone, :1], counts[alone]
-            asked = self.decoder.step(alone, {name: chunk}, counts, policies, wanted)
+            room = self.decoder.store.capacity - int(lengths[0])
+            most = min(most, room) if count == 1 and self._free else 1
+            asked = self.decoder.step(alone, {name: chunk}, counts, policies, wanted, most)
             caught_up += self.decoder.caught_up
             results = asked if count == 1 else sorted(results + asked, key=lambda item: item.slot)
             milliseconds = (perf_counter() - started) * 1e3
             for stack, policy in policies.items():
-                policy.report([item.exits[stack] for item in asked], milliseconds)
+                policy.report([one.exits[stack] for item in asked for one in (*item.before, item)], milliseconds)
         if self._feedback is not None:
             self._feedback.see(results, [row.size for row in tokens])
         return StepResult(results, self.decoder.runner.trace(), caught_up)
@@ -137,6 +143,13 @@ class Session:
         """A prompt with the places in front of it."""
         assert self.plan.cache.prompt is not None
         return np.concatenate([np.full(self.ahead, self.plan.cache.prompt.filler, np.int64), prompt])
+
+    def freely(self, tokens: NDArray[np.bool_]) -> None:
+        """Say which tokens, bool [ids], the next one may follow in the same `step`: there are none before."""
+        ids = self.plan.cache.vocabulary or self.plan.vocabulary
+        if any(span.steps is not None for span in self.decoder.spans) and self.decoder.store.device is None:
+            self._free = True
+            self.decoder.store.keep({FREELY: np.append(tokens, np.zeros(ids + 1 - tokens.size, np.bool_))})
 
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""

@@ -43,6 +43,11 @@ class Ends:
         self._skipped = len(self._text(self._before))
         self._longest = max(len(text.encode()) for text in strings)
 
+    @property
+    def stop(self) -> frozenset[int] | None:
+        """The tokens that end a text; None where texts do too."""
+        return None if self._strings else self._stop
+
     def __call__(self, tokens: Sequence[int]) -> bool:
         """Whether the text of these tokens, prompt included, ends with the last one."""
         if tokens[-1] in self._stop:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Exit, Stack
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Agreement, Cost, Policy, Rows, State, only, options
-from offramp.runtime.policies.thresholds import END, check_learner, position_of, threshold_at
+from offramp.runtime.policies.base import Agreement, Bound, Cost, Policy, Rows, State, only, options
+from offramp.runtime.policies.thresholds import END, check_learner, just_above, position_of, threshold_at
 
 Floats = NDArray[np.float64]
 
@@ -112,6 +112,10 @@ class Adaptive(Policy):
                     leaving[row] = leaves and self._early + 1 < self.audit
                     self._early = self._early + 1 if leaving[row] else 0
         return leaving
+
+    def bound(self, stack: str, after: int) -> Bound | None:
+        with self._lock:
+            return Bound(self.measure, just_above(self.now), self.audit - 1 - self._early)
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
         only(stacks, self.measure, self, self.after)

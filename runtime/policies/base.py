@@ -7,9 +7,10 @@ serves; it guards that with a lock, and keeps nothing of any single row.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +65,18 @@ class Agreement:
     agreed: Rows
 
 
+class Bound(NamedTuple):
+    """What `Policy.leave` comes to at an exit, for each token of one row, until full depth has run.
+
+    A token leaves that scores at least ``least`` by ``measure`` (None: any does), as float32; at most ``tokens`` of
+    them, then the policy has to be asked.
+    """
+
+    measure: str | None = None
+    least: float = -math.inf
+    tokens: float = math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a step of a generation, or a stack in one run, took.
@@ -115,6 +128,13 @@ class Policy:
         """Which rows leave here: bool [rows]."""
         raise NotImplementedError
 
+    def bound(self, stack: str, after: int) -> Bound | None:
+        """What `leave` comes to at an exit, so that several tokens may run before it is asked; None where it is not so.
+
+        It is told of all of them afterwards: ``state.rows`` is the same row then, repeatedly.
+        """
+        return None
+
     def check(self, stacks: Mapping[str, Stack]) -> None:
         """Raise PolicyError where this policy names a stack, an exit or a score that is not there."""
 
@@ -154,6 +174,12 @@ class Function(Policy):
     def leave(self, state: State) -> Rows:
         leaving: Rows = np.asarray(self.function(state))
         return leaving
+
+
+def bound_of(policy: Policy, stack: str, after: int) -> Bound | None:
+    """`Policy.bound`; None for a subclass that leaves in a way of its own, of which it says nothing."""
+    says, leaves = (next(kind for kind in type(policy).__mro__ if name in vars(kind)) for name in ("bound", "leave"))
+    return policy.bound(stack, after) if issubclass(says, leaves) else None
 
 
 def listing(stacks: Mapping[str, Stack]) -> str:

@@ -12,7 +12,19 @@ from offramp.bundle.manifest import Exit, GroupStack, Stack
 from offramp.bundle.parse import decode
 from offramp.errors import PolicyError
 from offramp.runtime.policies.adaptive import Adaptive
-from offramp.runtime.policies.base import Agreement, Cost, Never, Policy, Rows, State, listing, named, scored
+from offramp.runtime.policies.base import (
+    Agreement,
+    Bound,
+    Cost,
+    Never,
+    Policy,
+    Rows,
+    State,
+    bound_of,
+    listing,
+    named,
+    scored,
+)
 from offramp.runtime.policies.budget import Budget
 from offramp.runtime.policies.thresholds import Confidence, Decay, Entropy, Learned, ShallowDeep, Verify
 from offramp.runtime.policies.width import Width
@@ -51,6 +63,9 @@ class Depth(Policy):
 
     def leave(self, state: State) -> Rows:
         return np.ones(state.rows.size, np.bool_)
+
+    def bound(self, stack: str, after: int) -> Bound | None:
+        return Bound()
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
         depths = dict.fromkeys(stacks, self.depth) if isinstance(self.depth, int) else self.depth
@@ -126,6 +141,9 @@ class Each(Policy):
 
     def leave(self, state: State) -> Rows:
         return self.stacks[state.stack].leave(state)
+
+    def bound(self, stack: str, after: int) -> Bound | None:
+        return bound_of(self.stacks[stack], stack, after)
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
         for name, policy in self.stacks.items():

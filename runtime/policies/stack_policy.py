@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from offramp.bundle.manifest import Stack
 from offramp.bundle.measures import PICK, measure_named
 from offramp.errors import ExecutionError, PolicyError
-from offramp.runtime.policies.base import Cost, Policy, Rows, Scores, State, listing
+from offramp.runtime.policies.base import Bound, Cost, Policy, Rows, Scores, State, bound_of, listing
 
 #: Scores by ``after`` and measure, [rows of the batch].
 Record: TypeAlias = dict[int, dict[str, NDArray[Any]]]
@@ -65,6 +65,10 @@ class StackPolicy:
                 f"one per row that is still there; it returned {shown}"
             )
         return leave
+
+    def bound(self, after: int) -> Bound | None:
+        """What the policy comes to at an exit: see `bound_of`."""
+        return bound_of(self._policy, self._stack.name, after)
 
     def records(self) -> dict[str, Record]:
         """The scores by the stack's name."""

@@ -12,7 +12,7 @@ import numpy as np
 from offramp.bundle.manifest import Exit, Stack
 from offramp.bundle.measures import measure_named
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Policy, Rows, State, options, scored
+from offramp.runtime.policies.base import Bound, Policy, Rows, State, options, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,9 @@ class Confidence(Threshold):
 
     def leave(self, state: State) -> Rows:
         return np.greater_equal(state.scores[self.measure], self.at(state.after))
+
+    def bound(self, stack: str, after: int) -> Bound | None:
+        return Bound(self.measure, self.at(after))
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +154,9 @@ class ShallowDeep(Policy):
             return np.greater_equal(state.scores[self.measure], self.pick)
         return np.greater(state.scores[self.measure], self.threshold)
 
+    def bound(self, stack: str, after: int) -> Bound | None:
+        return Bound(self.measure, just_above(self.threshold))
+
     def check(self, stacks: Mapping[str, Stack]) -> None:
         scored(stacks, self.measure, (self.after,))
 
@@ -180,6 +186,11 @@ class Verify(ShallowDeep):
         ShallowDeep.__post_init__(self)
         if self.drafts < 1 or self.pick is not None:
             raise PolicyError(f"{self!r}: at least 1 draft, and full depth checks with its whole head")
+
+
+def just_above(threshold: float) -> float:
+    """The least score, float32, that is above a threshold."""
+    return float(np.nextafter(np.float32(threshold), np.float32(math.inf)))
 
 
 #: Thresholds that learn move on a scale on which 0.9, 0.99 and 0.999 are about as far apart; its ends are 0 and 1.

@@ -23,6 +23,7 @@ from offramp.errors import OfframpError
 COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench", "demo")
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
 _BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # read where transformers is imported
+_LIBRARY = "transformers.utils.logging"
 _WIDTH = 100  # of help pages, so that they do not depend on the terminal
 
 
@@ -105,13 +106,14 @@ def _no_bars() -> Iterator[None]:
     """No progress bars of transformers, whether it is imported already or will be."""
     known = os.environ.get(_BARS)
     os.environ[_BARS] = "1"
-    library = sys.modules.get("transformers.utils.logging")
-    shown = library is not None and library.is_progress_bar_enabled()
+    library = sys.modules.get(_LIBRARY)
+    shown = known is None if library is None else library.is_progress_bar_enabled()
     if library is not None:
         library.disable_progress_bar()
     try:
         yield
     finally:
+        library = sys.modules.get(_LIBRARY)
         if library is not None and shown:
             library.enable_progress_bar()
         os.environ.pop(_BARS)

@@ -1,0 +1,209 @@
+"""The first part of a decoder in a loop: several tokens in one run, while each leaves at the exit behind it.
+
+Where a step takes a fraction of a millisecond, a host that asks for one token at a time takes as long itself. So a
+small part gets a second file, made of the first one's operators and weights, which feeds the exit's pick back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from offramp.bundle.manifest import FREELY, STEPS, Generation, Manifest, Segment, Value, in_steps, least_of
+from offramp.bundle.measures import measure_named
+from offramp.bundle.schedule import Schedule, Span
+from offramp.errors import ExportError
+from offramp.export.write import hashed
+from offramp.runtime.chain import Chain
+from offramp.runtime.policies.builtin import Each
+from offramp.runtime.policies.thresholds import Confidence
+
+#: Bytes of weights: reading more takes so long that a host's time is nothing beside it, and a second session packs them
+#: once more.
+LARGEST = 1 << 24
+_AXIS = "steps"
+_COMPARED, _CLOSE = 8, 1e-5  # tokens; how far their scores may be from each other
+
+
+def with_steps(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> Manifest:
+    """The manifest with such a file where the bundle in ``directory`` has such a part, compared on ``inputs``.
+
+    Raises:
+        ExportError: the tokens are not those of the part itself.
+    """
+    found = _looped(manifest, directory)
+    if found is None:
+        return manifest
+    single, several = (_generated(item, directory, inputs) for item in (manifest, found))
+    same = [a[0] == b[0] and np.allclose(a[1], b[1], _CLOSE, _CLOSE) for a, b in zip(single, several, strict=False)]
+    if len(single) != len(several) or not all(same):
+        raise ExportError(
+            f"several tokens at once are not those one by one: (token, scores) {several}, expected {single}",
+            hint="please report it with the model",
+        )
+    return found
+
+
+def _generated(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> list[tuple[int, list[float]]]:
+    """Tokens of the first row that all leave at the first exit, and their scores."""
+    stack = next(manifest.stacks[stage.stack] for stage in reversed(manifest.stages) if stage.stack is not None)
+    exit_ = stack.exits[0]
+    gate = next(measure for measure in exit_.scores if measure_named(measure).gates)
+    policy = Each({stack.name: Confidence(measure=gate, thresholds={exit_.after: -math.inf})})
+    plain = replace(manifest, generation=Generation(prompt=manifest.generation.prompt))
+    cache, row = manifest.cache, {}
+    assert cache is not None
+    for name, array in inputs.items():
+        place = manifest.values[name].place(manifest.batch)
+        row[name] = array if place is None else array.take(range(place[1]), place[0])
+    if cache.prompt is None:
+        row[cache.tokens[0]] = row[cache.tokens[0]][:, :1]
+    count = _COMPARED if cache.limit is None else min(_COMPARED, cache.limit - 1)
+    steps = Chain(plain, directory).stream(row, policy, max_new_tokens=count)
+    return [(step.token, [*step.scores.values()]) for step in steps]
+
+
+def _looped(manifest: Manifest, directory: Path) -> Manifest | None:
+    """The manifest with the first part's loop, which is written to ``directory``; None where it can have none."""
+    cache = manifest.cache
+    if cache is None or len(cache.tokens) != 1 or Chain(manifest, directory).generates is None:
+        return None
+    step = Schedule.of(manifest, ("chunk",), (cache.logits,)).steps[0]
+    if step.stack is None or len(step.spans[0].segments) != 1 or manifest.learners:
+        return None
+    span, stack = step.spans[0], step.stack
+    segment = manifest.segments[span.segments[0]]
+    made = _made(manifest, segment, span)
+    gates = [m for m in sorted(span.branch.free) if measure_named(m).gates] if span.branch else []
+    if span.branch is None or span.branch.full or span.branch.pick is None or not gates or made is None:
+        return None
+    model = onnx.load(directory / segment.file, load_external_data=False)
+    if _bytes(model) > LARGEST or cache.tokens[0] not in segment.inputs.values():
+        return None
+    loop = _Loop(manifest, segment, span.branch.pick, {name: span.branch.scores[name] for name in gates}, made)
+    name, file = f"{segment.name}-steps", f"{Path(segment.file).stem}-steps.onnx"
+    (directory / file).write_bytes(loop.model(model).SerializeToString(deterministic=True))
+    parts = (replace(stack.parts[0], steps=name), *stack.parts[1:])
+    return replace(
+        manifest,
+        axes={**manifest.axes, _AXIS: (1, None)},
+        values={**manifest.values, **loop.values},
+        segments={**manifest.segments, name: Segment(name, file, loop.inputs, loop.outputs, segment.encoding)},
+        stacks={**manifest.stacks, stack.name: replace(stack, parts=parts)},
+        files={**manifest.files, file: hashed(directory / file)},
+    )
+
+
+def _made(manifest: Manifest, segment: Segment, span: Span) -> dict[str, str] | None:
+    """What the segment makes of each token, values by the file's names; None where some is not of one token."""
+    assert manifest.cache is not None
+    made = {key: name for key, name in segment.outputs.items() if name not in manifest.cache.buffers.values()}
+    shapes = [manifest.values[name].shape[:2] for name in made.values()]
+    asked = [stack.asked for stack in manifest.stacks.values() if stack.asked is not None]
+    along = {manifest.cache.chunk, *(manifest.values[name].shape[1] for name in asked)}
+    fits = all(len(shape) == 2 and shape[0] in (manifest.batch, 1) and shape[1] in along for shape in shapes)
+    return made if fits else None
+
+
+def _bytes(model: onnx.ModelProto) -> int:
+    lengths = (int(e.value) for w in model.graph.initializer for e in w.external_data if e.key == "length")
+    return sum(lengths) + sum(len(weight.raw_data) for weight in model.graph.initializer)
+
+
+class _Loop:
+    """A segment's file in a loop: what goes round (tokens, lengths, caches), and what is there for all of them."""
+
+    def __init__(
+        self, manifest: Manifest, segment: Segment, pick: str, scores: Mapping[str, str], made: Mapping[str, str]
+    ) -> None:
+        cache, self._segment, self._made = manifest.cache, segment, made
+        assert cache is not None
+        by_value = {name: key for key, name in segment.inputs.items()}
+        outputs = {name: key for key, name in segment.outputs.items()}
+        self._tokens, self._lengths = by_value[cache.tokens[0]], by_value.get(cache.lengths)
+        self._kind = helper.np_dtype_to_tensor_dtype(np.dtype(manifest.values[cache.tokens[0]].dtype))
+        self._pick, self._scores = outputs[pick], {f"least_{m}": outputs[value] for m, value in scores.items()}
+        self._caches = {by_value[old]: outputs[new] for old, new in cache.buffers.items() if old in by_value}
+        round_ = {self._tokens, *self._caches, *([self._lengths] if self._lengths else ())}
+        self._first = {key: f"{key}_first" for key in segment.inputs if key in round_}
+        ids = cache.vocabulary or manifest.values[manifest.outputs[cache.logits]].shape[-1]
+        self.values = {STEPS: Value("int64", ()), FREELY: Value("bool", (int(ids) + 1,))}
+        self.values |= {least_of(measure): Value("float32", ()) for measure in scores}
+        known = manifest.values
+        self.values |= {in_steps(v): Value(known[v].dtype, (_AXIS, *known[v].shape)) for v in made.values()}
+        self.inputs = {self._first.get(key, key): name for key, name in segment.inputs.items()}
+        self.inputs |= {"most": STEPS, "freely": FREELY, **{f"least_{m}": least_of(m) for m in scores}}
+        self.outputs = {f"{key}_last": segment.outputs[new] for key, new in self._caches.items()}
+        self.outputs |= {f"{key}_all": in_steps(name) for key, name in made.items()}
+
+    def model(self, one: onnx.ModelProto) -> onnx.ModelProto:
+        """The file, of that of one step: its weights are where they are."""
+        graph = one.graph
+        known = {item.name: item for item in (*graph.input, *graph.output)}
+        given = [_typed(known[key], self._first.get(key)) for key in self._segment.inputs]
+        more = {"most": TensorProto.INT64, **dict.fromkeys(self._scores, TensorProto.FLOAT)}
+        given += [helper.make_tensor_value_info(key, kind, []) for key, kind in more.items()]
+        given.append(helper.make_tensor_value_info("freely", TensorProto.BOOL, self.values[FREELY].shape))
+        nodes, again = self._again()
+        round_ = [_typed(known[key]) for key in self._first]
+        body = helper.make_graph(
+            [*graph.node, *nodes],
+            "step",
+            [_scalar("step", TensorProto.INT64), _scalar("goes_on", TensorProto.BOOL), *round_],
+            [_scalar("goes_on_then", TensorProto.BOOL)]
+            + [_typed(known[key], again[key]) for key in self._first]
+            + [_typed(known[key]) for key in self._made],
+        )
+        last = [_typed(known[key], f"{key}_last") for key in self._first]
+        several = [_unshaped(known[key], f"{key}_all") for key in self._made]
+        loop = helper.make_node(
+            "Loop", ["most", "", *self._first.values()], [item.name for item in (*last, *several)], body=body
+        )
+        kept = [item for item in last if item.name in self.outputs]
+        whole = helper.make_graph([loop], graph.name, given, [*kept, *several], list(graph.initializer))
+        made = helper.make_model(whole, opset_imports=one.opset_import, ir_version=one.ir_version)
+        made.functions.extend(one.functions)
+        return made
+
+    def _again(self) -> tuple[list[onnx.NodeProto], dict[str, str]]:
+        """What decides whether the loop goes on, and makes the next token's inputs, which are named."""
+        again = dict(self._caches)
+        nodes = [
+            helper.make_node("Cast", [self._pick], ["picked"], to=self._kind),
+            helper.make_node("Gather", ["freely", self._pick], ["going"]),
+        ]
+        again[self._tokens] = "picked"
+        going = "going"
+        for least, score in self._scores.items():
+            nodes.append(helper.make_node("GreaterOrEqual", [score, least], [f"{least}_met"]))
+            nodes.append(helper.make_node("And", [going, f"{least}_met"], [f"{least}_and"]))
+            going = f"{least}_and"
+        nodes.append(helper.make_node("Squeeze", [going], ["goes_on_then"]))
+        if self._lengths:
+            one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
+            nodes.insert(0, helper.make_node("Constant", [], ["one_more"], value=one))
+            nodes.append(helper.make_node("Add", [self._lengths, "one_more"], ["longer"]))
+            again[self._lengths] = "longer"
+        return nodes, again
+
+
+def _typed(known: onnx.ValueInfoProto, name: str | None = None) -> onnx.ValueInfoProto:
+    copied = onnx.ValueInfoProto()
+    copied.CopyFrom(known)
+    copied.name = name or known.name
+    return copied
+
+
+def _unshaped(known: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, known.type.tensor_type.elem_type, None)
+
+
+def _scalar(name: str, kind: int) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, kind, [])

@@ -1,0 +1,75 @@
+"""Several tokens of one row in one run: all but the last have left at a stack's first exit (`Part.steps`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from offramp.bundle.manifest import STEPS, in_steps, least_of
+from offramp.bundle.schedule import Branch
+from offramp.runtime.engine.memory import every
+from offramp.runtime.generation.batching import Index, SlotRunner, Values
+from offramp.runtime.generation.chunk_spans import ChunkSpan
+from offramp.runtime.generation.decision import Asked
+from offramp.runtime.generation.groups import Group
+from offramp.runtime.generation.results import RowResult
+from offramp.runtime.policies.base import Bound
+from offramp.runtime.policies.stack_policy import StackPolicy
+
+MOST = 16  # tokens of a run: a stream has none of them before all are there
+
+
+class Several(NamedTuple):
+    """Tokens of the row in ``slot`` behind a span: its values of each, [tokens, ...], and the token that follows."""
+
+    slot: int
+    span: ChunkSpan
+    branch: Branch
+    values: Values
+    picks: Sequence[int]
+
+    @property
+    def left(self) -> Values:
+        """The values of those that have left."""
+        return {name: array[:-1] for name, array in self.values.items()}
+
+    def last(self) -> Group:
+        """The last one, which is on its way."""
+        values = {name: array[None, -1:] for name, array in self.values.items()}
+        return Group(np.array([self.slot]), values, np.ones(1, np.int64))
+
+    def results(self, policy: StackPolicy, measures: Sequence[str], row: int) -> list[RowResult]:
+        """What those have left with; the policy is told of them, which are of this ``row`` of the batch."""
+        count, after = len(self.picks) - 1, self.branch.after
+        scores = {measure: self.values[self.branch.scores[measure]][:-1] for measure in measures}
+        policy.decide(after, np.full(count, row), scores, history=False)
+        exits, found = {self.span.stack or "": after}, []
+        for at, pick in enumerate(self.picks[:-1]):
+            said = {measure: float(array[at]) for measure, array in scores.items()}
+            found.append(RowResult(self.slot, {}, exits, said, {after: Asked(said, pick, None)}, pick))
+        return found
+
+
+def several(
+    span: ChunkSpan, branch: Branch, runner: SlotRunner, seen: Index, group: Group, bound: Bound, most: int
+) -> Several:
+    """Run a span for one row's token, and for those that its exit picks, until one scores less than the bound."""
+    assert span.steps is not None
+    given: Values = {**group.values, STEPS: np.array(min(most, bound.tokens + 1), np.int64)}
+    if span.asked is not None:
+        given[span.asked] = every(1, 1)
+    for measure in branch.free:
+        given[least_of(measure)] = np.array(bound.least if measure == bound.measure else -np.inf, np.float32)
+    made = runner.run(span.steps, seen, group.slots, given, group.counts)
+    assert branch.pick is not None
+    picks = made[in_steps(branch.pick)].reshape(-1)
+    values = {
+        name: made[in_steps(name)].reshape(picks.size, *made[in_steps(name)].shape[3:])
+        for name in span.leaves
+        if in_steps(name) in made
+    }
+    for name, array in group.values.items():
+        values[name] = np.concatenate([array[0], picks[:-1].astype(array.dtype)])
+    return Several(int(group.slots[0]), span, branch, values, picks.tolist())
