@@ -25,8 +25,8 @@ from offramp.runtime.chain import Chain
 from offramp.runtime.policies.builtin import Each
 from offramp.runtime.policies.thresholds import Confidence
 
-#: Bytes of weights: reading more takes so long that a host's time is nothing beside it, and a second session packs them
-#: once more.
+#: Bytes of weights that a token reads: more take so long that a host's time is nothing beside it, and a second session
+#: packs them once more.
 LARGEST = 1 << 24
 _AXIS = "steps"
 _COMPARED, _CLOSE = 8, 1e-5  # tokens; how far their scores may be from each other
@@ -41,7 +41,8 @@ def with_steps(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -
     found = _looped(manifest, directory)
     if found is None:
         return manifest
-    single, several = (_generated(item, directory, inputs) for item in (manifest, found))
+    plain = replace(found, stacks=manifest.stacks)
+    single, several = (_generated(item, directory, inputs) for item in (plain, found))
     same = [a[0] == b[0] and np.allclose(a[1], b[1], _CLOSE, _CLOSE) for a, b in zip(single, several, strict=False)]
     if len(single) != len(several) or not all(same):
         raise ExportError(
@@ -54,8 +55,8 @@ def with_steps(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -
 def _generated(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> list[tuple[int, list[float]]]:
     """Tokens of the first row that all leave at the first exit, and their scores."""
     stack = next(manifest.stacks[stage.stack] for stage in reversed(manifest.stages) if stage.stack is not None)
-    exit_ = stack.exits[0]
-    gate = next(measure for measure in exit_.scores if measure_named(measure).gates)
+    exit_, known = stack.exits[0], set(manifest.values)
+    gate = next(measure for measure in exit_.scores if least_of(measure) in known)
     policy = Each({stack.name: Confidence(measure=gate, thresholds={exit_.after: -math.inf})})
     plain = replace(manifest, generation=Generation(prompt=manifest.generation.prompt))
     cache, row = manifest.cache, {}
@@ -85,7 +86,7 @@ def _looped(manifest: Manifest, directory: Path) -> Manifest | None:
     if span.branch is None or span.branch.full or span.branch.pick is None or not gates or made is None:
         return None
     model = onnx.load(directory / segment.file, load_external_data=False)
-    if _bytes(model) > LARGEST or cache.tokens[0] not in segment.inputs.values():
+    if _read(model) > LARGEST or cache.tokens[0] not in segment.inputs.values():
         return None
     loop = _Loop(manifest, segment, span.branch.pick, {name: span.branch.scores[name] for name in gates}, made)
     name, file = f"{segment.name}-steps", f"{Path(segment.file).stem}-steps.onnx"
@@ -112,9 +113,12 @@ def _made(manifest: Manifest, segment: Segment, span: Span) -> dict[str, str] | 
     return made if fits else None
 
 
-def _bytes(model: onnx.ModelProto) -> int:
-    lengths = (int(e.value) for w in model.graph.initializer for e in w.external_data if e.key == "length")
-    return sum(lengths) + sum(len(weight.raw_data) for weight in model.graph.initializer)
+def _read(model: onnx.ModelProto) -> int:
+    """Bytes of the weights that each token reads in whole; of tables it reads a row."""
+    read = {name for node in model.graph.node if not node.op_type.startswith("Gather") for name in node.input}
+    weights = [weight for weight in model.graph.initializer if weight.name in read]
+    lengths = (int(e.value) for weight in weights for e in weight.external_data if e.key == "length")
+    return sum(lengths) + sum(len(weight.raw_data) for weight in weights)
 
 
 class _Loop:

@@ -25,7 +25,7 @@ from offramp.runtime.policies.base import Policy, Rows, State
 
 IDS = "0|1|2|3|4|5|6|7|8|9"
 SHORT = f"insert-scores{{measure=top1-short|margin-short|prediction-short,ids={IDS}}}"
-PASSES = f"insert-cache,insert-exits{{after=1|3}},{SHORT}"
+PASSES = f"insert-cache,insert-exits{{after=1|3}},insert-scores{{measure=top1}},{SHORT}"
 
 
 def bundle(root: Path, passes: str = PASSES, **options: Any) -> Chain:
@@ -74,6 +74,7 @@ POLICIES: dict[str, Callable[[float], Policy]] = {
     "confidence": lambda at: offramp.Confidence(at, measure="top1-short"),
     "one exit": lambda at: offramp.Confidence(measure="margin-short", thresholds={1: at}),
     "shallow-deep": lambda at: offramp.ShallowDeep(1, at, "top1-short", pick=0.0),
+    "head": lambda at: offramp.Confidence(at, measure="top1"),
     "each": lambda at: offramp.Each({"decoder": offramp.Confidence(at, measure="top1-short")}),
     "adaptive": lambda at: offramp.Adaptive(1, at, "top1-short", target=0.8, every=4, least=2, audit=5, pick=0.0),
 }
@@ -189,7 +190,7 @@ def test_other_bundles(tmp_path: Path, options: dict[str, Any]) -> None:
     "passes",
     [
         PASSES.replace("|prediction-short", ""),
-        PASSES.replace("top1-short|margin-short|", ""),
+        PASSES.replace("top1-short|margin-short|", "").replace("insert-scores{measure=top1},", ""),
         PASSES.replace("insert-cache,", ""),
         "insert-cache",
     ],

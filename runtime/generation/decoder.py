@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from offramp.bundle.measures import measure_named
 from offramp.bundle.schedule import Branch
 from offramp.runtime.engine.memory import every
 from offramp.runtime.engine.widths import Widths
@@ -150,10 +151,12 @@ class Decoder:
         """
         span, branch, most = self.spans[at], self.spans[at].branch, step.most
         asking = self._asking(span, branch, step) if span.steps is not None and branch is not None else None
-        bound = asking[0].bound(branch.after) if asking is not None and branch is not None else None
+        if asking is None or branch is None or not branch.free.issuperset(asking[1]):
+            return None
+        bound = asking[0].bound(branch.after)
         if self.max_pending is not None:
             most = min(most, self.max_pending - int((self.seen[at] - self.seen[span.end - 1])[group.slots[0]]))
-        if asking is None or branch is None or bound is None or most < 2:
+        if bound is None or most < 2 or not (bound.measure is None or measure_named(bound.measure).gates):
             return None
         ran = several(span, branch, self.runner, self.seen[at], group, bound, most)
         if left := len(ran.picks) - 1:

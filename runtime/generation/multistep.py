@@ -46,9 +46,10 @@ class Several(NamedTuple):
         scores = {measure: self.values[self.branch.scores[measure]][:-1] for measure in measures}
         policy.decide(after, np.full(count, row), scores, history=False)
         exits, found = {self.span.stack or "": after}, []
-        for at, pick in enumerate(self.picks[:-1]):
-            said = {measure: float(array[at]) for measure, array in scores.items()}
-            found.append(RowResult(self.slot, {}, exits, said, {after: Asked(said, pick, None)}, pick))
+        columns = [array.tolist() for array in scores.values()]
+        for pick, *said in zip(self.picks[:-1], *columns, strict=True):
+            named = dict(zip(scores, said, strict=True))
+            found.append(RowResult(self.slot, {}, exits, named, {after: Asked(named, pick, None)}, pick))
         return found
 
 
