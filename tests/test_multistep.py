@@ -221,6 +221,21 @@ def test_a_file_that_says_something_else_is_refused(tmp_path: Path, monkeypatch:
     assert not (tmp_path / "m.offramp").exists()
 
 
+def test_no_file_where_onnx_runtime_does_not_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = multistep._Loop.model
+
+    def broken(self: Any, one: Any) -> Any:
+        made = model(self, one)
+        del made.graph.node[0].attribute[0].g.node[0]
+        return made
+
+    monkeypatch.setattr(multistep._Loop, "model", broken)
+    chain = bundle(tmp_path / "m.offramp")
+    assert set(steps_of(chain)) == {None}
+    assert not list((tmp_path / "m.offramp").glob("*-steps.onnx"))
+    assert len(told(chain, offramp.Depth({"decoder": 1}), max_new_tokens=5)) == 5
+
+
 def test_a_manifest_whose_file_does_not_fit_is_refused(chain: Chain) -> None:
     manifest = chain.manifest
     steps = manifest.segments["decoder.1-steps"]
