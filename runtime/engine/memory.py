@@ -49,7 +49,8 @@ def places(items: Index, factor: int) -> Index:
 
 def every(rows: int, width: int) -> Index:
     """The places of so many tokens in each of so many rows: int64 [rows, width]."""
-    return np.ascontiguousarray(np.broadcast_to(np.arange(width), (rows, width)))
+    places = np.arange(width)[None]
+    return places if rows == 1 else np.repeat(places, rows, 0)
 
 
 def silent_options() -> ort.RunOptions:
