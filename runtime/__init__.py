@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from offramp.runtime.chain import Chain, load
     from offramp.runtime.generation.sampling import Sampling
     from offramp.runtime.generation.tokens import Generated, Token
-    from offramp.runtime.policies.base import Agreement, Cost, Policy, State
+    from offramp.runtime.policies.base import Agreement, Bound, Cost, Policy, State
     from offramp.runtime.policies.builtin import (
         Adaptive,
         Budget,
@@ -46,7 +46,7 @@ _MODULES = {
         "Verify",
         "Width",
     ),
-    "policies.base": ("Agreement", "Cost", "Policy", "State"),
+    "policies.base": ("Agreement", "Bound", "Cost", "Policy", "State"),
     "result": ("Result", "Timing"),
     "generation.sampling": ("Sampling",),
 }
@@ -54,6 +54,7 @@ _MODULES = {
 __all__ = [
     "Adaptive",
     "Agreement",
+    "Bound",
     "Budget",
     "Chain",
     "Confidence",
