@@ -27,8 +27,9 @@ from offramp.bundle.manifest import (
     Stack,
     Value,
     in_steps,
+    least_of,
 )
-from offramp.bundle.measures import MEASURES, measure_named
+from offramp.bundle.measures import MEASURES, PICK, SCREENED, measure_named
 from offramp.bundle.options import OPTIONS, read
 from offramp.bundle.precision import encodings
 from offramp.bundle.preprocessing import preprocessing_problems
@@ -286,12 +287,16 @@ def _steps(manifest: Manifest) -> Iterator[str]:
             assert one is not None
             assert several is not None
             where = f"stacks.{name}.parts[{i}].steps: {part.steps!r}"
-            if manifest.cache is None or len(part.segments) != 1 or part.depth not in {e.after for e in stack.exits}:
-                yield f"{where} is for a part of one segment, with an exit behind it, of a bundle with caches"
+            scores = next((exit_.scores for exit_ in stack.exits if exit_.after == part.depth), {})
+            picks = {scores.get(name) for name in (PICK, SCREENED)} & set(one.outputs.values())
+            if manifest.cache is None or i > 0 or len(part.segments) != 1 or not picks:
+                yield f"{where} is for a first part of one segment, which picks tokens, of a bundle with caches"
                 continue
             buffers = set(manifest.cache.buffers.values())
             made = {value if value in buffers else in_steps(value) for value in one.outputs.values()}
-            needed = {*one.inputs.values(), STEPS, FREELY}
+            free = {measure for measure, value in scores.items() if value in one.outputs.values()}
+            gates = {least_of(measure) for measure in free if measure_named(measure).gates}
+            needed = {*one.inputs.values(), STEPS, FREELY, *gates}
             if missing := sorted((needed - {*several.inputs.values()}) | (made - {*several.outputs.values()})):
                 yield f"{where} has nothing for {', '.join(missing)}"
 

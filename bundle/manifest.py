@@ -28,7 +28,7 @@ WEIGHTS_FILE = "weights.bin"
 #: The value that says which share of its learners a token is to take on average, float32 [1].
 WIDTH = "learners_width"
 #: Values of the segments in `Part.steps`: of how many tokens at most they make the next one, int64 []; and whether a
-#: token is followed by another without a look at it, bool [ids], the last of which stands for none (-1).
+#: token is followed by another without a look at it, bool [classes + 1], the last of which stands for none (-1).
 STEPS, FREELY = "steps", "steps/freely"
 
 #: How learners run: all, and those that are not taken count for nothing, or each on the tokens that take it.

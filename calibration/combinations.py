@@ -192,20 +192,25 @@ class Search:
 def milliseconds(asked: Asked, examples: Sequence[Example], policies: Sequence[Policy]) -> list[float]:
     """Of a row or a whole generation, one at a time, the policies in turns: what segments and the host's work take.
 
-    A segment that is interrupted by other work on the machine counts for no more than `_LONG` times its median.
+    A segment that is interrupted by other work on the machine counts for no more than `_LONG` times its median; one
+    that makes several tokens takes as long as these.
     """
     for policy in policies:
         traced(asked.chain, examples[0], policy, asked.options)
     runs = [[traced(asked.chain, example, policy, asked.options) for policy in policies] for example in examples]
     beside = [(wall - sum(item.milliseconds for item in trace)) / len(trace) for run in runs for trace, wall in run]
     host = np.quantile(beside, 0.1)  # of a segment: the same whatever runs, so what is more is other work
+    several = {part.steps for stack in asked.chain.manifest.stacks.values() for part in stack.parts}
     found = []
     for at in range(len(policies)):
         times = defaultdict(list)
         for trace, _ in (run[at] for run in runs):
             for item in trace:
                 times[item.segment].append(item.milliseconds)
-        in_all = sum(np.minimum(each, _LONG * np.median(each)).sum() + host * len(each) for each in times.values())
+        in_all = 0.0
+        for name, each in times.items():
+            cut = each if name in several else np.minimum(each, _LONG * np.median(each))
+            in_all += sum(cut) + host * len(each)
         found.append(float(in_all) / len(examples))
     return found
 

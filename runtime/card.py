@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
-from offramp.bundle.expressions import evaluate
+from offramp.bundle.expressions import evaluate, names
 from offramp.bundle.manifest import Manifest, Value
 from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
 from offramp.runtime.engine.widths import kinds
@@ -79,7 +79,10 @@ def _values(manifest: Manifest) -> str:
     rows = [("input", name, _value(manifest.values[name])) for name in manifest.inputs]
     rows += [("output", name, _value(manifest.values[value])) for name, value in manifest.outputs.items()]
     rows += [("classes", name, _listed(labels)) for name, labels in manifest.labels.items()]
-    limits = [f"{axis} from {low}" + (f" to {high}" if high else "") for axis, (low, high) in manifest.axes.items()]
+    shown = [manifest.values[name] for name in (*manifest.inputs, *manifest.outputs.values())]
+    named = set().union(*(names(size) for value in shown for size in value.shape))
+    axes = {axis: limits for axis, limits in manifest.axes.items() if axis in named}
+    limits = [f"{axis} from {low}" + (f" to {high}" if high else "") for axis, (low, high) in axes.items()]
     return _table(("", "name", "type and shape"), rows) + (f"\n\nSizes: {', '.join(limits)}." if limits else "")
 
 

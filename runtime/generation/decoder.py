@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from offramp.bundle.measures import measure_named
 from offramp.bundle.schedule import Branch
 from offramp.runtime.engine.memory import every
 from offramp.runtime.engine.widths import Widths
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from offramp.runtime.generation.plan import GenerationPlan
 
 NOTHING = Wanted()
+_STAYED = 2  # a run of one token takes longer where it could have been of several
 
 
 @dataclass
@@ -74,6 +74,7 @@ class Decoder:
         self._caught_up: dict[int, int] = {}
         self._nowhere = np.zeros(store.slots, np.int64)
         self._copied = CopiedCaches(plan.manifest, plan.spans) if propagate == "kv" else None
+        self._stayed = 0  # runs of one token that could have been of several, since the last one that left first
 
     @property
     def seen(self) -> Index:
@@ -149,17 +150,23 @@ class Decoder:
 
         Those wait from then on, and are in ``step.before``.
         """
-        span, branch, most = self.spans[at], self.spans[at].branch, step.most
-        asking = self._asking(span, branch, step) if span.steps is not None and branch is not None else None
+        span, branch, most = self.spans[at], self.spans[at].branch, float(step.most)
+        ready = span.steps is not None and self._stayed < _STAYED
+        asking = self._asking(span, branch, step) if ready and branch is not None else None
         if asking is None or branch is None or not branch.free.issuperset(asking[1]):
             return None
         bound = asking[0].bound(branch.after)
+        if bound is None or (bound.measure is not None and bound.measure not in asking[1]):
+            return None
+        most = min(most, bound.tokens + 1)
         if self.max_pending is not None:
             most = min(most, self.max_pending - int((self.seen[at] - self.seen[span.end - 1])[group.slots[0]]))
-        if bound is None or most < 2 or not (bound.measure is None or measure_named(bound.measure).gates):
+        if most < 2:
             return None
-        ran = several(span, branch, self.runner, self.seen[at], group, bound, most)
+        ran = several(span, branch, self.runner, self.seen[at], group, bound, int(most))
+        self._stayed += 1
         if left := len(ran.picks) - 1:
+            self._stayed = 0
             self.waiting.advance(at, group.slots, np.array([left]))
             self._skip(at + 1, ran.slot, branch.after, ran.left, left)
             step.before = ran.results(*asking, int(self.rows[ran.slot]))
@@ -209,6 +216,7 @@ class Decoder:
             slot = int(group.slots[row])
             step.notes[slot].exits[span.stack or ""] = branch.after
             if not branch.full:
+                self._stayed = 0
                 count = int(group.counts[row])
                 values = {name: array[row, :count] for name, array in group.values.items()}
                 self._skip(at, slot, branch.after, values, count)

@@ -28,17 +28,19 @@ class Generator:
     says so; several new tokens of a row, a prompt's, go to full depth. Nothing is shared with other generations.
     """
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, *, all_taken: bool = False) -> None:
         self._session = session
         self._chooser = Chooser(session.sampling, session.plan.vocabulary)
         self._texts = [prompt.tolist() for prompt in session.prompts]
         self._given = [len(text) for text in self._texts]
         self._run = [0] * len(self._texts)
         self._ran = deque[StepResult]()  # of the last forward, for each token of it that is still to be chosen
-        self._ahead = False  # whether those are of tokens that have followed by themselves
+        self._several = False  # whether those are of tokens that have followed by themselves
+        self._each = 0.0  # milliseconds that each of those took
         self._ended: list[int] = []  # slots, which are emptied before the next step
         self._wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
-        free = None if session.ends.stop is None else self._chooser.free(session.ends.stop)
+        told = bool(session.policy.observes) and not all_taken  # of tokens that may not be taken
+        free = None if session.ends.stop is None or told else self._chooser.free(session.ends.stop)
         self._most = 1 if free is None or len(session.rows) > 1 else MOST
         if free is not None and self._most > 1:
             session.freely(free)
@@ -80,7 +82,7 @@ class Generator:
         found = plan.known(plan.rows_of_ids(tokens))
         if len(found) != len(rows) or any(row.size == 0 for row in found):
             raise InputError(f"tokens for {len(found)} rows; there are {len(rows)}, and each needs at least one")
-        if self._ran and self._ahead:
+        if self._ran and self._several:
             self._again()
         for row, new in zip(rows, found, strict=True):
             self._texts[row] += new.tolist()
@@ -93,6 +95,7 @@ class Generator:
             raise InputError("every row has ended")
         if self._ran and any(item.pick is not None for item in self._ran[0].rows):
             self._again()  # an exit has picked the token without any: the last one runs once more
+        self._several, self._each = False, 0.0
         if not self._ran:
             self._ran.extend(self._forward(Wanted()))
         by_row = {self._session.rows[item.slot]: item.outputs[self._session.plan.output] for item in self._ran[0].rows}
@@ -111,9 +114,10 @@ class Generator:
         started = perf_counter()
         if not self._ran:
             self._ran.extend(self._forward(self._wanted, self._most))
+            self._each, started = (perf_counter() - started) * 1e3 / len(self._ran), perf_counter()
         ran = self._ran.popleft()
         chosen = self._chosen(ran)
-        milliseconds = (perf_counter() - started) * 1e3
+        milliseconds = self._each + (perf_counter() - started) * 1e3
         records = []
         for item, token in zip(ran.rows, chosen, strict=True):
             row = session.rows[item.slot]
@@ -150,11 +154,14 @@ class Generator:
         """Run what has been appended; what follows it is next, and then what follows that where more ran."""
         rows, limit = self._session.rows, self._session.sampling.max_new_tokens
         tokens = [np.array(self._texts[row][self._run[row] :], np.int64) for row in rows]
-        if most > 1 and limit is not None:
-            most = min(most, limit - self._new(rows[0]))
+        new = self._new(rows[0])
+        if new < self._chooser.settled:
+            most = 1
+        elif limit is not None:
+            most = min(most, limit - new)
         ran = self._session.step(tokens, wanted=wanted, most=most)
         before = ran.rows[0].before
-        self._ahead = bool(before)
+        self._several = bool(before)
         for row in rows:
             self._run[row] = len(self._texts[row]) + len(before)
         own = min(1, len(before))  # what ran for all of them
@@ -205,7 +212,7 @@ class Generator:
 
 def stream(session: Session) -> Iterator[Token]:
     """Generate token by token until every row has ended."""
-    generator = Generator(session)
+    generator = Generator(session, all_taken=True)
     while found := generator.next():
         yield from found
 

@@ -19,6 +19,7 @@ from offramp.runtime.policies.base import Bound
 from offramp.runtime.policies.stack_policy import StackPolicy
 
 MOST = 16  # tokens of a run: a stream has none of them before all are there
+CACHES = 1 << 20  # bytes that a part keeps of a row: the loop copies them for each token, 25 us
 
 
 class Several(NamedTuple):
@@ -44,7 +45,7 @@ class Several(NamedTuple):
         """What those have left with; the policy is told of them, which are of this ``row`` of the batch."""
         count, after = len(self.picks) - 1, self.branch.after
         scores = {measure: self.values[self.branch.scores[measure]][:-1] for measure in measures}
-        policy.decide(after, np.full(count, row), scores, history=False)
+        policy.told(after, row, count, scores)
         exits, found = {self.span.stack or "": after}, []
         columns = [array.tolist() for array in scores.values()]
         for pick, *said in zip(self.picks[:-1], *columns, strict=True):
@@ -58,7 +59,7 @@ def several(
 ) -> Several:
     """Run a span for one row's token, and for those that its exit picks, until one scores less than the bound."""
     assert span.steps is not None
-    given: Values = {**group.values, STEPS: np.array(min(most, bound.tokens + 1), np.int64)}
+    given: Values = {**group.values, STEPS: np.array(most, np.int64)}
     if span.asked is not None:
         given[span.asked] = every(1, 1)
     for measure in branch.free:

@@ -94,12 +94,19 @@ class Chooser:
         bans = self._late if forced else (*self._early, *self._late)
         return not any(ban.start <= emitted < ban.end and token in ban.ids for ban in bans)
 
+    @property
+    def settled(self) -> int:
+        """After how many tokens of a row the same ones are banned at all places."""
+        places = [place for ban in (*self._early, *self._late) for place in (ban.start, ban.end) if place < math.inf]
+        return int(max([*places, int(self.sampling.forced_first is not None)]))
+
     def free(self, ends: Collection[int]) -> NDArray[np.bool_] | None:
-        """Which tokens, bool [vocabulary], a row goes on with at any place, where ``ends`` end it; None: it depends."""
-        if not self.batched or self.sampling.forced_last or self.sampling.forced_first is not None:
+        """Which tokens, bool [vocabulary], a settled row goes on with, where ``ends`` end it; None: it depends."""
+        if not self.batched or self.sampling.forced_last:
             return None
         found = np.ones(self._vocabulary, np.bool_)
-        found[[*ends, *(token for ban in (*self._early, *self._late) for token in ban.ids.tolist())]] = False
+        bans = [ban.ids.tolist() for ban in (*self._early, *self._late) if ban.end == math.inf]
+        found[[*ends, *(token for ids in bans for token in ids)]] = False
         return found
 
     def chances(self, tokens: NDArray[np.int64], logits: NDArray[np.float32], emitted: int) -> NDArray[np.float64]:

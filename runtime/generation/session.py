@@ -18,6 +18,7 @@ from offramp.runtime.generation.batching import greatest, padded
 from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.generation.decoder import NOTHING, Decoder
 from offramp.runtime.generation.feedback import Feedback
+from offramp.runtime.generation.multistep import CACHES
 from offramp.runtime.generation.plan import GenerationPlan, Prompts
 from offramp.runtime.generation.results import RowResult, StepResult
 from offramp.runtime.generation.stopping import Ends
@@ -63,7 +64,7 @@ class Session:
         self.policies = {name: StackPolicy(policy, plan.manifest.stacks[name], slots) for name in plan.stacks}
         self._given = np.array([row.size for row in prompts], np.int64) + self.ahead
         self._steps = np.zeros(slots, np.int64)
-        self._free = False
+        self._short = 0  # the greatest capacity with which one row runs on by itself
         self._feedback: Feedback | None = None
         if Agreement in policy.observes:
             self._feedback = Feedback(policy, self.decoder, plan.stacks[-1], plan.output)
@@ -128,13 +129,13 @@ class Session:
             if alone.size < count:
                 chunk, counts = chunk[alone, :1], counts[alone]
             room = self.decoder.store.capacity - int(lengths[0])
-            most = min(most, room) if count == 1 and self._free else 1
+            most = min(most, room) if count == 1 and self.decoder.store.capacity <= self._short else 1
             asked = self.decoder.step(alone, {name: chunk}, counts, policies, wanted, most)
             caught_up += self.decoder.caught_up
             results = asked if count == 1 else sorted(results + asked, key=lambda item: item.slot)
             milliseconds = (perf_counter() - started) * 1e3
             for stack, policy in policies.items():
-                policy.report([one.exits[stack] for item in asked for one in (*item.before, item)], milliseconds)
+                policy.report([item.exits[stack] for item in asked], milliseconds)
         if self._feedback is not None:
             self._feedback.see(results, [row.size for row in tokens])
         return StepResult(results, self.decoder.runner.trace(), caught_up)
@@ -145,11 +146,12 @@ class Session:
         return np.concatenate([np.full(self.ahead, self.plan.cache.prompt.filler, np.int64), prompt])
 
     def freely(self, tokens: NDArray[np.bool_]) -> None:
-        """Say which tokens, bool [ids], the next one may follow in the same `step`: there are none before."""
-        ids = self.plan.cache.vocabulary or self.plan.vocabulary
-        if any(span.steps is not None for span in self.decoder.spans) and self.decoder.store.device is None:
-            self._free = True
-            self.decoder.store.keep({FREELY: np.append(tokens, np.zeros(ids + 1 - tokens.size, np.bool_))})
+        """Say which tokens, bool [vocabulary], the next one may follow in the same `step`: there are none before."""
+        store, steps = self.decoder.store, [span.steps for span in self.decoder.spans if span.steps is not None]
+        if steps and store.device is None:
+            caches = sum(store.buffer(name).nbytes for call in steps for _, name in call.buffers)
+            self._short = CACHES * store.capacity // max(1, caches)
+            store.keep({FREELY: np.append(tokens, np.False_)})
 
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""

@@ -67,8 +67,17 @@ class StackPolicy:
         return leave
 
     def bound(self, after: int) -> Bound | None:
-        """What the policy comes to at an exit: see `bound_of`."""
-        return bound_of(self._policy, self._stack.name, after)
+        """What the policy comes to at an exit: see `bound_of`; None where it learns from what each token took."""
+        return None if self._costs else bound_of(self._policy, self._stack.name, after)
+
+    def told(self, after: int, row: int, tokens: int, scores: Scores) -> None:
+        """Tell the policy of so many tokens of a row that left one after the other by its `bound`; scores [tokens]."""
+        steps = None
+        if self.steps is not None:
+            steps = self.steps[row] + np.arange(tokens)
+            self.steps[row] += tokens
+        rows = np.full(tokens, row)
+        self._policy.leave(State(self._stack.name, after, self._stack.blocks, scores, rows, {}, steps))
 
     def records(self) -> dict[str, Record]:
         """The scores by the stack's name."""

@@ -36,7 +36,7 @@ class Threshold(Policy):
     def at(self, after: int) -> float:
         """The threshold that holds after so many blocks."""
         common = math.nan if self.threshold is None else self.threshold
-        return self.thresholds.get(after, common)
+        return float(self.thresholds.get(after, common))  # scores stay float32 beside it, as beside no number of numpy
 
     def check(self, stacks: Mapping[str, Stack]) -> None:
         scored(stacks, self.measure, self.thresholds)
@@ -152,7 +152,7 @@ class ShallowDeep(Policy):
     def leave(self, state: State) -> Rows:
         if state.after == state.blocks and self.pick is not None:
             return np.greater_equal(state.scores[self.measure], self.pick)
-        return np.greater(state.scores[self.measure], self.threshold)
+        return np.greater(state.scores[self.measure], float(self.threshold))
 
     def bound(self, stack: str, after: int) -> Bound | None:
         return Bound(self.measure, just_above(self.threshold))

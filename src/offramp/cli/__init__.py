@@ -23,7 +23,7 @@ from offramp.errors import OfframpError
 COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench", "demo")
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
 _BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # read where transformers is imported
-_LIBRARY = "transformers.utils.logging"
+_LIBRARY, _TRUE = "transformers.utils.logging", ("1", "ON", "YES", "TRUE")
 _WIDTH = 100  # of help pages, so that they do not depend on the terminal
 
 
@@ -107,7 +107,7 @@ def _no_bars() -> Iterator[None]:
     known = os.environ.get(_BARS)
     os.environ[_BARS] = "1"
     library = sys.modules.get(_LIBRARY)
-    shown = known is None if library is None else library.is_progress_bar_enabled()
+    shown = (known or "").upper() not in _TRUE if library is None else library.is_progress_bar_enabled()
     if library is not None:
         library.disable_progress_bar()
     try:
