@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -304,7 +305,8 @@ def test_other_work_on_the_machine_counts_for_little(monkeypatch: pytest.MonkeyP
         return [Timing("first", first, 1), Timing("second", 2.0, 1)], first + 2.0 + 0.5 + beside
 
     monkeypatch.setattr(combinations, "traced", traced)
-    asked = Asked(None, 0.9, 0.9, lambda answer, _: answer, {})  # type: ignore[arg-type]
+    chain: Any = SimpleNamespace(manifest=SimpleNamespace(stacks={}))
+    asked = Asked(chain, 0.9, 0.9, lambda answer, _: answer, {})
     (found,) = REAL(asked, [{}] * 16, [Never()])
     assert found == pytest.approx(3.5 + (4.0 - 1.0) / 16)
 
