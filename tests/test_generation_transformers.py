@@ -22,7 +22,7 @@ from offramp.bundle import directory
 from offramp.bundle.json_text import section
 from offramp.bundle.manifest import Generation
 from offramp.errors import InputError
-from offramp.runtime import Chain
+from offramp.runtime import Chain, Never
 from offramp.runtime.generation.beams import search
 from offramp.runtime.generation.defaults import merged
 from offramp.runtime.generation.generator import stream
@@ -112,13 +112,16 @@ class TorchSession:
     def __init__(
         self, logits: Callable[[int, list[int]], NDArray[np.float32]], prompts: list[Any], sampling: Any
     ) -> None:
-        self.sampling, self.ends = sampling, Ends(sampling.stop)
+        self.sampling, self.ends, self.policy = sampling, Ends(sampling.stop), Never()
         self.plan = SimpleNamespace(output="logits", stacks=["decoder"], vocabulary=WORDS)
         self.prompts, self.rows = prompts, list(range(len(prompts)))
         self._logits = logits
         self._texts: list[tuple[int, list[int]]] = [(row, []) for row in self.rows]
 
-    def step(self, tokens: Sequence[NDArray[np.int64]], wanted: Any = None) -> StepResult:
+    def freely(self, tokens: NDArray[np.bool_]) -> None:
+        """It runs one token at a time."""
+
+    def step(self, tokens: Sequence[NDArray[np.int64]], wanted: Any = None, most: int = 1) -> StepResult:
         found = []
         for slot, new in enumerate(tokens):
             row, text = self._texts[slot]
