@@ -23,7 +23,7 @@ from offramp import cli
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.bundle.options import PROPAGATE
 from offramp.cli import _depths, _generate, _text, _words
-from offramp.runtime import Depth
+from offramp.runtime import Depth, Token
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -175,6 +175,14 @@ def test_run_writes_on(flags: tuple[str, ...], prompt: str, writer: Path, capsys
     out, err = generate(capsys, writer, "-t", "é", "--max-new-tokens", "20", *flags)
     assert out == written(writer, ids(writer, prompt), 20)[0] + "\n"
     assert re.fullmatch(r"20 tokens, the first after [\d.]+ s, then [\d.]+ tokens/s; 4.0 of 4 blocks on average\n", err)
+
+
+def test_tokens_that_come_at_once_have_taken_their_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """Five tokens of 2 ms each, of which nobody sees one before the others: 500 a second, not thousands."""
+    tokens = [Token(0, 1, 2, {}, {}, 2.0, 0, at == 4, ()) for at in range(5)]
+    printed = _words.print_tokens(lambda: tokens, 1, _words.decoder_of(None))
+    assert printed.later == pytest.approx(4 * 2e-3)
+    assert printed.exits == [[2] * 5]
 
 
 def test_run_draws_with_a_seed(writer: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
         _words.painter(stack) if args.show_exits else _words.plain,
     )
     if searches:  # all tokens of a row come at its end
-        printed = printed._replace(first=printed.seconds)
+        printed = printed._replace(later=0.0)
     print(printed.summary(stack), file=sys.stderr)
     if args.figure:
         said = _exits_figure.written(chain, tokenizer, printed.tokens[0], printed.exits[0])

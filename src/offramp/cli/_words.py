@@ -85,12 +85,12 @@ def legend(stack: Stack) -> str:
 
 
 class Printed(NamedTuple):
-    """What was generated: token ids and depths by row, seconds to the first token and in all."""
+    """What was generated: token ids and depths by row, seconds to the first token and for all later ones."""
 
     tokens: list[list[int]]
     exits: list[list[int]]
     first: float
-    seconds: float
+    later: float
 
     def summary(self, stack: Stack) -> str:
         """One line: how many tokens, how fast, how deep."""
@@ -98,11 +98,7 @@ class Printed(NamedTuple):
         if not depths:
             return "no tokens"
         later = len(depths) - len(self.exits)
-        rate = (
-            f", then {later / (self.seconds - self.first):.1f} tokens/s"
-            if later > 0 and self.seconds > self.first
-            else ""
-        )
+        rate = f", then {later / self.later:.1f} tokens/s" if later > 0 and self.later > 0 else ""
         mean = sum(depths) / len(depths)
         return (
             f"{len(depths)} token{'s' * (len(depths) != 1)}, the first after {self.first:.2f} s{rate}; "
@@ -115,8 +111,9 @@ def print_tokens(start: Callable[[], Iterable[Token]], rows: int, decode: Decode
     started = perf_counter()
     texts, lines = [Text(decode) for _ in range(rows)], [""] * rows
     printed = Printed([[] for _ in texts], [[] for _ in texts], 0.0, 0.0)
-    first = 0.0
+    first = inside = 0.0
     for token in start():
+        inside += token.milliseconds / 1e3 if first else 0.0
         first = first or perf_counter() - started
         printed.tokens[token.row].append(token.token)
         printed.exits[token.row].append(token.exit)
@@ -127,4 +124,5 @@ def print_tokens(start: Callable[[], Iterable[Token]], rows: int, decode: Decode
         lines[token.row] += piece
         if token.finished:
             print(f"row {token.row}: {lines[token.row]}", flush=True)
-    return printed._replace(first=first, seconds=perf_counter() - started)
+    # of one row several tokens may come at once, which share their time
+    return printed._replace(first=first, later=inside if rows == 1 else perf_counter() - started - first)
