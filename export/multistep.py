@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 
 from offramp.bundle.manifest import FREELY, STEPS, Generation, Manifest, Segment, Value, in_steps, least_of
 from offramp.bundle.measures import measure_named
-from offramp.bundle.schedule import Schedule, Span
+from offramp.bundle.schedule import Schedule
 from offramp.errors import OfframpError
 from offramp.export.write import hashed
 from offramp.runtime.chain import Chain
@@ -88,18 +88,18 @@ def _looped(manifest: Manifest, directory: Path) -> Manifest | None:
     if cache is None or len(cache.tokens) != 1 or _AXIS in manifest.axes or STEPS in manifest.values:
         return None
     step = Schedule.of(manifest, ("chunk",), (cache.logits,)).steps[0]
-    if step.stack is None or len(step.spans[0].segments) != 1 or manifest.learners:
+    stack, span, branch = step.stack, step.spans[0], step.spans[0].branch
+    if stack is None or len(span.segments) != 1 or branch is None or branch.full or branch.pick is None:
         return None
-    span, stack = step.spans[0], step.stack
     segment = manifest.segments[span.segments[0]]
-    made = _made(manifest, segment, span)
-    gates = [m for m in sorted(span.branch.free) if measure_named(m).gates] if span.branch else []
-    if span.branch is None or span.branch.full or span.branch.pick is None or not gates or made is None:
+    made = _made(manifest, segment)
+    gates = [measure for measure in sorted(branch.free) if measure_named(measure).gates]
+    if not gates or made is None or manifest.learners:
         return None
     model = onnx.load(directory / segment.file, load_external_data=False)
     if _read(model) > LARGEST or cache.tokens[0] not in segment.inputs.values():
         return None
-    loop = _Loop(manifest, segment, span.branch.pick, {name: span.branch.scores[name] for name in gates}, made)
+    loop = _Loop(manifest, segment, branch.pick, {name: branch.scores[name] for name in gates}, made)
     name, file = f"{segment.name}-steps", f"{Path(segment.file).stem}-steps.onnx"
     (directory / file).write_bytes(loop.model(model).SerializeToString(deterministic=True))
     parts = (replace(stack.parts[0], steps=name), *stack.parts[1:])
@@ -113,7 +113,7 @@ def _looped(manifest: Manifest, directory: Path) -> Manifest | None:
     )
 
 
-def _made(manifest: Manifest, segment: Segment, span: Span) -> dict[str, str] | None:
+def _made(manifest: Manifest, segment: Segment) -> dict[str, str] | None:
     """What the segment makes of each token, values by the file's names; None where some is not of one token."""
     assert manifest.cache is not None
     made = {key: name for key, name in segment.outputs.items() if name not in manifest.cache.buffers.values()}

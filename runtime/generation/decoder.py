@@ -151,9 +151,10 @@ class Decoder:
         Those wait from then on, and are in ``step.before``.
         """
         span, branch, most = self.spans[at], self.spans[at].branch, float(step.most)
-        ready = span.steps is not None and self._stayed < _STAYED
-        asking = self._asking(span, branch, step) if ready and branch is not None else None
-        if asking is None or branch is None or not branch.free.issuperset(asking[1]):
+        if span.steps is None or branch is None or self._stayed >= _STAYED:
+            return None
+        asking = self._asking(span, branch, step)
+        if asking is None or not branch.free.issuperset(asking[1]):
             return None
         bound = asking[0].bound(branch.after)
         if bound is None or (bound.measure is not None and bound.measure not in asking[1]):

@@ -39,11 +39,10 @@ class Generator:
         self._each = 0.0  # milliseconds that each of those took
         self._ended: list[int] = []  # slots, which are emptied before the next step
         self._wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
-        told = bool(session.policy.observes) and not all_taken  # of tokens that may not be taken
-        free = None if session.ends.stop is None or told else self._chooser.free(session.ends.stop)
-        self._most = 1 if free is None or len(session.rows) > 1 else MOST
-        if free is not None and self._most > 1:
-            session.freely(free)
+        several = all_taken or not session.policy.observes  # which cannot forget tokens that are not taken
+        self._most = MOST if several and len(session.rows) == 1 else 1
+        if self._most > 1:
+            session.freely(self._chooser)
         if session.sampling.max_new_tokens == 0:
             session.drop(list(range(len(session.rows))))
 

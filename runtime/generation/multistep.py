@@ -42,10 +42,10 @@ class Several(NamedTuple):
         return Group(np.array([self.slot]), values, np.ones(1, np.int64))
 
     def results(self, policy: StackPolicy, measures: Sequence[str], row: int) -> list[RowResult]:
-        """What those have left with; the policy is told of them, which are of this ``row`` of the batch."""
+        """What those have left with; the policy is notified of them, which are of this ``row`` of the batch."""
         count, after = len(self.picks) - 1, self.branch.after
         scores = {measure: self.values[self.branch.scores[measure]][:-1] for measure in measures}
-        policy.told(after, row, count, scores)
+        policy.notify(after, row, count, scores)
         exits, found = {self.span.stack or "": after}, []
         columns = [array.tolist() for array in scores.values()]
         for pick, *said in zip(self.picks[:-1], *columns, strict=True):

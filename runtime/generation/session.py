@@ -21,6 +21,7 @@ from offramp.runtime.generation.feedback import Feedback
 from offramp.runtime.generation.multistep import CACHES
 from offramp.runtime.generation.plan import GenerationPlan, Prompts
 from offramp.runtime.generation.results import RowResult, StepResult
+from offramp.runtime.generation.sampling import Chooser
 from offramp.runtime.generation.stopping import Ends
 from offramp.runtime.policies.base import Agreement, Policy
 from offramp.runtime.policies.stack_policy import StackPolicy
@@ -145,13 +146,16 @@ class Session:
         assert self.plan.cache.prompt is not None
         return np.concatenate([np.full(self.ahead, self.plan.cache.prompt.filler, np.int64), prompt])
 
-    def freely(self, tokens: NDArray[np.bool_]) -> None:
-        """Say which tokens, bool [vocabulary], the next one may follow in the same `step`: there are none before."""
-        store, steps = self.decoder.store, [span.steps for span in self.decoder.spans if span.steps is not None]
-        if steps and store.device is None:
-            caches = sum(store.buffer(name).nbytes for call in steps for _, name in call.buffers)
+    def freely(self, chooser: Chooser) -> None:
+        """Let one row run on by itself in a `step`, behind tokens that ``chooser`` needs no look at."""
+        store, steps = self.decoder.store, self.decoder.spans[0].steps
+        if steps is None or store.device is not None or self.ends.stop is None:
+            return
+        free = chooser.free(self.ends.stop)
+        if free is not None:
+            caches = sum(store.buffer(name).nbytes for _, name in steps.buffers)
             self._short = CACHES * store.capacity // max(1, caches)
-            store.keep({FREELY: np.append(tokens, np.False_)})
+            store.keep({FREELY: np.append(free, np.False_)})
 
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""

@@ -21,8 +21,7 @@ class Token(NamedTuple):
         exit: After how many blocks of the last stack it was made.
         exits: The same for every stack that runs for each token.
         scores: What the last exit that was asked scored, by measure.
-        milliseconds: Wall time of the step, which all rows share; where one run made several tokens, the first one has
-            it all.
+        milliseconds: Wall time of the step, which all rows share; where one run made several tokens, an equal part.
         caught_up: How many tokens that had left early were computed deeper in this step, over all rows.
         finished: Whether the row ends with it.
         trace: The segments of the step.

@@ -131,7 +131,7 @@ class Policy:
     def bound(self, stack: str, after: int) -> Bound | None:
         """What `leave` comes to at an exit, so that several tokens may run before it is asked; None where it is not so.
 
-        It is told of all of them afterwards: ``state.rows`` is the same row then, repeatedly.
+        `leave` is called with all of them afterwards: ``state.rows`` is the same row then, repeatedly.
         """
         return None
 

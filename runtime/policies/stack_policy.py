@@ -49,12 +49,22 @@ class StackPolicy:
         self.record[after] = {measure: self._whole(rows, score) for measure, score in scores.items()}
         return leave
 
-    def decide(self, after: int, rows: NDArray[np.int64], scores: Scores, *, history: bool = True) -> Rows:
+    def decide(
+        self,
+        after: int,
+        rows: NDArray[np.int64],
+        scores: Scores,
+        *,
+        history: bool = True,
+        steps: NDArray[np.int64] | None = None,
+    ) -> Rows:
         """What the policy says of ``rows`` with these scores, of which nothing is kept.
 
-        A row may come repeatedly: without ``history`` then, which is of the last token of each.
+        A row may come repeatedly: without ``history`` then, which is of the last token of each, and with ``steps`` if
+        those are not of the last one.
         """
-        steps = None if self.steps is None else self.steps[rows]
+        if steps is None and self.steps is not None:
+            steps = self.steps[rows]
         known = dict(self._history) if history else {}
         state = State(self._stack.name, after, self._stack.blocks, scores, rows, known, steps)
         leave = self._policy.leave(state)
@@ -70,14 +80,12 @@ class StackPolicy:
         """What the policy comes to at an exit: see `bound_of`; None where it learns from what each token took."""
         return None if self._costs else bound_of(self._policy, self._stack.name, after)
 
-    def told(self, after: int, row: int, tokens: int, scores: Scores) -> None:
-        """Tell the policy of so many tokens of a row that left one after the other by its `bound`; scores [tokens]."""
-        steps = None
+    def notify(self, after: int, row: int, tokens: int, scores: Scores) -> None:
+        """Let the policy know of tokens of a row that left one after the other by its `bound`; scores [tokens]."""
+        steps = None if self.steps is None else self.steps[row] + np.arange(tokens)
+        self.decide(after, np.full(tokens, row), scores, history=False, steps=steps)
         if self.steps is not None:
-            steps = self.steps[row] + np.arange(tokens)
             self.steps[row] += tokens
-        rows = np.full(tokens, row)
-        self._policy.leave(State(self._stack.name, after, self._stack.blocks, scores, rows, {}, steps))
 
     def records(self) -> dict[str, Record]:
         """The scores by the stack's name."""
