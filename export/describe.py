@@ -22,7 +22,7 @@ from offramp.passes.caches.outputs import vocabulary
 from offramp.program.analysis.sites import mlp
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit, asked_of
-from offramp.program.graph import aten, expression, placeholders, results, shape
+from offramp.program.graph import aten, expression, placeholders, results, shape, source
 from offramp.program.learners import Learners
 from offramp.program.ops import FILL_PLACES
 from offramp.program.program import Program
@@ -296,7 +296,13 @@ class Describer:
     def _value(self, name: str, node: fx.Node) -> None:
         self.origin[name] = node
         sizes = tuple(self._size(self.program.axes.describe(size)) for size in shape(node))
-        self.values[name] = m.Value(str(node.meta["val"].dtype).removeprefix("torch."), sizes)
+        dtype = str(node.meta["val"].dtype).removeprefix("torch.")
+        if dtype not in m.DTYPES:
+            raise ExportError(
+                f"{name!r} ({source(node)}) is {dtype}, which numpy does not have, nor does a bundle",
+                hint="let the model's code make float32 of it: .float()",
+            )
+        self.values[name] = m.Value(dtype, sizes)
 
     def _size(self, size: int | str) -> int | str:
         """A size as the manifest writes it; one that its arithmetic cannot say gets a name of its own."""

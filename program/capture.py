@@ -12,6 +12,7 @@ from offramp.errors import CaptureError
 from offramp.program.canonical.complex_pairs import made_real
 from offramp.program.canonical.equal_lengths import equal_lengths
 from offramp.program.canonical.simplify import canonicalize
+from offramp.program.canonical.wide import made_wide
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.forward import ExampleInputs, doubled, eager, named_inputs, returning_tensors
@@ -63,7 +64,7 @@ def capture(
     if training:
         switch_off(graph_module.graph)
     canonicalize(graph_module)
-    if made_real(graph_module) | equal_lengths(graph_module.graph):
+    if made_real(graph_module) | made_wide(graph_module.graph) | equal_lengths(graph_module.graph):
         canonicalize(graph_module)
     _rename_like_outputs(graph_module)
     if training:

@@ -132,8 +132,10 @@ def _sizes_not_tensors(graph: fx.Graph) -> int:
         """The node's value as a size, written before ``here``; None where it is not made of sizes."""
         if not isinstance(node, fx.Node):
             return node if isinstance(node, int) else None
-        if node.target in (aten.scalar_tensor.default, aten._to_copy.default, aten.clone.default):
+        if node.target in (aten.scalar_tensor.default, aten._to_copy.default):
             return node.args[0] if is_symint(node.args[0]) else size(node.args[0])  # type: ignore[arg-type]
+        if (equal := _written(node)) is not None:
+            return size(equal)
         if node.target is aten.rsub.Scalar or node.target in _ARITHMETIC:
             parts = [size(arg) for arg in node.args[:2]]
             if len(node.args) != 2 or node.kwargs or any(part is None for part in parts):
