@@ -26,6 +26,7 @@ CHEAP = ("torch_encoder_post", "einsum_encoder", "looped_block")
 STACKS: dict[str, dict[str, int]] = {
     **{name: {"encoder": 4} for name in architectures.REQUIRED},
     "attribute_blocks": {"stack0": 4},
+    "deberta": {"encoder": 4},
     "deberta_v2": {"encoder": 3},  # a convolution beside the first block
     "xlnet": {"encoder": 4},
     "t5_encoder": {"encoder": 4},

@@ -167,6 +167,26 @@ def test_sizes_are_read_from_the_inputs() -> None:
         tiny.assert_same(program.module(x=x), Sizes()(x))
 
 
+class SizeInATensor(nn.Module):
+    """As in DeBERTa, where a slice's bounds are tensors that are made of a length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.arange(64.0).reshape(16, 4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        span = torch.tensor(min(x.shape[1], 8))
+        return {"y": self.table[8 - span : 8 + span]}
+
+
+def test_a_size_that_went_through_a_tensor_is_a_size() -> None:
+    program = capture(SizeInATensor(), X)
+    assert "item.default" not in tiny.operators(program)
+    for tokens in (1, 4, 8):
+        x = torch.ones(2, tokens, 4)
+        tiny.assert_same(program.module(x=x), {"y": torch.arange(64.0).reshape(16, 4)[8 - tokens : 8 + tokens]})
+
+
 class Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
