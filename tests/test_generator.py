@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,28 @@ def test_the_encoder_s_exits_and_trace_are_kept(two_stacks: tiny.Captured, tmp_p
     generator = chain.generator(inputs, lambda state: state.rows == 0, max_new_tokens=2)
     assert generator.exits["encoder"].tolist() == [1, *[chain.stacks["encoder"].blocks] * (len(generator.rows) - 1)]
     assert {timing.segment.split(".")[0] for timing in generator.trace} >= {"encoder"}
+
+
+WAYS: dict[str, Callable[[Chain], object]] = {
+    "run": lambda chain: chain.run({"input_ids": [[1, 5, 3]]}),
+    "greedy": lambda chain: chain.generate({"input_ids": PROMPTS}, max_new_tokens=4),
+    "drawn": lambda chain: chain.generate({"input_ids": PROMPTS}, temperature=1.0, seed=0, max_new_tokens=4),
+    "beams": lambda chain: chain.generate({"input_ids": PROMPTS}, beams=2, max_new_tokens=4),
+    "learning": lambda chain: chain.generate({"input_ids": [[2]]}, offramp.Adaptive(1, 0.3, "top1"), max_new_tokens=4),
+    "drafts": lambda chain: chain.generate({"input_ids": [[2]]}, offramp.Verify(1, 0.3), max_new_tokens=4),
+    "left in the middle": lambda chain: next(chain.stream({"input_ids": [[2]]}, max_new_tokens=4)),
+    "by hand": lambda chain: chain.generator({"input_ids": PROMPTS}, max_new_tokens=4).next(),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_memory_is_free_without_a_garbage_collector(chain: Chain, way: str) -> None:
+    """What a generation held is large, and objects that hold each other would keep it for some generations more."""
+    WAYS[way](chain)
+    gc.collect()
+    gc.disable()
+    try:
+        WAYS[way](chain)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -38,7 +38,6 @@ class Generator:
         self._several = False  # whether those are of tokens that have followed by themselves
         self._each = 0.0  # milliseconds that each of those took
         self._ended: list[int] = []  # slots, which are emptied before the next step
-        self._wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
         several = all_taken or not session.policy.observes  # which cannot forget tokens that are not taken
         self._most = MOST if several and len(session.rows) == 1 else 1
         if self._most > 1:
@@ -112,7 +111,9 @@ class Generator:
             return []
         started = perf_counter()
         if not self._ran:
-            self._ran.extend(self._forward(self._wanted, self._most))
+            # a Wanted that this object kept would keep this object, and all the memory of its generation
+            wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
+            self._ran.extend(self._forward(wanted, self._most))
             self._each, started = (perf_counter() - started) * 1e3 / len(self._ran), perf_counter()
         ran = self._ran.popleft()
         chosen = self._chosen(ran)
