@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,16 @@ PROMPTS = [[1, 5, 3], [2], [7, 4]]
 
 
 @pytest.fixture(scope="module")
-def chain(decoder: tiny.Captured, tmp_path_factory: pytest.TempPathFactory) -> Chain:
+def saved(decoder: tiny.Captured, tmp_path_factory: pytest.TempPathFactory) -> Path:
     program = offramp.apply(decoder.program, "insert-cache,insert-exits{after=1|3},insert-scores{measure=top1}")
     path = tmp_path_factory.mktemp("generator") / "decoder.offramp"
     offramp.save(program, path)
-    return offramp.load(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def chain(saved: Path) -> Chain:
+    return offramp.load(saved)
 
 
 def logits(chain: Chain, text: list[int]) -> Any:
@@ -138,5 +144,18 @@ def test_memory_is_free_without_a_garbage_collector(chain: Chain, way: str) -> N
     try:
         WAYS[way](chain)
         assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+def test_a_chain_that_nobody_has_is_gone(saved: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        other = offramp.load(saved)
+        other.generate({"input_ids": PROMPTS}, max_new_tokens=4)
+        there = weakref.ref(other)
+        del other
+        assert there() is None
     finally:
         gc.enable()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -69,7 +68,7 @@ class GenerationPlan:
         self._inputs, self._implied = Inputs(manifest), ImpliedInputs(manifest)
         self._lock = threading.Lock()
         self._spare: Store | None = None
-        self._merged = lru_cache(_KEPT)(self._checked)
+        self._merged: dict[Any, Sampling] = {}  # no lru_cache of a method, which would hold the plan
 
     def store(self, slots: int, capacity: int) -> Store:
         """Memory for a generation, that of one that has ended where it has the same size."""
@@ -200,13 +199,17 @@ class GenerationPlan:
         """How tokens are chosen after prompts of at most ``longest``, with places ``ahead`` of them: see `merged`."""
         given = tuple((name, value, type(value)) for name, value in options.items())  # True is no 1
         try:
-            hash(given)
+            known = self._merged.get((longest, ahead, given))
         except TypeError:  # a list among them
-            return self._checked(longest, ahead, given)
-        return self._merged(longest, ahead, given)
+            return self._checked(longest, ahead, options)
+        if known is None:
+            known = self._checked(longest, ahead, options)
+            if len(self._merged) >= _KEPT:
+                self._merged.clear()
+            self._merged[longest, ahead, given] = known
+        return known
 
-    def _checked(self, longest: int, ahead: int, given: tuple[tuple[str, Any, type], ...]) -> Sampling:
-        options = {name: value for name, value, _ in given}
+    def _checked(self, longest: int, ahead: int, options: Mapping[str, Any]) -> Sampling:
         found = merged(self.manifest.generation, options, longest, self.vocabulary, self._limit(ahead))
         if self.manifest.batch is None and found.beams > 1:
             raise InputError(f"beams={found.beams}: this bundle generates one row at a time", hint="beams=1")
