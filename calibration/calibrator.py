@@ -88,7 +88,7 @@ def calibrate(
     """Choose measure, exits and thresholds of one stack, of several at once, or the width, so that quality is kept.
 
     With a probability of at least ``confidence`` over the examples, the expected quality is at least ``keep`` times
-    that at full depth with all learners, on data like them. What costs more than it saves on this machine, one row at
+    that at full depth and width 1, on data like them. What costs more than it saves on this machine, one row at
     a time, is left out. Other stacks run to full depth, or as ``others`` says. A bundle that is given by its path gets
     the policy as its default.
 

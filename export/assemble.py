@@ -29,7 +29,7 @@ from offramp.export.lowering.node_builder import TARGETS, Target
 from offramp.export.multistep import with_steps
 from offramp.export.partition import partition
 from offramp.export.prepare import prepared
-from offramp.export.validation import given, validate
+from offramp.export.validation import at_full_width, given, validate
 from offramp.export.write import Writer
 from offramp.program.learners import FORMS
 from offramp.program.program import Program
@@ -132,7 +132,8 @@ def save(
             _add(item, content, directory)
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
         manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
-        figures = validate(program, manifest, directory, describer.origin, lowered)
+        with at_full_width(program):
+            figures = validate(program, manifest, directory, describer.origin, lowered)
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:
             taken = samples or [given(program, program.example_inputs)]

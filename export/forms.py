@@ -59,24 +59,27 @@ def _piece(program: Program, hidden: str) -> Subgraph:
 def _times(made: Mapping[str, Program], hidden: str, target: Target) -> dict[str, Any]:
     """Milliseconds of a site in each form, in turns, and on how many tokens."""
     runs: dict[str, Callable[[], Any]] = {}
-    first = made[FORMS[0]]
-    given = {node.name: _given(first, node) for node in _piece(first, hidden).inputs}  # the same in every form
-    tokens = max(array.size // array.shape[-1] for array in given.values())
+    given: dict[str, Any] = {}  # the same in every form
     with tempfile.TemporaryDirectory() as folder:
         for form, program in made.items():
-            piece, place = _piece(program, hidden), Path(folder) / form
+            translation, place = Translations(target).of(_piece(program, hidden)), Path(folder) / form
             place.mkdir()
             writer = Writer(place, program.graph_module)
-            file = writer.segment(Translations(target).of(piece), hidden)
+            file = writer.segment(translation, hidden)
             writer.close()
             session = ort.InferenceSession(place / file, session_options(), providers=["CPUExecutionProvider"])
-            runs[form] = _bound(session, {f"in{i}": given[node.name] for i, node in enumerate(piece.inputs)})
+            for node in translation.inputs:  # what gives sizes, too
+                if node.name not in given:
+                    given[node.name] = _given(program, node)
+            runs[form] = _bound(session, {f"in{i}": given[node.name] for i, node in enumerate(translation.inputs)})
         for run in runs.values():
             run()
         seconds: dict[str, list[float]] = {form: [] for form in runs}
         for _ in range(_ROUNDS):
             for form, run in runs.items():
                 seconds[form].append(_one(run))
+    read = [given[node.name] for node in _piece(made[FORMS[0]], hidden).inputs]
+    tokens = max(array.size // array.shape[-1] for array in read)
     return {form: round(statistics.median(found) * 1e3, 4) for form, found in seconds.items()} | {"tokens": tokens}
 
 
@@ -90,7 +93,7 @@ def _given(program: Program, node: fx.Node) -> Any:
         return np.full(1, _SHARE, np.float32)
     value = evaluate(program.graph_module, [node], program.example_inputs)[node]
     if program.cache is not None:
-        for axis, size in enumerate(shape(node)[:-1]):
+        for axis, size in enumerate(shape(node)):
             if not isinstance(expression(size), int):
                 value = value.narrow(axis, 0, 1)
     return value.contiguous().numpy()

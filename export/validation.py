@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from offramp.bundle.manifest import Manifest
+from offramp.bundle.manifest import WIDTH, Manifest
 from offramp.errors import ExportError, InputError
 from offramp.passes import Truncate
 from offramp.program.compare import TOLERANCE, relative_error
-from offramp.program.graph import run
+from offramp.program.graph import attribute, run
 from offramp.program.groups import left_early
 from offramp.program.program import Program
 from offramp.program.sizes import at_other_sizes
@@ -161,6 +162,21 @@ class _Wanted:
             found = self._whole if program is self.program else _returned(program, inputs)
             self._made[id(program)] = program.as_returned(found, inputs)
         return self._made[id(program)]
+
+
+@contextmanager
+def at_full_width(program: Program) -> Iterator[None]:
+    """Meanwhile gates read a width of 1, as in a chain whose policy is no `Width`; then the program's own is back."""
+    if not program.learners:
+        yield
+        return
+    width = attribute(program.graph_module, WIDTH)
+    own = width.clone()
+    width.fill_(1)
+    try:
+        yield
+    finally:
+        width.copy_(own)
 
 
 def _run(program: Program, chain: Chain, inputs: Mapping[str, torch.Tensor], policy: Any = None) -> Arrays:

@@ -16,7 +16,7 @@ import torch
 
 from offramp.errors import CaptureError, ForwardError
 from offramp.program.listed_rows import is_row
-from offramp.program.unwrap import signature, takes_anything
+from offramp.program.unwrap import signature, takes_anything, unchanged
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[st
         return inputs
     doubled = {name: value.repeat(2, *[1] * (value.dim() - 1)) for name, value in inputs.items()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(module):
             module(**doubled)
     except Exception as error:  # noqa: BLE001 (the model's own; one row is then captured)
         log.info("a batch of two rows does not run (%s): capturing one", error)
@@ -159,7 +159,7 @@ def named_outputs(value: Any, name: str = "") -> dict[str, torch.Tensor]:
 def eager(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the model itself computes; its own error becomes a `ForwardError`."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(module):
             return named_outputs(module(**inputs))
     except CaptureError:
         raise

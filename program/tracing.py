@@ -22,6 +22,7 @@ from offramp.program.forward import eager
 from offramp.program.functional import functional
 from offramp.program.listed_rows import Lists, RowAloneError
 from offramp.program.silence import quiet
+from offramp.program.unwrap import unchanged
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
     first: Exception | None = None
     for dims in attempts:
         try:
-            with quiet():
+            with quiet(), unchanged(module):
                 return _functional(module, inputs, dims)
         except GuardOnDataDependentSymNode as error:
             first = error

@@ -188,6 +188,30 @@ def as_captured(module: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """A forward may exchange parts of the module, or set numbers and words in them; afterwards all are as they were.
+
+    BigBird, for one, goes over to other attention at its first short input, and stays there.
+    """
+    before = [(part, dict(part._modules), _plain_values(part)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, parts, settings in before:
+            if part._modules != parts:
+                part._modules.clear()
+                part._modules.update(parts)
+            if (now := _plain_values(part)) != settings:
+                vars(part).update({name: value for name, value in settings.items() if now.get(name) != value})
+
+
+def _plain_values(part: nn.Module) -> dict[str, Any]:
+    """Numbers and words that the module has as attributes, but for whether it is training."""
+    kinds = (bool, int, float, str, type(None))
+    return {name: value for name, value in vars(part).items() if isinstance(value, kinds) and name != "training"}
+
+
 def _restore_modes(modes: Mapping[nn.Module, bool]) -> None:
     for part, mode in modes.items():
         part.training = mode

@@ -29,8 +29,8 @@ class Result:
         scores: By stack, ``after`` and measure, float32 [rows] (int64 for whole numbers), of the exits where
             the policy was asked: NaN (or -1) for rows that had left before.
         trace: The segments in the order in which they ran.
-        learners: How many learners each token took, int64 [rows, tokens], by site (``encoder.3.mlp``); -1 for rows that
-            had left. Empty for bundles without learners.
+        learners: How many learners each token took, int64 [rows, tokens] (or [tokens, rows], as the model has them), by
+            site (``encoder.3.mlp``); -1 for rows that had left. Empty for bundles without learners.
         width: The share of their floating-point operations that was executed; None without learners.
     """
 

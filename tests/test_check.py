@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,20 @@ def test_a_pipeline_of_ones_own(models: None, capfd: pytest.CaptureFixture[str])
     assert report["exits"] == 1
     _, report = checked(capfd, "encoder", "-p", "insert-exit")
     assert (report["ok"], report["stage"]) == (False, "rewrite")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("passes", "why"), [("insert-acm{sites=output}", "projections, .* change"), ("truncate{after=2}", "truncate has")]
+)
+def test_passes_that_change_the_model_on_purpose(passes: str, why: str) -> None:
+    report = Check(tiny.seeded(tiny.Encoder), tiny.text(), pipeline=passes).run()
+    assert report.ok, report.reason
+    assert re.search(
+        f"{why}.*the model, by .* of its scale: the chain is compared with the program", report.reason or ""
+    )
+    assert report.max_error["graph"] == 0
+    assert (report.max_error["chain"] or 1) < 1e-4
 
 
 @pytest.mark.slow

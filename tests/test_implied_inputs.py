@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import decoders
 import pytest
 import tiny
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from offramp.bundle.manifest import Implied
 from offramp.errors import PassError
 from offramp.passes import apply
-from offramp.program import Program
+from offramp.program import Program, capture
 
 WORDS, WIDTH, BLOCKS, TOKENS = 11, 16, 2, 7
 NONE = torch.zeros(2, TOKENS, dtype=torch.bool)
@@ -227,3 +228,11 @@ def test_inputs_that_all_look_like_masks() -> None:
     with pytest.raises(PassError, match=r"the inputs \['signal'\] all look like masks") as caught:
         apply(captured.program, "insert-cache")
     assert caught.value.hint == "example inputs as they occur, token ids that differ"
+
+
+@pytest.mark.slow
+def test_a_mask_that_biases_are_made_of_too() -> None:
+    """Bloom's alibi counts the mask: all of its keys stay visible there, whatever the mask hides from the attention."""
+    program = apply(capture(*decoders.OTHERS["bloom"]()), "insert-cache")
+    assert program.cache is not None
+    assert program.cache.implied["attention_mask"] == Implied("int64", ROWS, 1, padding=0)

@@ -169,6 +169,38 @@ def test_with_caches_forms_are_timed_on_one_token(decoder: tiny.Captured, tmp_pa
     assert [times["tokens"] for times in manifest.provenance["learners"].values()] == [1] * tiny.BLOCKS
 
 
+class Flat(torch.nn.Module):
+    """A linear layer as GPT-2 has it: all tokens one after another, in whose place they come back by their sizes."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+        self.bias = torch.nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("passes", ["insert-acm", "insert-acm,insert-cache"])
+def test_sites_that_read_sizes_are_timed(tmp_path: Path, passes: str) -> None:
+    model = tiny.seeded(tiny.Decoder)
+    for block in model.blocks:
+        block.mlp = tiny.seeded(lambda: torch.nn.Sequential(Flat(16, 32), torch.nn.GELU(), Flat(32, 16)))
+    offramp.save(apply(offramp.capture(model, {"input_ids": tiny.ids(7)}), passes), tmp_path / "m.offramp")
+    manifest, _ = directory.read(tmp_path / "m.offramp")
+    assert len(manifest.provenance["learners"]) == tiny.BLOCKS
+
+
+def test_the_width_that_a_program_takes_in_torch_is_its_own(labeller: tiny.Captured, tmp_path: Path) -> None:
+    program = undecided(apply(labeller.program, "insert-acm"))
+    width = program.module.get_buffer("learners_width").fill_(0.5)
+    offramp.save(program, tmp_path / "m.offramp")
+    assert width.item() == 0.5
+    inputs, chain = arrays(labeller.inputs), offramp.load(tmp_path / "m.offramp")
+    half = program.module(**labeller.inputs)["logits"].detach().numpy()
+    np.testing.assert_allclose(chain.run(inputs, offramp.Width(0.5)).outputs["logits"], half, rtol=1e-4, atol=1e-5)
+
+
 # Refused
 
 

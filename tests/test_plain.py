@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -349,3 +350,30 @@ def test_peft_with_adapters_in_it_and_merged() -> None:
         program = capture(case, inputs)
         assert [stack.blocks for stack in program.stacks.values()] == [2]
         torch.testing.assert_close(program.module(**inputs)["logits"], expected, rtol=0, atol=1e-5)
+
+
+class Switching(Model):
+    """As BigBird: a short input makes it go over to other parts, which it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mode, self.last = "windows", nn.Sequential(nn.Linear(3, 3))
+
+    def forward(self, ids: Tensor, bias: Tensor | None = None) -> dict[str, Any]:
+        if ids.shape[1] < 4 and self.mode == "windows":
+            self.mode, self.last = "full", nn.Sequential(nn.Tanh())
+        return {"output": self.last(super().forward(ids, bias)["logits"])}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_that_changes_itself_is_as_it_was(rows: int) -> None:
+    """Nor does a call before the one that is traced change what is traced."""
+    module = tiny.seeded(Switching)
+    parts = list(module.modules())
+    program = capture(module, {"ids": IDS[:rows]})
+    assert (module.mode, list(module.modules())) == ("windows", parts)
+    for _ in range(2):
+        capture(module, {"ids": IDS[:rows, :3]})
+        assert (module.mode, list(module.modules())) == ("windows", parts)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module(ids=IDS)["output"], module(IDS)["output"])

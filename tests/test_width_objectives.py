@@ -222,6 +222,12 @@ def test_a_mask_of_another_stack_is_not_read(two_stacks: tiny.Captured) -> None:
     assert not torch.allclose(one["learners"], other["learners"])
 
 
+def test_a_mask_that_no_batch_has_is_refused(labeller: tiny.Captured) -> None:
+    program = offramp.apply(labeller.program, "insert-acm")
+    with pytest.raises(SpecError, match=r"mask='atention_mask': a batch has attention_mask, input_ids\n  try: one of"):
+        losses(program, LearnerDistillation(labeller.program, mask="atention_mask"), labeller.inputs)
+
+
 def test_batches_are_not_kept() -> None:
     teacher, program = pair()
     alive: list[int] = []

@@ -28,6 +28,8 @@ from offramp.program.ops import learner_bounds
 from offramp.program.program import Program
 from offramp.training.losses import Values
 
+MASK = "attention_mask"  # what most models call it; those without go without
+
 
 @dataclass(frozen=True)
 class LearnerSite:
@@ -164,6 +166,10 @@ def counting(program: Program, batch: Values, mask: str | None, name: str, token
     (GPT-2) have the tokens of all rows one after another.
     """
     found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
+    if found is None and mask not in (None, MASK):
+        raise SpecError(
+            f"mask={mask!r}: a batch has {', '.join(sorted(batch))}", hint="one of these, or None for all tokens"
+        )
     known = placeholders(program.graph).get(mask or "")
     node = results(program.graph).get(name) or program.nodes[name]  # torch calls what returns them all "output"
     apart = known is not None and _count(shape(known)) != _count(shape(node)[:-1])  # in other sizes than the batch's

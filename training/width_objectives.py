@@ -19,7 +19,16 @@ from torch.nn import functional as F
 from offramp.errors import SpecError
 from offramp.program.program import Program
 from offramp.training.allocation import allocate
-from offramp.training.learner_sites import LearnerSite, by_row, check_teacher, counting, learner_sites, rest_of, width
+from offramp.training.learner_sites import (
+    MASK,
+    LearnerSite,
+    by_row,
+    check_teacher,
+    counting,
+    learner_sites,
+    rest_of,
+    width,
+)
 from offramp.training.losses import Values, counted
 from offramp.training.objectives import Objective, require_one_run
 
@@ -37,7 +46,7 @@ class LearnerDistillation(Objective):
     """
 
     teacher: Program = field(repr=False)
-    mask: str | None = "attention_mask"
+    mask: str | None = MASK
 
     def check(self, program: Program) -> None:
         check_teacher(program, self.teacher)
@@ -78,7 +87,7 @@ class GateDistillation(Objective):
     draws: int = 4
     labels: float = 0.1
     budget: float = 1.0
-    mask: str | None = "attention_mask"
+    mask: str | None = MASK
     seed: int = 0
 
     def check(self, program: Program) -> None:
@@ -173,7 +182,7 @@ class WidthBudget(Objective):
     budget: float = 0.1
     entropy: float = 0.05
     diversity: float = 0.05
-    mask: str | None = "attention_mask"
+    mask: str | None = MASK
     seed: int = 0
 
     def check(self, program: Program) -> None:

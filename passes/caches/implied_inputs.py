@@ -115,7 +115,19 @@ class Meaning:
         if len({self._later(node, number) for number in seen}) > 1:  # it tells who sees later tokens
             return None
         found = self._neutral(seen, self._seen(node, None, read))
-        return None if found is None else replace(self._implied(node, found[0]), padding=found[1])
+        if found is None:
+            return None
+        hiding = [
+            number for number, (visible, _) in seen.items() if number != found and self._hides(node, read, visible)
+        ]
+        return replace(self._implied(node, found), padding=hiding[0] if len(hiding) == 1 else None)
+
+    def _hides(self, node: fx.Node, read: Sequence[Mask], visible: Sequence[torch.Tensor]) -> bool:
+        """Whether no attention that reads the input sees a key: one of its masks lets none through."""
+        closed = {mask.node for mask, keys in zip(read, visible, strict=True) if not keys.any()}
+        reading = {mask.node for mask in read}
+        sites = [{mask.node for mask in site.masks} for site in self.sites]
+        return all(masks & closed for masks in sites if masks & reading)
 
     def _later(self, node: fx.Node, number: float) -> bool:
         """Whether an attention sees later tokens where an input holds one number."""
@@ -125,20 +137,12 @@ class Meaning:
         values = evaluate(self.program.graph_module, [mask.node for site in sites for mask in site.masks], given)
         return not all(is_causal(site, values, whole=False) for site in sites)
 
-    def _neutral(
-        self, seen: Mapping[float, tuple[list[torch.Tensor], float]], example: Any
-    ) -> tuple[float, float | None] | None:
-        """The constant with which most keys are seen, all those of the example among them, and scores change least.
-
-        And that with which none is, None where it is not one alone.
-        """
+    def _neutral(self, seen: Mapping[float, tuple[list[torch.Tensor], float]], example: Any) -> float | None:
+        """The constant with which most keys are seen, all those of the example among them, and scores change least."""
         counts = {number: sum(int(item.sum()) for item in visible) for number, (visible, _) in seen.items()}
         best = min(counts, key=lambda number: (-counts[number], seen[number][1]))
         covers = all(bool((a | ~b).all()) for a, b in zip(seen[best][0], example[0], strict=True))
-        if not covers or not counts[best] > min(counts.values()):
-            return None
-        none = [number for number in counts if counts[number] == 0]
-        return best, none[0] if len(none) == 1 else None
+        return best if covers and counts[best] > min(counts.values()) else None
 
     def _seen(self, node: fx.Node, filled: Implied | None, read: Sequence[Mask]) -> tuple[list[torch.Tensor], float]:
         """Which keys the masks let through, and how much they change their scores."""

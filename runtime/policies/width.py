@@ -23,7 +23,8 @@ class Width(Policy):
     ``Width(0.4, Confidence(0.9))`` lets rows leave early too.
 
     Attributes:
-        budget: The share of the learners, 0 to 1; 1 is all, which is what other policies take.
+        budget: The share of the learners, 0 to 1. Other policies take 1, which is all; but for those that trained gates
+            find to be worth nothing.
         exits: Which rows leave where; None for full depth.
 
     Raises:

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from offramp.errors import PretrainedModelError
+from offramp.program.unwrap import unchanged
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -54,7 +55,7 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
     first: Exception | None = None
     for candidate in candidates:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), unchanged(model):
                 model(**candidate)
         except Exception as error:  # noqa: BLE001 - whatever the model raises; the first is reported below
             first = first or error
@@ -150,7 +151,7 @@ class _Maker:
         other[:, -1] = ids[:, -2]
         for text in (0, 1):
             types = torch.full_like(ids, text)
-            with torch.no_grad():
+            with torch.no_grad(), unchanged(self.model):
                 one, two = (
                     self.model(**{**inputs, "input_ids": given, "token_type_ids": types}).logits[:, :-1]
                     for given in (ids, other)

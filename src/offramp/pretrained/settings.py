@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from offramp.pretrained import generation_config, tokenization
+from offramp.program.unwrap import unchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +103,7 @@ def _labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, l
     ordinary = all(name == f"LABEL_{place}" for place, name in names.items())
     if ordinary or sorted(names) != list(range(len(names))) or config.problem_type == "multi_label_classification":
         return {}
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(model):
         made = model(**inputs)
     logits = made.get(_LABELLED) if isinstance(made, Mapping) else None
     if logits is None or logits.ndim not in (2, 3) or logits.shape[-1] != len(names):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offramp.bundle.preprocessing import Text
 from offramp.pretrained.example_inputs import embedded, setting
+from offramp.program.unwrap import unchanged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,7 +173,7 @@ def _is_neutral(model: PreTrainedModel, inputs: Mapping[str, Tensor], pad: int, 
         for name, value in row.items()
     }
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unchanged(model):
             alone, together = list(_tensors(model(**row))), list(_tensors(model(**padded)))
     except Exception:  # noqa: BLE001 - a model that takes no padding may fail in any way
         return False
