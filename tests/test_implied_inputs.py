@@ -233,6 +233,8 @@ def test_inputs_that_all_look_like_masks() -> None:
 @pytest.mark.slow
 def test_a_mask_that_biases_are_made_of_too() -> None:
     """Bloom's alibi counts the mask: all of its keys stay visible there, whatever the mask hides from the attention."""
-    program = apply(capture(*decoders.OTHERS["bloom"]()), "insert-cache")
+    module, inputs = decoders.OTHERS["bloom"]()
+    mask = torch.ones_like(inputs["input_ids"])
+    program = apply(capture(module, {**inputs, "attention_mask": mask}), "insert-cache")
     assert program.cache is not None
     assert program.cache.implied["attention_mask"] == Implied("int64", ROWS, 1, padding=0)
