@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 
 from offramp.errors import ExportError
 from offramp.export import partition, translations, write
@@ -310,6 +311,30 @@ def test_a_refusal_names_the_operator_and_its_place() -> None:
     assert "blocks.1.mlp.1 (_Twisted)" in text
     assert f"test_lower.py:{first + 1}" in text
     assert "twist" in lines[1]
+    assert caught.value.hint is not None
+
+
+class _Selecting(tiny.Encoder):
+    """Rows that are all padding are left out, as SmolVLM leaves out images."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        kept = attention_mask.any(1)
+        return super().forward(input_ids[kept], attention_mask[kept])
+
+
+def test_a_size_that_depends_on_data_is_named_where_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise PendingUnbackedSymbolNotFound("Pending unbacked symbols {u0}")
+
+    program = tiny.captured(_Selecting, tiny.text()).program
+    assert "encoder" in str(program)  # though some sizes only a run tells
+    monkeypatch.setattr(lowering, "to_onnx", fails)
+    with pytest.raises(ExportError) as caught:
+        translate(lower(piece(program, "before-encoder")), "before-encoder")
+    line = inspect.getsourcelines(_Selecting.forward)[1] + 2
+    text = caught.value.reason
+    assert text.startswith("segment before-encoder: how much aten.index.Tensor gives depends on its data")
+    assert f"test_lower.py:{line})" in text
     assert caught.value.hint is not None
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
 import onnx
 import onnx_ir as ir
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound, free_unbacked_symbols
 
 from offramp.errors import ExportError
 from offramp.export.lowering import cached_attention, cleanup, learners, operators
@@ -24,7 +25,7 @@ from offramp.export.lowering.pipeline import GraphCheck, Step, rewrite
 from offramp.export.lowering.rms_norm import fuse_norms
 from offramp.export.lowering.table import lower_operators, onnx_functions
 from offramp.export.subgraph import Subgraph
-from offramp.program.graph import source
+from offramp.program.graph import is_tensor, source
 from offramp.program.silence import quiet
 
 OWN = (cached_attention, learners, operators)  # modules whose lowerings are in the table
@@ -80,12 +81,24 @@ def _refusal(computation: Computation, name: str, error: Exception) -> ExportErr
                 f"segment {name}: {node.target} cannot be lowered to ONNX opset {OPSET} ({source(node)})",
                 hint="rewrite this line of the model with operators that ONNX has",
             )
+    if isinstance(error, PendingUnbackedSymbolNotFound) and (node := _selecting(computation.graph)) is not None:
+        return ExportError(
+            f"segment {name}: how much {node.target} gives depends on its data, not on sizes ({source(node)})",
+            hint="a factory around the part of the model behind it, or one whose code keeps all and masks",
+        )
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
     return ExportError(
         f"segment {name} cannot be lowered to ONNX opset {OPSET}: {type(cause).__name__}: {cause}".splitlines()[0]
     )
+
+
+def _selecting(graph: fx.Graph) -> fx.Node | None:
+    """The first node whose size nothing before it has said."""
+    calls: Sequence[fx.Node] = [node for node in graph.nodes if is_tensor(node)]
+    known = {symbol for node in calls if node.op == "placeholder" for symbol in free_unbacked_symbols(node.meta["val"])}
+    return next((node for node in calls if free_unbacked_symbols(node.meta["val"]) - known), None)
 
 
 def _at_work(error: BaseException | None) -> Iterator[fx.Node]:

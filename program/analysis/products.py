@@ -63,5 +63,7 @@ def numel(node: fx.Node) -> int:
 
 
 def hint(size: Any) -> int:
-    """A size in the example inputs."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """A size in the example inputs; 1 for one that only a run tells."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    return 1 if size.node.hint is None else int(size.node.hint)
