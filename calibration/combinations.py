@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.calibration.costs import FASTER
 from offramp.calibration.examples import Example, Examples, together
 from offramp.calibration.observe import answered, traced
 from offramp.calibration.quality import graded
@@ -41,7 +42,6 @@ _Item = TypeVar("_Item")
 
 COMBINATIONS, TESTS, TIMED = 64, 12, 16
 _LONG = 4.0
-_FASTER = 0.98  # of the time of the one before, from which on it is more than noise
 _SPARED = (0.0, 0.25, 0.5, 0.75)  # of what may be lost
 _FAR = 3  # standard errors; where so many more than may be is lost, nothing bolder is tried
 
@@ -119,7 +119,7 @@ class Search:
         path: dict[Combination, float] = {}
         for at, took in zip(found, times, strict=True):
             took *= self.full_milliseconds / full
-            if took <= _FASTER * min(path.values(), default=self.full_milliseconds):
+            if took <= FASTER * min(path.values(), default=self.full_milliseconds):
                 path[at] = took
         return path
 

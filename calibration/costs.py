@@ -12,6 +12,7 @@ from offramp.bundle.manifest import Manifest, Stack
 from offramp.bundle.schedule import Schedule
 
 Numbers = NDArray[np.float64]
+FASTER = 0.98  # of another time, from which on a time is shorter by more than noise
 
 
 @dataclass(frozen=True)

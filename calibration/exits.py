@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Stack
 from offramp.calibration import sequence
-from offramp.calibration.costs import Costs
+from offramp.calibration.costs import FASTER, Costs
 from offramp.calibration.examples import Examples
 from offramp.calibration.gates import Fit, Path, Thresholds, leaves, policy_of
 from offramp.calibration.observe import (
@@ -151,6 +151,9 @@ def _chosen(exits: Exits, path: Path, results: Tested, costs: Costs) -> tuple[Po
         )
         return Never(), record
     thresholds, expected = path.settings[count - 1]
+    if expected > FASTER * costs.whole:
+        record["reason"] = f"the boldest setting that passed takes {expected / costs.whole:.1%} of full depth's time"
+        return Never(), record
     for at in path.scales.keys() - thresholds.keys():
         dropped[after[at]] = "none of the examples is sure enough there"
     record["thresholds"] = {after[at]: number for at, number in thresholds.items()}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from offramp.calibration import sequence
+from offramp.calibration.costs import FASTER
 from offramp.calibration.examples import Example, Examples
 from offramp.calibration.observe import GREEDY, generate
 from offramp.calibration.risk import accepted, losses_of
@@ -23,7 +24,6 @@ from offramp.runtime import Chain, Never, Policy, Width
 
 ALL = 1.0  # learners
 BUDGETS = tuple(step / 20 for step in range(19, 1, -1))  # from careful to bold
-_FASTER = 0.98  # of the time of the setting before, from which on it is more than noise
 _FAR = 3  # standard errors; where so many more than may be is lost, no test would pass
 _TIMED_ROWS, _TIMED_TEXTS = 48, 12
 
@@ -78,7 +78,7 @@ def path_of(asked: Asked, fitting: Examples, budgets: Sequence[float]) -> Path:
     settings = [ALL]
     for budget in good:
         before = settings[-1]
-        if times[budget] <= _FASTER * times[before]:
+        if times[budget] <= FASTER * times[before]:
             settings.append(budget)
         else:
             dropped[budget] = f"it saves nothing: {times[budget]:.3f} ms, {times[before]:.3f} ms at width {before:g}"

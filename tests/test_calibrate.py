@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,14 @@ def test_exits_that_cost_more_than_they_save_are_dropped(root: Path, monkeypatch
     never = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6)
     assert never.policy == Never()
     assert "is faster than full depth on this machine" in never.record["reason"]
+
+
+def test_what_saves_no_more_than_noise_is_not_chosen(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exits, "time_rows", lambda chain, stack, *_: replace(costs(4), around=1000.0))
+    never = offramp.calibrate(root, {"ids": ids(2000)}, keep=0.6, measure="top1")
+    assert never.policy == Never()
+    assert re.search(r"the boldest setting that passed takes 99\.\d% of full depth's time", never.record["reason"])
+    assert never.record["milliseconds"]["expected"] == never.record["milliseconds"]["full"]
 
 
 # Never, and why
