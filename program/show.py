@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from torch import fx
@@ -59,7 +60,8 @@ def _stack(program: Program, stack: Stack) -> list[str]:
     following = program.next_stack(stack.name)
     shared = "" if different == stack.blocks else f", {different} set{'s' * (different > 1)} of weights"
     lines = [
-        f"  stack   {stack.name:<18} {stack.blocks} blocks ({stack.role}{shared})  {stack.path or '(no module path)'}",
+        f"  stack   {stack.name:<18} {stack.blocks} blocks ({stack.role}{shared})  {stack.path or '(no module path)'}"
+        + _first(stack, own[0]),
         f"            hidden     {_type(program, hidden)}",
         f"            parameters {_runs(sizes)} a block; tail {_count(_weights(program, tail))}"
         + (f", then stack {following}" if following else ""),
@@ -69,6 +71,14 @@ def _stack(program: Program, stack: Stack) -> list[str]:
     for item in _records(program, stack.name):
         lines.append(f"            {item.kind:<10} {item.summary(program)}")
     return lines
+
+
+def _first(stack: Stack, block: Sequence[fx.Node]) -> str:
+    """Which module the first block is, where that is not the first of its list."""
+    weights = (str(arg.target) for node in block for arg in node.all_input_nodes if arg.op == "get_attr")
+    places = (re.search(rf"(?:^|\.){re.escape(stack.path)}\.(\d+)\.", name) for name in weights)
+    at = next((int(found[1]) for found in places if found), 0) if stack.path else 0
+    return f" (block 1 is {stack.path}.{at})" if at else ""
 
 
 def _sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> str:

@@ -495,3 +495,24 @@ def test_the_tail_ends_in_the_outputs_that_read_the_stack() -> None:
     assert outputs["hidden"] == stack.output
     assert outputs["logits"] in tail
     assert outputs["lengths"] not in tail
+
+
+class _FirstIsOther(tiny.Encoder):
+    """As ModernBERT: the first of the list has no norm, and is no block like the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0] = nn.Linear(tiny.WIDTH, tiny.WIDTH)
+
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        first, *others = self.blocks
+        x = first(x)
+        for block in others:
+            x = block(x, mask)
+        return x
+
+
+def test_what_the_first_block_is_called_is_said_where_it_is_not_the_first() -> None:
+    shown = str(tiny.captured(_FirstIsOther, tiny.text()).program)
+    assert f"{tiny.BLOCKS - 1} blocks (encoder)  blocks (block 1 is blocks.1)" in shown
+    assert "block 1" not in str(tiny.captured(tiny.Encoder, tiny.text()).program)
