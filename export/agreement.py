@@ -14,6 +14,7 @@ from offramp.bundle.manifest import Exit, Manifest
 from offramp.bundle.measures import measure_named
 from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
 from offramp.errors import ExportError
+from offramp.export.patterns import raised
 from offramp.runtime.chain import Chain
 from offramp.runtime.policies.base import Policy, Rows, State
 from offramp.runtime.policies.builtin import Depth, Never
@@ -49,12 +50,14 @@ class Bounds:
             wrong.append(f"agreement={self.agreement}")
         return wrong
 
-    def check(self, manifest: Manifest) -> None:
-        """ExportError where a bundle is not within them."""
+    def check(self, manifest: Manifest, precision: str | Mapping[str, str]) -> None:
+        """ExportError where a bundle that was asked for in that precision is not within them."""
         if wrong := self.broken(manifest.validation):
+            finer = raised(precision, manifest)
+            tries = ["precision auto", *([f"more bits for some segments: {finer}"] if finer else []), "other bounds"]
             raise ExportError(
                 f"{against_fp32(manifest)}; that is not within {' and '.join(wrong)}",
-                hint='precision="auto"; a higher precision for some segments, {"decoder.6": "fp32"}; or other bounds',
+                hint="; or ".join(tries[precision == "auto" :]),
             )
 
 

@@ -28,6 +28,7 @@ from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.node_builder import TARGETS, Target
 from offramp.export.multistep import with_steps
 from offramp.export.partition import partition
+from offramp.export.patterns import check_patterns
 from offramp.export.prepare import prepared
 from offramp.export.validation import at_full_width, given, validate
 from offramp.export.write import Writer
@@ -65,8 +66,9 @@ def save(
         precision: of the weights: "fp32"; "fp16", in which they are stored, and computed with in fp32; "int8", in
             blocks where tokens come one by one, with activations in whole numbers too where a segment runs on many
             (encoders, models without caches); "int4", in blocks (tables of words, and heads that are tied to them, in
-            8 bits); one for each pattern of segments, ``{"decoder.*": "int4"}``, and fp32 for the others; or "auto",
-            for each segment what is fastest on this machine within ``loss`` and ``agreement``.
+            8 bits); one for each pattern of segments, of which the first that matches
+            counts, ``{"tail": "fp32", "decoder.*": "int4"}``, and fp32 for the others; or "auto", for each segment what
+            is fastest on this machine within ``loss`` and ``agreement``.
         samples: inputs on which an encoded bundle is compared with the one in fp32, and which say how large the
             features are that weights of 4 bits meet; the captured ones if left out. What the model is for is best.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
@@ -97,8 +99,8 @@ def save(
 
     Raises:
         ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
-            scale, or from fp32 by more than ``loss`` and ``agreement`` allow; nothing is left at ``path`` then
-            that was not there before.
+            scale, or from fp32 by more than ``loss`` and ``agreement`` allow; or a pattern of ``precision`` takes no
+            segment. Nothing is left at ``path`` then that was not there before.
         BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
     """
     known = precisions(precision)
@@ -126,6 +128,8 @@ def save(
     writer = Writer(directory, lowered.graph_module)
     try:
         describer = Describer(lowered, plan, writer, target, progress, partial(screens, precision))
+        if not isinstance(precision, str):
+            check_patterns(precision, describer.segment_names())
         provenance = _provenance(program, source, licence) | ({"learners": measured} if measured else {})
         manifest = describer.manifest(name or place.stem, provenance, policy)
         for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):

@@ -66,13 +66,19 @@ class Describer:
             self.names |= {self.returned[name]: name for name in program.cache.buffers.values()}
         self._outside = (*plan.before, *plan.tables, *plan.enter, *plan.tails)
         self.batch = self._batch()
-        self._total = sum(subgraph is not None for subgraph in self._outside) + sum(
-            len(s.blocks) + len(s.adapters) + sum(map(len, s.heads.values())) for s in plan.stacks
-        )
-        last = plan.stacks[-1]
-        early = [item for item in program.exits_of(last.stack.name) if item.after < last.stack.blocks]
-        if not plan.join:  # once more for every exit that shares them
-            self._total += len(plan.tails) * (len(early) - len(last.heads))
+        self._total = len(self.segment_names())
+
+    def segment_names(self) -> list[str]:
+        """The names that the segments will have."""
+        found = [subgraph.name for subgraph in self._outside if subgraph]
+        found += [subgraph.name for plan in self.plan.stacks for subgraph in plan.subgraphs()]
+        if not self.plan.join:  # once more for every exit that shares them
+            last = self.plan.stacks[-1]
+            name, blocks = last.stack.name, last.stack.blocks
+            early = [item.after for item in self.program.exits_of(name) if item.after < blocks]
+            shared = [after for after in early if after not in last.heads]
+            found += [f"{name}.{after}/{tail.name}" for after in shared for tail in self.plan.tails]
+        return found
 
     def manifest(self, model: str, provenance: Mapping[str, Any], policy: Mapping[str, Any] | None) -> m.Manifest:
         """Lower everything and describe it (``files`` and ``validation`` are still empty)."""

@@ -15,6 +15,7 @@ from onnx import external_data_helper, numpy_helper
 
 from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
+from offramp.export.patterns import in_use, listed, pattern_of, written
 from offramp.export.quantize import encoding_of, gathered, quantized
 from offramp.export.ranges import Ranges
 from offramp.export.write import ALIGNMENT, hashed
@@ -35,12 +36,13 @@ def precision_of(precision: Precision, segment: str) -> str:
     """
     chosen = precision
     if not isinstance(precision, str):
-        chosen = next((item for pattern, item in precision.items() if fnmatchcase(segment, pattern)), "fp32")
+        pattern = pattern_of(precision, segment)
+        chosen = "fp32" if pattern is None else precision[pattern]
     if chosen not in PRECISIONS:
         raise ExportError(
             f"precision={chosen!r}: there are {', '.join(PRECISIONS)}, or one for each pattern of segments; "
             "and auto, of a whole bundle",
-            hint='precision={"decoder.*": "int4", "tail": "int8"}',
+            hint=written({"decoder.*": "int4", "tail": "int8"}),
         )
     return str(chosen)
 
@@ -76,11 +78,32 @@ def encodings_of(manifest: Manifest, precision: Precision) -> dict[str, str]:
         bits = precision_of(precision, name)
         encoding = "int8-dynamic" if bits == "int8" and name in together else bits
         if wanted.setdefault(segment.file, encoding) != encoding:
-            raise ExportError(
-                f"segments of the file {segment.file} are to be {wanted[segment.file]} and {encoding}",
-                hint="one precision for all that share their weights",
-            )
+            raise _shared(manifest, precision, segment.file)
     return wanted
+
+
+def _shared(manifest: Manifest, precision: Precision, file: str) -> ExportError:
+    """That segments of one file are to have several precisions."""
+    patterns = {"*": precision} if isinstance(precision, str) else precision
+    names = list(manifest.segments)
+    taken = dict[str, list[str]]()
+    bits = {name: precision_of(precision, name) for name in names if manifest.segments[name].file == file}
+    for name, item in bits.items():
+        pattern = pattern_of(patterns, name)
+        by = "which no pattern takes" if pattern is None else f"by {pattern!r}"
+        taken.setdefault(f"{item} ({by})", []).append(name)
+    wanted = next((item for item in bits.values() if item != "fp32"), "fp32")
+    if set(bits.values()) == {wanted}:  # some of them run token by token
+        wanted = "fp32"
+    others = [name for name, item in bits.items() if item != wanted]
+    ending = f"*{min(bits, key=len)}"
+    if len(others) > 1 and {name for name in names if fnmatchcase(name, ending)} == bits.keys():
+        others = [ending]
+    return ExportError(
+        f"segments that share the weights of {file} are to have several precisions: "
+        + "; ".join(f"{listed(several)} {item}" for item, several in taken.items()),
+        hint=written(in_use({**dict.fromkeys(others, wanted), **patterns, **dict.fromkeys(others, wanted)}, names)),
+    )
 
 
 def encoded(

@@ -14,6 +14,7 @@ from offramp.export.agreement import Bounds, answers, changed
 from offramp.export.automatic import automatic
 from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
 from offramp.export.observe import observed
+from offramp.export.patterns import check_patterns
 from offramp.export.ranges import Ranges
 from offramp.runtime.chain import Chain
 
@@ -40,8 +41,10 @@ def in_fewer_bits(
         agreement: as for ``save``.
 
     Raises:
-        ExportError: outputs are not within the bounds; ``directory`` is what it was.
+        ExportError: outputs are not within the bounds, or a pattern takes no segment; ``directory`` is what it was.
     """
+    if not isinstance(precision, str):
+        check_patterns(precision, list(manifest.segments))
     bounds = Bounds(loss if loss is not None else LOSS_INT4 if "int4" in precisions(precision) else LOSS, agreement)
     made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
     try:
@@ -57,7 +60,7 @@ def in_fewer_bits(
         found = encoded(manifest, directory, made, wanted, called, ranges)
         figures = changed(before, answers(Chain(found, made), samples))
         found = replace(found, validation={**manifest.validation, **figures})
-        bounds.check(found)
+        bounds.check(found, precision)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
         raise

@@ -20,9 +20,11 @@ import offramp
 from offramp import cli
 from offramp.bundle.precision import encodings
 from offramp.check import check
+from offramp.cli._precision import read
 from offramp.errors import BundleError, ExportError, InputError
 from offramp.export.agreement import Bounds, changed
 from offramp.export.automatic import chosen
+from offramp.export.patterns import listed
 from offramp.export.quantize import quantized
 from offramp.passes import apply
 from offramp.runtime.result import Result
@@ -303,7 +305,11 @@ def test_thresholds_are_of_one_precision(program: offramp.Program, tmp_path: Pat
 def test_too_much_is_an_error_that_leaves_nothing(program: offramp.Program, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"\d% of the answers .* not within loss=0\.0001") as caught:
         offramp.save(program, tmp_path / "m.offramp", "int4", loss=1e-4)
-    assert '{"decoder.6": "fp32"}' in str(caught.value.hint)
+    assert """{"encoder.2": "fp32", "*": "int4"}, or --precision 'encoder.2=fp32,*=int4'""" in str(caught.value.hint)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(ExportError, match="not within loss") as caught:
+        offramp.save(program, tmp_path / "m.offramp", {"encoder.2": "int8"}, loss=1e-9)
+    assert 'precision={"encoder.2": "fp32"}, or' in str(caught.value.hint)
     assert not any(tmp_path.iterdir())
     samples = [{"ids": np.random.default_rng(0).integers(500, size=(40, 12))}]
     with pytest.raises(ExportError, match=r"not within agreement=1\.0"):
@@ -318,7 +324,23 @@ def test_too_much_is_an_error_that_leaves_nothing(program: offramp.Program, tmp_
         ("fp8", {}, "precision='fp8': there are fp32, fp16, int8, int4"),
         ({"encoder.1": "bf16"}, {}, "precision='bf16'"),
         ("int8", {"policy": {"name": "never"}}, "thresholds hold for the precision that they were chosen for"),
-        ({"encoder.1/tail": "int8"}, {}, "segments of the file tail.onnx are to be"),
+        (
+            {"encoder.*": "int8"},
+            {},
+            r"tail.onnx .*: encoder.1/tail int8 \(by 'encoder.\*'\); tail fp32 .*\n.*{\"tail\": \"int8\", \"enc",
+        ),
+        ({"encoder.1/tail": "int8"}, {}, 'try: precision={"tail": "int8", "encoder.1/tail": "int8"}, or'),
+        ({"tail": "int8", "*": "int4"}, {}, 'try: precision={"tail": "int4", "[*]": "int4"}, or'),
+        (
+            {"x.*": "int8", "tail": "int8"},
+            {},
+            r"matches 'x.\*'; there .*, encoder.1/tail\n.*{\"tail\": .*, \"\*\": ",
+        ),
+        (
+            {"*": "int8", "tail": "fp32"},
+            {},
+            r"'tail' takes no segment, .* counts: '\*'\n.*{\"tail\": \"fp32\",",
+        ),
     ],
 )
 def test_refusals(
@@ -327,6 +349,53 @@ def test_refusals(
     with pytest.raises(ExportError, match=reason):
         offramp.save(program, tmp_path / "m.offramp", precision, **options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("segments", [None, 1], ids=repr)
+@pytest.mark.parametrize("pipeline", ["", "insert-exits", "insert-exits{head=own}", "insert-adapter", "insert-cache"])
+def test_names_are_known_before_anything_is_lowered(pipeline: str, segments: int | None, tmp_path: Path) -> None:
+    model = Tied() if pipeline == "insert-cache" else Wide()
+    pipeline = f"insert-exits,{pipeline}" if pipeline in ("insert-adapter", "insert-cache") else pipeline
+    made = apply(offramp.capture(model.eval(), {"ids": torch.randint(500, (2, 12))}), pipeline)
+    offramp.save(made, tmp_path / "m.offramp", segments=segments)
+    names = offramp.load(tmp_path / "m.offramp").manifest.segments
+    seen: list[str] = []
+    with pytest.raises(ExportError, match=r"matches 'x\.\*'") as caught:
+        offramp.save(
+            made,
+            tmp_path / "other",
+            {"x.*": "int8"},
+            segments=segments,
+            progress=lambda name, done, total: seen.append(name),
+        )
+    assert not seen
+    shown = str(caught.value.reason).partition("there are ")[2].split(", ")
+    assert sorted(shown) == sorted(names)
+
+
+def test_of_many_names_some_are_listed() -> None:
+    assert listed([str(i) for i in range(14)]) == "0, 1, 2, 3, 4, 5, (4 more), 10, 11, 12, 13"
+
+
+@pytest.mark.parametrize(
+    ("text", "precision"), [("int8", "int8"), ("a=int8, *=int4", {"a": "int8", "*": "int4"}), ("auto", "auto")]
+)
+def test_precision_of_the_command(text: str, precision: Any) -> None:
+    assert read(text) == precision
+
+
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [
+        ("int8,encoder.2=fp32", "encoder.2=fp32,*=int8"),
+        ("int8,int4", "encoder.1=fp32,*=int8"),
+        ("encoder.2,tail=int4", "tail=int4,*=int8"),
+    ],
+)
+def test_a_precision_without_a_pattern(text: str, example: str) -> None:
+    with pytest.raises(ExportError, match=f"{text.partition(',')[0]!r} is not\n  try: --precision '") as caught:
+        read(text)
+    assert example in str(caught.value.hint)
 
 
 def test_the_root_logger_stays_as_it_is(program: offramp.Program, tmp_path: Path) -> None:
@@ -362,5 +431,7 @@ def test_a_check_in_fewer_bits() -> None:
     report = check(Wide().eval(), inputs, precision="int8", loss=1e-6, pipeline="")
     assert (report.ok, report.stage) == (False, "export")
     assert "not within loss=1e-06" in str(report.reason)
+    report = check(Wide().eval(), inputs, precision={"x": "int8"}, pipeline="")
+    assert "no segment's name matches 'x'; there are before-encoder" in str(report.reason)
     report = check(Wide().eval(), inputs, precision="int3")
     assert "precision='int3': there are" in str(report.reason)

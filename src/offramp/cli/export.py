@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from offramp.cli import _policy
     from offramp.passes.default import with_caches
 
+    precision = _precision.read(args.precision)
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
     if missing := [str(file) for file in args.file or [] if not file.is_file()]:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         figures = offramp.save(
             program,
             args.output,
-            _precision.read(args.precision),
+            precision,
             loss=args.loss,
             agreement=args.agreement,
             segments=args.segments,
