@@ -22,6 +22,7 @@ import offramp
 from offramp import cli
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.bundle.options import PROPAGATE
+from offramp.calibration import reporting
 from offramp.cli import _depths, _generate, _text, _words
 from offramp.runtime import Depth, Token
 
@@ -455,6 +456,26 @@ def engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model" / "genai_config.json").write_text('{"model": {"vocab_size": 11}}')
     monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path / "model"
+
+
+def test_a_report_of_made_up_prompts_leaves_room(
+    writer: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[int, int, int]] = []
+
+    def report(chain: offramp.Chain, data: Any, **options: Any) -> Any:
+        assert chain.manifest.cache is not None
+        asked.append((chain.manifest.cache.limit or 0, data[0]["input_ids"].shape[1], options["max_new_tokens"]))
+        return reporting_report(chain, data[:1], **options)
+
+    reporting_report = reporting.report
+    monkeypatch.setattr(reporting, "report", report)
+    assert run(capsys, "report", writer).startswith("cannot say without examples")
+    run(capsys, "report", writer, "--max-new-tokens", "60")
+    assert asked == [(64, 33, 32), (64, 5, 60)]
+    assert "try: max_new_tokens=64, or --max-new-tokens 64" in refused(
+        capsys, "report", writer, "--max-new-tokens", "99"
+    )
 
 
 def test_bench_against_genai(writer: Path, engines: Path, capsys: pytest.CaptureFixture[str]) -> None:

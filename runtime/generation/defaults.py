@@ -77,13 +77,13 @@ def _most(chosen: Sampling, longest: int, room: int | None, given: bool) -> int:
         if wanted < 1:
             raise InputError(
                 f"the prompt has {longest} tokens, and max_length={chosen.max_length} counts them too",
-                hint="max_new_tokens=...",
+                hint="max_new_tokens=..., or --max-new-tokens ...",
             )
     if wanted is None:
         return _NEW_TOKENS if left is None else left
     if left is not None and wanted > left and given:
         raise InputError(
             f"max_new_tokens={wanted} after a prompt of {longest}: the model takes {room} tokens",
-            hint=f"max_new_tokens={left}",
+            hint=f"max_new_tokens={left}, or --max-new-tokens {left}",
         )
     return wanted if left is None else min(wanted, left)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offramp.calibration.reporting import Report
     from offramp.calibration.verdicts import Point
 
-_MADE_UP_ROWS, _MADE_UP_TOKENS = 8, 64
+_MADE_UP_ROWS, _MADE_UP_TOKENS, _MADE_UP_NEW = 8, 64, 32
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,12 @@ def run(args: argparse.Namespace) -> int:
     if args.data:
         data = _data.read(chain, args.bundle, args.data, truncate=args.truncate)
     else:
-        data = [_inputs.made_up(chain, 1, _MADE_UP_TOKENS) for _ in range(_MADE_UP_ROWS)]
-        options = {"max_new_tokens": 32, **options} if chain.generates else options
+        length, cache = _MADE_UP_TOKENS, chain.manifest.cache
+        if cache is not None and chain.generates:
+            room = cache.limit or length + _MADE_UP_NEW
+            options = {"max_new_tokens": min(_MADE_UP_NEW, max(1, room // 2)), **options}
+            length = max(1, min(length, room - options["max_new_tokens"] + 1))
+        data = [_inputs.made_up(chain, 1, length) for _ in range(_MADE_UP_ROWS)]
     found = report(chain, data, stack=args.stack, judge=args.data is not None, **options)
     print(json.dumps(found.to_dict()) if args.json else text(found))
     if args.figure:
