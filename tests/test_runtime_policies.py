@@ -26,6 +26,7 @@ from offramp.runtime.policies.builtin import (
     Patience,
     ShallowDeep,
     Verify,
+    Width,
     from_dict,
 )
 from offramp.runtime.policies.stack_policy import StackPolicy
@@ -291,6 +292,19 @@ def test_the_commands_examples() -> None:
         assert from_dict(parse(text).to_dict()) == parse(text)
     assert parse("decay:0.9,2=0.8,tokens=64,share=0.25") == Decay(0.9, tokens=64, share=0.25, thresholds={2: 0.8})
     assert parse("verify:2,measure=margin,drafts=3") == Verify(2, measure="margin", drafts=3)
+    exits = Confidence(0.9, measure="margin", thresholds={1: 0.5})
+    assert parse("width:0.4,confidence:0.9,measure=margin,1=0.5") == Width(0.4, exits)
+    assert parse("width:budget=0.4, never") == Width(0.4, Never())
+    for text, message in (
+        ("width:,patience:2", "width needs a value"),
+        ("width:0.4,0.5", "'0.5' is one value too many"),
+        ("width:0.4,luck:2", "no policy 'luck'"),
+        ("width:0.4,width:0.2", "one width for all stacks"),
+        ("width:0.4,colour=2", "colour"),
+        ("confidence:0.9,width:0.4", "one value too many"),
+    ):
+        with pytest.raises(PolicyError, match=message):
+            parse(text)
     with pytest.raises(PolicyError, match="verify needs a value"):
         parse("verify")
     with pytest.raises(PolicyError, match="'x' is no number"):

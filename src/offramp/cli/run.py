@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from offramp.runtime import Chain, Result
 
 POLICIES = (
-    "never, depth:encoder=2, confidence:0.9,measure=top1, entropy:0.3, patience:2, adaptive:2,target=0.99, verify:2"
+    "never, depth:encoder=2, confidence:0.9,measure=top1, entropy:0.3, patience:2, adaptive:2,target=0.99, verify:2, "
+    "width:0.4 (of learners), width:0.4,confidence:0.9 (and exits)"
 )
 
 
