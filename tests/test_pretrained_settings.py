@@ -21,7 +21,9 @@ import transformers
 
 import offramp
 from offramp import cli, models
+from offramp.check import check
 from offramp.cli import _text
+from offramp.errors import PretrainedModelError
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
 WORDS = [*SPECIAL, *"hello world a good movie this is test of longer text".split()]  # noqa: SIM905
@@ -259,8 +261,8 @@ def test_run_writes_down_what_it_hears(tmp_path: Path, capsys: pytest.CaptureFix
 # What is taken along
 
 
-def small_writer(**generation: Any) -> Any:
-    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20, n_positions=32, bos_token_id=2)
+def small_writer(blocks: int = 1, **generation: Any) -> Any:
+    config = transformers.GPT2Config(n_layer=blocks, n_embd=8, n_head=2, vocab_size=20, n_positions=32, bos_token_id=2)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.generation_config = transformers.GenerationConfig(**generation)
     return model
@@ -341,6 +343,21 @@ def test_the_command_line_refuses_a_generation_config_before_it_captures(
     assert "--ignore-generation diversity_penalty --ignore-generation num_beam_groups" in said
     found, _ = settings_of(directory, ignore_generation=["num_beam_groups", "diversity_penalty"])
     assert found["generation"]["beams"] == 4
+
+
+def test_a_check_refuses_a_generation_config_as_an_export_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = saved(tmp_path / "beams", small_writer(2, encoder_no_repeat_ngram_size=2))
+    assert cli.main(["check", f"hf:{directory}"]) == 1
+    shown = capsys.readouterr().out
+    with pytest.raises(PretrainedModelError) as caught:
+        settings_of(directory)
+    assert f"model: {' '.join(caught.value.reason.split())}; try: --ignore-generation encoder_no_repeat_" in shown
+    assert cli.main(["check", f"hf:{directory}", "--ignore-generation", "encoder_no_repeat_ngram_size"]) == 0
+    report = check(f"hf:{directory}", ignore_generation=["luck"])
+    assert (report.stage, report.seconds["capture"]) == ("model", None)
+    assert "the generation_config has no luck" in str(report.reason)
 
 
 def test_ordinary_numbered_classes_have_no_names(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -109,6 +109,7 @@ def check(
     pipeline: str | None = None,
     precision: Precision = "fp32",
     loss: float | None = None,
+    ignore_generation: Collection[str] = (),
     name: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -121,6 +122,8 @@ def check(
             after every block of every stack; "" for none.
         precision: as for ``offramp.save``: once the bundle in fp32 is checked, it is compared with one in this.
         loss: as for ``offramp.save``.
+        ignore_generation: settings of an ``hf:`` model's generation_config that count as not set; others that a bundle
+            cannot say are refused.
         name: what the report calls the model; its name or class if None.
         progress: as for ``offramp.save``.
 
@@ -128,7 +131,14 @@ def check(
     passes through: it is a fault of the model's own code or of offramp.
     """
     checker = Check(
-        model, example_inputs, pipeline=pipeline, precision=precision, loss=loss, name=name, progress=progress
+        model,
+        example_inputs,
+        pipeline=pipeline,
+        precision=precision,
+        loss=loss,
+        ignore_generation=ignore_generation,
+        name=name,
+        progress=progress,
     )
     return checker.run()
 
@@ -144,13 +154,14 @@ class Check:
         pipeline: str | None = None,
         precision: Precision = "fp32",
         loss: float | None = None,
+        ignore_generation: Collection[str] = (),
         name: str | None = None,
         progress: Progress | None = None,
         note: Callable[[str], None] = models.log.warning,
     ) -> None:
         self._note = note
         self._model, self._inputs, self._pipeline, self._progress = model, example_inputs, pipeline, progress
-        self._precision, self._loss = precision, loss
+        self._precision, self._loss, self._ignore_generation = precision, loss, ignore_generation
         self.report = Report(name or (model if isinstance(model, str) else type(model).__name__), precision=precision)
         self.stage = "model"
         self._wrong: list[str] = []
@@ -177,6 +188,8 @@ class Check:
             models.resolve(self._model, self._note)() if isinstance(self._model, str) else (self._model, self._inputs)
         )
         module = plain(module)
+        if isinstance(self._model, str):
+            models.check_generation(self._model, module, self._ignore_generation)
         report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())
         with self._timed("capture"):
             program = capture(module, inputs if inputs is not None else {})

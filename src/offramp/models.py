@@ -110,6 +110,18 @@ def settings(
     return settings.settings(model.processors(rest), module, inputs, ignore_generation, note)
 
 
+def check_generation(name: str, module: nn.Module, ignore_generation: Collection[str] = ()) -> None:
+    """Refuse what `settings` does of the generation_config of an ``hf:`` model; of others there is none.
+
+    Raises:
+        PretrainedModelError: the generation_config asks for what a bundle cannot do.
+    """
+    if name.partition(":")[0] == "hf":
+        from offramp.pretrained import generation_config
+
+        generation_config.generation(module, ignore_generation)
+
+
 def origin(name: str) -> dict[str, Any]:
     """Where a model came from and its ``licence``, None where that is not known: arguments of `offramp.save`.
 

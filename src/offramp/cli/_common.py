@@ -35,6 +35,17 @@ def pipeline_argument(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--dump", metavar="DIR", help="let every pass write its graph before and after to DIR")
 
 
+def ignore_generation_argument(parser: argparse.ArgumentParser) -> None:
+    """--ignore-generation NAME."""
+    parser.add_argument(
+        "--ignore-generation",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="take no notice of this setting of an hf: model's generation_config; may be repeated",
+    )
+
+
 def loaded(name: str) -> tuple[nn.Module, Inputs]:
     """The model of that name and its example inputs."""
     import offramp

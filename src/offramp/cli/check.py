@@ -25,6 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     _common.model_argument(parser)
     _common.pipeline_argument(parser, default="caches where the model generates, and an exit after every block")
     _precision.add_arguments(parser)
+    _common.ignore_generation_argument(parser)
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
 
 
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
                 pipeline=args.pipeline,
                 precision=_precision.read(args.precision),
                 loss=args.loss,
+                ignore_generation=args.ignore_generation,
                 progress=shown,
                 note=_common.note,
             )

@@ -47,13 +47,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--file", metavar="FILE", type=Path, action="append", help="a further file for the bundle; may be repeated"
     )
-    parser.add_argument(
-        "--ignore-generation",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="take no notice of this setting of an hf: model's generation_config; may be repeated",
-    )
+    _common.ignore_generation_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
