@@ -14,6 +14,7 @@ from test_cli_generate import generate
 from two_modalities import inputs, joined
 
 import offramp
+from offramp import cli
 from offramp.cli._exits_figure import Left, draw, left, written
 from offramp.errors import InputError
 
@@ -108,3 +109,11 @@ def test_one_pass_through_the_command(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "x.png").read_bytes().startswith(PNG)
     assert "draws one row, these are 2" in refused(capsys, *given, "--text", "w7 w8", "--figure", tmp_path / "x.png")
     assert "draws one row, these are 2" in refused(capsys, *given, "--text", "w7", "--figure", tmp_path / "x.png")
+
+
+def test_several_rows_are_refused_before_they_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    given = ["run", str(reading_bundle(tmp_path / "m.offramp")), "--text", "w5 w6", "--figure", str(tmp_path / "x.png")]
+    for second in ("w7 w8", "w7"):
+        assert cli.main([*given, "--text", second]) == 1
+        assert capsys.readouterr().out == ""

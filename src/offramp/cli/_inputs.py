@@ -70,6 +70,17 @@ def one(batches: Sequence[Inputs]) -> Inputs:
     )
 
 
+def rows(chain: Chain, batches: Sequence[Inputs]) -> int:
+    """How many rows batches have, as far as their shapes tell."""
+    found = 0
+    for batch in batches:
+        places = [(array.shape, chain.rows_of(name)) for name, array in batch.items() if name in chain.inputs]
+        found += max(
+            (shape[place[0]] // place[1] for shape, place in places if place and place[0] < len(shape)), default=1
+        )
+    return found
+
+
 def _row(chain: Chain, inputs: Inputs, at: int) -> Inputs:
     """The arrays of one row; those that have none are whole."""
     found = {}

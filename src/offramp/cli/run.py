@@ -53,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
 
         (_learners_figure if chain.manifest.learners else _exits_figure).check(chain)
     batches = _inputs.asked(chain, args)
+    if args.figure and (rows := _inputs.rows(chain, batches)) > 1:
+        from offramp.cli import _learners_picture
+
+        raise _learners_picture.several(rows)
     results = [chain.run(inputs, policy) for inputs in batches]
     outputs = _results.outputs(chain, results)
     texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
