@@ -183,13 +183,19 @@ class InsertScores(Pass):
                 hint=f"output={usable[0]}" if usable else "measure=cosine or learned",
             )
         node = returned[name]
-        classes = shape(node)[-1]
-        if len(shape(node)) < 2 or not isinstance(classes, int) or classes < 2:
-            raise SpecError(f"output {name!r} of shape {shape(node)} has no classes on its last axis")
+        sizes = [program.axes.describe(size) for size in shape(node)]
+        if not _has_classes(node):
+            others = [f"output={other}" for other in usable if _has_classes(returned[other])]
+            raise SpecError(
+                f"output {name!r} of shape {sizes} has no classes on its last axis",
+                hint=", ".join([*others, "measure=cosine or learned"]),
+            )
         axes = len(shape(node)) - (self._tokens(program) is not None)
         rows = program.axes.batch is not None or self._tokens(program) is not None
         if not all(MEASURES[measure].gates for measure in self.measures) and (axes > 2 or not rows):
-            raise SpecError(f"measure=prediction: output {name!r} of shape {shape(node)} has many per row")
+            raise SpecError(
+                f"measure=prediction: output {name!r} of shape {sizes} has many per row", hint="measure=top1 or entropy"
+            )
         return name
 
     def _tokens(self, program: Program) -> Any:
@@ -238,3 +244,9 @@ class InsertScores(Pass):
         few = head.logits(builder, hidden, logits)
         found = builder.of_logits(few, measure, builder.padding(stack.name))
         return found if measure.gates else head.classes(builder, found)
+
+
+def _has_classes(node: fx.Node) -> bool:
+    """Whether an output has several values on a last axis of one size."""
+    sizes = shape(node)
+    return len(sizes) > 1 and isinstance(sizes[-1], int) and sizes[-1] > 1

@@ -345,6 +345,9 @@ def test_the_output_can_be_named(several: tiny.Captured) -> None:
         ("insert-exits,insert-scores{output=scalar}", "'scalar' .*has no classes on its last axis"),
         ("insert-exits,insert-scores{output=tokens_last}", "'tokens_last' .*has no classes on its last axis"),
         ("insert-exits,insert-scores{output=rows}", "'rows' .*has no classes on its last axis"),
+        ("insert-exits,insert-scores{output=tokens_last}", r"of shape \['batch', \d+, 'tokens'\] has no classes"),
+        ("insert-exits,insert-scores{output=rows}", "try: output=states, measure=cosine or learned"),
+        ("insert-exits,insert-scores{output=states,measure=prediction}", r"\['batch', 'tokens', \d+\] .*\n  try: "),
         ("insert-exits,insert-scores{output=states,measure=prediction}", "measure=prediction: .* many per row"),
     ],
 )

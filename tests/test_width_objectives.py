@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import re
 import subprocess
 import sys
 import weakref
@@ -38,7 +39,7 @@ from offramp.training import (
     width_objectives,
 )
 from offramp.training.allocation import Allocation, allocate
-from offramp.training.learner_sites import learner_sites, rest_of, width
+from offramp.training.learner_sites import check_teacher, learner_sites, rest_of, width
 from offramp.training.objective_module import ObjectiveModule
 
 FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
@@ -608,6 +609,18 @@ def test_a_program_without_learners(kind: Any) -> None:
     teacher, _ = pair()
     with pytest.raises(SpecError, match=r"(?s)no learners.*insert-acm first"):
         fit(teacher, batches(), kind(teacher=teacher))
+
+
+def test_a_teacher_of_other_sizes_is_refused_in_names_of_axes() -> None:
+    _, program = pair()
+    narrow = captured()
+    check_teacher(program, narrow)
+    site = learner_sites(program)[0]
+    narrow.nodes[site.output].meta["val"] = narrow.nodes[site.output].meta["val"][..., :3]
+    with pytest.raises(SpecError) as caught:
+        check_teacher(program, narrow)
+    shown = r"of shape \['batch', 'tokens', \d+\]: it has \['batch', 'tokens', 3\]\n  try: the program before"
+    assert re.search(shown, str(caught.value))
 
 
 @pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation])

@@ -142,15 +142,16 @@ def check_teacher(program: Program, teacher: Program) -> None:
         if stack is None or item.block >= len(stack.cuts):
             raise SpecError(f"the teacher has no {where}", hint=hint)
         for name in (site.input, site.output):
-            sizes = _sizes(program, name)
-            found = _sizes(teacher, name) if name in teacher.nodes else None
+            sizes, found = _sizes(program, name), _sizes(teacher, name)
             if found != sizes:
-                raise SpecError(f"the teacher's {where} has no value {name} of shape {sizes}: {found}", hint=hint)
+                there = "there is none" if found is None else f"it has {found}"
+                raise SpecError(f"the teacher's {where} has no value {name} of shape {sizes}: {there}", hint=hint)
 
 
-def _sizes(program: Program, name: str) -> list[Any]:
-    value = program.nodes[name].meta.get("val")
-    return [expression(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
+def _sizes(program: Program, name: str) -> list[int | str] | None:
+    """The shape of a node's value in the names of its program's axes; None where there is no such tensor."""
+    value = program.nodes[name].meta.get("val") if name in program.nodes else None
+    return [program.axes.describe(size) for size in value.shape] if isinstance(value, torch.Tensor) else None
 
 
 def width(program: Program, share: float, like: Tensor) -> dict[str, Tensor]:
