@@ -246,6 +246,17 @@ def test_an_interrupt_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["inspect", "x"]) == 130
 
 
+def test_a_reader_that_has_had_enough_is_no_failure(tmp_path: Path) -> None:
+    bundle = bundles.classifier(tmp_path / "m.offramp")
+    command = [sys.executable, "-m", "offramp", "inspect", str(bundle)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 # Policies as text
 
 

@@ -384,6 +384,11 @@ def test_precision_of_the_command(text: str, precision: Any) -> None:
     assert read(text) == precision
 
 
+def test_a_precision_of_one_pattern_twice() -> None:
+    with pytest.raises(ExportError, match=r"'a\.\*' is there twice\n  try: one precision for each"):
+        read("a.*=int8,b=fp32,a.*=int4")
+
+
 @pytest.mark.parametrize(
     ("text", "example"),
     [

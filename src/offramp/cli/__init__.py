@@ -35,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _noise(args.verbose):
         try:
             status: int = _module(args.command).run(args)
+            sys.stdout.flush()
             return status
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:  # ``| head`` has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says it once more as it ends
+            return 141
         except OfframpError as error:
             return _failed(f"{error.stage}: {error}", args.verbose)
         except ImportError as error:

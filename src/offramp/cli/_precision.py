@@ -31,6 +31,9 @@ def read(text: str) -> str | dict[str, str]:
         return text
     items = [[part.strip() for part in item.partition("=")] for item in text.split(",")]
     given = {pattern: precision for pattern, sign, precision in items if sign}
+    patterns = [pattern for pattern, *_ in items]
+    if twice := next((pattern for pattern in patterns if patterns.count(pattern) > 1), None):
+        raise ExportError(f"--precision {text!r}: {twice!r} is there twice", hint="one precision for each pattern")
     alone = [pattern for pattern, sign, _ in items if not sign]
     if alone:
         given = given or {"encoder.1": "fp32"}
