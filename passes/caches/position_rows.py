@@ -75,7 +75,8 @@ class PositionRows:
             places = new.places(shape(chosen)[place])
             chosen = new.call(aten.slice.Tensor, chosen, place, 0, places)
         elif expression(shape(chosen)[place]) != 1:
-            raise new.refusal(f"a value of positions has {shape(chosen)[place]} places where rows are counted")
+            size = new.program.axes.describe(shape(chosen)[place])
+            raise new.refusal(f"a value of positions has {size} places where rows are counted")
         if (axis, place, places, each) == (1, 0, 1, 1):
             flat = new.call(aten.reshape.default, chosen, [new.dimension(chosen, i) for i in range(1, rank)])
             return new.call(aten.index.Tensor, flat, [self.positions()])
