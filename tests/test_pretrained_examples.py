@@ -157,6 +157,42 @@ def test_what_a_tokenizer_makes_is_what_the_model_gets(kind: str, named: set[str
     assert set(example_inputs(model, Listed(frozenset(named)))) == expected
 
 
+SEGFORMER = {
+    "num_labels": 3,
+    "hidden_sizes": [8, 16, 16, 16],
+    "num_attention_heads": [1, 2, 2, 2],
+    "depths": [1, 1, 1, 1],
+    "decoder_hidden_size": 16,
+}
+
+
+@pytest.mark.parametrize(("size", "expected"), [({"height": 64, "width": 32}, (64, 32)), (None, (224, 224))])
+def test_images_are_as_large_as_the_processor_makes_them(
+    size: dict[str, int] | None, expected: tuple[int, int], tmp_path: Path
+) -> None:
+    """The configuration does not say it."""
+    made("SegformerForImageClassification", **SEGFORMER).save_pretrained(tmp_path)
+    if size is not None:
+        transformers.SegformerImageProcessor(size=size).save_pretrained(tmp_path)
+    _, inputs = models.resolve(f"hf:{tmp_path}")()
+    assert isinstance(inputs, dict)
+    assert inputs["pixel_values"].shape == (2, 3, *expected)
+
+
+def test_images_that_are_left_out_are_said(tmp_path: Path) -> None:
+    text = {**LLAMA, "vocab_size": 160, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+    ids = {f"{name}_token_id": at for at, name in enumerate(("vision_start", "vision_end", "image", "video"), 150)}
+    model = made("Qwen2VLForConditionalGeneration", text_config=text, vision_config=vision, **ids)
+    model.save_pretrained(tmp_path)
+    notes: list[str] = []
+    _, inputs = models.resolve(f"hf:{tmp_path}", notes.append)()
+    assert isinstance(inputs, dict)
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert len(notes) == 1
+    assert "takes pixel_values too, for which no example is known: what follows is its text alone" in notes[0]
+
+
 def test_the_end_stands_once_in_every_row_before_the_padding() -> None:
     inputs = example_inputs(made("BartForSequenceClassification", **BART))
     assert (inputs["input_ids"] == 2).sum(1).tolist() == [1, 1]

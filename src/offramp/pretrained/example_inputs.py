@@ -29,10 +29,14 @@ PAGE = 100  # boxes of words lie on a page of this size
 
 @dataclass(frozen=True)
 class Listed:
-    """What the directory's processors make: names by its tokenizer (None: it has none), a mask of sounds."""
+    """What the directory's processors make.
+
+    That is names by its tokenizer (None: it has none), a mask of sounds, and images of one height and width.
+    """
 
     text: frozenset[str] | None = None
     sound_mask: bool = False
+    image: tuple[int, int] | None = None
 
 
 def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inputs:
@@ -67,6 +71,16 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
         f"{type(first).__name__}: {first}",
         hint="a file.py:factory that returns (module, example_inputs), with inputs that the model takes",
     ) from first
+
+
+def left_out(model: PreTrainedModel, inputs: Inputs) -> list[str]:
+    """Images and sounds that the model's forward takes beside its text, and that the inputs do without."""
+    accepted = inspect.signature(model.forward).parameters
+    return [
+        name
+        for name in (*_SIGNALS, "visual_embeds")
+        if name in accepted and name not in inputs and "input_ids" in inputs
+    ]
 
 
 class _Maker:
@@ -208,7 +222,7 @@ class _Maker:
 
     def images(self) -> Tensor:
         """``[2, channels, height, width]`` float32; of a model of videos ``[2, frames, channels, height, width]``."""
-        size = self.image_size() or 224
+        size = self.image_size() or self.beside.image or 224
         if isinstance(size, dict):
             size = size["height"], size["width"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

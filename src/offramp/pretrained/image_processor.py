@@ -45,6 +45,16 @@ def image_settings(processor: Any) -> Image:
     raise ValueError(f"{type(processor).__name__} does more than resize, crop, scale and normalize ({how})")
 
 
+def size(processor: Any) -> tuple[int, int] | None:
+    """Height and width of what the processor makes of every image; None where those differ.
+
+    Raises:
+        ValueError: it fails on an image.
+    """
+    sizes = {_processed(processor, _noise(size, "RGB")).shape[2:] for size in _SIZES}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
 def _noise(size: tuple[int, int], mode: str) -> Picture:
     random = np.random.default_rng(sum(size))
     values = random.integers(0, 256, (*size[::-1], len(mode)), np.uint8)

@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor
 
 from offramp.errors import PretrainedModelError
-from offramp.pretrained import tokenization
-from offramp.pretrained.example_inputs import Listed, configs, example_inputs
+from offramp.pretrained import image_processor, tokenization
+from offramp.pretrained.example_inputs import Listed, configs, example_inputs, left_out, setting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +33,8 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
 
     The class is the one that the configuration names, else the bare ``AutoModel``. A directory that only holds an
     adapter of peft is merged into its base, where that is found. Code that comes with a checkpoint is not run.
-    ``note`` is told which weights are missing there, and random therefore. Raises `PretrainedModelError`.
+    ``note`` is told which weights are missing there, and random therefore, and whether images or sounds are left out.
+    Raises `PretrainedModelError`.
     """
     adapter = _adapter(source)
     model, missing = _load(source) if adapter is None else _merged(source, adapter)
@@ -41,7 +42,13 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         note(f"hf:{source} has no weights for {few} of {type(model).__name__}: they are random until they are trained")
     model.eval()
-    return model, example_inputs(model, _listed(processors(source)))
+    inputs = example_inputs(model, _listed(processors(source), model))
+    if missed := left_out(model, inputs):
+        note(
+            f"hf:{source}: {type(model).__name__} takes {', '.join(missed)} too, for which no example is known: what "
+            "follows is its text alone; for all of it, a file.py:factory that returns (module, example_inputs)"
+        )
+    return model, inputs
 
 
 def processors(source: str) -> str:
@@ -114,8 +121,8 @@ def _merged(source: str, adapter: dict[str, Any]) -> tuple[PreTrainedModel, list
         ) from error
 
 
-def _listed(source: str) -> Listed:
-    """What the tokenizer and the feature extractor of a directory or hub id make."""
+def _listed(source: str, model: PreTrainedModel) -> Listed:
+    """What the tokenizer and the like of a directory or hub id make."""
     names: frozenset[str] | None = None
     masked = False
     with contextlib.suppress(ValueError):  # one that does not load: the configuration has to do
@@ -124,4 +131,12 @@ def _listed(source: str) -> Listed:
     with contextlib.suppress(ValueError):
         extractor = tokenization.loaded(transformers.AutoFeatureExtractor, source, tokenization.PROCESSORS)
         masked = bool(getattr(extractor, "return_attention_mask", False))
-    return Listed(names, masked)
+    return Listed(names, masked, _image_size(source) if setting(model.config, "image_size", None) is None else None)
+
+
+def _image_size(source: str) -> tuple[int, int] | None:
+    """Height and width of all images that a directory's processor makes; None where they differ, or it has none."""
+    with contextlib.suppress(ValueError):
+        processor = tokenization.loaded(transformers.AutoImageProcessor, source, tokenization.PROCESSORS)
+        return None if processor is None else image_processor.size(processor)
+    return None
