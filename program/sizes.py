@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,10 @@ import torch
 
 from offramp.program.graph import expression, placeholders, shape
 from offramp.program.program import Program
+
+log = logging.getLogger(__name__)
+
+_SMALL = 2  # of anything torch takes no less
 
 
 def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tensor]:
@@ -69,8 +74,9 @@ def at_other_sizes(program: Program) -> list[tuple[dict[str, torch.Tensor], dict
 def with_limits(program: Program) -> Program:
     """The program, whose axes that run at one size alone are said to have that size.
 
-    Torch may leave an axis free though all that reads it needs one size. Batch and tokens are known to vary; so is an
-    axis without which the others do not vary (lengths that go together).
+    Torch may leave an axis free though all that reads it needs one size, or one that is nearly the same: code may have
+    made a number of it. Batch and tokens are known to vary, these if torch has found no least number of them; so is
+    an axis without which the others do not vary (lengths that go together).
     """
     axes, nodes = program.axes, placeholders(program.graph)
     free = {expression(size): (name, at) for name in program.inputs for at, size in enumerate(shape(nodes[name]))}
@@ -80,18 +86,24 @@ def with_limits(program: Program) -> Program:
     rest = {symbol: size for symbol, size in sizes.items() if symbol != axes.batch}
 
     def runs(symbols: Iterable[Any]) -> bool:
-        others = (
-            {s: rest[s] * 2 for s in symbols},
-            {s: rest[s] + 1 for s in symbols},
-            {s: rest[s] * 2 // 3 for s in symbols},
-        )
+        others = {s: rest[s] * 2 for s in symbols}, {s: rest[s] * 2 // 3 for s in symbols}
         return any(_outputs(program, resized(program, some)) is not None for some in others)
 
     ranges = dict(axes.ranges)
-    for symbol in rest.keys() - {*axes.tokens}:
+    known = {symbol for symbol in axes.tokens if axes.ranges.get(symbol, (1, None))[0] <= _SMALL}
+    for symbol in rest.keys() - known:
         others = rest.keys() - {symbol}
         if (not others or runs(others)) and not runs([symbol]):
             ranges[symbol] = (rest[symbol], rest[symbol])
+            if symbol in axes.tokens:
+                name, at = free[symbol]
+                log.warning(
+                    "%r is for %d places on axis %d alone: the model's code makes a number of a length; without an "
+                    "input that is not needed, a mask of samples say, it may take others",
+                    name,
+                    rest[symbol],
+                    at,
+                )
     return replace(program, axes=replace(axes, ranges=ranges))
 
 

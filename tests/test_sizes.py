@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_axes import Limited
+from torch import Tensor, nn
 
 from offramp.program import Program, capture
 from offramp.program.graph import expression, placeholders, shape
@@ -87,3 +88,32 @@ def test_two_stacks_of_any_sizes(two_stacks: tiny.Captured, rows: int, tokens: i
     inputs = resized(program, sizes | {expression(shape(source_ids)[1]): sources})
     assert inputs["source_mask"].shape == (rows, sources)
     tiny.assert_same(tiny.outputs(program.module, inputs), two_stacks.eager(inputs))
+
+
+class Sampled(tiny.Encoder):
+    """Samples become frames, and so does their mask, by a number of frames that is none of torch's (Moonshine)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = nn.Conv1d(1, tiny.WIDTH, 3, stride=2)
+
+    def forward(self, signal: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        x = self.frames(signal[:, None]).transpose(1, 2)
+        mask = torch.ones(x.shape[:2], dtype=torch.bool)
+        if attention_mask is not None:
+            count = int((attention_mask.shape[1] - 3) / 2 + 1)
+            mask = attention_mask[:, ::2][:, :count].bool()
+        return {"logits": self.head(self.run(x, mask[:, None, None]))}
+
+
+def test_a_length_that_became_a_number_is_fixed_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    signal = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
+    module = tiny.seeded(Sampled)
+    free = capture(module, {"signal": signal})
+    sizes = {name: free.axes.ranges[symbol] for name, symbol in _symbols(free).items()}
+    assert all(high != 40 for _, high in sizes.values())
+    assert "alone" not in caplog.text
+    fixed = capture(module, {"signal": signal, "attention_mask": torch.ones(2, 40, dtype=torch.int64)})
+    symbol = expression(shape(placeholders(fixed.graph)["signal"])[1])
+    assert fixed.axes.ranges[symbol] == (40, 40)
+    assert "'signal' is for 40 places on axis 1 alone" in caplog.text
