@@ -190,20 +190,20 @@ def as_captured(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """A forward may exchange parts of the module, or set numbers and words in them; afterwards all are as they were.
+    """A forward may exchange parts and buffers, or set numbers and words; afterwards all are as they were.
 
     BigBird, for one, goes over to other attention at its first short input, and stays there.
     """
-    before = [(part, dict(part._modules), _plain_values(part)) for part in module.modules()]
+    before = [(part, dict(part._modules), dict(part._buffers), _plain_values(part)) for part in module.modules()]
     try:
         yield
     finally:
-        for part, parts, settings in before:
-            if part._modules != parts:
-                part._modules.clear()
-                part._modules.update(parts)
-            if (now := _plain_values(part)) != settings:
-                vars(part).update({name: value for name, value in settings.items() if now.get(name) != value})
+        for part, parts, buffers, values in before:
+            for now, then in ((part._modules, parts), (part._buffers, buffers)):
+                now.clear()
+                now.update(then)  # type: ignore[arg-type]
+            found = _plain_values(part)
+            vars(part).update({name: value for name, value in values.items() if found.get(name) != value})
 
 
 def _plain_values(part: nn.Module) -> dict[str, Any]:

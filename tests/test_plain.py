@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from offramp.check import check
 from offramp.errors import CaptureError, ForwardError
 from offramp.program import Program, capture
-from offramp.program.unwrap import as_captured, plain
+from offramp.program.unwrap import as_captured, plain, unchanged
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # what torch.compile itself imports, too
@@ -377,3 +377,23 @@ def test_a_model_that_changes_itself_is_as_it_was(rows: int) -> None:
         assert (module.mode, list(module.modules())) == ("windows", parts)
     with torch.no_grad():
         torch.testing.assert_close(program.module(ids=IDS)["output"], module(IDS)["output"])
+
+
+def test_buffers_that_a_call_has_exchanged_are_back() -> None:
+    """As those of rotations that follow the longest input seen, whose numbers go with the buffers."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.longest = 4
+            self.register_buffer("scale", torch.ones(1))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.longest, self.scale = ids.shape[1], torch.full((1,), 2.0)
+            self.register_buffer("more", torch.ones(1))
+            return ids * self.scale
+
+    module = Scaled()
+    with unchanged(module):
+        module(IDS)
+    assert (module.longest, module.scale.item(), [*module.state_dict()]) == (4, 1, ["scale"])
