@@ -25,6 +25,7 @@ from offramp.calibration.sequence import Asked
 from offramp.errors import InputError
 from offramp.runtime import Chain, Each, Never, Policy, Verify, Width, card, load
 from offramp.runtime.engine.cores import physical_cores
+from offramp.runtime.policies.width import parted
 
 _Stacks: TypeAlias = str | Sequence[str] | None
 _Measures: TypeAlias = str | Mapping[str, str] | None
@@ -53,6 +54,7 @@ class Calibration:
 
         Raises:
             InputError: that bundle is in another precision than the one that this was chosen for.
+            PolicyError: it does not have the exits or scores that were chosen.
         """
         manifest, root = directory.read(path, verify=False)
         if encodings(manifest) != self.record.get("encodings", {}):
@@ -61,6 +63,8 @@ class Calibration:
                 f"{_listed(encodings(manifest))}, whose scores are others",
                 hint=f"offramp calibrate {root.name}",
             )
+        policy, _ = parted(self.policy, manifest)
+        policy.check(manifest.leaving)
         manifest = replace(manifest, policy=self.policy.to_dict(), calibration=self.record)
         text = to_json(manifest)
         with NamedTemporaryFile("w", dir=root, prefix=".manifest", delete=False, encoding="utf-8") as file:

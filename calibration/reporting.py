@@ -38,6 +38,7 @@ from offramp.runtime import Chain, Never, Policy, Width
 
 FULL, OWN, PERFECT = "full depth", "the bundle's own policy", "a perfect gate (reckoned)"
 _POINTS = 8
+_LEAST = 2  # tokens of a text
 _WIDTHS = (0.9, 0.75, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -97,6 +98,11 @@ class _Bench:
         if not self.tokens:
             return observe_rows(self.chain, self.stack, examples, self.quality), self.costs(examples)
         texts = [generate(self.chain, example, Never(), self.options)[0] for example in examples.inputs]
+        if all(len(text) < _LEAST for text in texts):
+            raise InputError(
+                "no text is longer than one token, and a prompt's own is not timed",
+                hint=f"max_new_tokens={_LEAST} or more, or --max-new-tokens {_LEAST}",
+            )
         return observe_tokens(self.chain, self.stack, examples, texts, self.options)
 
     def agreement(self, examples: Examples, seen: Observed) -> NDArray[np.bool_]:

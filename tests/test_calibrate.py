@@ -26,7 +26,7 @@ from offramp.calibration.examples import read
 from offramp.calibration.gates import fit_scale
 from offramp.calibration.observe import time_rows
 from offramp.calibration.quality import same_class, same_tokens
-from offramp.errors import InputError
+from offramp.errors import InputError, PolicyError
 from offramp.runtime import Chain, Confidence, Each, Entropy, Never
 from offramp.runtime.card import CARD_FILE
 
@@ -148,6 +148,16 @@ def test_too_few_examples(root: Path) -> None:
     assert "100 examples are too few: keep=0.99 with confidence 0.95 needs at least " in found.record["reason"]
     assert offramp.load(root).policy == Never()
     assert offramp.load(root).manifest.calibration == json.loads(json.dumps(found.record))
+
+
+def test_a_bundle_that_lacks_what_was_chosen_stays_as_it_is(root: Path, tmp_path: Path) -> None:
+    found = offramp.calibrate(offramp.load(root), {"ids": ids(2000)}, keep=0.9, measure="top1")
+    other = bundles.classifier(tmp_path / "other.offramp", exits=(4,))
+    before = files(other)
+    with pytest.raises(PolicyError, match="there is no exit before full depth"):
+        found.write(other)
+    assert files(other) == before
+    assert offramp.load(other).policy == Never()
 
 
 def test_as_many_as_it_asks_for_are_enough(root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -250,3 +251,8 @@ def test_provenance(encoder: tiny.Captured, head: str) -> None:
     tiny.assert_provenance(encoder.program, program, text)
     state = program.nodes[_exit(program, 2).state]
     assert state.meta["provenance"]["from"] == _exit(program, 2).hidden
+
+
+def test_counts_of_numpy_are_counts(encoder: tiny.Captured) -> None:
+    program = InsertExits(after=np.int64(2)).run(encoder.program).program  # type: ignore[arg-type]
+    assert [item.after for item in program.exits] == [2]

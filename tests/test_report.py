@@ -104,6 +104,13 @@ def test_without_examples_only_times(root: Path) -> None:
     assert set(found.segments) == {0, 1, 2, 4}
 
 
+def test_texts_of_one_token_say_nothing(tmp_path: Path) -> None:
+    chain: Chain = talkers.talker(tmp_path / "talker")
+    for judge in (True, False):
+        with pytest.raises(InputError, match=r"no text is longer than one token.*\n  try: max_new_tokens=2 or more"):
+            report(chain, {"input_ids": np.ones((10, 2), np.int64)}, judge=judge, max_new_tokens=1)
+
+
 def test_tokens(tmp_path: Path) -> None:
     chain: Chain = talkers.talker(tmp_path / "talker")
     prompts = np.random.default_rng(0).integers(0, 9, (10, 2))

@@ -309,3 +309,12 @@ def test_the_commands_examples() -> None:
         parse("verify")
     with pytest.raises(PolicyError, match="'x' is no number"):
         parse("adaptive:2,target=x")
+
+
+def test_a_depth_is_a_whole_number() -> None:
+    counted: Any = np.int64(2)
+    assert Depth(counted) == Depth(2)
+    assert type(Depth(counted).depth) is int
+    for wrong in (2.0, "2", True, {"encoder": 2.0}):
+        with pytest.raises(PolicyError, match=r"numbers of blocks\n  try: Depth\(2\)"):
+            Depth(wrong)  # type: ignore[arg-type]

@@ -236,10 +236,17 @@ def test_what_does_not_fit_is_refused(options: dict[str, Any], match: str) -> No
         fit(made, given.pop("batches", batches()), given.pop("objective", SelfDistillation()), **given)
 
 
+def test_a_checkpoint_of_another_objective_is_refused(tmp_path: Path) -> None:
+    """Where that run had ended, nothing would be trained, and nothing said."""
+    fit(program(), batches(), SelfDistillation(), folder=tmp_path, every=3)
+    with pytest.raises(SpecError, match=r"of a run for SelfDistillation; this one is for DeepSupervision\n  try"):
+        fit(program(), batches(), DeepSupervision(), folder=tmp_path)
+
+
 def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     fit(program(), batches(), SelfDistillation(), folder=tmp_path, every=3)
     with pytest.raises(SpecError, match="trains other weights"):
-        fit(program(), batches(), DeepSupervision(), train="all", folder=tmp_path, every=3)
+        fit(program(), batches(), SelfDistillation(), train="all", folder=tmp_path, every=3)
 
 
 def test_weights_go_through_a_file(tmp_path: Path) -> None:

@@ -15,14 +15,19 @@ from safetensors.torch import load_file, save_file
 from offramp.errors import SpecError
 
 _KEPT = 2
-_WEIGHTS = "trained.safetensors"
+_WEIGHTS, _PROGRESS = "trained.safetensors", "progress.json"
 
 
 class Checkpoints:
-    """The folder of a run: ``step-N`` has weights, optimizer, schedule, random numbers, and how far the run was."""
+    """The folder of a run: ``step-N`` has weights, optimizer, schedule, random numbers, and how far the run was.
 
-    def __init__(self, folder: Path, accelerator: Accelerator, weights: Mapping[str, torch.nn.Parameter]) -> None:
-        self.folder, self.accelerator, self.weights = folder, accelerator, weights
+    ``objective`` is what the run is for.
+    """
+
+    def __init__(
+        self, folder: Path, accelerator: Accelerator, weights: Mapping[str, torch.nn.Parameter], objective: str
+    ) -> None:
+        self.folder, self.accelerator, self.weights, self.objective = folder, accelerator, weights, objective
         accelerator.register_save_state_pre_hook(self._save_weights)
         accelerator.register_load_state_pre_hook(self._load_weights)
 
@@ -42,7 +47,7 @@ class Checkpoints:
         self.accelerator.save_state(str(temporary))
         self.accelerator.wait_for_everyone()
         if main:
-            (temporary / "progress.json").write_text(json.dumps(about))
+            (temporary / _PROGRESS).write_text(json.dumps({**about, "objective": self.objective}))
             shutil.rmtree(place, ignore_errors=True)
             temporary.rename(place)
             for old in self.found()[:-_KEPT]:
@@ -54,8 +59,13 @@ class Checkpoints:
         there = self.found()
         if not there:
             return None
+        about: dict[str, Any] = json.loads((there[-1] / _PROGRESS).read_text())
+        if (other := about.get("objective", self.objective)) != self.objective:
+            raise SpecError(
+                f"the checkpoint in {there[-1]} is of a run for {other}; this one is for {self.objective}",
+                hint="another folder",
+            )
         self.accelerator.load_state(str(there[-1]))
-        about: dict[str, Any] = json.loads((there[-1] / "progress.json").read_text())
         return about
 
     def _save_weights(self, models: list[Any], weights: list[Any], directory: str) -> None:

@@ -118,7 +118,7 @@ def fit(
     made = optimizer(list(weights.values())) if optimizer else torch.optim.AdamW(weights.values(), rate, weight_decay=0)
     schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _schedule(step, warmup, total))
     module, stepper, paced = accelerator.prepare(model, made, schedule)
-    checkpoints = Checkpoints(Path(folder), accelerator, weights) if folder else None
+    checkpoints = Checkpoints(Path(folder), accelerator, weights, type(objective).__name__) if folder else None
     run = _Run(accelerator, module, stepper, paced, weights, checkpoints, every, log_every, progress, clip, length)
     model.train(train == "all")
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from operator import index
+from typing import Any, ClassVar, SupportsIndex
 
 from offramp.errors import SpecError
 from offramp.program.program import Program
@@ -113,5 +114,5 @@ def numbers(given: Any, last: int) -> tuple[tuple[int, ...], list[Any]]:
     if given == "all":
         return tuple(range(1, last + 1)), []
     found = tuple(given) if isinstance(given, (tuple, list)) else (given,)
-    wrong = [item for item in found if not isinstance(item, int) or not 0 < item <= last]
-    return tuple(sorted({item for item in found if item not in wrong})), wrong
+    wrong = [item for item in found if not isinstance(item, SupportsIndex) or not 0 < index(item) <= last]
+    return tuple(sorted({index(item) for item in found if item not in wrong})), wrong

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -56,6 +57,14 @@ class Depth(Policy):
     """
 
     depth: int | Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        several = isinstance(self.depth, Mapping)
+        counts = list(self.depth.values()) if isinstance(self.depth, Mapping) else [self.depth]
+        if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
+            raise PolicyError(f"{self!r}: numbers of blocks", hint='Depth(2), or Depth({"encoder": 2})')
+        if not several:
+            object.__setattr__(self, "depth", int(counts[0]))
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         depth = self.depth if isinstance(self.depth, int) else self.depth.get(stack)
