@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -46,6 +47,10 @@ class Program:
     example_outputs: Mapping[str, torch.Tensor]
     records: tuple[Record, ...] = ()
     history: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        """The same program with weights of its own."""
+        return replace(self, graph_module=copy.deepcopy(self.graph_module, memo))
 
     @property
     def graph(self) -> fx.Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from dataclasses import replace
 from pathlib import Path
@@ -202,3 +203,16 @@ def test_exits_of_an_encoder_live_through_caches(two_stacks: tiny.Captured) -> N
     program = apply(two_stacks.program, "insert-exits{stack=encoder},insert-cache")
     assert [item.after for item in program.exits_of("encoder")] == [1, 2, 3]
     assert all(item.state in program.nodes for item in program.exits)
+
+
+@pytest.mark.parametrize("passes", ["", "insert-exits{after=2},insert-scores{measure=top1}", "insert-acm"])
+def test_a_deep_copy_has_weights_of_its_own(encoder: tiny.Captured, passes: str) -> None:
+    program = offramp.apply(encoder.program, passes)
+    copied = copy.deepcopy(program)
+    expected = tiny.outputs(program.module, encoder.inputs)
+    tiny.assert_same(tiny.outputs(copied.module, encoder.inputs), expected)
+    assert (copied.records, copied.history) == (program.records, program.history)
+    with torch.no_grad():
+        for weight in copied.module.parameters():
+            weight.zero_()
+    tiny.assert_same(tiny.outputs(program.module, encoder.inputs), expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
@@ -33,7 +32,7 @@ class ObjectiveModule(torch.nn.Module):
         self.program, self.objective = program, objective
         teacher = objective.teacher
         if teacher is not None and apart:
-            teacher = replace(teacher, graph_module=copy.deepcopy(teacher.graph_module))
+            teacher = copy.deepcopy(teacher)
         self.teacher = None if teacher is None else ObjectiveModule(teacher, Objective())
         self._parts: dict[tuple[tuple[str, ...], ...], fx.GraphModule] = {}
 
