@@ -1,4 +1,4 @@
-"""Pointwise arithmetic in bfloat16 as torch's CPU kernels do it: in float32, then rounded. No other runtime has it."""
+"""Pointwise arithmetic in bfloat16, for which ONNX Runtime has no CPU kernels, as torch does it: wide, then rounded."""
 
 from __future__ import annotations
 
