@@ -59,12 +59,11 @@ class Depth(Policy):
     depth: int | Mapping[str, int]
 
     def __post_init__(self) -> None:
-        several = isinstance(self.depth, Mapping)
-        counts = list(self.depth.values()) if isinstance(self.depth, Mapping) else [self.depth]
+        counts = self.depth.values() if isinstance(self.depth, Mapping) else [self.depth]
         if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
             raise PolicyError(f"{self!r}: numbers of blocks", hint='Depth(2), or Depth({"encoder": 2})')
-        if not several:
-            object.__setattr__(self, "depth", int(counts[0]))
+        if isinstance(self.depth, Integral):
+            object.__setattr__(self, "depth", int(self.depth))
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         depth = self.depth if isinstance(self.depth, int) else self.depth.get(stack)

@@ -73,6 +73,11 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
     ) from first
 
 
+def image_size(config: PretrainedConfig) -> Any:
+    """The size of images that a configuration has, None where it has none."""
+    return setting(config, "image_size", None) or setting(config, "input_size", None)
+
+
 def left_out(model: PreTrainedModel, inputs: Inputs) -> list[str]:
     """Images and sounds that the model's forward takes beside its text, and that the inputs do without."""
     accepted = inspect.signature(model.forward).parameters
@@ -98,7 +103,7 @@ class _Maker:
         signals = {main: _SIGNALS[main](self)} if main in _SIGNALS else {}
         inputs: Inputs = {}
         if main == "input_ids" or (main == "pixel_values" and "input_ids" in self.accepted):
-            if "pixel_values" in self.accepted and self.image_size() is not None:
+            if "pixel_values" in self.accepted and image_size(self.config) is not None:
                 signals.setdefault("pixel_values", self.images())
             inputs = self._text(signals)
         elif "attention_mask" in self.accepted and self.beside.sound_mask:
@@ -216,13 +221,9 @@ class _Maker:
         table = embedded(self.model)
         return known if decoder or table is None else min(known, table)  # some configurations say more than there is
 
-    def image_size(self) -> Any:
-        """The size of images that the configuration has, None where it has none."""
-        return setting(self.config, "image_size", None) or setting(self.config, "input_size", None)
-
     def images(self) -> Tensor:
         """``[2, channels, height, width]`` float32; of a model of videos ``[2, frames, channels, height, width]``."""
-        size = self.image_size() or self.beside.image or 224
+        size = image_size(self.config) or self.beside.image or 224
         if isinstance(size, dict):
             size = size["height"], size["width"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

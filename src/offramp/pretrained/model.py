@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from offramp.errors import PretrainedModelError
 from offramp.pretrained import image_processor, tokenization
-from offramp.pretrained.example_inputs import Listed, configs, example_inputs, left_out, setting
+from offramp.pretrained.example_inputs import Listed, configs, example_inputs, image_size, left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +34,7 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
 
     The class is the one that the configuration names, else the bare ``AutoModel``. A directory that only holds an
     adapter of peft is merged into its base, where that is found. Code that comes with a checkpoint is not run.
-    ``note`` is told which weights are missing there, and random therefore, and whether images or sounds are left out.
+    ``note`` gets which weights are missing there, and random therefore, and whether images or sounds are left out.
     Raises `PretrainedModelError`.
     """
     adapter = _adapter(source)
@@ -131,7 +132,8 @@ def _listed(source: str, model: PreTrainedModel) -> Listed:
     with contextlib.suppress(ValueError):
         extractor = tokenization.loaded(transformers.AutoFeatureExtractor, source, tokenization.PROCESSORS)
         masked = bool(getattr(extractor, "return_attention_mask", False))
-    return Listed(names, masked, _image_size(source) if setting(model.config, "image_size", None) is None else None)
+    unknown = "pixel_values" in inspect.signature(model.forward).parameters and image_size(model.config) is None
+    return Listed(names, masked, _image_size(source) if unknown else None)
 
 
 def _image_size(source: str) -> tuple[int, int] | None:
