@@ -33,6 +33,7 @@ from offramp.bundle.measures import MEASURES, PICK, SCREENED, measure_named
 from offramp.bundle.options import OPTIONS, read
 from offramp.bundle.precision import encodings
 from offramp.bundle.preprocessing import preprocessing_problems
+from offramp.bundle.whole import segments, undivided
 from offramp.errors import InputError
 
 
@@ -51,7 +52,8 @@ def problems_of(manifest: Manifest) -> list[str]:
         *_calibration(manifest),
         *(f"labels: there is no output {name!r}" for name in manifest.labels if name not in manifest.outputs),
     ]
-    return problems or list(_Flow(manifest).problems())
+    problems = problems or list(_Flow(manifest).problems())
+    return problems or [f"at full depth, as a whole: {text}" for text in _Flow(undivided(manifest)).problems()]
 
 
 def _calibration(manifest: Manifest) -> Iterator[str]:
@@ -127,6 +129,8 @@ def _groups(manifest: Manifest) -> Iterator[str]:
         yield f"stacks: {name!r} is the name of several things that leave"
     for name, stack in manifest.stacks.items():
         where = f"stacks.{name}"
+        if stack.groups and stack.whole is not None:
+            yield f"{where}.whole: {stack.whole!r}: groups of tokens leave apart"
         if bool(stack.groups) != (stack.places is not None):
             yield f"{where}: has groups or places, and not both"
         for field, given in (("places", stack.places), ("asked", stack.asked)):
@@ -246,19 +250,11 @@ def _references(manifest: Manifest) -> Iterator[str]:
         elif stage.stack is not None and stage.stack not in manifest.stacks:
             yield f"stages[{i}].stack: there is no stack {stage.stack!r}"
     for name, stack in manifest.stacks.items():
-        for segment_name in _segments_of(stack):
+        for segment_name in segments(stack):
             if segment_name not in manifest.segments:
                 yield f"stacks.{name}: there is no segment {segment_name!r}"
         if not any(stage.stack == name for stage in manifest.stages):
             yield f"stacks.{name}: no stage runs it"
-
-
-def _segments_of(stack: Stack) -> Iterator[str]:
-    for part in stack.parts:
-        yield from part.segments
-        yield from [part.steps] if part.steps else ()
-    for exit_ in stack.exits:
-        yield from exit_.segments
 
 
 def _stack(stack: Stack) -> Iterator[str]:

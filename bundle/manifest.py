@@ -169,6 +169,7 @@ class Stack:
     Where tokens leave in ``groups``, which lie one behind the other, scores are [batch, groups] (of tokens that leave
     alone each has one), and the value ``places`` says where those are that have not left, int64 [batch, tokens that
     have not]. Where scores are of some tokens alone, the value ``asked`` says of which: int64 [batch, asked].
+    ``whole`` is a segment that runs all parts, for runs in which nobody is asked before full depth.
     """
 
     name: str
@@ -181,6 +182,7 @@ class Stack:
     groups: tuple[Group, ...] = ()
     places: str | None = None
     asked: str | None = None
+    whole: str | None = None
 
     @cached_property
     def by_group(self) -> Mapping[str, Stack]:

@@ -28,6 +28,7 @@ class Costs:
             and tail run for all who are asked.
         picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits]; None where none does.
         wide: Of a step to full depth with all learners, where these are the costs of a step beside less; else None.
+        at_once: Of all blocks where nobody is asked (`Stack.whole`); None where that is what they take one by one.
     """
 
     around: float
@@ -37,6 +38,7 @@ class Costs:
     free: Mapping[str, NDArray[np.bool_]]
     picks: NDArray[np.bool_] | None = None
     wide: float | None = None
+    at_once: float | None = None
 
     @classmethod
     def of(
@@ -71,6 +73,7 @@ class Costs:
             blocks=blocks,
             further=further,
             tails=np.array([spent(branch.segments, times) for branch in branches]),
+            at_once=None if stack.whole is None else times.get(stack.whole),
             picks=np.array([bool(manifest.cache) and b.pick is not None and (b.exact or not b.full) for b in branches]),
             free={
                 measure: np.array([measure not in branch.scores or measure in branch.free for branch in early])
@@ -90,7 +93,8 @@ class Costs:
     @property
     def full(self) -> float:
         """A step to full depth, where no one is asked."""
-        return float(self.around + self.blocks.sum() + self.leave[-1])
+        blocks = self.blocks.sum() if self.at_once is None else self.at_once
+        return float(self.around + blocks + self.leave[-1])
 
     @property
     def whole(self) -> float:

@@ -102,6 +102,19 @@ class _Periodic(Policy):
         return np.full(state.rows.size, self.step % _PERIOD != 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Stays(Policy):
+    """Full depth of a stack, whose first exit is asked: its blocks run by parts, as they do where a row may leave."""
+
+    stack: Stack
+
+    def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
+        return () if (stack, exit_.after) == (self.stack.name, self.stack.exits[0].after) else None
+
+    def leave(self, state: State) -> Rows:
+        return np.zeros(state.rows.size, np.bool_)
+
+
 def measures_of(exit_: Exit) -> tuple[str, ...]:
     """The scores of an exit that a threshold can be set for."""
     return tuple(name for name in exit_.scores if measure_named(name).gates)
@@ -284,7 +297,10 @@ def time_rows(chain: Chain, stack: Stack, examples: Sequence[Example], beside: P
         return session.trace
 
     ways = [within(Depth({stack.name: exit_.after}), stack.name, beside) for exit_ in stack.exits]
-    trace_of(examples[0], ways[0]), trace_of(examples[0], ways[-1])
+    if stack.whole is not None:
+        ways += [within(_Stays(stack), stack.name, beside)]
+    for way in (ways[0], *ways[-2:]):  # which warms all sessions up
+        trace_of(examples[0], way)
     traces: list[list[Sequence[Timing]]] = [[] for _ in ways]
     wide: list[Sequence[Timing]] = []
     for example in examples[:_TIMED]:
@@ -366,7 +382,7 @@ def observe_tokens(
     for example, text, skip, length in zip(examples.inputs, texts, skipped, lengths, strict=True):
         for at, exit_ in enumerate(stack.exits):
             asked = measures_of(exit_) if at < early else ()
-            force = Forced(stack.name, exit_.after, asked) if at < early else Never()
+            force = Forced(stack.name, exit_.after, asked) if at < early else _Stays(stack)
             forced = within(force, stack.name, beside)
             for step, (token, found, timed) in enumerate(_forced_tokens(chain, example, forced, text, options)):
                 quality[start + step, at] = token == text[skip + step]
@@ -376,10 +392,10 @@ def observe_tokens(
         periodic = within(_Periodic(stack.name, stack.exits[0].after), stack.name, beside)
         for step, (_, _, timed) in enumerate(_forced_tokens(chain, example, periodic, text, options)):
             late += timed if (step + 1) % _PERIOD == 0 else ()
+        if stack.whole is not None:
+            trace += _timings(chain, example, within(Never(), stack.name, beside), text, options)
         if beside is not None:
-            wide += [
-                timing for _, _, timed in _forced_tokens(chain, example, Never(), text, options) for timing in timed
-            ]
+            wide += _timings(chain, example, Never(), text, options)
         start += length
     seen = Observed(scores, quality, lengths, None if beside is None else np.ones(len(quality)))
     return seen, _costs(chain, stack, wide, trace, late)
@@ -407,6 +423,13 @@ def _forced_tokens(
             seen = np.concatenate(fed[: step + 1])
             token = chooser.choose(0, seen, result.outputs[plan.output].reshape(-1), step)
         yield token, result.scores, ran.trace
+
+
+def _timings(
+    chain: Chain, example: Example, policy: Policy, text: NDArray[np.int64], options: Mapping[str, Any]
+) -> list[Timing]:
+    """What ran for the tokens of a text."""
+    return [timing for _, _, timed in _forced_tokens(chain, example, policy, text, options) for timing in timed]
 
 
 def _takes(chooser: Chooser, step: int, slot: int, token: int) -> bool:

@@ -31,6 +31,7 @@ from offramp.export.partition import partition
 from offramp.export.patterns import check_patterns
 from offramp.export.prepare import prepared
 from offramp.export.validation import at_full_width, given, validate
+from offramp.export.whole import with_whole
 from offramp.export.write import Writer
 from offramp.program.learners import FORMS
 from offramp.program.program import Program
@@ -143,7 +144,8 @@ def save(
             taken = samples or [given(program, program.example_inputs)]
             manifest = in_fewer_bits(manifest, directory, precision, taken, loss, agreement)
             figures = dict(manifest.validation)
-        manifest = with_steps(manifest, directory, given(program, program.example_inputs))
+        example = given(program, program.example_inputs)
+        manifest = with_whole(with_steps(manifest, directory, example), directory, example)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)

@@ -19,19 +19,16 @@ from offramp.bundle.options import Sampling
 from offramp.bundle.precision import against_fp32
 from offramp.errors import InputError
 from offramp.runtime.engine import widths
-from offramp.runtime.engine.binding import bind_takers
-from offramp.runtime.engine.engine import Engine
 from offramp.runtime.engine.inputs import Inputs
-from offramp.runtime.engine.memory import Device, Host, Memory, device_of, read_back
-from offramp.runtime.engine.sessions import Providers, open_sessions
+from offramp.runtime.engine.sessions import Providers
 from offramp.runtime.generation.beams import search
 from offramp.runtime.generation.cache_memory import fresh
 from offramp.runtime.generation.generator import Generator, stream
-from offramp.runtime.generation.plan import GenerationPlan
 from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.speculation import in_last, refuse, verified
 from offramp.runtime.generation.stopping import Ends, own_tokenizer
 from offramp.runtime.generation.tokens import Generated, Token
+from offramp.runtime.loading import Loader
 from offramp.runtime.policies import builtin
 from offramp.runtime.policies.base import Function, Policy, State, listing
 from offramp.runtime.policies.group_policy import asked_at
@@ -103,20 +100,11 @@ class Chain:
         self.inputs: Mapping[str, Value] = {name: manifest.values[name] for name in manifest.inputs}
         self.outputs: Mapping[str, Value] = {k: manifest.values[v] for k, v in manifest.outputs.items()}
         self.policy = builtin.from_dict(manifest.policy) if manifest.policy else builtin.Never()
-        self._asked(None)
-        device = _device or device_of(providers)
-        files = dict.fromkeys(segment.file for segment in manifest.segments.values())
-        if device:
-            files |= dict.fromkeys(manifest.take.values())
-        sessions = _sessions or open_sessions(Path(root), files, providers, threads)
-        memory: Memory = Host(manifest.values, manifest.batch)
-        if device:
-            memory = Device(
-                manifest.values, manifest.batch, device, read_back(manifest), bind_takers(manifest, sessions)
-            )
-        self._engine = Engine(manifest, sessions, memory)
+        policy, _ = self._asked(None)
         self._inputs = Inputs(manifest)
-        self._plan = GenerationPlan(manifest, self._engine, sessions, device) if manifest.cache else None
+        self._loader = Loader(manifest, self._root, providers, threads, _device, _sessions)
+        early = any(len(stack.exits) > 1 for stack in manifest.stacks.values())
+        self._loaded = self._loader.loaded(early if manifest.policy is None else self._leaves(policy))
 
     @property
     def stacks(self) -> Mapping[str, Stack]:
@@ -142,9 +130,9 @@ class Chain:
         refuse(policy, "run() generates nothing")
         arrays, batch, sizes = self._inputs.check(inputs)
         arrays |= {**fresh(self.manifest, arrays, batch), **width}
-        policies = asked_at(self.manifest.stacks, policy, batch, sizes)
-        memory = self._engine.memory
-        ran = self._engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
+        engine = self._loader.loaded(self._leaves(policy)).engine
+        policies, memory = asked_at(self.manifest.stacks, policy, batch, sizes), engine.memory
+        ran = engine.run({name: memory.put(name, array) for name, array in arrays.items()}, batch, policies)
         outputs = {name: memory.get(ran.values[value]) for name, value in self.manifest.outputs.items()}
         for name in self.manifest.cut:
             axis = self.outputs[name].shape.index(self.manifest.cache.chunk)  # type: ignore[union-attr]
@@ -236,7 +224,7 @@ class Chain:
     def generates(self) -> str | None:
         """The input of token ids that `stream` and `generate` extend; None for a bundle that does not generate."""
         try:
-            return self._plan.tokens_input() if self._plan else None
+            return self._loaded.plan.tokens_input() if self._loaded.plan else None
         except InputError:
             return None
 
@@ -276,10 +264,11 @@ class Chain:
         **deferral: Any,
     ) -> Session:
         """A generation, nothing of it run but what runs once; without ``options`` nobody chooses tokens."""
-        plan = self._plan
-        if plan is None:
+        if self.manifest.cache is None:
             raise InputError("this bundle has no caches, so it does not generate", hint="insert-cache before export")
         policy, width = self._asked(policy)
+        plan = self._loader.loaded(self._leaves(policy)).plan
+        assert plan is not None
         policy, drafts = in_last(policy, plan.stacks[-1])
         prompts = plan.prompts(inputs)
         sampling = (
@@ -295,6 +284,14 @@ class Chain:
             tokenizer = own_tokenizer(self.manifest, self._root)
         ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
         return Session(plan, inputs, prompts, policy, sampling, ends, width, **deferral)
+
+    def _leaves(self, policy: Policy) -> bool:
+        """Whether a policy is asked anywhere: before full depth, or there about a token of a short list."""
+        exits = [(name, exit_) for name, stack in self.stacks.items() for exit_ in stack.asking]
+        return any(
+            (policy.picks if exit_.after == self.stacks[name].blocks else policy.measures)(name, exit_) is not None
+            for name, exit_ in exits
+        )
 
     def _asked(self, policy: Policy | Callable[[State], Any] | None) -> tuple[Policy, Mapping[str, Any]]:
         """The policy of exits, and the width as a value, where the bundle has learners."""

@@ -16,6 +16,7 @@ from test_short_scores import FORMS, Tailed
 from torch import fx
 
 import offramp
+from offramp.bundle.whole import divided
 from offramp.errors import ExportError
 from offramp.export import asked
 from offramp.export.prepare import prepared
@@ -24,6 +25,7 @@ from offramp.passes.infra.editor import Editor
 from offramp.program import Program
 from offramp.program.exit import asked_of
 from offramp.program.graph import aten, placeholders
+from offramp.runtime import Chain
 from offramp.runtime.generation.buffers import ChunkSegment, Store
 from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.policies.base import Policy
@@ -96,7 +98,9 @@ def _widths(chain: offramp.Chain, monkeypatch: pytest.MonkeyPatch, policy: Polic
 
 def test_nobody_asks_and_nothing_is_scored(chain: offramp.Chain, monkeypatch: pytest.MonkeyPatch) -> None:
     assert chain.manifest.stacks["decoder"].asked == ASKED
-    assert _widths(chain, monkeypatch, offramp.Never()) == {0}
+    assert _widths(chain, monkeypatch, offramp.Never()) == set()
+    parts = Chain(divided(chain.manifest), chain._root)
+    assert _widths(parts, monkeypatch, offramp.Never()) == {0}
 
 
 @pytest.mark.parametrize("policy", [offramp.Confidence(0.3, "top1-short"), offramp.Depth(1)], ids=["scores", "pick"])

@@ -25,6 +25,7 @@ import offramp
 from offramp.bundle import directory
 from offramp.bundle.manifest import Generation
 from offramp.bundle.options import PROPAGATE
+from offramp.bundle.whole import divided
 from offramp.errors import ExecutionError, InputError, PolicyError
 from offramp.export import save
 from offramp.passes import Truncate, apply
@@ -671,11 +672,11 @@ def test_caches_that_differ_cannot_stand_for_each_other(bundles: Get) -> None:
     wider = replace(chain.manifest.values["key_cache_2"], shape=("batch", 1, "capacity", 8))
     uneven = replace(chain.manifest, values={**chain.manifest.values, "key_cache_2": wider})
     with pytest.raises(InputError, match="4 blocks of stack 'decoder' have 8 caches of 2 shapes"):
-        CopiedCaches(uneven, chain._plan.spans)  # type: ignore[union-attr]
+        CopiedCaches(uneven, chain._loaded.plan.spans)  # type: ignore[union-attr]
     fewer = dict(list(chain.manifest.cache.buffers.items())[:-1])
     lacking = replace(chain.manifest, cache=replace(chain.manifest.cache, buffers=fewer))
     with pytest.raises(InputError, match="4 blocks of stack 'decoder' have 7 caches of 1 shapes"):
-        CopiedCaches(lacking, chain._plan.spans)  # type: ignore[union-attr]
+        CopiedCaches(lacking, chain._loaded.plan.spans)  # type: ignore[union-attr]
 
 
 def test_bounding_what_waits_takes_more_steps_and_gives_the_same(bundles: Get) -> None:
@@ -906,7 +907,7 @@ def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get) -> None:
 
 def test_hidden_states_whose_rows_lie_elsewhere(bundles: Get) -> None:
     made = bundles("talker")
-    manifest = made.chain.manifest
+    manifest = divided(made.chain.manifest)
     turned = {"decoder.2": replace(manifest.values["decoder.2"], shape=("tokens", "batch", tiny.WIDTH))}
     chain = Chain(replace(manifest, values={**manifest.values, **turned}), made.root)
     assert (chain.generates, made.chain.generates) == (None, "input_ids")

@@ -161,7 +161,7 @@ def test_depth_and_never_run_no_other_tail(chains: dict[str, Chain]) -> None:
 def test_full_depth_copies_nothing(where: Path) -> None:
     chain = _open(bundles.classifier(where / "copies"))
     made: list[Any] = []
-    last = chain._engine._calls["exit4.tail"]
+    last = chain._loaded.engine._calls["exit4.tail"]
     run = last.run
 
     def spy(env: dict[str, Any]) -> None:

@@ -1,0 +1,58 @@
+"""A bundle for runs whose rows may leave, and one for full depth, which runs `Stack.whole` in place of the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from offramp.bundle.manifest import Exit, Manifest, Part, Segment, Stack
+from offramp.bundle.measures import SCREENED
+
+
+def divided(manifest: Manifest) -> Manifest:
+    """The bundle by its parts, which is all there is to it where no stack has a ``whole``."""
+    if all(stack.whole is None for stack in manifest.stacks.values()):
+        return manifest
+    wholes = {stack.whole for stack in manifest.stacks.values()}
+    return replace(
+        manifest,
+        stacks={name: replace(stack, whole=None) for name, stack in manifest.stacks.items()},
+        segments={name: segment for name, segment in manifest.segments.items() if name not in wholes},
+    )
+
+
+def undivided(manifest: Manifest) -> Manifest:
+    """The bundle at full depth: a stack that has a ``whole`` runs it in place of its parts, and has no other exits."""
+    if all(stack.whole is None for stack in manifest.stacks.values()):
+        return manifest
+    stacks = {name: _at_once(stack, manifest.segments) for name, stack in manifest.stacks.items()}
+    used = {stage.segment for stage in manifest.stages} | {
+        name for stack in stacks.values() for name in segments(stack)
+    }
+    return replace(
+        manifest, stacks=stacks, segments={name: item for name, item in manifest.segments.items() if name in used}
+    )
+
+
+def segments(stack: Stack) -> Iterator[str]:
+    """The names of all segments of a stack."""
+    for part in stack.parts:
+        yield from part.segments
+        yield from [part.steps] if part.steps else ()
+    for exit_ in stack.exits:
+        yield from exit_.segments
+    yield from [stack.whole] if stack.whole else ()
+
+
+def last_exit(stack: Stack) -> Exit:
+    """Full depth where nobody is asked about it: of its scores that is the token that is exact."""
+    last = stack.exits[-1]
+    return replace(last, scores={name: value for name, value in last.scores.items() if name == SCREENED})
+
+
+def _at_once(stack: Stack, known: Mapping[str, Segment]) -> Stack:
+    if stack.whole is None:
+        return stack
+    part = Part(stack.blocks, (stack.whole,), stack.parts[-1].output)
+    asked = stack.asked if stack.asked in known[stack.whole].inputs.values() else None
+    return replace(stack, whole=None, parts=(part,), exits=(last_exit(stack),), asked=asked)

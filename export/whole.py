@@ -1,0 +1,169 @@
+"""All parts of a stack in one file: a run that nobody may leave then takes no longer than without exits.
+
+Each part is a session, whose call takes some 50 to 100 microseconds beside its operators, and what exits score is
+computed where nobody asks. The file is made of the parts' operators, and its weights are theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
+
+from offramp.bundle.manifest import Manifest, Segment, Stack
+from offramp.bundle.whole import divided, last_exit, segments, undivided
+from offramp.errors import OfframpError
+from offramp.export.write import hashed
+from offramp.runtime.chain import Chain
+from offramp.runtime.policies.base import Never
+
+log = logging.getLogger(__name__)
+
+#: Bytes of a stack's weights, which a process that runs it in both ways has twice. Where they are more, calls of
+#: sessions are nothing beside what the operators take.
+LARGEST = 1 << 28
+_CLOSE = 1e-4  # how far outputs may be from each other, of their scale
+
+
+def with_whole(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> Manifest:
+    """The manifest with such a file for each stack of several parts, which lies in ``directory``.
+
+    The bundle runs ``inputs`` in both ways. Where these differ, or ONNX Runtime does not take a file, there is none: it
+    is a quicker way, and no more than that.
+    """
+    found = manifest
+    for stack in manifest.stacks.values():
+        found = _joined(found, stack, directory)
+    if found is manifest:
+        return manifest
+    try:
+        parts, whole = (_answers(view(found), directory, inputs) for view in (divided, undivided))
+        if parts and all(map(_close, parts, whole)):
+            return found
+        if parts:
+            log.warning("all parts of a stack in one file do not give what they give one by one")
+    except OfframpError as error:
+        log.warning("no file for all parts of a stack: %s", error)
+    for file in found.files.keys() - manifest.files.keys():
+        (directory / file).unlink()
+    return manifest
+
+
+def _close(one: Any, other: Any) -> bool:
+    scale = max(float(np.abs(one).max(initial=0)), 1e-6)
+    return bool(np.allclose(one / scale, other / scale, 0, _CLOSE, equal_nan=True))
+
+
+def _answers(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> list[Any]:
+    """What a run gives; of a bundle with caches the logits behind each prompt and a token more, if it generates."""
+    chain = Chain(manifest, directory)
+    if manifest.cache is None:
+        return list(chain.run(inputs, Never()).outputs.values())
+    if chain.generates is None:
+        return []
+    session = chain.session(inputs, Never())
+    rows = [
+        row for tokens in (session.prompts, [row[-1:] for row in session.prompts]) for row in session.step(tokens).rows
+    ]
+    session.end()
+    return [row.outputs[session.plan.output] for row in rows]
+
+
+def _joined(manifest: Manifest, stack: Stack, directory: Path) -> Manifest:
+    """The manifest with a file for all parts of a stack; itself where there is none to be had."""
+    parts = [manifest.segments[name] for part in stack.parts for name in part.segments]
+    if len(parts) < 2 or stack.groups or len({part.encoding for part in parts}) > 1:
+        return manifest
+    made = {value for part in parts for value in part.outputs.values()}
+    model = joined([(part, ir.load(directory / part.file)) for part in parts], sorted(made & _read(manifest, stack)))
+    if len(stack.exits) > 1 and _bytes(model) > LARGEST:
+        return manifest
+    name, file = f"{stack.name}-whole", f"{stack.name}-whole.onnx"
+    (directory / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    graph = model.graph
+    inputs, outputs = ({str(item.name): str(item.name) for item in items} for items in (graph.inputs, graph.outputs))
+    return replace(
+        manifest,
+        segments={**manifest.segments, name: Segment(name, file, inputs, outputs, parts[0].encoding)},
+        stacks={**manifest.stacks, stack.name: replace(stack, whole=name)},
+        files={**manifest.files, file: hashed(directory / file)},
+    )
+
+
+def _read(manifest: Manifest, stack: Stack) -> set[str]:
+    """The values that are read behind a stack's parts where nobody leaves before full depth."""
+    last = last_exit(stack)
+    inside = {*segments(stack)} - {*last.segments}
+    read = {value for name, item in manifest.segments.items() if name not in inside for value in item.inputs.values()}
+    read |= {stack.parts[-1].output, last.state, *last.outputs.values(), *last.scores.values()}
+    read |= {*manifest.outputs.values()} | {item.count for item in manifest.learners.values()}
+    return read | ({*manifest.cache.buffers.values()} if manifest.cache else set())
+
+
+def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> ir.Model:
+    """One model of several that run one after the other, whose inputs and outputs are called as the values are.
+
+    It makes the ``wanted`` values; of a weight that several have it has one. The models are taken apart.
+    """
+    values: dict[str, ir.Value] = {}
+    inputs: list[ir.Value] = []
+    weights: dict[Any, ir.Value] = {}
+    nodes: list[ir.Node] = []
+    functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+    for segment, model in parts:
+        graph, given, made = model.graph, list(model.graph.inputs), list(model.graph.outputs)
+        for items in (graph.inputs, graph.outputs):
+            items.clear()
+        for item in given:
+            first = values.setdefault(segment.inputs[str(item.name)], item)
+            if first is item:
+                inputs.append(item)
+            else:
+                item.replace_all_uses_with(first)
+        for weight in list(graph.initializers.values()):
+            first = weights.setdefault(_identity(weight), weight)
+            if first is not weight:
+                weight.replace_all_uses_with(first)
+        graph.initializers.clear()
+        values |= {segment.outputs[name]: item for item in made if (name := str(item.name)) in segment.outputs}
+        moved = list(graph)
+        graph.remove(moved)
+        nodes += moved
+        functions |= model.functions
+    for name, value in values.items():
+        value.name = name
+    for at, weight in enumerate(weights.values()):
+        weight.name = f"{weight.name}_{at}"
+    outputs, last = [values[name] for name in wanted], parts[-1][1]
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=[*weights.values()],
+        opset_imports={domain: version for _, model in parts for domain, version in model.opset_imports.items()},
+        name="whole",
+    )
+    whole = ir.Model(graph, ir_version=last.ir_version, functions=[*functions.values()])
+    RemoveUnusedNodesPass()(whole)
+    NameFixPass()(whole)
+    for unused in [item for item in graph.inputs if not item.uses()]:
+        graph.inputs.remove(unused)
+    return whole
+
+
+def _identity(weight: ir.Value) -> Any:
+    """What two weights have in common that are the same: their place in the bundle's file of weights."""
+    tensor = weight.const_value
+    if isinstance(tensor, ir.ExternalTensor):
+        return tensor.location, tensor.offset, tensor.length, tensor.dtype, tuple(tensor.shape)
+    return id(weight)
+
+
+def _bytes(model: ir.Model) -> int:
+    return sum(item.const_value.nbytes for item in model.graph.initializers.values() if item.const_value is not None)
