@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from offramp.bundle.manifest import Exit, Manifest, Part, Segment, Stack
+from offramp.bundle.manifest import Exit, Manifest, Part, Segment, Stack, Stage
 from offramp.bundle.measures import SCREENED
 
 
@@ -22,16 +22,24 @@ def divided(manifest: Manifest) -> Manifest:
 
 
 def undivided(manifest: Manifest) -> Manifest:
-    """The bundle at full depth: a stack that has a ``whole`` runs it in place of its parts, and has no other exits."""
+    """The bundle at full depth: a stack that has a ``whole`` runs it in place of its parts, and has no other exits.
+
+    Neither does run what the whole makes itself: what comes before the parts, and the last exit's segments.
+    """
     if all(stack.whole is None for stack in manifest.stacks.values()):
         return manifest
-    stacks = {name: _at_once(stack, manifest.segments) for name, stack in manifest.stacks.items()}
-    used = {stage.segment for stage in manifest.stages} | {
-        name for stack in stacks.values() for name in segments(stack)
-    }
-    return replace(
-        manifest, stacks=stacks, segments={name: item for name, item in manifest.segments.items() if name in used}
-    )
+    known = manifest.segments
+    stacks = {name: _at_once(stack, known) for name, stack in manifest.stacks.items()}
+    read = set(manifest.outputs.values())
+    stages: list[Stage] = []
+    for stage in reversed(manifest.stages):
+        names = [stage.segment] if stage.segment else segments(stacks[stage.stack or ""])
+        if stage.stack or not read.isdisjoint(known[stage.segment or ""].outputs.values()):
+            stages.insert(0, stage)
+            read |= {value for name in names for value in known[name].inputs.values()}
+    used = {stage.segment for stage in stages} | {name for stack in stacks.values() for name in segments(stack)}
+    kept = {name: segment for name, segment in known.items() if name in used}
+    return replace(manifest, stages=tuple(stages), stacks=stacks, segments=kept)
 
 
 def segments(stack: Stack) -> Iterator[str]:
@@ -53,6 +61,12 @@ def last_exit(stack: Stack) -> Exit:
 def _at_once(stack: Stack, known: Mapping[str, Segment]) -> Stack:
     if stack.whole is None:
         return stack
+    whole, last = known[stack.whole], last_exit(stack)
+    made = set(whole.outputs.values())
+    if made.issuperset(last.outputs.values()) and last.state in made:
+        last = replace(last, segments=())
     part = Part(stack.blocks, (stack.whole,), stack.parts[-1].output)
-    asked = stack.asked if stack.asked in known[stack.whole].inputs.values() else None
-    return replace(stack, whole=None, parts=(part,), exits=(last_exit(stack),), asked=asked)
+    given = (*whole.inputs.values(), None)
+    asked = stack.asked if stack.asked in given else None
+    enters = stack.input if stack.input in given else given[0] or stack.input
+    return replace(stack, whole=None, input=enters, parts=(part,), exits=(last,), asked=asked)

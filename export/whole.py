@@ -7,7 +7,7 @@ computed where nobody asks. The file is made of the parts' operators, and its we
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +78,12 @@ def _answers(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> 
 def _joined(manifest: Manifest, stack: Stack, directory: Path) -> Manifest:
     """The manifest with a file for all parts of a stack; itself where there is none to be had."""
     parts = [manifest.segments[name] for part in stack.parts for name in part.segments]
-    if len(parts) < 2 or stack.groups or len({part.encoding for part in parts}) > 1:
+    chosen = _chosen(manifest, stack)
+    if len(chosen) < 2 or stack.groups or len({part.encoding for part in parts}) > 1:
         return manifest
-    made = {value for part in parts for value in part.outputs.values()}
-    model = joined([(part, ir.load(directory / part.file)) for part in parts], sorted(made & _read(manifest, stack)))
+    made = {value for item in chosen for value in item.outputs.values()}
+    wanted = sorted(made & _read(manifest, stack, {item.name for item in chosen}))
+    model = joined([(item, ir.load(directory / item.file)) for item in chosen], wanted)
     if len(stack.exits) > 1 and _bytes(model) > LARGEST:
         return manifest
     name, file = f"{stack.name}-whole", f"{stack.name}-whole.onnx"
@@ -96,10 +98,24 @@ def _joined(manifest: Manifest, stack: Stack, directory: Path) -> Manifest:
     )
 
 
-def _read(manifest: Manifest, stack: Stack) -> set[str]:
-    """The values that are read behind a stack's parts where nobody leaves before full depth."""
+def _chosen(manifest: Manifest, stack: Stack) -> list[Segment]:
+    """What runs at once: a stack's parts, and what leads to them if there is no other stack.
+
+    The last exit's segments too where they run on all tokens, which they do without caches.
+    """
+    at = next(place for place, stage in enumerate(manifest.stages) if stage.stack == stack.name)
+    before, own = manifest.stages[:at], manifest.stages[at]
+    names = [name for part in stack.parts for name in part.segments]
+    if len(manifest.stacks) == 1:
+        names = [stage.segment for stage in before if stage.segment and stage.when == own.when] + names
+        names += stack.exits[-1].segments if manifest.cache is None else ()
+    return [manifest.segments[name] for name in names]
+
+
+def _read(manifest: Manifest, stack: Stack, chosen: Collection[str]) -> set[str]:
+    """The values that are read behind the ``chosen`` segments where nobody leaves before full depth."""
     last = last_exit(stack)
-    inside = {*segments(stack)} - {*last.segments}
+    inside = {*chosen, *segments(stack)} - ({*last.segments} - {*chosen})
     read = {value for name, item in manifest.segments.items() if name not in inside for value in item.inputs.values()}
     read |= {stack.parts[-1].output, last.state, *last.outputs.values(), *last.scores.values()}
     read |= {*manifest.outputs.values()} | {item.count for item in manifest.learners.values()}
