@@ -7,8 +7,6 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path as File
-from tempfile import NamedTemporaryFile
 from typing import Any, Literal, TypeAlias
 
 from offramp.bundle import directory
@@ -67,11 +65,7 @@ class Calibration:
         policy.check(manifest.leaving)
         manifest = replace(manifest, policy=self.policy.to_dict(), calibration=self.record)
         text = to_json(manifest)
-        with NamedTemporaryFile("w", dir=root, prefix=".manifest", delete=False, encoding="utf-8") as file:
-            file.write(text)
-        written = File(file.name)
-        written.chmod((root / MANIFEST_FILE).stat().st_mode)
-        written.replace(root / MANIFEST_FILE)
+        directory.write_whole(root / MANIFEST_FILE, text, (root / MANIFEST_FILE).stat().st_mode)
         card.write(manifest, root)
 
 
