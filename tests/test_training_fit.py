@@ -30,6 +30,7 @@ from offramp.training.objectives import (
     DeepSupervision,
     DepthWeighted,
     LearnedGates,
+    Objective,
     SelfDistillation,
     Together,
 )
@@ -308,6 +309,50 @@ def test_all_options_that_make_no_sense_are_named_at_once() -> None:
         fit(program(), batches(), SelfDistillation(), rate=math.nan, accumulate=0)
 
 
+def test_what_is_frozen_is_not_trained() -> None:
+    """As of a model with LoRA."""
+    made = program()
+    for name, weight in made.graph_module.named_parameters():
+        weight.requires_grad_("adapter" in name or name.endswith("bias"))
+    before, free = (
+        weights(made),
+        {name for name, weight in made.graph_module.named_parameters() if weight.requires_grad},
+    )
+    fit(made, batches(), DeepSupervision(), train="all", rate=1e-2)
+    assert {name for name, weight in weights(made).items() if not torch.equal(weight, before[name])} <= free
+    assert any("adapter" not in name and not torch.equal(before[name], weights(made)[name]) for name in free)
+    made.graph_module.requires_grad_(False)
+    with pytest.raises(SpecError, match=r"all weights are frozen.*\n  try: program.module.requires_grad_"):
+        fit(made, batches(), DeepSupervision(), train="all")
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_trains_wherever_it_is_called(around: Any) -> None:
+    made = program()
+    with around():
+        found = fit(made, batches(2), DeepSupervision())
+    assert found[-1].losses == of_tensors()[-1].losses
+
+
+def test_remembered_states_may_be_stored_in_fewer_bits() -> None:
+    states = remember(program(), batches(2), "decoder", dtype=torch.bfloat16)
+    found = fit(program(), states, DeepSupervision())
+    assert found[-1].loss == pytest.approx(of_tensors()[-1].loss, rel=0.05)
+
+
+class Wanting(Objective):
+    """An objective that wants what is not there, or reads what no batch has."""
+
+    def __init__(self, wanted: str) -> None:
+        self.wanted = wanted
+
+    def wants(self, program: offramp.Program, step: int) -> list[str]:
+        return [self.wanted]
+
+    def losses(self, program: offramp.Program, values: Any, batch: Any) -> dict[str, Tensor]:
+        return {"loss": (values[self.wanted] * batch["weights"]).mean()}
+
+
 class Strange(SelfDistillation):
     """An objective that returns what it was made with."""
 
@@ -338,6 +383,12 @@ SMALL = {"input_ids": tiny.ids(rows=1)}
             r"nothing that is trained changes the losses \['final'\].*\n  try: train='all'",
         ),
         ({"pipeline": "insert-exits{after=2},insert-scores{measure=learned}"}, "nothing that is trained changes"),
+        ({"objective": Objective()}, "Objective does not say wants and losses"),
+        ({"objective": Wanting("logits")}, r"no outputs or nodes \['logits'\]; its outputs are \['output', "),
+        (
+            {"objective": Wanting("output")},
+            r"batch 0\): Wanting could not be computed: KeyError: 'weights'\n.*input_ids",
+        ),
         ({"objective": Strange(), "batches": [{**SMALL, "made": {}}]}, r"Strange made \{\}: scalar tensors by name"),
         ({"objective": Strange(), "batches": [{**SMALL, "made": torch.ones(())}]}, "Strange made tensor"),
         ({"batches": batches(1)[0]}, r"one mapping, of \['input_ids', 'labels'\].*\n  try: \[batch\]"),

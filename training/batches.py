@@ -62,7 +62,7 @@ def once(batches: Batches) -> bool:
 
 
 def tensors(program: Program, batch: Any, device: torch.device) -> dict[str, Any]:
-    """A batch as tensors on a device, the program's inputs in the dtypes that it takes.
+    """A batch as tensors on a device, the program's inputs and what is given of its nodes in the dtypes that it takes.
 
     Arrays, numbers and lists of numbers become tensors. What cannot stays as it is: an objective may read it.
 
@@ -81,9 +81,10 @@ def tensors(program: Program, batch: Any, device: torch.device) -> dict[str, Any
     problems = list(_problems(program, found))
     if problems:
         raise SpecError("\n  ".join(problems), hint=_hint(program, found))
-    nodes = placeholders(program.graph)
-    for name in found.keys() & {*program.inputs}:
-        wanted = nodes[name].meta["val"].dtype
+    nodes = {name: program.nodes[name] for name in program.pinned if isinstance(found.get(name), Tensor)}
+    nodes |= {name: node for name, node in placeholders(program.graph).items() if name in found}
+    for name, node in nodes.items():
+        wanted = node.meta["val"].dtype
         found[name] = found[name].to(wanted) if found[name].dtype != wanted else found[name]
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in found.items()}
 
@@ -96,6 +97,8 @@ def shown(batch: Mapping[str, Any]) -> str:
 def _tensor(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return torch.tensor(np.ascontiguousarray(value)) if value.dtype.kind in "biufc" else value
+    if isinstance(value, Tensor) and value.is_inference():
+        return value.clone()  # which a gradient may need
     if isinstance(value, list | tuple | int | float):
         try:
             return torch.tensor(value)

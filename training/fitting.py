@@ -54,12 +54,14 @@ def fit(
             mapping from names to tensors, arrays or lists of numbers, on any device: the program's inputs, in sizes
             and dtypes that it takes, and what the objective reads (``labels``: class indices, for each place of the
             logits that of *its own* answer; so those of a language model are its ids, shifted to the left). What
-            neither reads is ignored. ``set_epoch(epoch)`` is called before each epoch if there is that; torch's random
-            numbers start anew with each epoch. Several processes take turns: each gets its share of the batches.
+            neither reads is ignored: where rows are padded, capture the model with its ``attention_mask``.
+            ``set_epoch(epoch)`` is called before each epoch if there is that; torch's random numbers start anew with
+            each epoch. Several processes take turns: each gets its share of the batches.
         objective: what is minimised, an instance; see ``offramp.training.objectives``.
         epochs: how often to go through the batches; may be a fraction.
         steps: stop after so many steps of the optimizer, whatever ``epochs`` says; needed where batches have no length.
-        train: "added" trains only what passes have added, and no bit of the model; "all" trains everything.
+        train: "added" trains only what passes have added, and no bit of the model; "all" trains everything that is not
+            frozen (``requires_grad=False``): of a model with LoRA what that has added, say, beside what passes have.
         rate: the greatest learning rate; it falls to zero along a cosine. With ``optimizer`` its own counts.
         warmup: steps in which the learning rate rises to it.
         optimizer: a function that makes one of the list of weights that are trained; None for AdamW without weight
@@ -99,7 +101,8 @@ def fit(
     accelerator = _accelerator(precision, int(accumulate))
     length = length_of(batches) // accelerator.num_processes
     total = _total(length, epochs, steps, accumulate)
-    model = ObjectiveModule(program, objective, apart=train == "all")
+    with torch.inference_mode(False):
+        model = ObjectiveModule(program, objective, apart=train == "all")
     asked = [(weight, weight.requires_grad) for weight in model.parameters()]
     home = next(model.parameters()).device
     try:
@@ -112,7 +115,8 @@ def fit(
             accelerator, model, module, stepper, paced, weights, checkpoints, every, log_every, progress, clip, length
         )
         model.train(train == "all")
-        run.through(batches, total, seed)
+        with torch.inference_mode(False), torch.enable_grad():  # wherever this is called
+            run.through(batches, total, seed)
     finally:
         model.eval()
         for weight, wanted in asked:
@@ -169,7 +173,9 @@ def _schedule(step: int, warmup: int, total: int) -> float:
 def _chosen(program: Program, model: ObjectiveModule, train: str) -> dict[str, torch.nn.Parameter]:
     """The weights that are trained; no other gets a gradient."""
     every = dict(model.module.named_parameters())
-    chosen = added(program) if train == "added" else every
+    chosen = added(program) if train == "added" else {name: one for name, one in every.items() if one.requires_grad}
+    if not chosen and train == "all":
+        raise SpecError("all weights are frozen (requires_grad=False)", hint="program.module.requires_grad_(True)")
     if not chosen:
         raise SpecError(
             "the passes have added no weights to train",

@@ -57,6 +57,11 @@ class ObjectiveModule(torch.nn.Module):
         """Outputs of the program, or values of nodes, by name; ``given`` are values of nodes that do not run."""
         known = tuple(sorted({*(self.program.pinned & batch.keys()), *(given or ())}))
         batch = {**batch, **(given or {})}
+        wanted = list(wanted)
+        if unknown := sorted({*wanted} - results(self.module.graph).keys() - self.program.nodes.keys()):
+            raise SpecError(
+                f"the program has no outputs or nodes {unknown}; its outputs are {list(results(self.module.graph))}"
+            )
         part = self._part(tuple(sorted(set(wanted))), known)
         needed = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
         if missing := [name for name in needed if name not in batch]:

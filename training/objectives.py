@@ -57,6 +57,10 @@ class Objective:
 def require_objective(objective: Any) -> None:
     """Raise a SpecError where this is no objective."""
     if isinstance(objective, Objective):
+        made = type(objective)
+        lacking = [name for name in ("wants", "losses") if getattr(made, name) is getattr(Objective, name)]
+        if lacking and made.compute is Objective.compute:
+            raise SpecError(f"{made.__name__} does not say {' and '.join(lacking)}", hint="see Objective")
         return
     if isinstance(objective, type) and issubclass(objective, Objective):
         raise SpecError(

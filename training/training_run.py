@@ -149,7 +149,7 @@ class TrainingRun:
                 found: Any = self.model(batch, self.step)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, IndexError) as error:
+        except (RuntimeError, IndexError, KeyError) as error:
             raise SpecError(
                 f"{self._where}: {self.objective} could not be computed: {type(error).__name__}: {error}",
                 hint=f"what the program takes; the batch has {shown(batch)}",
