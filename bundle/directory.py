@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
+from secrets import token_hex
 
 from offramp.bundle.json_text import from_json
 from offramp.bundle.manifest import MANIFEST_FILE, File, Manifest
@@ -108,3 +109,15 @@ def _sha256(path: Path) -> str:
             with mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start) as content:
                 found.update(content)
     return found.hexdigest()
+
+
+def write_whole(file: Path, text: str, mode: int) -> None:
+    """Write a file in one step: it holds the text before or the new one, and nothing is left beside it."""
+    part = file.with_name(f".{file.name}-{token_hex(8)}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.chmod(mode)
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

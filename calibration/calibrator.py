@@ -7,15 +7,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path as File
-from tempfile import NamedTemporaryFile
+from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias
 
 from offramp.bundle import directory
 from offramp.bundle.json_text import to_json
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.bundle.precision import encodings
-from offramp.calibration import exits, joint, widths
+from offramp.calibration import exits, joint, sequence, widths
 from offramp.calibration.examples import Examples, read
 from offramp.calibration.exits import Exits
 from offramp.calibration.joint import Joint
@@ -67,11 +66,7 @@ class Calibration:
         policy.check(manifest.leaving)
         manifest = replace(manifest, policy=self.policy.to_dict(), calibration=self.record)
         text = to_json(manifest)
-        with NamedTemporaryFile("w", dir=root, prefix=".manifest", delete=False, encoding="utf-8") as file:
-            file.write(text)
-        written = File(file.name)
-        written.chmod((root / MANIFEST_FILE).stat().st_mode)
-        written.replace(root / MANIFEST_FILE)
+        directory.write_whole(root / MANIFEST_FILE, text, (root / MANIFEST_FILE).stat().st_mode)
         card.write(manifest, root)
 
 
@@ -98,7 +93,9 @@ def calibrate(
 
     Args:
         model: A loaded bundle, or the path of one.
-        data: A batch as ``run`` or ``generate`` takes it, or several; "labels" beside the inputs, or none.
+        data: A batch as ``run`` or ``generate`` takes it, or several; "labels" beside the inputs, one for each row, or
+            none: class ids of each place of the logits, -100 where it does not count; for generations token ids;
+            with ``quality`` whatever that takes.
         keep: The share of the quality at full depth, between 0 and 1.
         confidence: The probability, between 0 and 1.
         quality: ``(answer, reference) -> [0, 1]``: see `offramp.calibration.quality`. If left out, whether the highest
@@ -118,14 +115,14 @@ def calibrate(
             then the decoder. What is proven is proven of all of them together; where nothing is, a bundle that is
             given by its path keeps the policy that it has. The first one chosen may lose all that may be lost, for
             little: to choose several, name them as ``stack``.
-        seed: Of the split into examples that are fitted on and examples that are tested on.
+        seed: Of the split into examples that are fitted on and examples that are tested on, at least 0.
         options: Of a generation: ``max_new_tokens``, ``stop``, ... It is greedy.
 
     Raises:
-        InputError: options or data make no sense for this bundle.
+        InputError: options or data make no sense for this bundle, however few examples there are; labels are nothing
+            that the answers can be compared with.
     """
-    if not 0 < keep < 1 or not 0 < confidence < 1:
-        raise InputError(f"keep={keep}, confidence={confidence}: both are between 0 and 1")
+    _check_options(keep, confidence, quality, stack, measure, seed)
     chain = model if isinstance(model, Chain) else load(model)
     examples = read(chain, data)
     if chain.generates is None and options:
@@ -140,6 +137,10 @@ def calibrate(
     fitting, testing = examples.split(seed)
     policy: Policy = Never()
     found: dict[str, Any] = {"reason": asked.too_few(fitting, testing)}
+    if found["reason"] is None:
+        found["reason"] = sequence.nothing_right(asked, fitting)
+    else:  # what does not fit is refused all the same
+        sequence.full(asked, examples if chain.generates is None else examples.some([0]))
     if found["reason"] is None and isinstance(chosen, Exits):
         policy, found = exits.choose(chosen, fitting, testing)
     elif found["reason"] is None and isinstance(chosen, Joint):
@@ -163,6 +164,22 @@ def calibrate(
     if not isinstance(model, Chain) and calibration.chosen:
         calibration.write(model)
     return calibration
+
+
+def _check_options(
+    keep: float, confidence: float, quality: Quality | None, stack: _Stacks, measure: _Measures, seed: int
+) -> None:
+    """Raise InputError where an option of every bundle makes no sense."""
+    if not all(isinstance(share, Real) and 0 < share < 1 for share in (keep, confidence)):
+        raise InputError(f"keep={keep}, confidence={confidence}: both are between 0 and 1")
+    if quality is not None and not callable(quality):
+        raise InputError(f"quality={quality!r}: a function of answer and reference, or None")
+    if stack is not None and not isinstance(stack, str | Sequence):
+        raise InputError(f"stack={stack!r}: a stack's name, or several")
+    if measure is not None and not isinstance(measure, str | Mapping):
+        raise InputError(f"measure={measure!r}: a score's name, or one by stack")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise InputError(f"seed={seed!r}: a whole number, at least 0")
 
 
 def _exits(

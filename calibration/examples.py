@@ -61,12 +61,20 @@ def read(chain: Chain, data: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
     A generator's token ids may be rows of different lengths, and its labels anything that its quality takes.
 
     Raises:
-        InputError: there are none, names or numbers of rows do not fit, or only some batches have labels.
+        InputError: there are none, it is something else, names or numbers of rows do not fit, or only some batches
+            have labels.
     """
-    batches = [data] if isinstance(data, Mapping) else list(data)
+    batches: list[Any] = [data] if isinstance(data, Mapping) or not hasattr(data, "__iter__") else list(data)
     inputs: list[Example] = []
     labels: list[Any] = []
     for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise InputError(
+                f"data has a {type(batch).__name__}; a mapping of arrays by input name is needed, or several",
+                hint="{" + ", ".join(f"{name!r}: ..." for name in chain.inputs) + f", {LABELS!r}: ...}}",
+            )
+        if LABELS in batch and not hasattr(batch[LABELS], "__len__"):
+            raise InputError(f"the labels are {batch[LABELS]!r}; one for each row is needed", hint="or leave them out")
         rows = _rows(chain, {name: value for name, value in batch.items() if name != LABELS})
         if LABELS in batch and len(batch[LABELS]) != len(rows):
             raise InputError(f"there are {len(batch[LABELS])} labels for {len(rows)} rows")
@@ -97,7 +105,15 @@ def _count(chain: Chain, name: str, value: Any) -> int:
     if name == chain.generates:
         return len(value)
     axis, factor = chain.rows_of(name) or (0, 1)
-    return int(np.shape(value)[axis]) // factor
+    try:
+        shape = np.shape(value)
+    except ValueError as error:
+        raise InputError(
+            f"{name!r} has rows of different lengths", hint="several batches, one for each length"
+        ) from error
+    if len(shape) <= axis:
+        raise InputError(f"{name!r} has shape {list(shape)}, and no axis of rows: {chain.inputs[name]} is needed")
+    return int(shape[axis]) // factor
 
 
 def _row(chain: Chain, name: str, value: Any, row: int) -> Any:

@@ -17,6 +17,7 @@ from offramp.calibration.gates import Fit, Path, Thresholds, leaves, policy_of
 from offramp.calibration.observe import (
     Observed,
     generate,
+    measures_of,
     observe_rows,
     observe_tokens,
     runs_once,
@@ -40,6 +41,13 @@ class Exits:
     measure: str | None
     beside: Policy | None
 
+    def __post_init__(self) -> None:
+        known = sorted({measure for exit_ in self.stack.exits[:-1] for measure in measures_of(exit_)})
+        if self.measure is not None and self.measure not in known:
+            raise InputError(
+                f"no exit of {self.stack.name!r} has the score {self.measure!r}; there are {', '.join(known) or 'none'}"
+            )
+
     @property
     def by_token(self) -> bool:
         """Whether tokens leave the stack; else rows do."""
@@ -57,13 +65,8 @@ class Exits:
 
     def fit(self, seen: Observed, costs: Costs, tests: int, points: int) -> Path:
         """The path of the measure that is asked for, or expected to be the fastest."""
-        known = list(seen.scores)
-        if self.measure is not None and self.measure not in known:
-            raise InputError(
-                f"no exit of {self.stack.name!r} has the score {self.measure!r}; there are {', '.join(known)}"
-            )
         fit = Fit(seen, costs, self.asked.keep, self.asked.confidence, tests, points)
-        return fit.chosen([self.measure] if self.measure is not None else known)
+        return fit.chosen([self.measure] if self.measure is not None else list(seen.scores))
 
     def tokens(self, fitting: Examples, texts: Sequence[NDArray[np.int64]]) -> tuple[Observed, Costs]:
         """What every exit makes of the tokens of these texts, and what it takes."""

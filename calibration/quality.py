@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from offramp.errors import InputError
 from offramp.runtime import Chain
 
+IGNORED = -100  # the label of a place that does not count, as in training
 Quality: TypeAlias = Callable[[Any, Any], float]
 """``(answer, reference) -> [0, 1]``: a row's logits, or the token ids of a generation; and its label, or where there
 are no labels the answer at full depth."""
@@ -19,23 +21,50 @@ are no labels the answer at full depth."""
 def same_class(logits: NDArray[Any], reference: Any) -> float:
     """The share of places where the highest of the logits [..., classes] is the reference.
 
-    The reference holds class ids [...], or logits of the same shape.
+    The reference holds class ids [...], or logits of the same shape. Places whose class id is -100 do not count.
+
+    Raises:
+        InputError: it has another shape, holds what no class id is, or no place counts.
     """
     expected = np.asarray(reference)
     if expected.dtype.kind == "f" and expected.shape == logits.shape:
         expected = expected.argmax(-1)
-    found = logits.argmax(-1)
+    found, classes = logits.argmax(-1), logits.shape[-1]
+    if expected.dtype.kind not in "iufb":
+        raise InputError(
+            f"a label is {short(reference)}; it is compared with the class ids of the answers, 0 to {classes - 1}",
+            hint="class ids: [names.index(label) for label in labels]; or quality=function of answer and label",
+        )
     if expected.shape != found.shape:
         raise InputError(
             f"a label has the shape {list(expected.shape)}, the answers have {list(found.shape)}",
             hint="class ids, or quality=...",
         )
-    return float((found == expected).mean())
+    counts = expected != IGNORED
+    if not counts.any():
+        raise InputError(f"a label is {IGNORED} everywhere, which counts nowhere", hint="leave such examples out")
+    strange = counts & ~np.isin(expected, np.arange(classes))
+    if strange.any():
+        raise InputError(
+            f"a label has {expected[strange].ravel()[0]}; it is compared with the class ids of the answers, "
+            f"0 to {classes - 1}",
+            hint=f"the class ids that the model was trained with; {IGNORED} for places that do not count",
+        )
+    return float((found == expected)[counts].mean())
 
 
 def same_tokens(tokens: NDArray[Any], reference: Any) -> float:
-    """1 less the edit distance (Levenshtein) to the reference's tokens, over the longer one's length."""
+    """1 less the edit distance (Levenshtein) to the reference's tokens, over the longer one's length.
+
+    Raises:
+        InputError: the reference holds no token ids.
+    """
     expected = np.asarray(reference)
+    if expected.ndim != 1 or (expected.size and expected.dtype.kind not in "iu"):
+        raise InputError(
+            f"a label is {short(reference)}; it is compared with the token ids of a generation",
+            hint="token ids, as the bundle's tokenizer makes them; or quality=function of answer and label",
+        )
     longest = max(len(tokens), len(expected))
     if not longest:
         return 1.0
@@ -46,6 +75,11 @@ def same_tokens(tokens: NDArray[Any], reference: Any) -> float:
         row = np.concatenate([[at + 1], moved])
         row = np.minimum.accumulate(row - places) + places  # what insertions make of the places before
     return 1.0 - float(row[-1]) / longest
+
+
+def short(value: Any) -> str:
+    """A value in a few words."""
+    return reprlib.repr(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
 
 
 def answers_of(chain: Chain) -> str:
@@ -75,7 +109,11 @@ def classes_of(chain: Chain) -> None:
 
 
 def graded(quality: Quality, answer: Any, reference: Any) -> float:
-    """The quality, checked to be in [0, 1]."""
+    """The quality, checked to be in [0, 1].
+
+    Raises:
+        InputError: it is not.
+    """
     found = float(quality(answer, reference))
     if not 0.0 <= found <= 1.0:
         raise InputError(f"the quality function returned {found}, expected a number in [0, 1]")

@@ -31,6 +31,7 @@ from offramp.calibration.observe import (
     time_rows,
 )
 from offramp.calibration.quality import Quality, answers_of, classes_of, graded, same_class, same_tokens
+from offramp.calibration.sequence import Asked, nothing_right
 from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
 from offramp.calibration.widths import ALL, time_widths
 from offramp.errors import InputError
@@ -175,6 +176,8 @@ def report(
     Raises:
         InputError: options or data make no sense for this bundle.
     """
+    if quality is not None and not callable(quality):
+        raise InputError(f"quality={quality!r}: a function of answer and reference, or None")
     tokens = chain.generates is not None
     if judge and not tokens and quality is None:
         classes_of(chain)
@@ -188,6 +191,8 @@ def report(
         )
     bench = _Bench(chain, left, quality or (same_tokens if tokens else same_class), options)
     examples = read(chain, data)
+    if judge and (wrong := nothing_right(Asked(chain, KEEP, 0.5, bench.quality, options), examples)):
+        raise InputError(wrong, hint="examples without labels, which are compared with the answers at full depth")
     fitting, held = examples.split(0) if judge and len(examples) > 1 else (examples, examples)
     widths = bench.widths(held) if wide else {}
     if alone:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration.examples import FIT_SHARE, Examples, together
 from offramp.calibration.observe import generate
-from offramp.calibration.quality import Quality, answers_of, graded, same_class
+from offramp.calibration.quality import Quality, answers_of, graded, same_class, short
 from offramp.calibration.risk import accepted, least_examples, losses_of, p_value
 from offramp.runtime import Chain, Never, Policy
 
@@ -101,6 +101,19 @@ def full(asked: Asked, examples: Examples) -> Full:
                 references[row] = answer.argmax(-1) if asked.quality is same_class else answer
             grades[row] = graded(asked.quality, answer, references[row])
     return Full(references, grades)
+
+
+def nothing_right(asked: Asked, examples: Examples) -> str | None:
+    """What is wrong with labels that no answer at full depth agrees with in the least; None where one does."""
+    if examples.labels is None or any(full(asked, examples.some([row])).grades[0] > 0 for row in range(len(examples))):
+        return None
+    _, answers = next(iter(_answers(asked, examples.some([0]), Never())))
+    answer = answers[0].argmax(-1) if asked.quality is same_class else answers[0]
+    return (
+        f"at full depth the quality is 0 in all of {len(examples)} examples, so there is nothing to keep: the first "
+        f"answer is {short(answer)}, and is compared with the label {short(examples.labels[0])}; do the labels belong "
+        "to these inputs, and to this bundle?"
+    )
 
 
 def grades(asked: Asked, examples: Examples, policy: Policy, compared: Full) -> Numbers:

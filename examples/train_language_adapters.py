@@ -22,8 +22,9 @@ from examples._data import wikitext
 from examples.train_speech_adapters import Among
 from offramp import zoo
 from offramp.program import Program
-from offramp.training.fitting import CurvePoint, fit
-from offramp.training.objective_module import Batch, ObjectiveModule, remember
+from offramp.training import CurvePoint, fit
+from offramp.training.batches import Batch
+from offramp.training.objective_module import ObjectiveModule, remember
 from offramp.training.objectives import Objective
 from offramp.training.weights import save_weights
 

@@ -33,9 +33,10 @@ from examples._data import data, wikitext
 from offramp import zoo
 from offramp.program import Program
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
-from offramp.training.fitting import CurvePoint, fit
+from offramp.training import CurvePoint, fit
+from offramp.training.batches import Batch
 from offramp.training.losses import IGNORED, Values
-from offramp.training.objective_module import Batch, ObjectiveModule, remember
+from offramp.training.objective_module import ObjectiveModule, remember
 from offramp.training.objectives import Objective, SelfDistillation
 from offramp.training.weights import save_weights
 

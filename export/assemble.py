@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 import onnx
@@ -125,9 +125,12 @@ def save(
     lowered = prepared(program, forms)
     plan = partition(lowered, segments)
     place.parent.mkdir(parents=True, exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix=f".{place.name}-", dir=place.parent))
-    writer = Writer(directory, lowered.graph_module)
+    work = place.parent / f".{place.name}-{token_hex(8)}"  # whose name is known before it is there
+    directory, writer = work / place.name, None
     try:
+        work.mkdir(0o700)
+        directory.mkdir()
+        writer = Writer(directory, lowered.graph_module)
         describer = Describer(lowered, plan, writer, target, progress, partial(screens, precision))
         if not isinstance(precision, str):
             check_patterns(precision, describer.segment_names())
@@ -153,29 +156,44 @@ def save(
         directory.chmod(0o755)
         _take_place(directory, place)
     except BaseException:
-        writer.abandon()
-        shutil.rmtree(directory, ignore_errors=True)
+        if writer is not None:
+            writer.abandon()
         raise
+    finally:
+        _remove(work)
     return figures
 
 
 def _take_place(directory: Path, place: Path) -> None:
-    """Give a new bundle its name. One of that name is moved aside, and removed once the new one is in its place."""
+    """Give a new bundle its name. One of that name is moved aside, and removed once the new one is in its place.
+
+    An interrupt may come before or after each of these steps: it leaves one of the two there, and nothing beside it.
+    """
     if not place.exists():
         directory.rename(place)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{place.name}-old-", dir=place.parent))
+    aside = directory.parent / f".{place.name}-old-{token_hex(8)}"
     held = aside / place.name
     try:
+        aside.mkdir(0o700)
         place.rename(held)
         directory.rename(place)
+    finally:
+        try:
+            if held.exists() and not place.exists():
+                held.rename(place)
+        finally:
+            if place.exists():  # else the old one is all that there is
+                _remove(aside)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a directory, if it is there; once more where that is interrupted."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
-        if held.exists() and not place.exists():
-            held.rename(place)
-        if not held.exists():
-            aside.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _add(name: str, content: str | os.PathLike[str] | bytes, directory: Path) -> None:

@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from secrets import token_hex
 
 import onnx
 import onnx_ir
@@ -176,9 +176,12 @@ def _keep(path: Path, content: bytes) -> None:
     """Write a file in one step; a folder that cannot be written to keeps nothing."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False) as stream:
-            stream.write(content)
-        Path(stream.name).replace(path)
+        part = path.with_name(f"{path.name}-{token_hex(8)}.part")
+        try:
+            part.write_bytes(content)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
         files = [(file.stat().st_mtime, file) for file in path.parent.iterdir()]
         for _, file in sorted(files)[: max(0, len(files) - _KEPT)]:
             file.unlink(missing_ok=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
+from offramp.bundle.directory import write_whole
 from offramp.bundle.expressions import evaluate, names
 from offramp.bundle.manifest import Manifest, Value
 from offramp.bundle.precision import ANSWERS, ERROR, EXITS, against_fp32
@@ -38,11 +38,7 @@ def write(manifest: Manifest, root: Path, name: str | None = None) -> None:
     """
     if CARD_FILE in manifest.files:
         return
-    with NamedTemporaryFile("w", dir=root, prefix=".card", delete=False, encoding="utf-8") as file:
-        file.write(card(manifest, name or root.name))
-    written = Path(file.name)
-    written.chmod(0o644)
-    written.replace(root / CARD_FILE)
+    write_whole(root / CARD_FILE, card(manifest, name or root.name), 0o644)
 
 
 def card(manifest: Manifest, name: str) -> str:

@@ -186,6 +186,39 @@ def test_a_quality_that_exits_ruin(root: Path) -> None:
     assert found.record["quality"] == "exact against labels"
 
 
+def test_labels_that_no_answer_agrees_with_are_said(root: Path) -> None:
+    data = {"ids": ids(400), "labels": bundles.expected(ids(400), 4).argmin(1)}
+    found = offramp.calibrate(root, data, keep=0.9)
+    assert found.policy == Never()
+    said = r"quality is 0 in all of 120 examples.* the first answer is [0-4], and is compared with the label [0-4]; do "
+    assert re.search(said, found.record["reason"])
+
+
+def test_places_that_do_not_count_are_left_out() -> None:
+    logits = np.eye(3)[[0, 1, 2]]
+    assert same_class(logits, [0, 1, -100]) == 1.0
+    assert same_class(logits, [0, 2, -100]) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "said"),
+    [
+        ({"ids": ids(9)}, {"measure": "luck"}, "no exit of 'encoder' has the score 'luck'; there are ent"),
+        ({"ids": ids(9)}, {"measure": "luck", "stack": ["encoder"]}, "no exit of 'encoder' has the score 'luck'"),
+        ({"ids": ids(9), "labels": ["good"] * 9}, {}, "a label is 'good'"),
+        ({"ids": ids(9), "labels": [0] * 8 + [5]}, {}, "a label has 5"),
+        ({"ids": ids(9), "labels": np.zeros((9, 2))}, {}, r"a label has the shape \[2\]"),
+        ({"ids": ids(9)}, {"quality": lambda *_: 2.0}, "the quality function returned 2.0"),
+        ({"ids": ids(9).astype(float)}, {}, "'ids' is float64, expected int64"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_too_few_examples_too(
+    root: Path, data: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        offramp.calibrate(root, data, **options)
+
+
 # Data
 
 
@@ -226,6 +259,26 @@ def test_wherever_rows_lie(layout: str, tmp_path: Path) -> None:
         ({"ids": [[1, 2]], "labels": [1, 2]}, {}, "2 labels for 1 rows"),
         ([{"ids": [[1]], "labels": [1]}, {"ids": [[2]]}], {}, "1 of 2 examples have labels"),
         ({"ids": ids(99), "labels": np.zeros((99, 2))}, {"keep": 0.5}, r"a label has the shape \[2\]"),
+        (
+            {"ids": ids(99), "labels": ["good"] * 99},
+            {},
+            r"a label is 'good'; it is compared with .* 0 to 4\n  try: class ids",
+        ),
+        ({"ids": ids(99), "labels": [None] * 99}, {}, "a label is None; it is compared with the class ids"),
+        ({"ids": ids(99), "labels": [0] * 98 + [5]}, {}, "a label has 5; it is compared with the class ids .*, 0 to 4"),
+        ({"ids": ids(99), "labels": [0.5] * 99}, {}, "a label has 0.5; it is compared"),
+        ({"ids": ids(99), "labels": [-100] * 99}, {}, "-100 everywhere, which counts nowhere"),
+        ({"ids": ids(99), "labels": None}, {}, "the labels are None; one for each row"),
+        ({"ids": ids(99), "labels": 3}, {}, "the labels are 3; one for each row"),
+        (ids(99), {}, r"data has a ndarray; a mapping .*\n  try: \{'ids': ..., 'labels': ...\}"),
+        (None, {}, "data has a NoneType"),
+        ({"ids": [[1, 2], [3]]}, {}, "'ids' has rows of different lengths"),
+        ({"ids": 3}, {}, r"'ids' has shape \[\], and no axis of rows"),
+        ({"ids": ids(99)}, {"keep": "0.9"}, "both are between 0 and 1"),
+        ({"ids": ids(99)}, {"seed": -1}, "seed=-1: a whole number"),
+        ({"ids": ids(99)}, {"stack": 3}, "stack=3: a stack's name"),
+        ({"ids": ids(99)}, {"measure": ["top1"]}, r"measure=\['top1'\]: a score's name"),
+        ({"ids": ids(99)}, {"quality": "exact"}, "quality='exact': a function"),
         ({"ids": ids(99)}, {"keep": 1.0}, "keep=1.0, confidence=0.95: both are between 0 and 1"),
         ({"ids": ids(99)}, {"confidence": 0.0}, "confidence=0.0"),
         (

@@ -185,7 +185,8 @@ def test_labels_and_classes(wide: Path) -> None:
     assert with_labels.record["risk"] == without.record["risk"]
     wrong = no_write(wide, {**data, "labels": (classes + 1) % 3}, keep=0.9)
     assert wrong.policy == Never()
-    assert "(p = 1, " in wrong.record["reason"]
+    assert "the quality is 0 in all of 45 examples" in wrong.record["reason"]
+    assert "the first answer is 0, and is compared with the label 1" in wrong.record["reason"]
 
 
 def test_one_width_is_tested(wide: Path) -> None:

@@ -21,6 +21,7 @@ from offramp.bundle import directory
 from offramp.bundle.json_text import from_json
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.errors import BundleError, OfframpError
+from offramp.export import assemble
 from offramp.export.assemble import _take_place
 from offramp.passes import apply
 from offramp.program import capture
@@ -192,6 +193,82 @@ def test_whenever_the_process_dies_a_whole_bundle_is_there(
 
 
 _POINTS = {1: "first rename", 2: "second rename"}
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("call", range(1, 6))
+def test_whenever_an_interrupt_comes_one_bundle_is_there_and_nothing_else(
+    crowded: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, call: int, before: bool
+) -> None:
+    """One interrupt, before or after any step: making the directory aside, the renames, the removal."""
+    new, place = crowded
+    steps = _interrupting(monkeypatch, call, before=before)
+    if call == 5:
+        _take_place(new, place)
+        assert steps == ["mkdir", "rename", "rename", "rmtree"]  # there are no more
+        return
+    with pytest.raises(KeyboardInterrupt):
+        _take_place(new, place)
+    done = call - before
+    assert model(place) == (NEW if done >= 3 else OLD)
+    assert sorted(item.name for item in place.parent.iterdir()) == (["b"] if done >= 3 else ["b", "new"])
+
+
+def _interrupting(monkeypatch: pytest.MonkeyPatch, number: int, *, before: bool) -> list[str]:
+    """Let an interrupt come at the n-th step that changes directories; returns the names of those that were taken."""
+    taken: list[str] = []
+
+    def counted(name: str, real: Any) -> Any:
+        def step(*args: Any, **kwargs: Any) -> Any:
+            taken.append(name)
+            here = len(taken) == number
+            if here and before:
+                raise KeyboardInterrupt
+            found = real(*args, **kwargs)
+            if here:
+                raise KeyboardInterrupt
+            return found
+
+        return step
+
+    monkeypatch.setattr(Path, "mkdir", counted("mkdir", Path.mkdir))
+    monkeypatch.setattr(Path, "rename", counted("rename", Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", counted("rmtree", shutil.rmtree))
+    return taken
+
+
+@pytest.mark.parametrize(("step", "before"), [("Writer", True), ("_take_place", True), ("_take_place", False)])
+def test_an_interrupted_save_leaves_no_directory_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, before: bool
+) -> None:
+    real = getattr(assemble, step)
+
+    def interrupted(*args: Any) -> None:
+        if not before:
+            real(*args)
+        raise KeyboardInterrupt
+
+    program = capture(tiny.Encoder(), tiny.text())
+    monkeypatch.setattr(assemble, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        assemble.save(program, tmp_path / "b", segments=1)
+    assert [item.name for item in tmp_path.iterdir()] == ([] if before else ["b"])
+
+
+@pytest.mark.parametrize("step", ["write_text", "chmod", "replace"])
+def test_a_file_is_written_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    file = tmp_path / "file"
+    directory.write_whole(file, "old", 0o640)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, step, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            directory.write_whole(file, "new", 0o640)
+    assert (file.read_text(), file.stat().st_mode & 0o777) == ("old", 0o640)
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def _failing(monkeypatch: pytest.MonkeyPatch, number: int, error: Exception) -> list[Path]:

@@ -124,6 +124,18 @@ def test_tokens(tmp_path: Path) -> None:
     assert found.segments[1]["blocks"] > 0
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (bundles.expected(ids(30), 4).argmin(1), "quality is 0 in all of 30 examples.*is compared with the label"),
+        (["good"] * 30, "a label is 'good'; it is compared with the class ids"),
+    ],
+)
+def test_labels_that_never_match_say_nothing(root: Path, labels: object, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        report(offramp.load(root), {"ids": ids(30), "labels": labels})
+
+
 def test_no_answer_to_judge(tmp_path: Path) -> None:
     root = bundles.translator(tmp_path / "b")
     chain = offramp.load(root)

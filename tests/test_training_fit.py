@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,9 +23,18 @@ from torch import Tensor
 
 import offramp
 from offramp.errors import SpecError, TrainingError
-from offramp.training.fitting import CurvePoint, fit
+from offramp.training.fitting import fit
 from offramp.training.objective_module import ObjectiveModule, remember
-from offramp.training.objectives import CrossEntropy, DeepSupervision, LearnedGates, SelfDistillation
+from offramp.training.objectives import (
+    CrossEntropy,
+    DeepSupervision,
+    DepthWeighted,
+    LearnedGates,
+    Objective,
+    SelfDistillation,
+    Together,
+)
+from offramp.training.training_run import CurvePoint
 from offramp.training.weights import added, load_weights, save_weights
 
 PIPELINE = "insert-exits{after=1|2},insert-adapter{kind=linear},insert-scores{measure=learned}"
@@ -147,6 +157,19 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path) -> None:
     assert all(torch.equal(weight, trained[name]) for name, weight in weights(other).items())
 
 
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_curve_of_a_resumed_run_is_that_of_a_whole_one(tmp_path: Path, every: int) -> None:
+    """Points lie between checkpoints too: each is the mean of what came before it, in both runs."""
+    options: dict[str, Any] = {"epochs": 3, "every": every, "log_every": 4}
+    whole = fit(program(), Cutting(batches()), SelfDistillation(), **options)
+    with pytest.raises(KilledError):
+        fit(program(), Cutting(batches(), 7), SelfDistillation(), folder=tmp_path, **options)
+    with (tmp_path / "curve.jsonl").open("a") as file:
+        file.write('{"step": 8, "ep')  # killed while it wrote
+    again = fit(program(), Cutting(batches()), SelfDistillation(), folder=tmp_path, **options)
+    assert [(p.step, p.epoch, p.losses) for p in again] == [(p.step, p.epoch, p.losses) for p in whole]
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_checkpoint(tmp_path: Path) -> None:
     given = batches(5)
     made = program("insert-exits{after=2},insert-adapter{kind=linear}")
@@ -215,9 +238,201 @@ def test_bf16_trains() -> None:
     assert curve[-1].loss < 0.6 * curve[0].loss
 
 
+def changed(**values: Any) -> list[dict[str, Any]]:
+    """Two batches with other values, or what functions make of theirs."""
+    return [
+        {**batch, **{name: value(batch[name]) if callable(value) else value for name, value in values.items()}}
+        for batch in batches(2)
+    ]
+
+
+def of_tensors() -> tuple[CurvePoint, ...]:
+    return fit(program(), batches(2), DeepSupervision())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [{name: value.numpy() for name, value in batch.items()} for batch in batches(2)],
+        [{name: value.numpy()[:, ::-1][:, ::-1] for name, value in batch.items()} for batch in batches(2)],
+        [{name: value.tolist() for name, value in batch.items()} for batch in batches(2)],
+        [{name: value.int() for name, value in batch.items()} for batch in batches(2)],
+        [{**batch, "text": ["a", "b"], "more": None} for batch in batches(2)],
+        lambda: iter(batches(2)),
+    ],
+    ids=["arrays", "views", "lists", "int32", "more", "function"],
+)
+def test_batches_may_be_what_users_have(given: Any) -> None:
+    found = fit(program(), given, DeepSupervision(), steps=2)
+    assert [point.losses for point in found] == [point.losses for point in of_tensors()]
+
+
+def test_a_function_makes_the_batches_of_each_epoch() -> None:
+    curve = fit(program(), lambda: iter(batches(2)), SelfDistillation(), steps=5, log_every=1)
+    assert [(point.step, point.epoch) for point in curve] == [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2)]
+
+
+def test_data_without_a_length_are_gone_through_until_the_steps_are_done() -> None:
+    class Streamed(torch.utils.data.IterableDataset[Batch]):
+        def __iter__(self) -> Any:
+            return iter(batches(2))
+
+    loader = torch.utils.data.DataLoader(Streamed(), batch_size=None)
+    assert fit(program(), loader, SelfDistillation(), steps=3)[-1].step == 3
+    with pytest.raises(SpecError, match=r"no length\n  try: say how many steps="):
+        fit(program(), loader, SelfDistillation())
+
+
+def test_what_a_generator_makes_can_be_gone_through_once() -> None:
+    made = program()
+    assert fit(made, (batch for batch in batches(3)), SelfDistillation(), steps=3)[-1].step == 3
+    with pytest.raises(
+        SpecError, match=r"ended after 2 of 5 steps, 2 batches: a generator .* once only\n  try: a list"
+    ):
+        fit(made, (batch for batch in batches(2)), SelfDistillation(), steps=5)
+    given = iter(batches(2))
+    with pytest.raises(SpecError, match=r"ended after 2 of 5 steps\n  try: a list, or a function"):
+        fit(made, lambda: given, SelfDistillation(), steps=5)
+
+
+def test_a_refused_run_leaves_the_weights_trainable() -> None:
+    made = program()
+    with pytest.raises(SpecError, match=r"made a int; a torch\.optim\.Optimizer"):
+        fit(made, batches(), SelfDistillation(), optimizer=lambda _: 1)  # type: ignore[arg-type,return-value]
+    assert all(weight.requires_grad for weight in made.graph_module.parameters())
+
+
+def test_all_options_that_make_no_sense_are_named_at_once() -> None:
+    with pytest.raises(
+        SpecError, match=r"rate=nan: a number greater than 0\n  accumulate=0: a whole number, at least 1"
+    ):
+        fit(program(), batches(), SelfDistillation(), rate=math.nan, accumulate=0)
+
+
+def test_what_is_frozen_is_not_trained() -> None:
+    """As of a model with LoRA."""
+    made = program()
+    for name, weight in made.graph_module.named_parameters():
+        weight.requires_grad_("adapter" in name or name.endswith("bias"))
+    before, free = (
+        weights(made),
+        {name for name, weight in made.graph_module.named_parameters() if weight.requires_grad},
+    )
+    fit(made, batches(), DeepSupervision(), train="all", rate=1e-2)
+    assert {name for name, weight in weights(made).items() if not torch.equal(weight, before[name])} <= free
+    assert any("adapter" not in name and not torch.equal(before[name], weights(made)[name]) for name in free)
+    made.graph_module.requires_grad_(False)
+    with pytest.raises(SpecError, match=r"all weights are frozen.*\n  try: program.module.requires_grad_"):
+        fit(made, batches(), DeepSupervision(), train="all")
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_it_trains_wherever_it_is_called(around: Any) -> None:
+    made = program()
+    with around():
+        found = fit(made, batches(2), DeepSupervision())
+    assert found[-1].losses == of_tensors()[-1].losses
+
+
+def test_remembered_states_may_be_stored_in_fewer_bits() -> None:
+    states = remember(program(), batches(2), "decoder", dtype=torch.bfloat16)
+    found = fit(program(), states, DeepSupervision())
+    assert found[-1].loss == pytest.approx(of_tensors()[-1].loss, rel=0.05)
+
+
+class Wanting(Objective):
+    """An objective that wants what is not there, or reads what no batch has."""
+
+    def __init__(self, wanted: str) -> None:
+        self.wanted = wanted
+
+    def wants(self, program: offramp.Program, step: int) -> list[str]:
+        return [self.wanted]
+
+    def losses(self, program: offramp.Program, values: Any, batch: Any) -> dict[str, Tensor]:
+        return {"loss": (values[self.wanted] * batch["weights"]).mean()}
+
+
+class Strange(SelfDistillation):
+    """An objective that returns what it was made with."""
+
+    def compute(self, model: ObjectiveModule, batch: Any, step: int) -> Any:
+        return batch["made"]
+
+
+SMALL = {"input_ids": tiny.ids(rows=1)}
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"objective": [SelfDistillation()]}, r"a list is no objective\n  try: Together"),
+        ({"objective": SelfDistillation}, r"SelfDistillation is a class.*\n  try: SelfDistillation\(\)"),
+        ({"objective": Together((SelfDistillation,))}, "SelfDistillation is a class"),  # type: ignore[arg-type]
+        ({"objective": Together(())}, "several objectives are needed"),
+        ({"objective": Together(SelfDistillation())}, "several objectives are needed"),  # type: ignore[arg-type]
+        ({"objective": SelfDistillation(temperature=0)}, "temperature=0: a number"),
+        ({"objective": DeepSupervision(smoothing=2)}, "smoothing=2: a number, from 0 to 1"),
+        ({"objective": CrossEntropy("output", smoothing=2)}, "smoothing=2: a number, from 0 to 1"),
+        ({"objective": DepthWeighted(alpha=math.nan)}, "alpha=nan: a number"),
+        ({"objective": DeepSupervision(weights={1: -1.0})}, r"weights\[1\]=-1.0: a number"),
+        ({"objective": DeepSupervision(weights=[1.0])}, r"numbers by how many blocks.*\n  try: weights=\{"),  # type: ignore[arg-type]
+        ({"objective": DeepSupervision(sample=1.5)}, "sample=1.5: at least one"),  # type: ignore[arg-type]
+        (
+            {"objective": CrossEntropy("output")},
+            r"nothing that is trained changes the losses \['final'\].*\n  try: train='all'",
+        ),
+        ({"pipeline": "insert-exits{after=2},insert-scores{measure=learned}"}, "nothing that is trained changes"),
+        ({"objective": Objective()}, "Objective does not say wants and losses"),
+        ({"objective": Wanting("logits")}, r"no outputs or nodes \['logits'\]; its outputs are \['output', "),
+        (
+            {"objective": Wanting("output")},
+            r"batch 0\): Wanting could not be computed: KeyError: 'weights'\n.*input_ids",
+        ),
+        ({"objective": Strange(), "batches": [{**SMALL, "made": {}}]}, r"Strange made \{\}: scalar tensors by name"),
+        ({"objective": Strange(), "batches": [{**SMALL, "made": torch.ones(())}]}, "Strange made tensor"),
+        ({"batches": batches(1)[0]}, r"one mapping, of \['input_ids', 'labels'\].*\n  try: \[batch\]"),
+        ({"batches": tiny.ids()}, "batches is of type Tensor"),
+        ({"batches": None}, "batches is of type NoneType"),
+        (
+            {"batches": [(tiny.ids(), tiny.ids())]},
+            r"batch is of type tuple.*\n  try: \{\"input_ids\": ...,.*collate_fn",
+        ),
+        (
+            {"batches": changed(input_ids=lambda x: x[0])},
+            r"is int64 \[7\]; the program takes int64 \[batch, tokens\]\n.*batch_size",
+        ),
+        ({"batches": changed(input_ids=lambda x: x[:0])}, r"is int64 \[0, 7\].*\n  try: leave batches without rows"),
+        ({"batches": changed(input_ids=lambda x: x.float())}, r"is float32 \[2, 7\].*\n  try: batch\['input_ids'\]"),
+        ({"batches": changed(input_ids=[[1, 2], [3]])}, r"input_ids is a list of 2 .*\n  try: rows that are padded"),
+        (
+            {"batches": changed(input_ids=lambda x: x + 100)},
+            r"epoch 0, batch 0\).*IndexError.*\n.*int64 \[2, 7\] from 100 to 1",
+        ),
+        ({"objective": DeepSupervision(), "batches": changed(labels=lambda x: x + 100)}, r"\[100.*11 classes, 0 to 10"),
+        ({"objective": DeepSupervision(), "batches": changed(labels=lambda x: x - 5)}, r"\[-5.*11 classes, 0 to 10"),
+        ({"objective": DeepSupervision(), "batches": changed(labels=lambda x: x.float())}, "labels are torch.float32"),
+        ({"objective": DeepSupervision(), "batches": changed(labels=["a", "b"])}, "the batch has a list"),
+        ({"objective": DeepSupervision(), "batches": changed(labels=None)}, "the batch has none"),
+        (
+            {"batches": changed(labels=lambda x: x[:, :3])},
+            r"labels of shape \[2, 7\] are needed, the batch has \[2, 3\]",
+        ),
+        ({"batches": changed(labels=lambda x: 0 * x - 100)}, "no place counts"),
+        ({"objective": LearnedGates(), "batches": changed(labels=lambda x: 0 * x - 100)}, "no place counts"),
+        ({"accumulate": 7}, "accumulate=7: not one step"),
+        ({"rate": -1.0}, "rate=-1.0: a number"),
+        ({"rate": "1e-3"}, "rate='1e-3': a number"),
+        ({"clip": 0}, "clip=0: a number"),
+        ({"epochs": math.nan}, "epochs=nan: a number"),
+        ({"steps": 0}, "steps=0: a whole number"),
+        ({"warmup": -1}, "warmup=-1: a whole number"),
+        ({"every": 0}, "every=0: a whole number"),
+        ({"log_every": None}, "log_every=None: a whole number"),
+        ({"seed": 0.5}, "seed=0.5: a whole number"),
+        ({"precision": "bfloat16"}, "precision='bfloat16': there are no, bf16, fp16"),
+        ({"folder": __file__}, "it is a file"),
+        ({"optimizer": torch.optim.SGD([torch.zeros(1)], 1e-2)}, r"SGD\(...\): a function.*\n  try: optimizer=lambda"),
         ({"train": "some"}, "there are added and all"),
         ({"batches": iter(batches())}, "no length"),
         ({"batches": []}, "no batches"),
@@ -255,6 +470,56 @@ def test_weights_go_through_a_file(tmp_path: Path) -> None:
     save_weights(trained, tmp_path / "added.safetensors")
     load_weights(other, tmp_path / "added.safetensors")
     assert all(torch.equal(weight, weights(trained)[name]) for name, weight in weights(other).items())
+
+
+def test_what_is_no_program_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"a Talker is no program\n  try: offramp.apply"):
+        fit(tiny.Talker(), batches(), SelfDistillation())  # type: ignore[arg-type]
+
+
+def test_sizes_that_the_program_does_not_take_are_refused() -> None:
+    made = offramp.apply(offramp.capture(tiny.Encoder(), tiny.text()), "insert-exits{after=1},insert-adapter")
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    with pytest.raises(SpecError, match="axis 1 of attention_mask is 6 long; tokens is 7 in input_ids"):
+        fit(made, [{"input_ids": tiny.ids(), "attention_mask": mask}], SelfDistillation())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"which": "both"}, "which='both': there are added and all"),
+        ({"dtype": "float16"}, "dtype='float16'"),
+        ({"pipeline": "insert-exits{after=1}"}, "have added no weights"),
+        ({"path": "none/w.safetensors"}, "cannot be written"),
+    ],
+)
+def test_weights_that_cannot_be_saved_as_asked_are_refused(tmp_path: Path, options: dict[str, Any], match: str) -> None:
+    given = dict(options)
+    made, path = program(given.pop("pipeline", PIPELINE)), tmp_path / given.pop("path", "w.safetensors")
+    with pytest.raises(SpecError, match=match):
+        save_weights(made, path, **given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"stack": "encoder"}, "unknown stack 'encoder'"),
+        ({"batches": batches(1)[0]}, "batches is one mapping"),
+        ({"keep": "attention_mask"}, r"batch 0: keep=\['attention_mask'\]: the batch has \['input_ids', 'labels'\]"),
+        ({"dtype": "bfloat16"}, "dtype='bfloat16'"),
+    ],
+)
+def test_what_cannot_be_remembered_is_refused(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(SpecError, match=match):
+        remember(program(), **{"batches": batches(1), "stack": "decoder", **options})
+
+
+def test_states_of_arrays_are_remembered() -> None:
+    arrays = [{name: value.numpy() for name, value in batch.items()} for batch in batches(1)]
+    (found,), (expected,) = (remember(program(), given, "decoder", "input_ids") for given in (arrays, batches(1)))
+    assert found.keys() == expected.keys() >= {"input_ids", "labels"}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_weights_of_another_pipeline_are_refused_and_change_nothing(tmp_path: Path) -> None:

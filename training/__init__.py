@@ -8,7 +8,7 @@ from offramp._lazy import names_of
 
 if TYPE_CHECKING:
     from offramp.training.encoder_depths import EncoderDepths
-    from offramp.training.fitting import CurvePoint, fit
+    from offramp.training.fitting import fit
     from offramp.training.objective_module import remember
     from offramp.training.objectives import (
         CrossEntropy,
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         SelfDistillation,
         Together,
     )
+    from offramp.training.training_run import CurvePoint
     from offramp.training.weights import load_weights, save_weights
     from offramp.training.width_objectives import GateDistillation, LearnerDistillation, WidthBudget
 
@@ -44,7 +45,7 @@ __all__ = [
 _MODULES = {
     "encoder_depths": ("EncoderDepths",),
     "objective_module": ("remember",),
-    "fitting": ("CurvePoint", "fit"),
+    "fitting": ("fit",),
     "objectives": (
         "CrossEntropy",
         "DeepSupervision",
@@ -54,6 +55,7 @@ _MODULES = {
         "SelfDistillation",
         "Together",
     ),
+    "training_run": ("CurvePoint",),
     "weights": ("load_weights", "save_weights"),
     "width_objectives": ("GateDistillation", "LearnerDistillation", "WidthBudget"),
 }

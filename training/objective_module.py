@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, fx
 
 from offramp.errors import SpecError
+from offramp.passes.infra.contract import stack_named
 from offramp.program.graph import copied, results
 from offramp.program.program import Program
+from offramp.training.batches import Batch, Batches, epoch_of, require_batches, tensors
 from offramp.training.objectives import Objective
-
-Batch = Mapping[str, Tensor]
 
 
 class ObjectiveModule(torch.nn.Module):
@@ -57,6 +57,11 @@ class ObjectiveModule(torch.nn.Module):
         """Outputs of the program, or values of nodes, by name; ``given`` are values of nodes that do not run."""
         known = tuple(sorted({*(self.program.pinned & batch.keys()), *(given or ())}))
         batch = {**batch, **(given or {})}
+        wanted = list(wanted)
+        if unknown := sorted({*wanted} - results(self.module.graph).keys() - self.program.nodes.keys()):
+            raise SpecError(
+                f"the program has no outputs or nodes {unknown}; its outputs are {list(results(self.module.graph))}"
+            )
         part = self._part(tuple(sorted(set(wanted))), known)
         needed = [str(node.target) for node in part.graph.find_nodes(op="placeholder")]
         if missing := [name for name in needed if name not in batch]:
@@ -87,20 +92,36 @@ class ObjectiveModule(torch.nn.Module):
 
 
 def remember(
-    program: Program, batches: Iterable[Batch], stack: str, keep: Collection[str] = (), dtype: torch.dtype | None = None
+    program: Program, batches: Batches, stack: str, keep: Collection[str] = (), dtype: torch.dtype | None = None
 ) -> list[dict[str, Tensor]]:
     """The batches with the hidden states of a stack's exits in them, so that training what was added runs no block.
 
-    A frozen model makes the same of the same batch at every epoch: it runs once, here, in eval mode. Of the batches'
-    own tensors those named in ``keep`` and ``labels`` stay. ``dtype`` is what floats are stored as.
+    A frozen model makes the same of the same batch at every epoch: it runs once, here, in eval mode. Batches are what
+    ``fit`` takes; of their own tensors those named in ``keep`` (a name, or several) and ``labels`` stay. ``dtype`` is
+    what hidden states are stored as.
+
+    Raises:
+        SpecError: there is no such stack, a batch does not fit the program, or has nothing of a name to keep.
     """
+    stack_named(program, stack)
+    require_batches(batches)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype={dtype!r}: what floats are stored as", hint="dtype=torch.bfloat16")
+    kept_names = {keep} if isinstance(keep, str) else {*keep}
     model = ObjectiveModule(program, Objective())
     model.eval()
     names = [item.hidden for item in program.exits_of(stack)] + [program.stacks[stack].output]
     found = []
-    for batch in batches:
-        with torch.no_grad():
-            states = model.values(names, batch)
-        kept = {name: value for name, value in batch.items() if name in keep or name == "labels"}
+    device = next(program.module.parameters()).device
+    for place, given in enumerate(epoch_of(batches, 0)):
+        try:
+            batch = tensors(program, given, device)
+            if lacking := sorted(kept_names - batch.keys()):
+                raise SpecError(f"keep={lacking}: the batch has {sorted(batch)}")
+            with torch.no_grad():
+                states = model.values(names, batch)
+        except SpecError as error:
+            raise SpecError(f"batch {place}: {error.reason}", hint=error.hint) from error
+        kept = {name: value for name, value in batch.items() if name in {*kept_names, "labels"}}
         found.append({**kept, **{name: value.to(dtype) if dtype else value for name, value in states.items()}})
     return found

@@ -1,16 +1,19 @@
 """What training minimises: deep supervision, distillation between depths, gates.
 
 An objective names what it wants of the program (outputs, or values of nodes) and makes losses of it. Batches hold
-the program's inputs, and ``labels``: int64 class indices for each place of the logits, ``IGNORED`` where nothing
-counts. Objectives that need no labels count every place, or those where ``labels`` is not `IGNORED` if given.
+the program's inputs, and ``labels``: class indices (whole numbers) for each place of the logits, ``IGNORED`` (-100)
+where nothing counts. They are compared as they stand: those of a language model are its ids, shifted to the left.
+Objectives that need no labels count every place, or those where ``labels`` is not `IGNORED` if given.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,10 +54,38 @@ class Objective:
         return self.losses(model.program, model.values(self.wants(model.program, step), batch), batch)
 
 
+def require_objective(objective: Any) -> None:
+    """Raise a SpecError where this is no objective."""
+    if isinstance(objective, Objective):
+        made = type(objective)
+        lacking = [name for name in ("wants", "losses") if getattr(made, name) is getattr(Objective, name)]
+        if lacking and made.compute is Objective.compute:
+            raise SpecError(f"{made.__name__} does not say {' and '.join(lacking)}", hint="see Objective")
+        return
+    if isinstance(objective, type) and issubclass(objective, Objective):
+        raise SpecError(
+            f"{objective.__name__} is a class: an objective of it is needed", hint=f"{objective.__name__}()"
+        )
+    many = isinstance(objective, list | tuple)
+    raise SpecError(
+        f"a {type(objective).__name__} is no objective",
+        hint="Together((..., ...)) for several" if many else "DeepSupervision(), or your own class of Objective",
+    )
+
+
 def require_one_run(objective: Objective) -> None:
     """Raise a SpecError where an objective decides what runs: its losses cannot be those of another's run."""
+    require_objective(objective)
     if type(objective).compute is not Objective.compute:
         raise SpecError(f"{type(objective).__name__} cannot be part of another objective", hint="train with it alone")
+
+
+def _require(**numbers: tuple[float, float, float]) -> None:
+    """Raise a SpecError where one of these is no finite number between its limits."""
+    for name, (value, least, most) in numbers.items():
+        if not isinstance(value, Real) or not math.isfinite(value) or not least <= value <= most:
+            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise SpecError(f"{name}={value!r}: a number, {limits}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +96,12 @@ class CrossEntropy(Objective):
     smoothing: float = 0.0
 
     def check(self, program: Program) -> None:
+        _require(smoothing=(self.smoothing, 0, 1))
         if self.output not in program.outputs:
-            raise SpecError(f"the program has no output {self.output!r}; there are {list(program.outputs)}")
+            raise SpecError(
+                f"the program has no output {self.output!r}; there are {list(program.outputs)}",
+                hint=f"output={program.outputs[0]!r}",
+            )
 
     def wants(self, program: Program, step: int) -> Sequence[str]:
         return [self.output]
@@ -91,8 +126,8 @@ class _AtExits(Objective):
     def check(self, program: Program) -> None:
         self.exits(program)
         self.final(program)
-        if self.sample is not None and self.sample < 1:
-            raise SpecError(f"sample={self.sample}: at least one exit a step")
+        if self.sample is not None and (not isinstance(self.sample, Integral) or self.sample < 1):
+            raise SpecError(f"sample={self.sample}: at least one exit a step, a whole number")
 
     def _stack(self, program: Program) -> str:
         """The stack whose exits are meant."""
@@ -146,9 +181,18 @@ class DeepSupervision(_AtExits):
 
     def check(self, program: Program) -> None:
         super().check(program)
+        _require(smoothing=(self.smoothing, 0, 1))
         known = {item.after for item in self.exits(program)} | {program.stacks[self._stack(program)].blocks}
-        if wrong := sorted(set(self.weights or ()) - known):
+        if self.weights is None:
+            return
+        if not isinstance(self.weights, Mapping):
+            raise SpecError(
+                f"weights={self.weights!r}: numbers by how many blocks were run",
+                hint=f"weights={dict.fromkeys(known, 1.0)}",
+            )
+        if wrong := sorted(set(self.weights) - known):
             raise SpecError(f"weights for {wrong}: the stack has exits after {sorted(known)}")
+        _require(**{f"weights[{after}]": (weight, 0, math.inf) for after, weight in self.weights.items()})
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
         depth, count = program.stacks[self._stack(program)].blocks, len(self.exits(program)) + 1
@@ -178,6 +222,7 @@ class DepthWeighted(_AtExits):
 
     def check(self, program: Program) -> None:
         super().check(program)
+        _require(smoothing=(self.smoothing, 0, 1), alpha=(self.alpha, 0, math.inf))
         if self.align not in ("dyna", "unif", "last"):
             raise SpecError(f"align={self.align!r}: there are dyna, unif and last")
 
@@ -216,6 +261,10 @@ class SelfDistillation(_AtExits):
 
     temperature: float = 1.0
     hard: float = 0.0
+
+    def check(self, program: Program) -> None:
+        super().check(program)
+        _require(temperature=(self.temperature, 1e-3, math.inf), hard=(self.hard, 0, math.inf))
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
         final = values[self.final(program)].detach()
@@ -274,6 +323,8 @@ class Together(Objective):
     parts: tuple[Objective, ...]
 
     def check(self, program: Program) -> None:
+        if not isinstance(self.parts, tuple | list) or not self.parts:
+            raise SpecError(f"parts={self.parts!r}: several objectives are needed", hint="Together((..., ...))")
         for part in self.parts:
             require_one_run(part)
             part.check(program)

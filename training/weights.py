@@ -26,9 +26,27 @@ def save_weights(
     which: Literal["added", "all"] = "added",
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a program's weights as safetensors: those that passes have added, or all; floats as ``dtype``."""
+    """Write a program's weights as safetensors: those that passes have added, or all; floats as ``dtype``.
+
+    Raises:
+        SpecError: there are no such weights, ``which`` or ``dtype`` is something else, or the file cannot be written.
+    """
+    if which not in ("added", "all"):
+        raise SpecError(f"which={which!r}: there are added and all")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise SpecError(f"dtype={dtype!r}: what floats are written as", hint="dtype=torch.float16")
     chosen = added(program) if which == "added" else dict(program.graph_module.named_parameters())
-    save_file({name: weight.detach().to(dtype or weight.dtype).contiguous() for name, weight in chosen.items()}, path)
+    if not chosen:
+        raise SpecError("the passes have added no weights", hint="which='all', or a pass that does: insert-adapter")
+    found = {name: weight.detach() for name, weight in chosen.items()}
+    if dtype is not None:
+        found = {name: weight.to(dtype) if weight.is_floating_point() else weight for name, weight in found.items()}
+    try:
+        save_file({name: weight.contiguous() for name, weight in found.items()}, path)
+    except (OSError, SafetensorError) as error:
+        raise SpecError(
+            f"{os.fspath(path)} cannot be written: {error}", hint="a file in a directory that is there"
+        ) from error
     Path(path).chmod(0o644)  # safetensors writes for the owner only
 
 

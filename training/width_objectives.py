@@ -223,7 +223,7 @@ class WidthBudget(Objective):
         counts = counting(program, batch, self.mask, self.output, teacher)
         if self.distance == "mse":
             return F.mse_loss(found[counts].float(), teacher[counts]) / teacher[counts].square().mean()
-        if (labels := batch.get("labels")) is not None and labels.shape == counts.shape:
+        if getattr(batch.get("labels"), "shape", None) == counts.shape:
             counts = counts & counted(teacher, batch)
         student, soft = F.log_softmax(found[counts].float(), -1), F.log_softmax(teacher[counts], -1)
         return F.kl_div(student, soft, reduction="batchmean", log_target=True)

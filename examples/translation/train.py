@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import offramp
 from examples._data import data
 from offramp.program import Program
-from offramp.training.fitting import CurvePoint, fit
+from offramp.training import CurvePoint, fit
 from offramp.training.losses import IGNORED
 from offramp.training.objectives import CrossEntropy, DeepSupervision
 from offramp.training.weights import save_weights

@@ -27,8 +27,8 @@ import offramp
 from examples.vision_language.data import REQUESTS, Batches, Split, Task, collated, load, tokenizer
 from examples.vision_language.model import BEGIN, END, LONGEST, VisionLanguage, example
 from offramp.program import Program
+from offramp.training import CurvePoint, fit
 from offramp.training.encoder_depths import EncoderDepths
-from offramp.training.fitting import CurvePoint, fit
 from offramp.training.objectives import CrossEntropy, DeepSupervision, Objective
 from offramp.training.weights import save_weights
 from offramp.zoo._declare import Generation
