@@ -36,12 +36,15 @@ from offramp.bundle.preprocessing import preprocessing_problems
 from offramp.bundle.whole import segments, undivided
 from offramp.errors import InputError
 
+_FAR = 2**63  # beyond, nothing is an int64
+
 
 def problems_of(manifest: Manifest) -> list[str]:
     """All that is wrong with a manifest whose fields have the right types; empty when nothing is."""
     problems = [
         *_axes(manifest),
         *(text for name, value in manifest.values.items() for text in _value(manifest, name, value)),
+        *_ids(manifest),
         *_references(manifest),
         *_learners(manifest),
         *_groups(manifest),
@@ -216,6 +219,16 @@ def _value(manifest: Manifest, name: str, value: Value) -> Iterator[str]:
     of_rows = [size for size in value.shape if manifest.batch in names(size)]
     if len(of_rows) > 1 or (of_rows and value.place(manifest.batch) is None):
         yield f"{where}.shape: rows of {manifest.batch!r} cannot be told apart in {list(value.shape)}"
+
+
+def _ids(manifest: Manifest) -> Iterator[str]:
+    for name, (least, greatest) in manifest.ids.items():
+        if name not in manifest.inputs:
+            yield f"ids.{name}: there is no such input"
+        elif name in manifest.values and "int" not in manifest.values[name].dtype:
+            yield f"ids.{name}: {name!r} is {manifest.values[name].dtype}, which is looked up in no table"
+        if not -_FAR <= least <= greatest < _FAR:
+            yield f"ids.{name}: numbers from {least} to {greatest}"
 
 
 def _counts(value: Value, batch: str) -> bool:

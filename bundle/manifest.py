@@ -284,8 +284,8 @@ class Cache:
     [batch]: how many tokens each row has already; ``places`` a value int64 [capacity]: 0, 1, and so on. ``buffers``
     maps a value that holds keys or values, with the axis ``capacity``, to the value that holds those of the chunk
     too; the two may share memory. ``logits`` is the output that generation reads, of each token or of the last one of
-    a chunk. ``limit`` is the greatest number of tokens, ``vocabulary`` the number of token ids. With ``rowwise`` the
-    segments that read buffers take several rows only when their chunk is one token.
+    a chunk. ``limit`` is the greatest number of tokens. With ``rowwise`` the segments that read buffers take several
+    rows only when their chunk is one token.
     ``implied`` are inputs of the model that the graph makes itself, by the names that a user may give them under.
     ``prompt`` is there where a prompt is more than its tokens one by one.
     """
@@ -298,7 +298,6 @@ class Cache:
     capacity: str
     logits: str
     limit: int | None = None
-    vocabulary: int | None = None
     rowwise: bool = False
     implied: Mapping[str, Implied] = field(default_factory=dict)
     prompt: Prompt | None = None
@@ -382,8 +381,9 @@ class Manifest:
     to the values of full depth. ``batch`` is the axis that rows lie on, None when the model has none: then a
     run is one row. ``take`` maps ``"dtype/axis"`` to a file that gathers rows on a device. ``calibration`` says how
     ``policy`` was chosen, for people. ``learners`` are by the name of their site; `WIDTH` is a value of bundles
-    that have some. ``placeholders`` are ids that stand for other inputs. ``labels`` names, by output, the places of its
-    last axis: the classes of logits.
+    that have some. ``ids`` has the least and the greatest number of inputs that are looked up in tables as
+    they are. ``placeholders`` are ids that stand for other inputs. ``labels`` names, by output, the places of its last
+    axis: the classes of logits.
     """
 
     model: str
@@ -399,6 +399,7 @@ class Manifest:
     take: Mapping[str, str] = field(default_factory=dict)
     cache: Cache | None = None
     learners: Mapping[str, Learners] = field(default_factory=dict)
+    ids: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     placeholders: tuple[Placeholder, ...] = ()
     policy: Mapping[str, Any] | None = None
     calibration: Mapping[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import torch
 from offramp.bundle.json_text import from_json, section, to_json
 from offramp.bundle.manifest import MANIFEST_FILE, Generation
 from offramp.bundle.preprocessing import Preprocessing
-from offramp.errors import ExportError
+from offramp.errors import ExportError, PolicyError
 from offramp.export.describe import Describer, Progress
 from offramp.export.encode import Precision, precisions, screens
 from offramp.export.fewer_bits import in_fewer_bits
@@ -36,6 +37,8 @@ from offramp.export.write import Writer
 from offramp.program.learners import FORMS
 from offramp.program.program import Program
 from offramp.runtime import card
+from offramp.runtime.policies.base import Policy
+from offramp.runtime.policies.builtin import from_dict
 
 
 def save(
@@ -53,7 +56,7 @@ def save(
     preprocessing: Mapping[str, Any] | None = None,
     labels: Mapping[str, Sequence[str]] | None = None,
     files: Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str] | bytes] = (),
-    policy: Mapping[str, Any] | None = None,
+    policy: Policy | Mapping[str, Any] | None = None,
     name: str | None = None,
     source: str | None = None,
     licence: str | None = None,
@@ -88,7 +91,7 @@ def save(
         labels: names of the places of an output's last axis, by output: the classes of logits.
         files: further files to put into the bundle, a tokenizer for example: paths; or by name in the bundle a path or
             the contents.
-        policy: the bundle's default policy, as ``Policy.to_dict`` gives it.
+        policy: the bundle's default policy, one of offramp's own, or what its ``to_dict`` gives.
         name: what the bundle calls the model; the path's name if None.
         source: where the model came from, for people who read the bundle's card (its ``README.md``, unless ``files``
             has one).
@@ -103,7 +106,9 @@ def save(
             scale, or from fp32 by more than ``loss`` and ``agreement`` allow; or a pattern of ``precision`` takes no
             segment. Nothing is left at ``path`` then that was not there before.
         BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
+        PolicyError: ``policy`` cannot be written down, or asks for exits or scores that the program does not have.
     """
+    default = None if policy is None else _written(policy)
     known = precisions(precision)
     if policy is not None and known != {"fp32"}:
         raise ExportError(
@@ -135,7 +140,7 @@ def save(
         if not isinstance(precision, str):
             check_patterns(precision, describer.segment_names())
         provenance = _provenance(program, source, licence) | ({"learners": measured} if measured else {})
-        manifest = describer.manifest(name or place.stem, provenance, policy)
+        manifest = describer.manifest(name or place.stem, provenance, default)
         for item, content in files.items() if isinstance(files, Mapping) else ((Path(f).name, f) for f in files):
             _add(item, content, directory)
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
@@ -162,6 +167,16 @@ def save(
     finally:
         _remove(work)
     return figures
+
+
+def _written(policy: Policy | Mapping[str, Any]) -> dict[str, Any]:
+    """A default policy as the manifest has it."""
+    written = (policy if isinstance(policy, Policy) else from_dict(policy)).to_dict()
+    try:
+        json.dumps(written, allow_nan=False)
+    except ValueError as error:
+        raise PolicyError(f"{policy!r} has numbers that JSON does not have: {error}") from error
+    return written
 
 
 def _take_place(directory: Path, place: Path) -> None:

@@ -18,7 +18,7 @@ from offramp.export.partition import Plan, StackPlan
 from offramp.export.subgraph import Subgraph
 from offramp.export.translations import Translations
 from offramp.export.write import Writer
-from offramp.passes.caches.outputs import vocabulary
+from offramp.program.analysis.lookups import known_ids, longest
 from offramp.program.analysis.sites import mlp
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit, asked_of
@@ -106,10 +106,7 @@ class Describer:
             inputs=tuple(self.program.inputs),
             outputs=self._outputs(),
             batch=axes.names[axes.batch] if self.batch else None,
-            axes={
-                **{axes.names[symbol]: limits for symbol, limits in axes.ranges.items() if symbol in axes.names},
-                **dict.fromkeys(self.unsaid.values(), (0, None)),
-            },
+            axes=self._axes(),
             values=self.values,
             segments=self.segments,
             stacks=stacks,
@@ -117,6 +114,7 @@ class Describer:
             files={},
             take=take,
             cache=self._cache(),
+            ids=known_ids(self.program, self._prompts()),
             placeholders=self._placeholders(),
             learners={item.name: self._learner(item) for item in self.program.learners},
             policy=policy,
@@ -155,16 +153,33 @@ class Describer:
             capacity,
             cache.logits,
             cache.limit,
-            vocabulary([node]),
             rowwise,
             {name: self._implied(item) for name, item in cache.implied.items()},
             cache.prompt,
         )
 
+    def _axes(self) -> dict[str, tuple[int, int | None]]:
+        """The shortest and the longest length of each axis, which tables of positions limit too."""
+        axes, cache = self.program.axes, self.program.cache
+        limits: dict[Any, int | None] = dict(longest(self.program))
+        if cache is not None:
+            chunk = shape(placeholders(self.program.graph)[cache.tokens[0]])[self.program.chunk_axis]
+            limits[expression(chunk)] = cache.limit
+        found = dict[str, tuple[int, int | None]]()
+        for symbol, (low, high) in axes.ranges.items():
+            if symbol in axes.names:
+                known = [limit for limit in (high, limits.get(symbol)) if limit is not None]
+                found[axes.names[symbol]] = low, min(known, default=None)
+        return found | dict.fromkeys(self.unsaid.values(), (0, None))
+
+    def _prompts(self) -> dict[str, str]:
+        """The values that hold an input's whole prompt."""
+        cache = self.program.cache
+        return {cache.prompt.tokens: cache.tokens[0]} if cache and cache.prompt else {}
+
     def _placeholders(self) -> tuple[m.Placeholder, ...]:
         """The ids in whose places other inputs' values are put."""
-        cache, found = self.program.cache, list[m.Placeholder]()
-        given = {cache.prompt.tokens: cache.tokens[0]} if cache and cache.prompt else {}
+        given, found = self._prompts(), list[m.Placeholder]()
         for node in self.program.graph.find_nodes(op="call_function", target=FILL_PLACES):
             _, places, rows = node.args
             if places.target is aten.eq.Scalar and places.args[0].op == "placeholder":

@@ -30,7 +30,7 @@ from offramp.runtime.generation.stopping import Ends, own_tokenizer
 from offramp.runtime.generation.tokens import Generated, Token
 from offramp.runtime.loading import Loader
 from offramp.runtime.policies import builtin
-from offramp.runtime.policies.base import Function, Policy, State, listing
+from offramp.runtime.policies.base import Policy, State, as_policy, listing
 from offramp.runtime.policies.group_policy import asked_at
 from offramp.runtime.policies.width import parted
 from offramp.runtime.result import Result
@@ -297,9 +297,7 @@ class Chain:
         """The policy of exits, and the width as a value, where the bundle has learners."""
         if policy is None:
             policy = self.policy
-        elif not isinstance(policy, Policy):
-            policy = Function(policy)  # which checks that it can be called
-        policy, width = parted(policy, self.manifest)
+        policy, width = parted(as_policy(policy), self.manifest)
         policy.check(self.stacks)
         return policy, width
 

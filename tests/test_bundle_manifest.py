@@ -97,6 +97,8 @@ MISTYPED = [
     ("inputs/0", None, "inputs[0]: expected a text, found null"),
     ("axes/batch", [1], "axes.batch: expected 2 items, found 1"),
     ("axes/batch", [1, "x"], 'axes.batch[1]: expected a whole number, found "x"'),
+    ("ids", {"ids": [0]}, "ids.ids: expected 2 items, found 1"),
+    ("ids", {"ids": [0, None]}, "ids.ids[1]: expected a whole number, found null"),
     ("values/ids", [], "values.ids: expected an object, found []"),
     ("values/ids/shape/0", 1.5, "values.ids.shape[0]: expected a whole number, found 1.5"),
     ("values/ids/shape/0", True, "values.ids.shape[0]: expected a whole number, found true"),
@@ -167,6 +169,9 @@ EXIT1 = "stacks/encoder/exits/0"
 CONTRADICTIONS = [
     ("generation/min_p", 2, "generation.min_p is 2, expected from 0 to 1"),
     ("axes/tokens", [5, 4], "axes.tokens: a range from 5 to 4 holds nothing"),
+    ("ids", {"words": [0, 10]}, "ids.words: there is no such input"),
+    ("ids", {"ids": [5, 4]}, "ids.ids: numbers from 5 to 4"),
+    ("ids", {"ids": [0, 2**63]}, f"ids.ids: numbers from 0 to {2**63}"),
     ("batch", "rows", "batch: there is no axis 'rows'"),
     ("values/ids", {"dtype": "int64", "shape": [1, "tokens"]}, "batch: no input has rows"),
     ("values/ids/dtype", "bfloat16", "values.ids.dtype: 'bfloat16' is none of"),
@@ -222,6 +227,15 @@ def test_contradictions_are_named(data: dict[str, Any], path: str, item: Any, me
     with pytest.raises(BundleError) as caught:
         from_json(json.dumps(changed))
     assert message in str(caught.value)
+
+
+def test_floats_are_looked_up_in_no_table(data: dict[str, Any]) -> None:
+    changed = copy.deepcopy(data)
+    _set("ids", {"ids": [0, 10]})(changed)
+    assert from_json(json.dumps(changed)).ids == {"ids": (0, 10)}
+    _set("values/ids/dtype", "float32")(changed)
+    with pytest.raises(BundleError, match=r"ids\.ids: 'ids' is float32, which is looked up in no table"):
+        from_json(json.dumps(changed))
 
 
 def test_what_a_stack_makes_inside_is_not_seen_by_later_stages(two: dict[str, Any]) -> None:

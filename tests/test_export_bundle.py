@@ -24,7 +24,7 @@ from torch import Tensor
 import offramp
 from offramp.bundle import directory
 from offramp.bundle.manifest import MANIFEST_FILE, WEIGHTS_FILE
-from offramp.errors import ExportError, OfframpError, SpecError
+from offramp.errors import ExportError, OfframpError, PolicyError, SpecError
 from offramp.export import save, validate, write
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
 from offramp.program import Program
@@ -351,6 +351,36 @@ def test_a_failure_leaves_nothing_behind(
         save(encoder.program, target, segments=0)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == (["m.offramp"] if there else [])
+
+
+def test_a_default_policy_is_one_or_what_it_is_written_as(encoder: tiny.Captured, tmp_path: Path) -> None:
+    program = apply(encoder.program, [InsertExits(after=2), InsertScores()])
+    policy = offramp.Confidence(0.5, thresholds={2: 0.75})
+    numpys: Any = {"name": "confidence", "threshold": np.float64(0.5), "thresholds": {"2": 0.75}}
+    for item in (policy, policy.to_dict(), numpys):
+        save(program, tmp_path / "m.offramp", policy=item)
+        chain = offramp.load(tmp_path / "m.offramp")
+        assert (chain.policy, chain.manifest.policy) == (policy, policy.to_dict())
+
+
+FUNCTION: Any = lambda state: state.rows > 0  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        (offramp.Width(0.5, FUNCTION), "JSON cannot hold it"),
+        (FUNCTION, "is no policy that JSON has"),
+        ("confidence:0.5", "'confidence:0.5' is no policy that JSON has"),
+        (offramp.Confidence(float("inf")), "has numbers that JSON does not have"),
+        ({"name": "confidence"}, "has no threshold"),
+    ],
+)
+def test_a_default_policy_that_cannot_be_written_down(
+    encoder: tiny.Captured, tmp_path: Path, policy: Any, said: str
+) -> None:
+    with pytest.raises(PolicyError, match=said):
+        save(encoder.program, tmp_path / "m.offramp", policy=policy)
 
 
 def test_wrong_weights_do_not_pass(encoder: tiny.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -786,8 +786,8 @@ def test_a_prompt_longer_than_the_first_caches(bundles: Get) -> None:
     [
         ([1] * (LIMIT + 1), {}, rf"the prompt has {LIMIT + 1} tokens; the model takes {LIMIT}"),
         ([1] * 6, {"max_new_tokens": LIMIT - 4}, rf"after a prompt of 6: the model takes {LIMIT} tokens"),
-        ([1, tiny.WORDS], {}, rf"'input_ids' has the token ids \[{tiny.WORDS}\]; they go from 0 to {tiny.WORDS - 1}"),
-        ([1, -1], {}, r"the token ids \[-1\]"),
+        ([1, tiny.WORDS], {}, rf"'input_ids' has the ids \[{tiny.WORDS}\]; they go from 0 to {tiny.WORDS - 1}"),
+        ([1, -1], {}, r"'input_ids' has the ids \[-1\]"),
         ([1.0, 2.0], {}, "rows of token ids"),
         ([True, False], {}, "rows of token ids"),
         ([[1, 2]], {}, "rows of token ids"),

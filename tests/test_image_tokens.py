@@ -187,6 +187,28 @@ def test_a_text_says_once_where_the_image_goes(tmp_path: Path, capsys: pytest.Ca
         assert '--text "<image> ..."' in said
 
 
+@pytest.mark.parametrize("token", [-200, 500])
+def test_the_id_of_a_place_may_be_no_rows_of_the_table(token: int, tmp_path: Path) -> None:
+    """Where the model masks it; other ids that nobody knows are refused."""
+
+    def masked(model: Reader, image: Tensor, ids: Tensor) -> Tensor:
+        places = ids == token
+        return model.embed(ids.masked_fill(places, 0)).masked_scatter(places[..., None], image)
+
+    inputs = example()
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = token
+    torch.manual_seed(0)
+    model = Reader(masked).eval()
+    offramp.save(offramp.apply(offramp.capture(model, inputs), "insert-cache"), tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    one = {name: value[:1] for name, value in inputs.items()}
+    given = {name: value.numpy() for name, value in one.items()}
+    assert chain.generate(given, max_new_tokens=4).tokens[0].tolist() == greedy(model, one, 4)
+    given["input_ids"][0, -1] = 499
+    with pytest.raises(InputError, match=r"'input_ids' has the ids \[499\]; they go from 0 to"):
+        chain.generate(given, max_new_tokens=4)
+
+
 def test_other_counts_are_an_error_of_onnx_runtime_too(tmp_path: Path) -> None:
     _, program = captured(scattered)
     offramp.save(offramp.apply(program, "insert-exits"), tmp_path / "reader.offramp")

@@ -111,6 +111,9 @@ def test_reading_ends_in_a_manifest_or_a_bundle_error(roots: dict[str, Path], na
     [
         (("stacks", "more", "exits", 0, "scores", "top1"), "nothing"),
         (("values", "input_ids", "shape"), ["batch", "max(tokens)"]),
+        (("ids", "input_ids"), [0, 10**30]),
+        (("ids", "input_ids"), [10, 0]),
+        (("ids",), {"x": [0, 10]}),
         (("policy", "stacks", "more", "measure"), {"top1": 1}),
         (("policy", "stacks", "more", "threshold"), [0.9]),
     ],

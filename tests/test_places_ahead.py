@@ -294,7 +294,7 @@ def test_a_prompt_is_text(case: tuple[Joined, Program, Chain]) -> None:
     chain = case[2]
     with pytest.raises(InputError, match="every row needs at least one token"):
         chain.generate({"image": example()["image"].numpy(), "input_ids": [[], [1]]})
-    with pytest.raises(InputError, match=r"has the token ids \[-1\]"):
+    with pytest.raises(InputError, match=r"'input_ids' has the ids \[-1\]"):
         chain.generate({"image": example(1)["image"].numpy(), "input_ids": [[-1]]})
 
 

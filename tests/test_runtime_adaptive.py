@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -256,10 +258,25 @@ def test_options() -> None:
     wrong: list[dict[str, Any]] = [
         {"target": 1.0}, {"target": 0.0}, {"share": 0.0}, {"audit": 0}, {"every": 0}, {"least": 0}, {"step": 0.0},
         {"threshold": 1.5}, {"measure": "entropy"}, {"memory": 100}, {"target": 0.999},
+        {"step": float("nan")},
     ]  # fmt: skip
     for options in wrong:
         with pytest.raises(PolicyError, match="Adaptive"):
             Adaptive(2, **options)
+
+
+@pytest.mark.parametrize("copied", [lambda policy: pickle.loads(pickle.dumps(policy)), copy.deepcopy])
+def test_a_copy_goes_on_by_itself(copied: Callable[[Adaptive], Adaptive]) -> None:
+    policy = Adaptive(2, 0.5, every=4)
+    policy.observe(told([0.6, 0.7, 0.8, 0.9], [False] * 4))
+    before = policy.state()
+    other = copied(policy)
+    assert other == policy
+    assert (other.state(), other.now) == (before, policy.now)
+    assert policy.now > 0.5
+    other.observe(told([0.6, 0.7, 0.8, 0.9], [False] * 4))
+    assert (policy.state(), other.state()["count"]) == (before, 8)
+    assert other.now > policy.now
 
 
 def test_every_now_and_then_a_token_goes_deep() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +158,25 @@ def test_options() -> None:
             one.check(stacks)
     given: list[dict[str, Any]] = [
         {}, {"blocks": 3.0, "milliseconds": 3.0}, {"blocks": -1.0}, {"milliseconds": 0.0}, {"blocks": 3.0, "gain": 0.0},
-        {"blocks": 3.0, "measure": "entropy"}, {"blocks": 3.0, "threshold": -0.1},
+        {"blocks": 3.0, "measure": "entropy"}, {"blocks": 3.0, "threshold": -0.1}, {"blocks": math.nan},
+        {"milliseconds": math.nan}, {"blocks": 3.0, "gain": math.nan},
     ]  # fmt: skip
     for options in given:
         with pytest.raises(PolicyError, match="Budget"):
             Budget(**options)
+
+
+@pytest.mark.parametrize("copied", [lambda policy: pickle.loads(pickle.dumps(policy)), copy.deepcopy])
+def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any]) -> None:
+    one = Budget(2.0, gain=1.0)
+    one.observe(Cost("encoder", np.array([4]), 1.0, 8))
+    other = copied(Each({"encoder": one})).stacks["encoder"]
+    before = one.state()
+    assert other == one
+    assert other.state() == before
+    assert other.spent == 4.0
+    other.observe(Cost("encoder", np.array([8]), 1.0, 8))
+    assert (one.state(), other.state()["steps"]) == (before, 2)
 
 
 def test_each_tells_of_its_own_stack() -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
+import pickle
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +17,11 @@ import offramp
 from offramp.bundle.manifest import Exit, Part, Stack
 from offramp.cli._policy import SPECS, parse
 from offramp.errors import PolicyError
+from offramp.runtime import policies
 from offramp.runtime.policies.base import Function, Policy, State
 from offramp.runtime.policies.builtin import (
     NAMED,
+    Budget,
     Confidence,
     Decay,
     Depth,
@@ -318,3 +324,121 @@ def test_a_depth_is_a_whole_number() -> None:
     for wrong in (2.0, "2", True, {"encoder": 2.0}):
         with pytest.raises(PolicyError, match=r"numbers of blocks\n  try: Depth\(2\)"):
             Depth(wrong)  # type: ignore[arg-type]
+
+
+# Options are of their types, and plain
+
+free: Any = offramp  # whose types nobody checks
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: free.Confidence("0.5"), "Confidence: threshold is '0.5', expected a number"),
+        (lambda: free.Confidence(True), "Confidence: threshold is True, expected a number"),
+        (lambda: free.Confidence(np.array(0.5)), r"Confidence: threshold is array\(0.5\), expected a number"),
+        (lambda: free.Confidence(0.5, None), "Confidence: measure is None, expected a text"),
+        (lambda: free.Confidence(0.5, thresholds={1.5: 0.5}), r"thresholds is {1.5: 0.5}, expected numbers by numbers"),
+        (lambda: free.Confidence(0.5, thresholds={1: "x"}), r"thresholds is {1: 'x'}, expected numbers by numbers"),
+        (lambda: free.Confidence(0.5, thresholds=[0.5]), r"thresholds is \[0.5\], expected numbers by numbers"),
+        (lambda: free.Entropy("x"), "Entropy: threshold is 'x', expected a number"),
+        (lambda: free.Learned("x"), "Learned: threshold is 'x', expected a number"),
+        (lambda: free.Decay(0.5, tokens=2.5), "Decay: tokens is 2.5, expected a whole number"),
+        (lambda: free.Decay(0.5, tau="4"), "Decay: tau is '4', expected a number"),
+        (lambda: free.Patience(1.5), "Patience: patience is 1.5, expected a whole number"),
+        (lambda: free.Patience(True), "Patience: patience is True, expected a whole number"),
+        (lambda: free.ShallowDeep("2"), "ShallowDeep: after is '2', expected a whole number"),
+        (lambda: free.ShallowDeep(2, pick="x"), "ShallowDeep: pick is 'x', expected a number"),
+        (lambda: free.ShallowDeep(2, None), "ShallowDeep: threshold is None, expected a number"),
+        (lambda: free.Verify(2, drafts=2.5), "Verify: drafts is 2.5, expected a whole number"),
+        (lambda: free.Adaptive(2.5), "Adaptive: after is 2.5, expected a whole number"),
+        (lambda: free.Adaptive(2, memory=1e3), "Adaptive: memory is 1000.0, expected a whole number"),
+        (lambda: free.Budget("3"), "Budget: blocks is '3', expected a number"),
+        (lambda: free.Width("0.4"), "Width: budget is '0.4', expected a number"),
+        (lambda: free.Width(0.4, 3), "3 is no policy"),
+        (lambda: free.Each({"encoder": 3}), "3 is no policy"),
+        (lambda: free.Each({"encoder": free.Confidence}), "class .*Confidence'> is no policy"),
+        (lambda: free.Each(free.Confidence(0.9)), "policies by the names of stacks, this is Confidence"),
+        (lambda: policies.from_dict(free.__name__), "'offramp' is no policy that JSON has"),
+    ],
+)
+def test_options_of_other_types(make: Callable[[], Policy], said: str) -> None:
+    with pytest.raises(PolicyError, match=said):
+        make()
+
+
+PLAIN: list[Policy] = [
+    free.Confidence(np.float32(0.5), thresholds={np.int64(1): np.float64(0.25)}),
+    free.Decay(np.float32(0.5), tokens=np.int32(4)),
+    free.Depth({"encoder": np.int64(2)}),
+    free.Patience(np.int64(2)),
+    free.Verify(np.int8(1), np.float16(0.5), drafts=np.int64(2)),
+    free.Adaptive(np.int64(2), np.float32(0.5), memory=np.int64(400)),
+    free.Budget(np.float64(2.5)),
+    free.Budget(np.int64(2)),
+    free.Width(np.float32(0.5), free.Each({"encoder": free.Confidence(np.float32(0.5))})),
+]
+
+
+@pytest.mark.parametrize("policy", PLAIN, ids=repr)
+def test_numbers_of_numpy_are_written_down(policy: Policy) -> None:
+    assert from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+def test_a_subclass_has_options_of_its_own() -> None:
+    @dataclass(frozen=True)
+    class Mine(Confidence):
+        note: object = None
+
+    mine: Any = Mine
+
+    assert mine(np.float32(0.5), note=[1]).threshold == 0.5
+    with pytest.raises(PolicyError, match="Mine: threshold is '1', expected a number"):
+        mine("1")
+
+
+def test_functions_inside_others() -> None:
+    """As `run` takes one."""
+    stack = {"encoder": STACKS["encoder"]}
+    rows = np.arange(2)
+    scores = {name: np.array([0.25, 0.75], np.float32) for name in ("top1", "entropy")}
+    scores["prediction"] = np.zeros(2, np.int64)
+    for policy in (
+        free.Each({"encoder": lambda state: state.scores["top1"] > 0.5}),
+        free.Width(0.5, lambda state: state.scores["top1"] > 0.5).exits,
+    ):
+        policy.check(stack)
+        assert StackPolicy(policy, stack["encoder"], 2).leave(1, rows, scores).tolist() == [False, True]
+        with pytest.raises(PolicyError, match="JSON cannot hold it"):
+            policy.to_dict()
+
+
+def test_a_policy_of_ones_own_that_does_not_say_all() -> None:
+    class Silent(Policy):
+        def leave(self, state: State) -> Any:
+            return np.ones(state.rows.size, np.bool_)
+
+    class Undecided(Policy):
+        def measures(self, stack: str, exit_: Exit) -> tuple[str, ...]:
+            return ("top1",)
+
+    class Text(Undecided):
+        def measures(self, stack: str, exit_: Exit) -> Any:
+            return "top1"
+
+    with pytest.raises(PolicyError, match=r"Silent does not say which scores it needs\n  try: a method measures"):
+        StackPolicy(Silent(), STACKS["encoder"], 1)
+    with pytest.raises(PolicyError, match=r"asks for the scores 'top1'\n  try: names of scores: \('top1',\)"):
+        StackPolicy(Text(), STACKS["encoder"], 1)
+    with pytest.raises(PolicyError, match=r"Undecided does not say which rows leave\n  try: a method leave"):
+        StackPolicy(Undecided(), STACKS["encoder"], 1).leave(1, np.arange(1), {"top1": np.ones(1, np.float32)})
+
+
+def test_the_documented_name_reads_policies() -> None:
+    assert policies.from_dict is from_dict
+
+
+@pytest.mark.parametrize("policy", [*PLAIN, Never(), Each({"encoder": Budget(2)})], ids=repr)
+@pytest.mark.parametrize("copied", [lambda policy: pickle.loads(pickle.dumps(policy)), copy.deepcopy])
+def test_policies_are_copied(policy: Policy, copied: Callable[[Policy], Policy]) -> None:
+    assert copied(policy) == policy

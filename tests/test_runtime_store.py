@@ -37,7 +37,7 @@ def store_of(axis: int) -> tuple[Store, Manifest]:
         stages=(),
         files={},
         take={},
-        cache=Cache(("ids",), "lengths", "places", {}, "chunk", "capacity", "", None, None, False),
+        cache=Cache(("ids",), "lengths", "places", {}, "chunk", "capacity", "", None, False),
     )
     return Store(made, ROWS, 8, None), made
 

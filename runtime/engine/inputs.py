@@ -13,6 +13,8 @@ from offramp.bundle.implied import ImpliedInputs
 from offramp.bundle.manifest import Manifest, Value
 from offramp.errors import InputError
 
+_SHOWN = 5  # wrong numbers in a message
+
 
 class Checked(NamedTuple):
     """Inputs that fit, how many rows the batch has (1 for a model without a batch), and the lengths of all axes."""
@@ -22,13 +24,41 @@ class Checked(NamedTuple):
     sizes: dict[str, int]
 
 
+class Ids(NamedTuple):
+    """Which numbers an input holds: from ``least`` to ``greatest``, and ``others``, which stand for features."""
+
+    least: int
+    greatest: int
+    others: tuple[int, ...] = ()
+
+    def problem(self, name: str, array: NDArray[Any]) -> str | None:
+        """What is wrong with the numbers of an input; None where nothing is."""
+        if not array.size or (array.min() >= self.least and array.max() <= self.greatest):
+            return None
+        wrong = array[(array < self.least) | (array > self.greatest)]
+        wrong = wrong[~np.isin(wrong, self.others)]
+        if not wrong.size:
+            return None
+        return f"{name!r} has the ids {wrong[:_SHOWN].tolist()}; they go from {self.least} to {self.greatest}"
+
+
+def placeholders_of(manifest: Manifest, name: str) -> tuple[int, ...]:
+    """The ids of an input that stand for other inputs."""
+    return tuple(item.token for item in manifest.placeholders if item.input == name)
+
+
 class Inputs:
-    """The inputs that a bundle takes."""
+    """The inputs that a bundle takes.
+
+    Attributes:
+        ids: Which numbers those hold that are looked up in tables.
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self._values = {name: manifest.values[name] for name in manifest.inputs}
         self._axes, self._batch = manifest.axes, manifest.batch
         self._implied, self._placeholders = ImpliedInputs(manifest), manifest.placeholders
+        self.ids = {name: Ids(*limits, placeholders_of(manifest, name)) for name, limits in manifest.ids.items()}
         self._dims = [
             (name, axis, size)
             for name, value in self._values.items()
@@ -99,7 +129,8 @@ class Inputs:
             problems = list(self._sizes(arrays, sizes))
         if problems:
             raise InputError("\n  ".join([*problems, f"(this bundle takes: {expected})"]))
-        problems = list(self._places(arrays, sizes))
+        problems = [text for name, known in self.ids.items() if (text := known.problem(name, arrays[name]))]
+        problems += self._places(arrays, sizes)
         if problems:
             raise InputError("\n  ".join(problems))
         self._implied.check(given, sizes)

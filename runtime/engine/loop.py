@@ -13,6 +13,7 @@ from offramp.bundle.schedule import Branch, Span
 from offramp.errors import ExecutionError
 from offramp.runtime.engine.binding import Call
 from offramp.runtime.engine.memory import Env, Index, Memory, every, places
+from offramp.runtime.engine.sessions import failed
 from offramp.runtime.engine.widths import Widths
 from offramp.runtime.policies.base import Rows
 from offramp.runtime.policies.group_policy import GroupPolicy, StackLike
@@ -99,7 +100,7 @@ class Loop:
                 call.run(env)
             except Exception as error:
                 shapes = ", ".join(f"{value} {_shape(env[value])}" for value in call.inputs)
-                raise ExecutionError(f"segment {name!r} failed with {shapes}: {error}") from error
+                raise failed(name, shapes, error) from error
             self._trace.append(Timing(name, (perf_counter() - start) * 1e3, rows.size))
             self._widths.take(name, rows, env, self._memory)
             for value in dead[at] if dead else ():

@@ -113,6 +113,13 @@ def open_sessions(
     return sessions
 
 
+def failed(segment: str, shapes: str, error: Exception) -> ExecutionError:
+    """What is to be raised where ONNX Runtime raised an error in a segment."""
+    beyond = any(text in str(error) for text in ("out of data bounds", "invalid index found"))
+    hint = "ids that the model has, and no more places than it has positions for" if beyond else None
+    return ExecutionError(f"segment {segment!r} failed with {shapes}: {error}", hint=hint)
+
+
 class _OtherPoolError(ExecutionError):
     """The process has a pool that was made outside offramp, and sessions have to use it."""
 

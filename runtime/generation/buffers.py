@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from offramp.bundle.expressions import evaluate, names
 from offramp.bundle.manifest import Manifest, Segment, Value
-from offramp.errors import ExecutionError, InputError
+from offramp.errors import InputError
 from offramp.runtime.engine.memory import silent_options
+from offramp.runtime.engine.sessions import failed
 from offramp.runtime.generation.cache_memory import axis_of, empty
 
 Array = NDArray[Any]
@@ -244,7 +245,7 @@ class Store:
             segment.session.run_with_iobinding(bound.binding, self._options)
         except Exception as error:
             shapes = ", ".join(f"{wanted} {list(array.shape)}" for wanted, array in bound.given)
-            raise ExecutionError(f"segment {segment.segment.name!r} failed with {shapes}: {error}") from error
+            raise failed(segment.segment.name, shapes, error) from error
         if bound.fetched:
             outputs = bound.binding.get_outputs()
             bound.made.update({wanted: outputs[at].numpy() for at, _, wanted in bound.fetched})

@@ -14,7 +14,7 @@ from offramp.bundle.manifest import FREELY, WIDTH, Manifest
 from offramp.bundle.options import Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Engine, Ran
-from offramp.runtime.engine.inputs import Inputs
+from offramp.runtime.engine.inputs import Ids, Inputs, placeholders_of
 from offramp.runtime.engine.widths import Sites
 from offramp.runtime.generation.batching import padded
 from offramp.runtime.generation.buffers import Store
@@ -190,9 +190,10 @@ class GenerationPlan:
 
     def known(self, rows: Prompts) -> Prompts:
         """The rows; InputError where they have ids that the model does not know."""
-        count = self.cache.vocabulary or self.vocabulary
-        if wrong := [int(i) for row in rows for i in row if not 0 <= i < count]:
-            raise InputError(f"{self.cache.tokens[0]!r} has the token ids {wrong[:5]}; they go from 0 to {count - 1}")
+        name = self.cache.tokens[0]
+        known = self._inputs.ids.get(name) or Ids(0, self.vocabulary - 1, placeholders_of(self.manifest, name))
+        if rows and (problem := known.problem(name, np.concatenate(rows))):
+            raise InputError(problem)
         return rows
 
     def sampling(self, longest: int, options: Mapping[str, Any], ahead: int = 0) -> Sampling:

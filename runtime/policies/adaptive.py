@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from offramp.bundle.manifest import Exit, Stack
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Agreement, Bound, Cost, Policy, Rows, State, only, options
-from offramp.runtime.policies.thresholds import END, check_learner, just_above, position_of, threshold_at
+from offramp.runtime.policies.base import Agreement, Bound, Cost, Rows, State, make_plain, only, options
+from offramp.runtime.policies.thresholds import END, Learner, check_learner, just_above, position_of, threshold_at
 
 Floats = NDArray[np.float64]
 
@@ -25,7 +25,7 @@ _SIGMA = 1.645  # bounds hold with 95 %
 
 
 @dataclass(repr=False)
-class Adaptive(Policy):
+class Adaptive(Learner):
     """A token leaves after ``after`` blocks if it scores above a threshold that is estimated while running.
 
     It aims at precision: of the tokens that leave, a share of ``target`` are to be what full depth says. That is
@@ -48,6 +48,8 @@ class Adaptive(Policy):
 
     Where everything leaves nothing goes deep, and nothing would be learned: so once ``audit`` tokens less one have left
     with none between that went deep, the next one does.
+
+    A copy (`copy.deepcopy`, `pickle`: another process's) goes on from what has been learned, by itself.
 
     Attributes:
         threshold: The threshold to start with; `now` is what it has become.
@@ -74,10 +76,11 @@ class Adaptive(Policy):
     _early: int = field(default=0, init=False, compare=False)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_learner(self, self.measure, self.threshold)
         if not 0 < self.target < 1 or min(self.least, self.every, self.audit) < 1 or not 0 < self.share <= 1:
             raise PolicyError(f"{self!r}: target and share are between 0 and 1, least, every and audit at least 1")
-        if self.step <= 0 or self.memory < 3 / (1 - self.target):
+        if not self.step > 0 or self.memory < 3 / (1 - self.target):
             least = int(3 / (1 - self.target)) + 1
             raise PolicyError(
                 f"{self!r}: to know that of {self.memory} tokens {self.target:.4%} agree takes more of them",

@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, NamedTuple, TypeAlias
+from functools import cache
+from numbers import Integral, Real
+from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,7 +117,10 @@ class Policy:
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         """The scores that `leave` needs at this exit; None where it is not to be asked at all."""
-        raise NotImplementedError
+        raise PolicyError(
+            f"{type(self).__name__} does not say which scores it needs",
+            hint='a method measures(self, stack, exit_) that returns names, ("top1",), or None where it is not asked',
+        )
 
     def picks(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         """As `measures`, for full depth where it picks tokens of a short list: `leave` says whether one will do.
@@ -126,7 +131,10 @@ class Policy:
 
     def leave(self, state: State) -> Rows:
         """Which rows leave here: bool [rows]."""
-        raise NotImplementedError
+        raise PolicyError(
+            f"{type(self).__name__} does not say which rows leave",
+            hint="a method leave(self, state) that returns bool [rows]",
+        )
 
     def bound(self, stack: str, after: int) -> Bound | None:
         """What `leave` comes to at an exit, so that several tokens may run before it is asked; None where it is not so.
@@ -139,7 +147,7 @@ class Policy:
         """Raise PolicyError where this policy names a stack, an exit or a score that is not there."""
 
     def to_dict(self) -> dict[str, Any]:
-        """This policy as JSON has it, for ``Manifest.policy``; `policies.from_dict` reads it.
+        """This policy as JSON has it, for ``Manifest.policy``; `offramp.runtime.policies.from_dict` reads it.
 
         Raises:
             PolicyError: this policy is none of offramp's own.
@@ -165,8 +173,9 @@ class Function(Policy):
     function: Callable[[State], Any]
 
     def __post_init__(self) -> None:
-        if not callable(self.function):
-            raise PolicyError(f"{self.function!r} is no policy", hint="offramp.Confidence(0.9), or a function")
+        kind = self.function
+        if not callable(kind) or (isinstance(kind, type) and issubclass(kind, Policy)):
+            raise PolicyError(f"{kind!r} is no policy", hint="offramp.Confidence(0.9), or a function")
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         return tuple(exit_.scores)
@@ -174,6 +183,70 @@ class Function(Policy):
     def leave(self, state: State) -> Rows:
         leaving: Rows = np.asarray(self.function(state))
         return leaving
+
+
+def as_policy(given: Any) -> Policy:
+    """A policy as it is, a function as one; PolicyError for anything else."""
+    return given if isinstance(given, Policy) else Function(given)
+
+
+def make_plain(policy: Policy) -> None:
+    """Check that a policy's options are of their types, and make numbers of numpy and of others plain ones.
+
+    Raises:
+        PolicyError: the first one that is not.
+    """
+    for name, hint in _hints(type(policy)).items():  # type: ignore[arg-type]
+        expected, plain = _PLAIN.get(hint, ("", None))
+        if plain is None:
+            continue
+        given = getattr(policy, name)
+        made = plain(given)
+        if made is None and (given is not None or hint not in _OR_NONE):
+            raise PolicyError(f"{type(policy).__name__}: {name} is {given!r}, expected {expected}")
+        object.__setattr__(policy, name, made)
+
+
+@cache
+def _hints(kind: type[Policy]) -> Mapping[str, Any]:
+    """The types of a policy's options: of those that offramp has, not of a subclass of a user's."""
+    own = next(base for base in kind.__mro__ if base.__module__.startswith(__package__))
+    hints = get_type_hints(own)
+    return {item.name: hints[item.name] for item in fields(own) if item.init}
+
+
+def whole(value: Any) -> int | None:
+    """A whole number as Python has it; None for what is none."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else None
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, Integral):
+        return whole(value)
+    return float(value) if isinstance(value, Real) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _by_depth(value: Any) -> Mapping[Any, Any] | None:
+    """Numbers by numbers of blocks."""
+    if not isinstance(value, Mapping):
+        return None
+    found = {whole(after): _number(at) for after, at in value.items()}
+    return None if None in found or None in found.values() else found
+
+
+_NUMBER, _WHOLE = ("a number", _number), ("a whole number", whole)
+_OR_NONE = (float | None, int | None)
+#: What options of each type are to be, and what makes plain ones of them: None for those that are not so.
+_PLAIN: Mapping[Any, tuple[str, Callable[[Any], Any]]] = {
+    **dict.fromkeys((float, float | None), _NUMBER),
+    **dict.fromkeys((int, int | None), _WHOLE),
+    str: ("a text", _text),
+    Mapping[int, float]: ("numbers by numbers of blocks", _by_depth),
+}
 
 
 def bound_of(policy: Policy, stack: str, after: int) -> Bound | None:

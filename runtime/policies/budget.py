@@ -11,14 +11,14 @@ import numpy as np
 
 from offramp.bundle.manifest import Exit, Stack
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Agreement, Cost, Policy, Rows, State, listing, only, options
-from offramp.runtime.policies.thresholds import END, check_learner, position_of, threshold_at
+from offramp.runtime.policies.base import Agreement, Cost, Rows, State, listing, make_plain, only, options
+from offramp.runtime.policies.thresholds import END, Learner, check_learner, position_of, threshold_at
 
 _MOST = 4.0  # a step that takes more than so many budgets too long was disturbed; it counts as that
 
 
 @dataclass(repr=False)
-class Budget(Policy):
+class Budget(Learner):
     """A row leaves if it scores above a threshold that moves until a mean depth, or time, is held.
 
     Integral control: behind each step the logit of the threshold falls by ``gain`` times what was spent too much:
@@ -28,6 +28,7 @@ class Budget(Policy):
     below the first exit ends with everything leaving there. It says nothing of quality.
 
     Depth is where a token left; a millisecond counts whatever it was spent on, deeper blocks of earlier tokens too.
+    A copy (`copy.deepcopy`, `pickle`: another process's) goes on from what has been learned, by itself.
 
     Attributes:
         blocks: The mean number of blocks after which rows shall leave; this or ``milliseconds``.
@@ -48,9 +49,10 @@ class Budget(Policy):
     _spent: float = field(default=0.0, init=False, compare=False)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_learner(self, self.measure, self.threshold)
         given = [budget for budget in (self.blocks, self.milliseconds) if budget is not None]
-        if len(given) != 1 or given[0] <= 0 or self.gain <= 0:
+        if len(given) != 1 or not all(number > 0 for number in (*given, self.gain)):
             raise PolicyError(f"{self!r} needs blocks or milliseconds, not both, and all of its numbers above 0")
         self._position = position_of(self.threshold)
         self._lock = threading.Lock()

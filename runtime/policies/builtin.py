@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -21,10 +20,13 @@ from offramp.runtime.policies.base import (
     Policy,
     Rows,
     State,
+    as_policy,
     bound_of,
     listing,
+    make_plain,
     named,
     scored,
+    whole,
 )
 from offramp.runtime.policies.budget import Budget
 from offramp.runtime.policies.thresholds import Confidence, Decay, Entropy, Learned, ShallowDeep, Verify
@@ -59,11 +61,12 @@ class Depth(Policy):
     depth: int | Mapping[str, int]
 
     def __post_init__(self) -> None:
-        counts = self.depth.values() if isinstance(self.depth, Mapping) else [self.depth]
-        if any(isinstance(count, bool) or not isinstance(count, Integral) for count in counts):
+        given: Any = self.depth
+        by_stack = isinstance(given, Mapping)
+        if any(whole(count) is None for count in (given.values() if by_stack else [given])):
             raise PolicyError(f"{self!r}: numbers of blocks", hint='Depth(2), or Depth({"encoder": 2})')
-        if isinstance(self.depth, Integral):
-            object.__setattr__(self, "depth", int(self.depth))
+        plain = {name: int(count) for name, count in given.items()} if by_stack else int(given)
+        object.__setattr__(self, "depth", plain)
 
     def measures(self, stack: str, exit_: Exit) -> tuple[str, ...] | None:
         depth = self.depth if isinstance(self.depth, int) else self.depth.get(stack)
@@ -101,6 +104,7 @@ class Patience(Policy):
     patience: int
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if self.patience < 1:
             raise PolicyError(f"{self!r}: a patience is at least 1")
 
@@ -124,9 +128,18 @@ class Patience(Policy):
 
 @dataclass(frozen=True, slots=True)
 class Each(Policy):
-    """A policy for each stack, Never for the others: ``Each({"encoder": Confidence(0.9)})``."""
+    """A policy for each stack, Never for the others: ``Each({"encoder": Confidence(0.9)})``; functions are policies."""
 
     stacks: Mapping[str, Policy]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.stacks, Mapping):
+            raise PolicyError(
+                f"Each takes policies by the names of stacks, this is {self.stacks!r}",
+                hint='Each({"encoder": Confidence(0.9)})',
+            )
+        made = {name: as_policy(given) for name, given in self.stacks.items()}
+        object.__setattr__(self, "stacks", made)
 
     @property
     def observes(self) -> frozenset[type[Agreement | Cost]]:
@@ -187,6 +200,11 @@ def from_dict(data: Mapping[str, Any]) -> Policy:
     Raises:
         PolicyError: there is no policy of that name, or it has no such options.
     """
+    if not isinstance(data, Mapping):
+        raise PolicyError(
+            f"{data!r} is no policy that JSON has",
+            hint='{"name": "confidence", "threshold": 0.9}, as to_dict writes it',
+        )
     options = {key: value for key, value in data.items() if key != "name"}
     kind = NAMED.get(str(data.get("name")))
     if kind is None:

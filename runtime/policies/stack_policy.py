@@ -33,6 +33,8 @@ class StackPolicy:
         if PICK in stack.exits[-1].scores:
             self.wanted[stack.blocks] = policy.picks(stack.name, stack.exits[-1])
         for exit_ in stack.asking:
+            if isinstance(names := self.wanted[exit_.after], str):
+                raise PolicyError(f"the policy asks for the scores {names!r}", hint=f"names of scores: ({names!r},)")
             missing = set(self.wanted[exit_.after] or ()) - exit_.scores.keys()
             if missing:
                 raise PolicyError(

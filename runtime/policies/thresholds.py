@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from offramp.bundle.manifest import Exit, Stack
 from offramp.bundle.measures import measure_named
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Bound, Policy, Rows, State, options, scored
+from offramp.runtime.policies.base import Bound, Policy, Rows, State, make_plain, options, scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Threshold(Policy):
     thresholds: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        make_plain(self)
         numbers = [*self.thresholds.values(), *(() if self.threshold is None else (self.threshold,))]
         if not numbers or any(math.isnan(number) for number in numbers):
             raise PolicyError(f"{self!r} has no threshold that scores could be compared with")
@@ -140,6 +142,7 @@ class ShallowDeep(Policy):
     pick: float | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         if math.isnan(self.threshold):
             raise PolicyError(f"{self!r} has no threshold that scores could be compared with")
 
@@ -209,6 +212,21 @@ def threshold_at(position: float) -> float:
     if abs(position) >= END:
         return float(position > 0)
     return 1 / (1 + math.exp(-position))
+
+
+class Learner(Policy):
+    """Base of policies that learn. A copy, pickled ones too, goes on from what has been learned, by itself."""
+
+    _lock: threading.Lock
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            found = {name: value for name, value in vars(self).items() if name != "_lock"}
+            return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in found.items()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        vars(self).update(state)
+        self._lock = threading.Lock()
 
 
 def check_learner(policy: Policy, measure: str, threshold: float) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle.manifest import WIDTH, Manifest, Stack
 from offramp.errors import PolicyError
-from offramp.runtime.policies.base import Never, Policy
+from offramp.runtime.policies.base import Never, Policy, as_policy, make_plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Width(Policy):
     Attributes:
         budget: The share of the learners, 0 to 1. Other policies take 1, which is all; but for those that trained gates
             find to be worth nothing.
-        exits: Which rows leave where; None for full depth.
+        exits: Which rows leave where, a policy or a function; None for full depth.
 
     Raises:
         PolicyError: a budget outside 0 to 1; in `run`, a bundle without learners, or a `Width` inside another policy.
@@ -35,6 +35,9 @@ class Width(Policy):
     exits: Policy | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        if self.exits is not None:
+            object.__setattr__(self, "exits", as_policy(self.exits))
         if not 0 <= self.budget <= 1:
             raise PolicyError(f"budget={self.budget}: a share of the learners, from 0 to 1")
         if isinstance(self.exits, Width):

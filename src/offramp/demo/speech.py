@@ -42,13 +42,13 @@ def show(path: Path, words: Sequence[str]) -> None:
     inputs = _inputs.hear(quick.chain, path, [sound])
     screened, full = _two_ways.in_turns(both, inputs)
     decode = _words.decoder_of(_text.tokenizer_of(quick.chain, path))
-    cache, whole = quick.chain.manifest.cache, quick.chain.stacks["decoder"].exits[-1].segments
+    whole, classes = quick.chain.stacks["decoder"].exits[-1].segments, quick.chain.outputs["logits"].shape[-1]
     proven = sum(not any(ran.segment in whole for ran in step.trace) for step in screened.steps)
     print(f"\nWhisper base listens to {sound.name}:\n\n {decode(full.tokens)}\n")
     print(f"  full depth, whole head   {full.milliseconds:6.1f} ms for {len(full.steps)} tokens")
     print(
         f"  screened head            {screened.milliseconds:6.1f} ms for {len(screened.steps)} tokens, {proven} of "
-        f"them proven the best of {cache.vocabulary if cache else 0:,}"
+        f"them proven the best of {classes:,}"
     )
     print(f"  the words                {_two_ways.difference(decode(full.tokens), decode(screened.tokens))}")
     print(f"\nThe decoder is {_two_ways.summary([(screened, full)], 'recording')}")
