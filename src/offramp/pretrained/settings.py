@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from offramp.pretrained import generation_config, tokenization
+from offramp.pretrained.example_inputs import placeholder
 from offramp.program.unwrap import unchanged
 
 if TYPE_CHECKING:
@@ -35,13 +36,9 @@ def settings(
         PretrainedModelError: the generation_config asks for what a bundle cannot do.
     """
     generation = generation_config.generation(model, ignore_generation)
-    if generation and not generation_config.is_all(model):
-        note(
-            f"{type(model).__name__} has a generate of its own; the bundle generates by the generation_config alone, "
-            "so its prompt and its ends may be others"
-        )
     preprocessing: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    proven = False
     files: dict[str, bytes] = {}
 
     def read(kind: str, what: str, take: Callable[[], None]) -> None:
@@ -81,7 +78,48 @@ def settings(
         if processor is not None:
             preprocessing["image"] = asdict(image_settings(processor))
 
+    def together() -> bool:
+        """Whether the prompt that a text and an image make was compared with the model's own."""
+        from offramp.bundle.preprocessing import ImageText
+        from offramp.pretrained import image_text
+
+        processor = image_text.load(source)
+        if processor is None:
+            return False
+        as_json = tokenization.as_json(processor.tokenizer)
+        found = image_text.image_text_settings(processor, as_json, model, inputs, note)
+        files["tokenizer.json"] = as_json.encode()
+        if found != ImageText():
+            preprocessing["image_text"] = asdict(found)
+        return True
+
+    def start() -> None:
+        """What generation starts from without a text, as the model's own generate has it.
+
+        A prompt without places for the image would be none.
+        """
+        from offramp.pretrained import image_text
+
+        if placeholder(model, inputs):
+            generation.pop("prompt", None)
+        found = [] if generation_config.is_all(model) else image_text.prompt(model, inputs)
+        generation.update({"prompt": found} if found else {})
+
     read("text", "text", text)
+    if generation and {"pixel_values", tokenization.TOKENS} <= inputs.keys() and "decoder_input_ids" not in inputs:
+        start()
+    if {"pixel_values", tokenization.TOKENS} <= inputs.keys() and "tokenizer.json" in files:
+        try:
+            proven = together()
+        except ValueError as error:
+            refused["image_text"] = str(error)
+            note(f"how the model takes a text with an image is not known, so the text is encoded alone: {error}")
+    if generation and not generation_config.is_all(model):
+        what = "its ends" if proven else "its prompt and its ends"
+        note(
+            f"{type(model).__name__} has a generate of its own; the bundle generates by the generation_config alone, "
+            f"so {what} may be others"
+        )
     if any(name in inputs for name in _SOUND):
         read("audio", "sound", audio)
     if "pixel_values" in inputs:
