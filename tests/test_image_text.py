@@ -232,8 +232,11 @@ def test_types_that_do_not_follow_from_the_ids_are_said(
     picture(0).save(tmp_path / "0.png")
     assert main(["run", str(bundle), "--image", str(tmp_path / "0.png"), "--text", "<image> a"]) == 1
     said = capsys.readouterr().err
-    assert "'token_type_ids' is missing: it has a number for each token of 'input_ids'" in said
-    assert "as the model's processor makes it" in said
+    assert "'token_type_ids' is missing: no text, sound or image makes this" in said
+    assert "--input token_type_ids=file.npy" in said
+    given = {"input_ids": [[5, 5, 5, 5, 9]], "pixel_values": np.zeros((1, 3, 16, 16), np.float32)}
+    with pytest.raises(InputError, match=r"(?s)'token_type_ids' is missing: it has .*as the model's processor"):
+        offramp.load(bundle).generate(given)
 
 
 def encode(text: str, special: bool) -> list[int]:

@@ -87,6 +87,13 @@ def check_complete(chain: Chain, batches: Sequence[Inputs]) -> None:
         return
     if any(text not in batch for batch in batches):
         raise InputError(f"{text!r} is missing: the model reads a text", hint='--text "..."')
+    beside = {*(made.image_text.inputs if made.image_text else ()), *written}
+    if missing := [name for name in chain.inputs if name not in beside and any(name not in item for item in batches)]:
+        raise InputError(
+            f"{', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing: no text, sound or image "
+            "makes this",
+            hint=" ".join(f"--input {name}=file.npy" for name in missing),
+        )
 
 
 def asked(chain: Chain, args: argparse.Namespace) -> list[Inputs]:
@@ -197,7 +204,9 @@ def _input_of(chain: Chain, bundle: Path, kind: str, what: str, settings: Audio 
         reason = (
             f"it has no settings for {what}" if settings is None else f"{names or 'none'} of its inputs could be it"
         )
-    raise InputError(f"{bundle} does not turn {what} into inputs: {reason}", hint="--input name=file.npy")
+    floats = [name for name, value in chain.inputs.items() if value.dtype == "float32"]
+    name = floats[0] if len(floats) == 1 else "name"
+    raise InputError(f"{bundle} does not turn {what} into inputs: {reason}", hint=f"--input {name}=file.npy")
 
 
 def sizes(chain: Chain, arrays: Inputs) -> dict[str, int]:

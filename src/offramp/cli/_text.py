@@ -79,9 +79,7 @@ def encode(
     if TOKENIZER not in chain.manifest.files or ids is None:
         raise InputError(
             f"{bundle} does not turn text into inputs: {_why_not(chain)}",
-            hint="--audio FILE.wav"
-            if chain.manifest.preprocessing.audio
-            else "--input name=file.npy; or offramp export --file tokenizer.json",
+            hint=_instead(chain),
         )
     if pairs and len(pairs) != len(texts):
         raise InputError(
@@ -109,10 +107,21 @@ def encode(
     return [_arrays(chain, ids, batch, settings, size) for batch in ([rows] if together else [[row] for row in rows])]
 
 
+def _instead(chain: Chain) -> str:
+    made = chain.manifest.preprocessing
+    if made.audio or made.image:
+        return "--audio FILE.wav" if made.audio else "--image FILE"
+    more = "" if TOKENIZER in chain.manifest.files else f"; or offramp export --file {TOKENIZER}"
+    return f"--input name=file.npy{more}"
+
+
 def _why_not(chain: Chain) -> str:
     if reason := chain.manifest.preprocessing.refused.get("text"):
         return reason
-    return f"it has no {TOKENIZER}, or not one input of token ids"
+    if TOKENIZER not in chain.manifest.files:
+        return f"it has no {TOKENIZER}"
+    written = ", ".join(map(repr, chain.manifest.cache.tokens)) if chain.manifest.cache is not None else ""
+    return f"it reads none, {written} is what it writes" if written else "it has not one input of token ids"
 
 
 def _by_tokenizer(chain: Chain, tokenizer: Tokenizer) -> Text:

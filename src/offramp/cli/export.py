@@ -64,8 +64,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
     passes = _common.passes(args.pipeline)
     module, inputs = _common.loaded(args.model)
+    models.check_generation(args.model, module, args.ignore_generation)  # before what takes long
+    program, inputs = models.captured(args.model, module, inputs, offramp.capture, _common.note)
     own = models.settings(args.model, module, inputs, ignore_generation=args.ignore_generation, note=_common.note)
-    program = offramp.capture(module, inputs)
     if args.pipeline is not None:
         program = offramp.apply(program, passes)
     else:
