@@ -239,6 +239,23 @@ def test_types_that_do_not_follow_from_the_ids_are_said(
         offramp.load(bundle).generate(given)
 
 
+def test_a_generate_with_an_end_of_its_own_is_followed_without_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, bundle = _exported("blip", tmp_path)
+    generation = offramp.load(bundle).manifest.generation
+    assert (generation.stop, generation.prompt, generation.max_new_tokens) == ((122,), (4,), 20)
+    assert "generate of its own" not in capsys.readouterr().err
+
+
+def test_a_forward_without_what_generates_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _exported("blip_answers", tmp_path)
+    said = capsys.readouterr().err
+    assert (
+        "the bundle does not generate: its model does, but what its forward returns (image_embeds, last_hidden" in said
+    )
+
+
 def encode(text: str, special: bool) -> list[int]:
     return [1] * special + [ord(letter) for letter in text]
 

@@ -173,15 +173,29 @@ def git(folder: Path) -> None:
 
 
 def blip(folder: Path) -> None:
-    """The decoder sees the image; its generate exchanges the first token and leaves the last one out."""
+    """The decoder sees the image; its generate exchanges the first token, drops the last one and has its own end."""
     base._blip_captioner(folder)
     config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["bos_token_id"] = base.MASK
+    config["text_config"] |= {"bos_token_id": base.MASK, "sep_token_id": 122}  # one that it writes
     (folder / "config.json").write_text(json.dumps(config))
     processor = transformers.BlipProcessor(
         transformers.AutoImageProcessor.from_pretrained(folder), base._tokenizer(folder, "ends")
     )
     processor.save_pretrained(folder)
+
+
+def blip_answers(folder: Path) -> None:
+    """Its forward gives no logits unless it is given labels."""
+    text = {
+        **TEXT, "encoder_hidden_size": WIDTH, "projection_dim": WIDTH, "sep_token_id": base.END,
+        "bos_token_id": base.MASK,
+    }  # fmt: skip
+    config = transformers.BlipConfig(
+        text_config=text, vision_config={**VISION, "projection_dim": WIDTH}, projection_dim=WIDTH
+    )
+    torch.manual_seed(0)
+    processor = transformers.BlipProcessor(_images("BlipImageProcessor"), base._tokenizer(folder, "ends"))
+    _saved(folder, transformers.BlipForQuestionAnswering(config), processor)
 
 
 READERS: dict[str, Callable[[Path], None]] = {

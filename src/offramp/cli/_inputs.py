@@ -83,9 +83,8 @@ def check_complete(chain: Chain, batches: Sequence[Inputs]) -> None:
             raise InputError(f"{names[0]!r} is missing: the model takes {what}", hint=flag)
     text = _text.text_input(chain)
     written = chain.manifest.cache.tokens if chain.manifest.cache is not None else ()
-    if text is None or text in written or _text.TOKENIZER not in chain.manifest.files:
-        return
-    if any(text not in batch for batch in batches):
+    reads = text is not None and text not in written and _text.TOKENIZER in chain.manifest.files
+    if reads and any(text not in batch for batch in batches):
         raise InputError(f"{text!r} is missing: the model reads a text", hint='--text "..."')
     beside = {*(made.image_text.inputs if made.image_text else ()), *written}
     if missing := [name for name in chain.inputs if name not in beside and any(name not in item for item in batches)]:

@@ -73,6 +73,11 @@ def run(args: argparse.Namespace) -> int:
         program, reason = with_caches(program)
         if reason:
             _common.note(f"no caches, so the bundle does not generate: {' '.join(reason.split())}")
+        elif own["generation"] and program.cache is None:
+            _common.note(
+                "the bundle does not generate: its model does, but what its forward returns "
+                f"({', '.join(program.outputs)}) comes of no causal stack"
+            )
     with _common.progress("exporting") as shown:
         figures = offramp.save(
             program,

@@ -13,10 +13,9 @@ import torch
 import transformers
 
 from offramp.bundle.preprocessing import ImageText, Marked
-from offramp.pretrained import tokenization
+from offramp.pretrained import own_generate, tokenization
 from offramp.pretrained.example_inputs import placeholder
 from offramp.pretrained.image_processor import PIXELS, noise
-from offramp.program.unwrap import unchanged
 from offramp.runtime.preprocess import image_text
 from offramp.runtime.preprocess.image_text import Places
 
@@ -69,14 +68,6 @@ def image_text_settings(
         except ValueError as error:
             note(f"the bundle has no chat template for a text with an image: {error}")
     return maker.with_prompt(found, texts) if model.can_generate() else found
-
-
-def prompt(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> list[int]:
-    """The ids that the model's own ``generate`` starts from where it is given an image alone; none where it fails."""
-    try:
-        return _fed(model, {PIXELS: inputs[PIXELS][:1].clone()})
-    except ValueError:
-        return []
 
 
 @dataclass
@@ -200,13 +191,13 @@ class _Maker:
 
     def with_prompt(self, found: ImageText, texts: Sequence[str]) -> ImageText:
         """The settings with what the model's own ``generate`` makes of the ids; ValueError for anything else."""
-        if type(self.model).generate is transformers.GenerationMixin.generate:
+        if not own_generate.has_own(self.model):
             return found
         for text in texts:
             made = self._seen(text)
             names = self.inputs.keys() & made.made.keys() | {PIXELS, tokenization.TOKENS, tokenization.MASK}
             given = {name: torch.tensor(made.made[name]) for name in names if name in made.made}
-            fed, ids = _fed(self.model, given), made.ids
+            fed, ids = own_generate.started(self.model, given).ids, made.ids
             dropped = len(ids) - len(fed)
             first = fed[0] if fed[0] != ids[0] else None
             new = replace(found, first=first, dropped=dropped)
@@ -291,26 +282,3 @@ class _Maker:
             )
         except Exception as error:
             raise ValueError(f"its chat template fails on an image: {tokenization.reason(error)}") from error
-
-
-def _fed(model: PreTrainedModel, given: Mapping[str, Tensor]) -> list[int]:
-    """The ids that the model's ``generate`` gives the first of its parts that takes some."""
-    found: list[list[int]] = []
-
-    def look(_: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        for value in (options.get(tokenization.TOKENS), *args[:1]):
-            if not found and isinstance(value, torch.Tensor) and value.dtype == torch.int64 and value.ndim == 2:
-                found.append(value[0].tolist())
-
-    hooks = [part.register_forward_pre_hook(look, with_kwargs=True) for part in model.modules()]
-    try:
-        with torch.no_grad(), unchanged(model):
-            model.generate(**given, max_new_tokens=1, num_beams=1, do_sample=False)
-    except Exception as error:
-        raise ValueError(f"the generate of {type(model).__name__} fails: {tokenization.reason(error)}") from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not found:
-        raise ValueError(f"the generate of {type(model).__name__} gives its parts no token ids")
-    return found[0]
