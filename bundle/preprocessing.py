@@ -94,15 +94,59 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Marked:
+    """An input over tokens that follows from their ids: it holds ``value`` at those in ``ids``, ``other`` elsewhere."""
+
+    ids: tuple[int, ...] = ()
+    value: int = 0
+    other: int = 0
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """How a text that goes with an image becomes token ids.
+
+    In these texts ``{text}`` is the user's, and ``{image}`` the ids that stand for the image, one for each feature.
+
+    Attributes:
+        mark: What a user writes, once, where the image goes.
+        place: What stands there instead.
+        marked: What stands around a text with the mark.
+        bare: The same for a text without; None where there has to be one.
+        ahead: Whether the ids for the image come before all others then, special tokens included.
+        special: Whether the tokenizer adds its special tokens.
+        template: What a text without the mark is put into first, unless it is taken as it is: a chat with the mark.
+        template_special: Whether the tokenizer adds its special tokens to what a template makes.
+        first: The id that a prompt's first one becomes.
+        dropped: How many ids at the end of a prompt are left out.
+        inputs: Further inputs over the tokens.
+    """
+
+    mark: str | None = None
+    place: str = "{image}"
+    marked: str = "{text}"
+    bare: str | None = "{text}"
+    ahead: bool = False
+    special: bool = True
+    template: str | None = None
+    template_special: bool = False
+    first: int | None = None
+    dropped: int = 0
+    inputs: Mapping[str, Marked] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Preprocessing:
     """How text, sound and images become inputs; None where nobody has said.
 
-    ``refused`` says why, by "text", "audio" and "image", where the model's own way cannot be followed.
+    ``image_text`` is there where a text with an image becomes other ids than alone. ``refused`` says why, by "text",
+    "audio", "image" and "image_text", where the model's own way cannot be followed.
     """
 
     text: Text | None = None
     audio: Audio | None = None
     image: Image | None = None
+    image_text: ImageText | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -116,6 +160,20 @@ def preprocessing_problems(preprocessing: Preprocessing) -> Iterator[str]:
         yield from _among("audio", preprocessing.audio, {"kind": SOUNDS})
     if preprocessing.image is not None:
         yield from _image(preprocessing.image)
+    if preprocessing.image_text is not None:
+        yield from _image_text(preprocessing.image_text)
+
+
+def _image_text(settings: ImageText) -> Iterator[str]:
+    yield from _within("image_text", settings, {"first": 0, "dropped": 0})
+    for name in ("marked", "bare", "template"):
+        value = getattr(settings, name)
+        if value is not None and value.count("{text}") != 1:
+            yield f"preprocessing.image_text.{name} is {value!r}, expected {{text}} in it once"
+    if settings.mark is None and (settings.bare is None or settings.template is not None):
+        yield "preprocessing.image_text has no mark, expected one where a text needs it or a template has it"
+    if settings.mark == "":
+        yield "preprocessing.image_text.mark is empty"
 
 
 def _image(image: Image) -> Iterator[str]:

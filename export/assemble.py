@@ -34,6 +34,8 @@ from offramp.export.prepare import prepared
 from offramp.export.validation import at_full_width, given, validate
 from offramp.export.whole import with_whole
 from offramp.export.write import Writer
+from offramp.program.dropout import drawing
+from offramp.program.graph import ancestors, results, source
 from offramp.program.learners import FORMS
 from offramp.program.program import Program
 from offramp.runtime import card
@@ -123,6 +125,7 @@ def save(
     generates = section(Generation, {} if generation is None else generation)
     prepares = section(Preprocessing, {} if preprocessing is None else preprocessing)
     program = program.without_dropout()
+    _refuse_random(program)
     if learners not in (None, *FORMS):
         raise ExportError(f"learners={learners!r}: there are {', '.join(FORMS)}")
     hidden = [item.hidden for item in program.learners]
@@ -219,6 +222,19 @@ def _add(name: str, content: str | os.PathLike[str] | bytes, directory: Path) ->
         copied.write_bytes(content)
     else:
         shutil.copyfile(content, copied)
+
+
+def _refuse_random(program: Program) -> None:
+    """Raise where an output depends on random numbers: they are others in every run."""
+    read = ancestors(results(program.graph).values())
+    for node in drawing(program.graph):
+        if node in read:
+            raise ExportError(
+                f"the model draws random numbers with {node.target}, so no two of its answers are the same: "
+                f"{source(node)}",
+                hint="numbers as an input, in the example inputs of a file.py:factory, where its forward takes them; "
+                "or a forward that draws none",
+            )
 
 
 def _provenance(program: Program, source: str | None, licence: str | None) -> dict[str, Any]:

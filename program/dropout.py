@@ -48,13 +48,29 @@ def keeps(node: fx.Node) -> bool:
     return "kept_dropout" in node.meta
 
 
+def drawing(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that draw random numbers; dropout that is off draws none."""
+    return [
+        node
+        for node in graph.nodes
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_off(node)
+    ]
+
+
+def _is_off(node: fx.Node) -> bool:
+    if node.target in _DROPS:
+        return not (node.args[1] and node.args[2])
+    if node.target is _ATTENDS:
+        return not (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return False
+
+
 def same_as_eval(
     module: fx.GraphModule, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = TOLERANCE
 ) -> None:
     """Raise a CaptureError where a graph captured for training is not the eval forward once dropout is off."""
-    for node in module.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.nondeterministic_seeded in tags and node.target not in (*_DROPS, _ATTENDS):
+    for node in drawing(module.graph):
+        if node.target not in (*_DROPS, _ATTENDS):
             raise CaptureError(
                 f"in training mode the forward draws random numbers with {node.target}: {source(node)}",
                 hint="set layer dropping and noise to zero for training, or capture without training=True",

@@ -33,6 +33,7 @@ from offramp.runtime.policies import builtin
 from offramp.runtime.policies.base import Policy, State, as_policy, listing
 from offramp.runtime.policies.group_policy import asked_at
 from offramp.runtime.policies.width import parted
+from offramp.runtime.preprocess.image_text import completed
 from offramp.runtime.result import Result
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Chain:
         """
         policy, width = self._asked(policy)
         refuse(policy, "run() generates nothing")
-        arrays, batch, sizes = self._inputs.check(inputs)
+        arrays, batch, sizes = self._inputs.check(completed(self.manifest, inputs))
         arrays |= {**fresh(self.manifest, arrays, batch), **width}
         engine = self._loader.loaded(self._leaves(policy)).engine
         policies, memory = asked_at(self.manifest.stacks, policy, batch, sizes), engine.memory

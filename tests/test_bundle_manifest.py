@@ -59,6 +59,7 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
         "preprocessing": preprocessing.Preprocessing,
     }
     described |= {"text": preprocessing.Text, "audio": preprocessing.Audio, "image": preprocessing.Image}
+    described |= {"image_text": preprocessing.ImageText, "marked": preprocessing.Marked}
     for schema, kind in [
         (SCHEMA, m.Manifest),
         *((SCHEMA["$defs"][name], kind) for name, kind in described.items()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -217,6 +218,37 @@ def test_progress_bars_of_transformers_are_shown_only_with_v(tmp_path: Path, ver
     command = [sys.executable, "-m", "offramp", "inspect", "noisy.py:factory", *(["-v"] if verbose else [])]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert shown.stderr.splitlines()[-1] == ("bar" if verbose else "no bar")
+
+
+WARNING = """
+import logging
+import torch
+
+def factory():
+    logging.getLogger("offramp.program.sizes").warning("for %d places alone", 4)
+    logging.getLogger("offramp.program.sizes").info("a detail")
+    other = logging.getLogger("another")
+    other.addHandler(logging.StreamHandler())
+    other.error("of its insides")
+    logging.getLogger("one.more").error("of its insides")
+    return torch.nn.Linear(2, 2), {"input": torch.ones(2, 2)}
+"""
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_warnings_of_the_package_are_shown_and_others_only_with_v(tmp_path: Path, verbose: bool) -> None:
+    (tmp_path / "warning.py").write_text(WARNING)
+    command = [sys.executable, "-m", "offramp", "inspect", "warning.py:factory", *(["-v"] if verbose else [])]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False).stderr
+    assert ("offramp: for 4 places alone\n" in said) != verbose
+    assert ("offramp.program.sizes: for 4 places alone\n" in said) == verbose
+    assert ("of its insides" in said) == ("a detail" in said) == verbose
+
+
+def test_logs_are_as_before_afterwards(tmp_path: Path) -> None:
+    before = logging.getLogRecordFactory(), list(logging.getLogger("offramp").handlers)
+    cli.main(["inspect", str(tmp_path / "gone.py:factory")])
+    assert (logging.getLogRecordFactory(), list(logging.getLogger("offramp").handlers)) == before
 
 
 def test_progress_bars_of_transformers_are_as_before_afterwards(tmp_path: Path) -> None:

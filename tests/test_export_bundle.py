@@ -717,3 +717,28 @@ def test_a_row_that_has_left_costs_nothing_more(saved: Get, path: str) -> None:
         if step.segment.startswith("encoder.") and "/" not in step.segment
     }
     assert [rows[f"encoder.{depth}"] for depth in range(1, 5)] == [4, 3, 2, 1]
+
+
+class Drawing(tiny.Encoder):
+    """Hides some of its tokens at random, unless it is given the numbers."""
+
+    def forward(self, input_ids: Tensor, noise: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        torch.rand(1)  # of which nothing depends
+        x = self.embed(input_ids)
+        x = x * ((torch.rand(x.shape[:2]) if noise is None else noise) > 0.2)[..., None]
+        for block in self.blocks:
+            x = block(x, None)
+        return x
+
+
+def test_random_numbers_are_refused_with_the_line_that_draws_them_and_are_an_input(tmp_path: Path) -> None:
+    model, ids = tiny.seeded(Drawing), torch.randint(0, 9, (2, 7))
+    with pytest.raises(ExportError, match=r"numbers with aten.rand.default, .*test_export_bundle.py:\d+") as caught:
+        offramp.save(offramp.capture(model, {"input_ids": ids}), tmp_path / "m.offramp")
+    assert "numbers as an input" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    given = {"input_ids": ids, "noise": torch.rand(2, 7, generator=torch.Generator().manual_seed(0))}
+    offramp.save(offramp.capture(model, given), tmp_path / "m.offramp")
+    found = offramp.load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in given.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found.outputs["output"]), model(**given), rtol=1e-4, atol=1e-5)

@@ -23,6 +23,7 @@ from offramp.runtime.generation.chunk_spans import ChunkSpan, check_layout, chun
 from offramp.runtime.generation.defaults import merged
 from offramp.runtime.policies.base import Policy
 from offramp.runtime.policies.group_policy import asked_at
+from offramp.runtime.preprocess.image_text import values
 
 Array = NDArray[Any]
 Prompts: TypeAlias = list[NDArray[np.int64]]
@@ -94,10 +95,12 @@ class GenerationPlan:
         tokens = padded([*prompts, np.zeros(least, np.int64)], prompt.filler if prompt else 0)[:-1]
         name = self.cache.tokens[0]
         others = {key: value for key, value in inputs.items() if key not in self.cache.implied}
+        if (settings := self.manifest.preprocessing.image_text) is not None:
+            others = {key: [values(row, item) for row in prompts] for key, item in settings.inputs.items()} | others
         for key in prompt.beside if prompt else ():
             filler = prompt.given.get(key, 0) if prompt else 0  # what counts on there is not read
             beside = self._beside if len(self.manifest.values[key].shape) == 2 else self._by_axes
-            others[key] = beside(key, inputs, prompts, filler, least)
+            others[key] = beside(key, others, prompts, filler, least)
         given, rows, sizes = self._inputs.check({**others, name: tokens.astype(self.manifest.values[name].dtype)})
         given |= {self.cache.lengths: np.zeros(rows, np.int64), **width}
         if prompt is not None:
@@ -110,7 +113,10 @@ class GenerationPlan:
         """An input over the tokens of prompts, filled up behind the shorter ones, to ``least`` of them."""
         ids, given = self.cache.tokens[0], inputs.get(name)
         if given is None:
-            raise InputError(f"{name!r} is missing: it has a number for each token of {ids!r}")
+            raise InputError(
+                f"{name!r} is missing: it has a number for each token of {ids!r}",
+                hint="as the model's processor makes it",
+            )
         rows = [np.asarray(row) for row in given]
         if [row.shape for row in rows] != [row.shape for row in prompts]:
             sizes = [list(row.shape) for row in rows], [list(row.shape) for row in prompts]
@@ -158,7 +164,9 @@ class GenerationPlan:
         if given is None:
             start = list(self.manifest.generation.prompt)
             if not start:
-                raise InputError(f"{name!r} is missing, and the bundle has no prompt of its own")
+                raise InputError(
+                    f"{name!r} is missing, and the bundle has no prompt of its own", hint=self._prompt_hint(name)
+                )
             given = [start] * max((len(value) for value in inputs.values() if hasattr(value, "__len__")), default=1)
         prompts = self.known(self._implied.kept(inputs, self.rows_of_ids(given)))
         if not prompts or any(row.size == 0 for row in prompts):
@@ -187,6 +195,13 @@ class GenerationPlan:
                 f"{name!r} has to be rows of token ids, of any lengths: {error}", hint="[[1, 2, 3], [4, 5]]"
             ) from error
         return [row.astype(np.int64) for row in rows]
+
+    def _prompt_hint(self, name: str) -> str:
+        """What a prompt looks like."""
+        settings = self.manifest.preprocessing.image_text
+        if settings is not None and settings.bare is None:
+            return f'a text that says where the image goes: offramp run --text "{settings.mark} ..."'
+        return f'rows of token ids, {{{name!r}: [[1, 2, 3]]}}, or offramp run --text "..."'
 
     def known(self, rows: Prompts) -> Prompts:
         """The rows; InputError where they have ids that the model does not know."""

@@ -180,6 +180,11 @@ class Check:
         self.report.ok, self.report.stage = False, stage
         self.report.reason = " ".join(reason.split())
 
+    def _captured(self, module: nn.Module, inputs: ExampleInputs) -> Program:
+        if isinstance(self._model, str) and isinstance(inputs, dict | tuple):
+            return models.captured(self._model, module, inputs, capture, self._note)[0]
+        return capture(module, inputs)
+
     def _steps(self, path: Path) -> None:
         report = self.report
         passes = None if self._pipeline is None else as_passes(self._pipeline)  # before anything that takes long
@@ -192,7 +197,7 @@ class Check:
             models.check_generation(self._model, module, self._ignore_generation)
         report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())
         with self._timed("capture"):
-            program = capture(module, inputs if inputs is not None else {})
+            program = self._captured(module, inputs if inputs is not None else {})
             stacks = program.require_stacks().values()
         report.stacks = [StackReport(stack.name, stack.role, stack.blocks, cached=False) for stack in stacks]
         captured = program

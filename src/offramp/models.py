@@ -36,6 +36,8 @@ from offramp.errors import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from offramp.program import Program
+
     Inputs: TypeAlias = dict[str, Tensor] | tuple[Tensor, ...]
     Factory: TypeAlias = Callable[[], tuple[nn.Module, Inputs]]
 
@@ -108,6 +110,27 @@ def settings(
     from offramp.pretrained import model, settings
 
     return settings.settings(model.processors(rest), module, inputs, ignore_generation, note)
+
+
+def captured(
+    name: str,
+    module: nn.Module,
+    inputs: Inputs,
+    capture: Callable[[nn.Module, Any], Program],
+    note: Callable[[str], None] = log.warning,
+) -> tuple[Program, Inputs]:
+    """The program that ``capture`` (`offramp.capture`) makes of a model, and the inputs that it takes.
+
+    An ``hf:`` model's inputs are made up here: of those a mask of ones is left out where that lets lengths vary, which
+    ``note`` says.
+    """
+    program = capture(module, inputs)
+    if name.partition(":")[0] != "hf" or not isinstance(inputs, Mapping):
+        return program, inputs
+    from offramp.pretrained import masks
+
+    program, fewer = masks.without_masks(program, module, inputs, capture, note)
+    return program, dict(fewer)
 
 
 def check_generation(name: str, module: nn.Module, ignore_generation: Collection[str] = ()) -> None:

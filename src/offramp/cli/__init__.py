@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 from offramp.errors import OfframpError
 
@@ -24,6 +25,7 @@ COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench",
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
 _BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # read where transformers is imported
 _LIBRARY, _TRUE = "transformers.utils.logging", ("1", "ON", "YES", "TRUE")
+_PACKAGE, _BELOW_ALL = "offramp", -1  # the name of its loggers; a level that no handler takes
 _WIDTH = 100  # of help pages, so that they do not depend on the terminal
 
 
@@ -77,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _verbose(parser: argparse.ArgumentParser, default: object) -> None:
     """-v, before or after the subcommand: the default of the one must not undo the other."""
-    text = "show logs, warnings and tracebacks"
+    text = "show logs, warnings of other packages too, and tracebacks"
     parser.add_argument("-v", "--verbose", action="store_true", default=default, help=text)
 
 
@@ -91,18 +93,37 @@ def _module(command: str) -> ModuleType:
 
 @contextmanager
 def _noise(verbose: bool) -> Iterator[None]:
-    """Logs and warnings on stderr, or silence: torch and others report on their own insides."""
+    """Logs and warnings on stderr; or the warnings of this package alone: torch and others report on their insides."""
     if verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
         yield
         return
-    with warnings.catch_warnings(), _no_bars():
+    with warnings.catch_warnings(), _no_bars(), _own_logs():
         warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
+        yield
+
+
+@contextmanager
+def _own_logs() -> Iterator[None]:
+    """Warnings that this package logs as lines on stderr, and no logs of others, whatever handlers these have."""
+    make, own = logging.getLogRecordFactory(), logging.getLogger(_PACKAGE)
+
+    def quiet(name: str, *args: Any, **options: Any) -> logging.LogRecord:
+        record = make(name, *args, **options)
+        if name != _PACKAGE and not name.startswith(f"{_PACKAGE}."):
+            record.levelno = _BELOW_ALL
+        return record
+
+    shown = logging.StreamHandler(sys.stderr)
+    shown.setLevel(logging.WARNING)
+    shown.setFormatter(logging.Formatter(f"{_PACKAGE}: %(message)s"))
+    own.addHandler(shown)
+    logging.setLogRecordFactory(quiet)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make)
+        own.removeHandler(shown)
 
 
 @contextmanager

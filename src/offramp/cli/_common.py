@@ -63,8 +63,9 @@ def note(text: str) -> None:
 def captured(name: str) -> Program:
     """The program of the model of that name."""
     import offramp
+    from offramp import models
 
-    return offramp.capture(*loaded(name))
+    return models.captured(name, *loaded(name), offramp.capture, note)[0]
 
 
 def passes(pipeline: str | None) -> list[Pass]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from offramp.bundle.preprocessing import ImageText
 from offramp.cli import _common, _inputs, _text, _words
 from offramp.errors import InputError
 
@@ -97,6 +98,7 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
 
         _exits_figure.check(chain)
     batches = prompted(chain, args)
+    _inputs.check_complete(chain, batches)
     stack = _words.token_stack(chain)
     tokenizer = _text.tokenizer_of(chain, args.bundle) if _text.TOKENIZER in chain.manifest.files else None
     options = {name: value for name, flag in _SAMPLING.items() if (value := getattr(args, flag)) is not None}
@@ -167,45 +169,36 @@ def prompted(chain: Chain, args: argparse.Namespace) -> list[_inputs.Inputs]:
         raise InputError(
             "--truncate: a prompt is not cut, for the model would answer another one", hint="a shorter --text"
         )
-    rows = [prompt(chain, args.bundle, text, raw=args.raw) for text in args.text]
+    _inputs.check_rows(chain, args.text, args.audio, args.image)
     (others,) = _inputs.given(chain, args.bundle, args.input, (), args.audio, (), args.image)
-    if chain.manifest.placeholders:
-        tokenizer = _text.tokenizer_of(chain, args.bundle)
-        rows = [_with_places(chain, tokens, row, others, tokenizer) for row in rows]
-    return [{tokens: rows} | others]
-
-
-def _with_places(chain: Chain, tokens: str, row: list[int], others: _inputs.Inputs, tokenizer: Tokenizer) -> list[int]:
-    """A prompt in which a token that stands for an image, say, is there as often as the image has features."""
-    from offramp.bundle.expressions import evaluate, names
-
     sizes = _inputs.sizes(chain, others)
-    for item in (item for item in chain.manifest.placeholders if item.input == tokens):
-        if not names(item.count) <= sizes.keys():  # an input that is missing, which the run says
-            continue
-        count, found = evaluate(item.count, sizes), row.count(item.token)
-        if found == 1:
-            at = row.index(item.token)
-            row = [*row[:at], *[item.token] * count, *row[at + 1 :]]
-        elif found != count:
-            name = tokenizer.id_to_token(item.token) or f"the token {item.token}"
-            raise InputError(
-                f"the text has {name!r} {found} times; it stands there once, or once for each of {count} features",
-                hint=f'--text "{name} ..."',
-            )
-    return row
+    return [{tokens: [prompt(chain, args.bundle, text, sizes, raw=args.raw) for text in args.text]} | others]
 
 
-def prompt(chain: Chain, bundle: Any, text: str, *, raw: bool = False, tokenizer: Tokenizer | None = None) -> list[int]:
+def prompt(
+    chain: Chain,
+    bundle: Any,
+    text: str,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    raw: bool = False,
+    tokenizer: Tokenizer | None = None,
+) -> list[int]:
     """The token ids of a text, inside the bundle's template where there is one, unless ``raw``.
 
+    ``sizes`` are the lengths of axes that are known, of an image say, for whose features the text keeps places.
     ``tokenizer`` is the bundle's own where it is at hand already.
     """
+    from offramp.runtime.preprocess import image_text
+
     tokenizer = tokenizer or _text.tokenizer_of(chain, bundle)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    template = None if raw else chain.manifest.generation.template
-    if template is None:
-        return list(tokenizer.encode(text).ids)
-    # not str.format: a bundle's text may be anybody's. A template has its own marks.
-    return list(tokenizer.encode(template.replace("{text}", text), add_special_tokens=False).ids)
+    settings = chain.manifest.preprocessing.image_text or ImageText()
+    template = chain.manifest.generation.template
+    inside = None if raw else image_text.chat(text, settings, template)
+    special = None if inside is None else settings.template_special
+    assert chain.manifest.cache is not None
+    (tokens, *_) = chain.manifest.cache.tokens
+    whole = text if inside is None else inside
+    return image_text.prompt(_text.ids_with_image(chain, tokens, whole, sizes or {}, tokenizer, special), settings)

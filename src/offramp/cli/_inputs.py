@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offramp.bundle.preprocessing import Audio, Image
 from offramp.cli import _text
 from offramp.errors import InputError
 
@@ -34,9 +35,8 @@ def given(
     """
     import numpy as np
 
-    batches: list[Inputs] = [{}]
-    if texts or pairs:
-        batches = _text.encode(chain, bundle, texts, pairs=pairs, truncate=truncate)
+    if texts:
+        check_rows(chain, texts, sounds, images)
     others: Inputs = {}
     if sounds:
         others |= hear(chain, bundle, sounds)
@@ -50,9 +50,49 @@ def given(
             others[name] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"input {name!r}: {file} cannot be read: {error}", hint="numpy.save writes one") from error
+    batches: list[Inputs] = [{}]
+    if texts or pairs:
+        batches = _text.encode(chain, bundle, texts, pairs=pairs, truncate=truncate, sizes=sizes(chain, others))
     if len(batches) == 1 or chain.manifest.batch is None:  # rows that mix cannot run apart
         return [one(batches) | others]
     return [batch | _row(chain, others, at) for at, batch in enumerate(batches)]
+
+
+def check_rows(chain: Chain, texts: Sequence[str], sounds: Sequence[Path], images: Sequence[Path]) -> None:
+    """Refuse other numbers of texts than of the images or sounds that share rows with them."""
+    text = _text.text_input(chain)
+    for flag, files, settings in (
+        ("--image", images, chain.manifest.preprocessing.image),
+        ("--audio", sounds, chain.manifest.preprocessing.audio),
+    ):
+        names = _candidates(chain, _rank(settings)) if settings is not None else []
+        together = text is not None and len(names) == 1 and chain.rows_of(text) and chain.rows_of(names[0])
+        if files and together and len(files) != len(texts):
+            raise InputError(
+                f"{len(texts)} of --text and {len(files)} of {flag}: a row has one of each",
+                hint=f"--text A {flag} FILE --text B {flag} FILE",
+            )
+
+
+def check_complete(chain: Chain, batches: Sequence[Inputs]) -> None:
+    """Refuse batches without the image, sound or text that the bundle makes inputs of, by the option that gives it."""
+    made = chain.manifest.preprocessing
+    for flag, what, settings in (("--image FILE", "an image", made.image), ("--audio FILE.wav", "a sound", made.audio)):
+        names = _candidates(chain, _rank(settings)) if settings is not None else []
+        if len(names) == 1 and any(names[0] not in batch for batch in batches):
+            raise InputError(f"{names[0]!r} is missing: the model takes {what}", hint=flag)
+    text = _text.text_input(chain)
+    written = chain.manifest.cache.tokens if chain.manifest.cache is not None else ()
+    reads = text is not None and text not in written and _text.TOKENIZER in chain.manifest.files
+    if reads and any(text not in batch for batch in batches):
+        raise InputError(f"{text!r} is missing: the model reads a text", hint='--text "..."')
+    beside = {*(made.image_text.inputs if made.image_text else ()), *written}
+    if missing := [name for name in chain.inputs if name not in beside and any(name not in item for item in batches)]:
+        raise InputError(
+            f"{', '.join(map(repr, missing))} {'is' if len(missing) == 1 else 'are'} missing: no text, sound or image "
+            "makes this",
+            hint=" ".join(f"--input {name}=file.npy" for name in missing),
+        )
 
 
 def asked(chain: Chain, args: argparse.Namespace) -> list[Inputs]:
@@ -108,8 +148,7 @@ def hear(chain: Chain, bundle: Path, sounds: Sequence[Path]) -> Inputs:
     from offramp.runtime.preprocess.audio import features, read_wav, resample
 
     settings = chain.manifest.preprocessing.audio
-    rank = 2 if settings is not None and settings.kind == "waveform" else 3
-    name = _input_of(chain, bundle, "audio", "sound", settings, rank)
+    name = _input_of(chain, bundle, "audio", "sound", settings)
     assert settings is not None
     rows = [features(resample(*read_wav(sound), settings.rate), settings) for sound in sounds]
     if len({row.shape for row in rows}) > 1:
@@ -134,7 +173,7 @@ def see(chain: Chain, bundle: Path, images: Sequence[Path]) -> Inputs:
     from offramp.runtime.preprocess.image import pixels, read_image
 
     settings = chain.manifest.preprocessing.image
-    name = _input_of(chain, bundle, "image", "images", settings, 4)
+    name = _input_of(chain, bundle, "image", "images", settings)
     assert settings is not None
     rows = [pixels(read_image(image), settings) for image in images]
     if len({row.shape for row in rows}) > 1:
@@ -143,9 +182,20 @@ def see(chain: Chain, bundle: Path, images: Sequence[Path]) -> Inputs:
     return {name: np.concatenate(rows)}
 
 
-def _input_of(chain: Chain, bundle: Path, kind: str, what: str, settings: object, rank: int) -> str:
-    """The one input of floats of this rank, which the settings are for."""
-    names = [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == rank]
+def _rank(settings: Audio | Image | None) -> int:
+    """How many axes the input has that the settings are for."""
+    if isinstance(settings, Audio):
+        return 2 if settings.kind == "waveform" else 3
+    return 4
+
+
+def _candidates(chain: Chain, rank: int) -> list[str]:
+    return [name for name, value in chain.inputs.items() if value.dtype == "float32" and len(value.shape) == rank]
+
+
+def _input_of(chain: Chain, bundle: Path, kind: str, what: str, settings: Audio | Image | None) -> str:
+    """The one input of floats that the settings are for."""
+    names = _candidates(chain, _rank(settings))
     if settings is not None and len(names) == 1:
         return names[0]
     reason = chain.manifest.preprocessing.refused.get(kind)
@@ -153,7 +203,9 @@ def _input_of(chain: Chain, bundle: Path, kind: str, what: str, settings: object
         reason = (
             f"it has no settings for {what}" if settings is None else f"{names or 'none'} of its inputs could be it"
         )
-    raise InputError(f"{bundle} does not turn {what} into inputs: {reason}", hint="--input name=file.npy")
+    floats = [name for name, value in chain.inputs.items() if value.dtype == "float32"]
+    name = floats[0] if len(floats) == 1 else "name"
+    raise InputError(f"{bundle} does not turn {what} into inputs: {reason}", hint=f"--input {name}=file.npy")
 
 
 def sizes(chain: Chain, arrays: Inputs) -> dict[str, int]:

@@ -64,14 +64,20 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
     passes = _common.passes(args.pipeline)
     module, inputs = _common.loaded(args.model)
+    models.check_generation(args.model, module, args.ignore_generation)  # before what takes long
+    program, inputs = models.captured(args.model, module, inputs, offramp.capture, _common.note)
     own = models.settings(args.model, module, inputs, ignore_generation=args.ignore_generation, note=_common.note)
-    program = offramp.capture(module, inputs)
     if args.pipeline is not None:
         program = offramp.apply(program, passes)
     else:
         program, reason = with_caches(program)
         if reason:
             _common.note(f"no caches, so the bundle does not generate: {' '.join(reason.split())}")
+        elif own["generation"] and program.cache is None:
+            _common.note(
+                "the bundle does not generate: its model does, but what its forward returns "
+                f"({', '.join(program.outputs)}) comes of no causal stack"
+            )
     with _common.progress("exporting") as shown:
         figures = offramp.save(
             program,

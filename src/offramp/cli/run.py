@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
         (_learners_figure if chain.manifest.learners else _exits_figure).check(chain)
     batches = _inputs.asked(chain, args)
+    _inputs.check_complete(chain, batches)
     if args.figure and (rows := _inputs.rows(chain, batches)) > 1:
         from offramp.cli import _learners_picture
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -86,6 +86,20 @@ def left_out(model: PreTrainedModel, inputs: Inputs) -> list[str]:
         for name in (*_SIGNALS, "visual_embeds")
         if name in accepted and name not in inputs and "input_ids" in inputs
     ]
+
+
+def placeholder(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The id that stands for an image in a row of the inputs, and how often; None where none does."""
+    token = _mark(model.config)
+    if token is None or "input_ids" not in inputs:
+        return None
+    count = int((inputs["input_ids"][0] == token).sum())
+    return (token, count) if count else None
+
+
+def _mark(config: PretrainedConfig) -> int | None:
+    found = next((value for name in _MARKS if (value := setting(config, name, None)) is not None), None)
+    return None if found is None else int(found)
 
 
 class _Maker:
@@ -182,7 +196,7 @@ class _Maker:
 
     def _joined(self, signals: Inputs, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """The text behind as many tokens of images as the model has features of one."""
-        mark = next((value for name in _MARKS if (value := setting(self.config, name, None)) is not None), None)
+        mark = _mark(self.config)
         if mark is None or "pixel_values" not in signals or not hasattr(self.model, "get_image_features"):
             return ids, mask
         try:
@@ -192,7 +206,7 @@ class _Maker:
             return ids, mask
         features = getattr(features, "pooler_output", features)
         count = sum(part.numel() // part.shape[-1] for part in features) // BATCH
-        images = torch.full((BATCH, count), int(mark))
+        images = torch.full((BATCH, count), mark)
         return torch.cat([images, ids], 1), torch.cat([torch.ones_like(images), mask], 1)
 
     def tokens(self, count: int, *, decoder: bool = False) -> Tensor:

@@ -33,7 +33,7 @@ def image_settings(processor: Any) -> Image:
         ValueError: no way of reading its settings gives what it gives; the message says what is different.
     """
     found = {key: value for key, value in processor.to_dict().items() if value is not None}
-    images = [_noise(size, "RGB") for size in _SIZES]
+    images = [noise(size, "RGB") for size in _SIZES]
     expected = [_processed(processor, image) for image in images]
     least = float("inf")
     for settings in _readings(found):
@@ -51,11 +51,12 @@ def size(processor: Any) -> tuple[int, int] | None:
     Raises:
         ValueError: it fails on an image.
     """
-    sizes = {_processed(processor, _noise(size, "RGB")).shape[2:] for size in _SIZES}
+    sizes = {_processed(processor, noise(size, "RGB")).shape[2:] for size in _SIZES}
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _noise(size: tuple[int, int], mode: str) -> Picture:
+def noise(size: tuple[int, int], mode: str) -> Picture:
+    """An image of this width and height, the same every time."""
     random = np.random.default_rng(sum(size))
     values = random.integers(0, 256, (*size[::-1], len(mode)), np.uint8)
     return PIL.Image.fromarray(values, mode) if len(mode) > 1 else PIL.Image.fromarray(values[..., 0])
@@ -88,7 +89,7 @@ def _difference(settings: Image, images: list[Picture], expected: list[Any]) -> 
 
 def _is_composed(processor: Any, settings: Image) -> bool:
     """Whether transparency becomes white; it is dropped where the processor does so, or takes no such images."""
-    image = _noise(_SIZES[0], "RGBA")
+    image = noise(_SIZES[0], "RGBA")
     try:
         expected = _processed(processor, image)
     except ValueError:

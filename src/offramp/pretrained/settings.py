@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from offramp.pretrained import generation_config, tokenization
+from offramp.pretrained import generation_config, own_generate, tokenization
+from offramp.pretrained.example_inputs import placeholder
 from offramp.program.unwrap import unchanged
 
 if TYPE_CHECKING:
@@ -35,13 +36,9 @@ def settings(
         PretrainedModelError: the generation_config asks for what a bundle cannot do.
     """
     generation = generation_config.generation(model, ignore_generation)
-    if generation and not generation_config.is_all(model):
-        note(
-            f"{type(model).__name__} has a generate of its own; the bundle generates by the generation_config alone, "
-            "so its prompt and its ends may be others"
-        )
     preprocessing: dict[str, Any] = {}
     refused: dict[str, str] = {}
+    proven = settled = False
     files: dict[str, bytes] = {}
 
     def read(kind: str, what: str, take: Callable[[], None]) -> None:
@@ -81,7 +78,57 @@ def settings(
         if processor is not None:
             preprocessing["image"] = asdict(image_settings(processor))
 
+    def together() -> bool:
+        """Whether the prompt that a text and an image make was compared with the model's own."""
+        from offramp.bundle.preprocessing import ImageText
+        from offramp.pretrained import image_text
+
+        processor = image_text.load(source)
+        if processor is None:
+            return False
+        as_json = tokenization.as_json(processor.tokenizer)
+        found = image_text.image_text_settings(processor, as_json, model, inputs, note)
+        files["tokenizer.json"] = as_json.encode()
+        if found != ImageText():
+            preprocessing["image_text"] = asdict(found)
+        return True
+
+    def start() -> bool:
+        """Take the settings of the part that the model's own generate lets generate; whether there is one.
+
+        A prompt without places for the image would be none, so one of an image alone is the model's own.
+        """
+        keeps = placeholder(model, inputs) is not None and "decoder_input_ids" not in inputs
+        template = {key: value for key, value in generation.items() if key == "template"}
+        own = None if generation_config.is_all(model) else _started(model, inputs)
+        if own is not None and own.part is not None:
+            generation.clear()
+            generation.update(generation_config.generation(own.part, ignore_generation) | template)
+        if keeps:
+            generation.pop("prompt", None)
+        if own is not None and own.part is not None and "decoder_input_ids" in inputs and own.prompt:
+            generation["prompt"] = own.prompt
+        if "decoder_input_ids" not in inputs and own is not None and "pixel_values" in inputs:
+            alone = _started(model, {"pixel_values": inputs["pixel_values"]})
+            generation.update({} if alone is None else {"prompt": alone.ids})
+        return own is not None and own.part is not None
+
     read("text", "text", text)
+    if generation and {"pixel_values", tokenization.TOKENS} <= inputs.keys():
+        settled = start()
+    if {"pixel_values", tokenization.TOKENS} <= inputs.keys() and "tokenizer.json" in files:
+        try:
+            proven = together()
+        except ValueError as error:
+            refused["image_text"] = str(error)
+            note(f"how the model takes a text with an image is not known, so the text is encoded alone: {error}")
+    if generation and not generation_config.is_all(model):
+        unknown = [*([] if proven else ["its prompt"]), *([] if settled else ["its ends"])]
+        if unknown:
+            note(
+                f"{type(model).__name__} has a generate of its own; the bundle generates by the generation_config "
+                f"alone, so {' and '.join(unknown)} may be others"
+            )
     if any(name in inputs for name in _SOUND):
         read("audio", "sound", audio)
     if "pixel_values" in inputs:
@@ -94,6 +141,16 @@ def settings(
         "labels": _labels(model, inputs),
         "files": files,
     }
+
+
+def _started(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> own_generate.Started | None:
+    """How the model's own generate starts from the first row of inputs; None where it cannot."""
+    try:
+        return own_generate.started(
+            model, {name: value[:1] for name, value in inputs.items() if not name.startswith("decoder_")}
+        )
+    except ValueError:
+        return None
 
 
 def _labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, list[str]]:

@@ -25,7 +25,7 @@ _PADDING = 3
 _TOLERANCE = 2e-5  # of an output's greatest value: rounding, and less than what tokens that are read do
 _UNLIMITED = 10**9  # what tokenizers say that know no limit is far beyond
 _SAMPLES = ("A small test, isn't it?", "42 Bäume\n und  mehr", "x")
-_MARK = "OFFRAMPTEXT"
+MARK_OF_TEXT = "OFFRAMPTEXT"
 
 
 def load(source: str) -> Any | None:
@@ -107,7 +107,7 @@ def template(tokenizer: Any) -> str | None:
     if not getattr(tokenizer, "chat_template", None):
         return None
     problem = ""
-    for content in (_MARK, [{"type": "text", "text": _MARK}]):
+    for content in (MARK_OF_TEXT, [{"type": "text", "text": MARK_OF_TEXT}]):
         try:
             text = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
@@ -115,9 +115,9 @@ def template(tokenizer: Any) -> str | None:
         except Exception as error:  # noqa: BLE001 - a template is a program of somebody
             problem = problem or f"it fails: {reason(error)}"
             continue
-        if text.count(_MARK) == 1 and "{text}" not in text:
-            return str(text.replace(_MARK, "{text}"))
-        problem = problem or f"it has a user's message {text.count(_MARK)} times"
+        if text.count(MARK_OF_TEXT) == 1 and "{text}" not in text:
+            return str(text.replace(MARK_OF_TEXT, "{text}"))
+        problem = problem or f"it has a user's message {text.count(MARK_OF_TEXT)} times"
     raise ValueError(problem)
 
 
