@@ -7,6 +7,7 @@ from pathlib import Path
 
 import architectures
 import pytest
+import shared
 import torch
 from torch import Tensor, nn
 
@@ -71,7 +72,7 @@ def of_eager(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
 )
 def test_an_exit_after_every_block(name: str, tmp_path: Path) -> None:
     module, inputs = built(name)
-    program = capture(module, inputs)
+    program = shared.captured(FACTORIES[name])
     assert {stack.name: stack.blocks for stack in program.stacks.values()} == STACKS[name]
     program = apply(program, [InsertExits(stack) for stack in program.stacks])
     assert [(item.stack, item.after) for item in program.exits] == [

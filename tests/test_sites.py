@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import decoders
 import pytest
+import shared
 import tiny
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ def sites(program: Program, stack: str | None = None) -> list[list[Site]]:
 )
 def test_kinds(name: str) -> None:
     pytest.importorskip("transformers")
-    program = capture(*FACTORIES[name]())
+    program = shared.captured(FACTORIES[name])
     found = sites(program)
     for block in found:
         assert sorted(site.kind for site in block) == sorted(KINDS[name])
