@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ from hypothesis import settings
 
 pytest_plugins = ["skips", "pytester"]
 
+gc.set_threshold(50_000, 20, 100)  # graphs are many small objects, and few of them garbage
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it gives
 _CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 if _CORES and (_worker := os.environ.get("PYTEST_XDIST_WORKER")):
@@ -73,6 +75,10 @@ def mixing() -> tiny.Captured:
 
 #: Files of real models and of whole command lines. They come first, so that no worker is left with one at the end.
 _LONG = ("test_real_generators.py", "test_demo.py", "test_readme.py", "test_directories.py", "test_zoo_generators.py")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported stays: collecting need not look at it
 
 
 @pytest.hookimpl(trylast=True)
