@@ -25,7 +25,10 @@ from offramp.program.graph import expression, placeholders, shape
 from offramp.program.program import evaluate
 
 FACTORIES = {**decoders.REQUIRED, **decoders.OTHERS, **decoders.REFUSED}
-CHEAP = ("gpt2", "torch_transformer", "triangle", "causal_flag", "cross_first")
+KINDS = (
+    *("gpt2", "llama", "whisper", "torch_transformer", "triangle", "causal_flag", "cross_first"),
+    *decoders.REFUSED,
+)
 # The rest of OTHERS differ from these in weights only, as far as stacks go.
 CHECKED = (
     *decoders.REQUIRED,
@@ -36,7 +39,7 @@ CHECKED = (
 
 
 def marked(names: Sequence[str]) -> list[object]:
-    return [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
 
 
 def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -113,15 +116,17 @@ def reach(program: Program) -> list[int]:
     return counts
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "keys"), [("mistral", [4, 4, 4, 4]), ("gemma2", [4, 9, 4, 9])])
+@pytest.mark.parametrize(
+    ("name", "keys"), [("mistral", [4, 4, 4, 4]), pytest.param("gemma2", [4, 9, 4, 9], marks=pytest.mark.slow)]
+)
 def test_windows_are_shorter_than_the_text(name: str, keys: list[int]) -> None:
     built(name)
     assert reach(shared.captured(FACTORIES[name])) == keys
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", decoders.NOT_CAPTURED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "led" else pytest.mark.slow) for name in decoders.NOT_CAPTURED]
+)
 def test_what_torch_export_refuses(name: str) -> None:
     factory, reason = decoders.NOT_CAPTURED[name]
     pytest.importorskip("transformers")

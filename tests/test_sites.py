@@ -47,7 +47,11 @@ def sites(program: Program, stack: str | None = None) -> list[list[Site]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("bert", "gpt2", "llama") else pytest.mark.slow) for name in KINDS]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("bert", "gpt2", "llama", "whisper") else pytest.mark.slow)
+        for name in KINDS
+    ],
 )
 def test_kinds(name: str) -> None:
     pytest.importorskip("transformers")
