@@ -1,4 +1,4 @@
-# make demo | test | lint | bench     (each makes .venv first, once)
+# make demo | test | test-all | lint | bench     (each makes .venv first, once)
 PYTHON ?= python3.11
 # On Linux, "make TORCH='torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu'" spares the CUDA libraries.
 TORCH ?= torch==2.13.0
@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.offramp-installed
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-all lint format bench clean
 
 demo: $(STAMP)
 	$(BIN)/offramp demo sentiment $(ARGS)
@@ -15,6 +15,9 @@ demo: $(STAMP)
 	$(BIN)/offramp demo speech
 
 test: $(STAMP)
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 lint: $(STAMP)

@@ -11,7 +11,6 @@ reason is how the refusal begins. `REFUSED` captures too, but cannot run token b
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 import warnings
@@ -19,6 +18,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import shared
 import torch
 from architectures import BATCH, BLOCKS, HEADS, INNER, TOKENS, VOCAB, WIDTH, Factory, Inputs, _build
 from torch import Tensor, nn
@@ -683,4 +683,4 @@ STACKS: dict[str, dict[str, tuple[str, int]]] = {
 
 def with_caches(factories: Mapping[str, Factory]) -> Callable[[str], offramp.Program]:
     """Programs with caches by name, each captured once."""
-    return functools.cache(lambda name: offramp.apply(offramp.capture(*factories[name]()), "insert-cache"))
+    return lambda name: shared.cached(factories[name])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import architectures
 import pytest
+import shared
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from offramp.program.compare import TOLERANCE
 from offramp.program.forward import named_outputs
 
 FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **architectures.REFUSED}
-CHEAP = ("torch_encoder_post", "einsum_encoder", "looped_block")
+KINDS = ("torch_encoder_post", "einsum_encoder", "looped_block", "bert", "vit", "wav2vec2", "dual_tower")
 
 # How many blocks each stack has.
 STACKS: dict[str, dict[str, int]] = {
@@ -67,11 +68,11 @@ def of_eager(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in STACKS]
+    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in STACKS]
 )
 def test_an_exit_after_every_block(name: str, tmp_path: Path) -> None:
     module, inputs = built(name)
-    program = capture(module, inputs)
+    program = shared.captured(FACTORIES[name])
     assert {stack.name: stack.blocks for stack in program.stacks.values()} == STACKS[name]
     program = apply(program, [InsertExits(stack) for stack in program.stacks])
     assert [(item.stack, item.after) for item in program.exits] == [

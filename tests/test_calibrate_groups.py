@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from test_calibrate import SCHEMA
-from two_modalities import VOCABULARY, inputs, joined
+from two_modalities import VOCABULARY, captured
 
 import offramp
 from offramp.bundle.json_text import to_json
@@ -28,7 +28,7 @@ IMAGE = Each({"encoder.image": Confidence(measure="cosine", thresholds={1: -1.0}
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "classifier.offramp"
-    program = offramp.capture(joined(decodes=False), inputs(decodes=False))
+    program = captured(decodes=False)
     offramp.save(offramp.apply(program, f"split-modalities,{EXITS}"), path)
     return path
 
@@ -37,7 +37,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def generator(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     path = tmp_path_factory.mktemp("bundle") / "generator.offramp"
     pipeline = f"split-modalities,{EXITS},insert-exits{{stack=decoder}},insert-scores{{stack=decoder}},insert-cache"
-    offramp.save(offramp.apply(offramp.capture(joined(), inputs()), pipeline), path)
+    offramp.save(offramp.apply(captured(), pipeline), path)
     return offramp.load(path)
 
 
@@ -154,7 +154,7 @@ def test_others_are_other_stacks(classifier: Path, others: Any) -> None:
 
 
 def test_tokens_that_leave_alone_have_no_common_threshold(tmp_path: Path) -> None:
-    program = offramp.capture(joined(decodes=False), inputs(decodes=False))
+    program = captured(decodes=False)
     offramp.save(offramp.apply(program, f"split-modalities{{tokens=token}},{EXITS}"), tmp_path / "alone.offramp")
     with pytest.raises(InputError, match=r"the tokens of 'encoder.text' leave alone"):
         offramp.calibrate(offramp.load(tmp_path / "alone.offramp"), data(5), stack="encoder.text")

@@ -16,7 +16,7 @@ from test_calibrate import SCHEMA
 from test_calibrate_groups import data, steady  # noqa: F401  # a fixture
 from test_cli import refused, run
 from test_risk import most
-from two_modalities import inputs, joined
+from two_modalities import captured
 
 import offramp
 from offramp.bundle.json_text import to_json
@@ -39,7 +39,7 @@ SHARES = {"encoder.image": 6.0, "encoder.text": 1.0}  # milliseconds of all bloc
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bundle") / "classifier.offramp"
-    program = offramp.capture(joined(blocks=BLOCKS, decodes=False), inputs(decodes=False))
+    program = captured(blocks=BLOCKS, decodes=False)
     offramp.save(offramp.apply(program, f"split-modalities,{EXITS}"), path)
     return path
 
@@ -49,7 +49,7 @@ def generator(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     """Whose decoder has exits without scores."""
     path = tmp_path_factory.mktemp("bundle") / "generator.offramp"
     pipeline = f"split-modalities,{EXITS},insert-exits{{stack=decoder}},insert-cache"
-    offramp.save(offramp.apply(offramp.capture(joined(blocks=BLOCKS), inputs()), pipeline), path)
+    offramp.save(offramp.apply(captured(blocks=BLOCKS), pipeline), path)
     return offramp.load(path)
 
 
@@ -139,10 +139,10 @@ def test_thresholds_are_candidates_too(classifier: Path) -> None:
     asking = offramp.Confidence(2.0, "cosine")  # which nothing reaches
     scores = chain.run(examples, Each({"encoder.text": asking})).scores["encoder.text"][1]["cosine"]
     whole = chain.run(examples).outputs["logits"]
+    shallow = chain.run(examples, Each({"encoder.text": Depth(1)})).outputs["logits"]
     sure = scores >= np.quantile(scores, 0.5)
 
     def quality(answer: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-        shallow = chain.run(examples, Each({"encoder.text": Depth(1)})).outputs["logits"]
         row = int(np.minimum(np.abs(whole - answer).max(1), np.abs(shallow - answer).max(1)).argmin())
         return float(sure[row] or np.allclose(answer, whole[row], atol=1e-4))
 
@@ -206,9 +206,7 @@ def test_what_makes_no_sense(classifier: Path, options: dict[str, Any], said: st
 
 
 def test_stacks_without_exits(tmp_path: Path) -> None:
-    offramp.save(
-        offramp.capture(joined(blocks=BLOCKS, decodes=False), inputs(decodes=False)), tmp_path / "whole.offramp"
-    )
+    offramp.save(captured(blocks=BLOCKS, decodes=False), tmp_path / "whole.offramp")
     with pytest.raises(InputError, match=r"\['encoder'\] have no exit before full depth"):
         offramp.calibrate(offramp.load(tmp_path / "whole.offramp"), data(5), stack=["encoder"])
 

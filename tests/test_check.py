@@ -114,7 +114,6 @@ def test_text_for_people(models: None, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == "my_models.py:broken: model: the model's own code failed: KeyError: 'x'\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "stage", "reason"),
     [
@@ -153,7 +152,6 @@ def test_two_stacks_and_a_module_given_as_such(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.slow
 def test_a_pipeline_of_ones_own(models: None, capfd: pytest.CaptureFixture[str]) -> None:
     _, report = checked(capfd, "encoder", "-p", "insert-exits{after=1,head=own},insert-scores{measure=top1}")
     assert report["ok"], report["reason"]
@@ -162,7 +160,6 @@ def test_a_pipeline_of_ones_own(models: None, capfd: pytest.CaptureFixture[str])
     assert (report["ok"], report["stage"]) == (False, "rewrite")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "why"), [("insert-acm{sites=output}", "projections, .* change"), ("truncate{after=2}", "truncate has")]
 )
@@ -176,7 +173,6 @@ def test_passes_that_change_the_model_on_purpose(passes: str, why: str) -> None:
     assert (report.max_error["chain"] or 1) < 1e-4
 
 
-@pytest.mark.slow
 def test_a_figure_above_the_tolerance_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     errors = iter([0.0, 0.5])
     monkeypatch.setattr(checking, "worst", lambda *_: next(errors, 1e-6))

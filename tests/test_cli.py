@@ -568,7 +568,6 @@ def test_model_names_that_lead_nowhere(command: tuple[str, ...], capsys: pytest.
     assert "model: the zoo has no model 'berta'" in captured.out + captured.err
 
 
-@pytest.mark.slow
 def test_export(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("further")
     argv: list[str | Path] = ["export", f"{models}:encoder", "-o", tmp_path / "out.offramp", "-p"]

@@ -9,6 +9,7 @@ from typing import Any
 import decoders
 import numpy as np
 import pytest
+import shared
 import torch
 from architectures import BLOCKS
 from torch import Tensor, nn
@@ -24,7 +25,10 @@ from offramp.program.graph import expression, placeholders, shape
 from offramp.program.program import evaluate
 
 FACTORIES = {**decoders.REQUIRED, **decoders.OTHERS, **decoders.REFUSED}
-CHEAP = ("gpt2", "torch_transformer", "triangle", "causal_flag", "cross_first")
+KINDS = (
+    *("gpt2", "llama", "whisper", "torch_transformer", "triangle", "causal_flag", "cross_first"),
+    *decoders.REFUSED,
+)
 # The rest of OTHERS differ from these in weights only, as far as stacks go.
 CHECKED = (
     *decoders.REQUIRED,
@@ -35,7 +39,7 @@ CHECKED = (
 
 
 def marked(names: Sequence[str]) -> list[object]:
-    return [pytest.param(name, marks=() if name in CHEAP else pytest.mark.slow) for name in names]
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
 
 
 def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -56,7 +60,7 @@ def assert_eager(program: Program, module: nn.Module, inputs: dict[str, Tensor])
 @pytest.mark.parametrize("name", marked(CHECKED))
 def test_stacks_and_axes(name: str) -> None:
     module, inputs = built(name)
-    program = capture(module, inputs)
+    program = shared.captured(FACTORIES[name])
     assert {stack.name: (stack.role, stack.blocks) for stack in program.stacks.values()} == decoders.STACKS[name]
     assert_eager(program, module, inputs)
     assert_eager(program, module, decoders.resized(name, inputs))
@@ -76,7 +80,7 @@ def _assert_cached(name: str, program: Program) -> None:
         with pytest.raises(PassError, match=r"tokens.*(decoders|modeling_lfm2)\.py"):
             apply(program, "insert-cache")
         return
-    made = apply(program, "insert-cache")
+    made = shared.cached(FACTORIES[name])
     causal = [stack for stack in program.stacks.values() if stack.role == "decoder"]
     assert cached_stacks(made) == {stack.name for stack in causal}
     assert made.cache is not None
@@ -87,7 +91,7 @@ def _assert_cached(name: str, program: Program) -> None:
 @pytest.mark.slow
 def test_exits_of_a_hybrid_are_the_model_with_fewer_layers(tmp_path: Path) -> None:
     module, inputs = built("lfm2")
-    offramp.save(apply(capture(module, inputs), "insert-exits"), tmp_path / "hybrid.offramp")
+    offramp.save(apply(shared.captured(FACTORIES["lfm2"]), "insert-exits"), tmp_path / "hybrid.offramp")
     chain = offramp.load(tmp_path / "hybrid.offramp")
     arrays = {name: value.numpy() for name, value in inputs.items()}
     model: Any = module.model
@@ -112,14 +116,17 @@ def reach(program: Program) -> list[int]:
     return counts
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "keys"), [("mistral", [4, 4, 4, 4]), ("gemma2", [4, 9, 4, 9])])
+@pytest.mark.parametrize(
+    ("name", "keys"), [("mistral", [4, 4, 4, 4]), pytest.param("gemma2", [4, 9, 4, 9], marks=pytest.mark.slow)]
+)
 def test_windows_are_shorter_than_the_text(name: str, keys: list[int]) -> None:
-    assert reach(capture(*built(name))) == keys
+    built(name)
+    assert reach(shared.captured(FACTORIES[name])) == keys
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", decoders.NOT_CAPTURED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "led" else pytest.mark.slow) for name in decoders.NOT_CAPTURED]
+)
 def test_what_torch_export_refuses(name: str) -> None:
     factory, reason = decoders.NOT_CAPTURED[name]
     pytest.importorskip("transformers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import directories
 import pytest
@@ -15,7 +16,16 @@ from offramp.cli import main
 
 WRITERS = [name for name, directory in directories.DIRECTORIES.items() if directory.generates]
 OTHERS = [name for name in directories.DIRECTORIES if name not in WRITERS]
+#: One of each kind; the others are breadth.
+KINDS = (
+    *("bert_classifier", "vit_classifier", "wav2vec2_listener", "clip_towers"),
+    *("llama_chat", "marian_translator", "whisper_listener", "vit_gpt2_captioner"),
+)
 SETTINGS = ((1, None), (3, None), (1, 3), (3, 3))  # rows, beams
+
+
+def marked(names: list[str]) -> list[Any]:
+    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +34,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return exported(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("case", [*OTHERS, *WRITERS], indirect=True)
+@pytest.mark.parametrize("case", marked([*OTHERS, *WRITERS]), indirect=True)
 def test_it_is_checked(case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the graph that was captured for the export, since the weights are the same."""
     monkeypatch.setattr(checking, "capture", lambda *_: case.program)
@@ -37,13 +47,13 @@ def test_it_is_checked(case: Case, capsys: pytest.CaptureFixture[str], monkeypat
     assert any(stack["cached"] for stack in report["stacks"]) == case.directory.generates
 
 
-@pytest.mark.parametrize("case", OTHERS, indirect=True)
+@pytest.mark.parametrize("case", marked(OTHERS), indirect=True)
 def test_it_runs_from_the_command_line(case: Case, tmp_path: Path) -> None:
     for rows in case.directory.rows:
         assert run_error(case, rows, tmp_path / str(rows)) <= 1e-4
 
 
-@pytest.mark.parametrize("case", WRITERS, indirect=True)
+@pytest.mark.parametrize("case", marked(WRITERS), indirect=True)
 def test_it_generates_what_transformers_does(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     chain = offramp.load(case.bundle)
     for rows, beams in SETTINGS:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from two_modalities import inputs, joined
+from two_modalities import captured, inputs
 
 import offramp
 from offramp.errors import SpecError
@@ -25,7 +26,7 @@ SEPARATE = (
 
 
 def program(pipeline: str, **how: Any) -> Program:
-    return offramp.apply(offramp.capture(joined(**how), inputs(how.get("decodes", True))), pipeline)
+    return offramp.apply(copy.deepcopy(captured(**how)), pipeline)
 
 
 def batch(decodes: bool = True) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def test_it_trains_every_depth_with_deep_supervision_of_the_decoder() -> None:
 
 
 def test_refusals_say_why() -> None:
-    plain = offramp.capture(joined(), inputs())
+    plain = captured()
     with pytest.raises(SpecError, match="no stack with exits is followed by another one"):
         EncoderDepths(CrossEntropy()).check(plain)
     with pytest.raises(SpecError, match=r"full=1.5: a share"):

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from test_cli import reading_bundle, refused, run
 from test_cli_generate import generate
-from two_modalities import inputs, joined
+from two_modalities import captured, inputs
 
 import offramp
 from offramp import cli
@@ -27,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that reads patches (and a class token) and words, and writes; its tokens leave alone."""
     path = tmp_path_factory.mktemp("bundle") / "m.offramp"
     passes = "split-modalities{tokens=token},insert-exits{stack=encoder},insert-scores{stack=encoder,measure=cosine}"
-    program = offramp.apply(offramp.capture(joined(), inputs()), f"{passes},insert-exits{{stack=decoder}},insert-cache")
+    program = offramp.apply(captured(), f"{passes},insert-exits{{stack=decoder}},insert-cache")
     offramp.save(program, path)
     return path
 

@@ -10,6 +10,7 @@ import architectures
 import decoders
 import numpy as np
 import pytest
+import shared
 import tiny
 import torch
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def test_fewer_learners_are_the_first_hidden_units(encoder: tiny.Captured, order
 
 
 def test_weights_are_copies_that_equal_blocks_share() -> None:
-    program = capture(*FACTORIES["albert"]())
+    program = shared.captured(FACTORIES["albert"])
     made = weights(apply(program, "insert-acm"))
     assert len({name.split(".")[2] for name in made if ".gate." not in name}) == 1
     assert len({name.split(".")[2] for name in made if ".gate." in name}) == program.stacks["encoder"].blocks
@@ -212,7 +213,7 @@ def test_a_bundle_computes_it(name: str, then: str, tmp_path: Path, request: pyt
 )
 def test_models_of_transformers(name: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    given = capture(*FACTORIES[name]())
+    given = shared.captured(FACTORIES[name])
     program = undecided(apply(given, text(given)))
     figures = offramp.save(program, tmp_path / "m.offramp", learners="grouped")
     assert max(value for key, value in figures.items() if key != "tolerance") <= TOLERANCE
@@ -358,10 +359,9 @@ def test_a_second_time_does_nothing(encoder: tiny.Captured) -> None:
 # Refused
 
 
-@pytest.mark.slow
 def test_a_model_that_depends_on_the_order_of_a_sum() -> None:
     pytest.importorskip("transformers")
-    program = capture(*architectures.OTHERS["mobilebert"]())
+    program = shared.captured(architectures.OTHERS["mobilebert"])
     with pytest.raises(PassError, match=r"(?s)changed the output 'pooler_output' by .*order=given keeps that"):
         apply(program, "insert-acm{order=importance}")
     assert records(apply(program, "insert-acm{order=given}"))
@@ -412,9 +412,8 @@ def test_options_that_do_not_fit(encoder: tiny.Captured, options: str, reason: s
         apply(encoder.program, f"insert-acm{{{options}}}")
 
 
-@pytest.mark.slow
 def test_a_block_without_an_mlp() -> None:
     pytest.importorskip("transformers")
-    program = capture(*FACTORIES["mixtral"]())
+    program = capture(*FACTORIES["mixtral"](), dynamic={})
     with pytest.raises(SpecError, match="block 1 of stack 'decoder' has no MLP: query, key, value, output"):
         apply(program, "insert-acm")

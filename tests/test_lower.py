@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import shared
 import tiny
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +30,7 @@ from offramp.export.lowering.outline import Computation
 from offramp.export.partition import Plan
 from offramp.export.subgraph import Subgraph
 from offramp.export.translations import Translations
-from offramp.program import Program, capture
+from offramp.program import Program
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
 from offramp.program.sizes import other_sizes
@@ -187,12 +188,11 @@ def test_a_mask_of_one_row_gets_a_row_for_every_query(encoder: tiny.Captured, la
 
 def test_the_order_of_inputs_does_not_matter() -> None:
     """torch gives one size two symbols where it learns late that they are equal."""
-    module, inputs = architectures.OTHERS["dual_tower"]()
-    program = capture(module, inputs)
+    program = shared.captured(architectures.OTHERS["dual_tower"])
     block = piece(program, "encoder.2")
     for order in (block.inputs, block.inputs[::-1]):
         function = lower(replace(block, inputs=order))
-        assert_translated(program, function, translate(function, "encoder.2"), inputs)
+        assert_translated(program, function, translate(function, "encoder.2"), dict(program.example_inputs))
 
 
 # The ONNX model

@@ -11,6 +11,7 @@ from typing import Any
 import decoders
 import onnx
 import pytest
+import shared
 import torch
 from architectures import BLOCKS, WIDTH, Factory
 from decoders import SIZE
@@ -167,7 +168,7 @@ def test_a_second_time_nothing_changes(cached: Get) -> None:
 
 
 def test_programs_without_caches_stay() -> None:
-    program = offramp.capture(*FACTORIES["llama"]())
+    program = shared.captured(FACTORIES["llama"])
     assert prepared(program) is program
 
 

@@ -200,6 +200,7 @@ class Qwen(nn.Module):
         return {"pixel_values": torch.randn(16, 96), "input_ids": ids, "position_ids": places}
 
 
+@pytest.mark.slow
 def test_qwen2_vl_generates_as_transformers_does(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Qwen()

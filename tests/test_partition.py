@@ -12,6 +12,7 @@ from typing import Any
 import architectures
 import decoders
 import pytest
+import shared
 import tiny
 import torch
 from hypothesis import given
@@ -25,7 +26,7 @@ from offramp.export.lowering.outline import Computation, outline
 from offramp.export.partition import Plan
 from offramp.export.subgraph import Subgraph
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
-from offramp.program import Program, capture
+from offramp.program import Program
 from offramp.program.graph import aten, attribute, results
 from offramp.program.sizes import other_sizes
 
@@ -215,19 +216,17 @@ def test_a_private_table_stays_in_its_block() -> None:
 
 
 def test_a_bias_of_the_first_block_that_all_use_is_made_before_the_stack() -> None:
-    module, inputs = architectures.OTHERS["first_block_bias"]()
-    program = capture(module, inputs)
+    program = shared.captured(architectures.OTHERS["first_block_bias"])
     plan = partition(program)
     blocks = [block for _, block in plan.stacks[0].blocks]
     assert [piece.name for piece in pieces(plan) if "blocks.0.table.weight" in weights(piece)] == ["before-encoder"]
     (bias,) = set.intersection(*({*block.inputs} for block in blocks))
     assert made_by(plan, bias) == ["before-encoder"]
-    assert_computes(program, plan, inputs)
+    assert_computes(program, plan, dict(program.example_inputs))
 
 
 def test_a_part_of_a_weight_is_a_weight_where_it_is_used() -> None:
-    module, inputs = decoders.REQUIRED["torch_transformer"]()
-    program = apply(capture(module, inputs), "insert-cache")
+    program = shared.cached(decoders.REQUIRED["torch_transformer"])
     plan = partition(program)
     splits = {node for node in program.graph.nodes if node.target is aten.split_with_sizes.default}
     parts = {user for node in splits for user in node.users if node.args[0].op == "get_attr"}
@@ -237,7 +236,7 @@ def test_a_part_of_a_weight_is_a_weight_where_it_is_used() -> None:
 
 
 def test_a_weight_that_is_turned_round_is_one_where_it_is_used() -> None:
-    program = apply(capture(*decoders.OTHERS["falcon"]()), "insert-cache")  # x @ weight.T
+    program = shared.cached(decoders.OTHERS["falcon"])  # x @ weight.T
     turned = {node for node in program.graph.nodes if node.target is aten.permute.default}
     turned = {node for node in turned if node.args[0].op == "get_attr"}
     plan = partition(program)

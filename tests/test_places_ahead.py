@@ -316,6 +316,7 @@ def _git() -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 def test_git_generates_as_in_transformers(tmp_path: Path) -> None:
     """Greedy, of prompts of different lengths with an image each; attention that is written out, with a mask given."""
     model: Any = _git()

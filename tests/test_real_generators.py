@@ -20,7 +20,6 @@ from offramp.demo import _two_ways, speech
 from offramp.errors import OfframpError
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
-pytestmark = pytest.mark.slow
 DATA = Path(os.environ.get("OFFRAMP_DATA", Path(__file__).parent.parent.parent / "shared" / "data"))
 PROMPTS = (
     "The capital of France is",
@@ -90,6 +89,7 @@ def speech_demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     return shown("speech", "-o", str(path)), _two_ways.full_of(path)
 
 
+@pytest.mark.slow
 def test_the_demo_of_speech(speech_demo: tuple[str, Path]) -> None:
     found, _ = speech_demo
     assert "ever failed. No matter. Try again." in found
@@ -98,6 +98,7 @@ def test_the_demo_of_speech(speech_demo: tuple[str, Path]) -> None:
     assert re.search(r"The decoder is \S+x as fast as full depth", found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["whisper_base", "whisper_tiny_en"])
 def test_transcripts_are_those_of_transformers(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     clips = _clips()
@@ -127,6 +128,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, offramp.Chai
     return _bundle("smollm2", tmp_path_factory.mktemp("smollm2"), pipeline)
 
 
+@pytest.mark.slow
 def test_64_greedy_tokens_of_5_prompts_are_those_of_transformers(smollm2: tuple[Any, offramp.Chain, Path]) -> None:
     from tokenizers import Tokenizer
 
@@ -143,6 +145,7 @@ def test_64_greedy_tokens_of_5_prompts_are_those_of_transformers(smollm2: tuple[
         assert tokens.tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.slow
 def test_leaving_early_is_exact_in_a_real_model(smollm2: tuple[Any, offramp.Chain, Path]) -> None:
     """Every third token goes deep: it gets what one pass over the text before it gives."""
     module, chain, _ = smollm2

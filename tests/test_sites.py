@@ -9,6 +9,7 @@ from typing import Any
 import architectures
 import decoders
 import pytest
+import shared
 import tiny
 import torch
 from torch import Tensor, nn
@@ -46,11 +47,15 @@ def sites(program: Program, stack: str | None = None) -> list[list[Site]]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("bert", "gpt2", "llama") else pytest.mark.slow) for name in KINDS]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("bert", "gpt2", "llama", "whisper") else pytest.mark.slow)
+        for name in KINDS
+    ],
 )
 def test_kinds(name: str) -> None:
     pytest.importorskip("transformers")
-    program = capture(*FACTORIES[name]())
+    program = shared.captured(FACTORIES[name])
     found = sites(program)
     for block in found:
         assert sorted(site.kind for site in block) == sorted(KINDS[name])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from two_modalities import PATCHES, Joined, inputs, joined
+from two_modalities import PATCHES, Joined, captured, inputs, joined
 
 import offramp
 from offramp import cli
@@ -48,7 +48,7 @@ class Case:
 
     def __init__(self, path: Path, **how: Any) -> None:
         self.model, self.inputs = joined(**how), inputs(how.get("decodes", True))
-        self.captured = offramp.capture(self.model, self.inputs)
+        self.captured = captured(**how)
         self.program = offramp.apply(self.captured, f"split-modalities{{stack=encoder}},{EXITS}")
         self.figures = offramp.save(self.program, path)
         self.chain = offramp.load(path)
@@ -186,9 +186,9 @@ def test_any_rows_leave_anywhere(plain: Case, drawn: list[tuple[int, int]]) -> N
 
 
 def test_with_caches_text_is_generated_from_what_is_left(tmp_path: Path) -> None:
-    model, given_ = joined(), inputs()
+    given_ = inputs()
     pipeline = f"split-modalities,{EXITS},insert-exits{{stack=decoder}},insert-scores{{stack=decoder}},insert-cache"
-    figures = offramp.save(offramp.apply(offramp.capture(model, given_), pipeline), tmp_path / "m.offramp")
+    figures = offramp.save(offramp.apply(captured(), pipeline), tmp_path / "m.offramp")
     assert figures["cache"] < 1e-5
     chain = offramp.load(tmp_path / "m.offramp")
     arrays = {name: value.numpy() for name, value in given_.items() if name != "decoder_input_ids"}
@@ -199,7 +199,7 @@ def test_with_caches_text_is_generated_from_what_is_left(tmp_path: Path) -> None
     assert {name: depths.tolist() for name, depths in searched.encoders.items()} == {
         "encoder.image": [1, 1, 1], "encoder.text": [2, 2, 2]
     }  # fmt: skip
-    program = offramp.apply(offramp.capture(model, given_), "split-modalities")
+    program = offramp.apply(captured(), "split-modalities")
     ids = torch.ones(3, 1, dtype=torch.int64)
     depths = {"encoder": torch.tensor([[1, 2]] * 3)}
     for _ in range(5):
@@ -214,7 +214,7 @@ def test_separate_stacks_are_the_blocks_without_attention_between_groups(kind: s
     pipeline = "split-modalities{form=separate}"
     for name in ("image", "text"):
         pipeline += f",insert-exits{{stack=encoder.{name}}},insert-scores{{stack=encoder.{name},measure=cosine}}"
-    program = offramp.apply(offramp.capture(model, given_), pipeline)
+    program = offramp.apply(captured(**KINDS[kind]), pipeline)
     sizes = [PATCHES + 1, given_["input_ids"].shape[1]]
     group = torch.arange(2).repeat_interleave(torch.tensor(sizes if model.first == "image" else sizes[::-1]))
     expected = _apart(model, given_, group)
@@ -297,9 +297,8 @@ def test_groups_share_their_weights_in_memory(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_refusals_say_why(pipeline: str, reason: str) -> None:
-    captured = offramp.capture(joined(), inputs())
     with pytest.raises(SpecError, match=reason):
-        offramp.apply(captured, pipeline)
+        offramp.apply(captured(), pipeline)
 
 
 def test_a_stack_of_one_input_has_no_groups(one_input: Program) -> None:
@@ -324,7 +323,7 @@ def one_input() -> Program:
 
 
 def test_names_are_taken_and_twice_is_once() -> None:
-    once = offramp.apply(offramp.capture(joined(), inputs()), "split-modalities{names=pixels|words}")
+    once = offramp.apply(captured(), "split-modalities{names=pixels|words}")
     assert [group.name for group in once.groups[0].groups] == ["pixels", "words"]
     assert offramp.apply(once, "split-modalities").groups == once.groups
 
@@ -337,7 +336,7 @@ def test_policies_name_groups_and_no_stack(plain: Case) -> None:
 def test_hints_name_the_stack_that_has_a_groups_exits(plain: Case) -> None:
     with pytest.raises(PolicyError, match=r"'encoder.image' has no exit(.*\n)*.*insert-exits{stack=encoder,after=9}"):
         plain.chain.run(plain.arrays, offramp.Depth({"encoder.image": 9}))
-    split = offramp.apply(offramp.capture(joined(), inputs()), "split-modalities")
+    split = offramp.apply(captured(), "split-modalities")
     with pytest.raises(SpecError, match=r"unknown stack 'encoder.text'(.*\n)*.*stack=encoder, by whose exits"):
         offramp.apply(split, "insert-exits{stack=encoder.text}")
 
@@ -372,7 +371,7 @@ def test_taken_tokens_are_put_back(batch: int, heads: int | str, axis: int, seed
 
 @pytest.fixture(scope="module", params=["joined", "written out", "one input"])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Chain]:
-    program = offramp.capture(joined(written=request.param == "written out"), inputs())
+    program = captured(**KINDS["written out" if request.param == "written out" else "plain"])
     if request.param == "one input":
         program = request.getfixturevalue("one_input")
     path = tmp_path_factory.mktemp("bundle") / "alone.offramp"
@@ -405,7 +404,7 @@ def test_tokens_leave_alone(alone: tuple[Program, Chain]) -> None:
 
 
 def test_padding_leaves_first_where_tokens_leave_alone(tmp_path: Path) -> None:
-    program = offramp.apply(offramp.capture(joined(), inputs()), f"split-modalities{{tokens=token}},{EXITS}")
+    program = offramp.apply(captured(), f"split-modalities{{tokens=token}},{EXITS}")
     offramp.save(program, tmp_path / "m.offramp")
     chain = offramp.load(tmp_path / "m.offramp")
     result = chain.run(
@@ -451,7 +450,7 @@ def _saved(folder: Path) -> Path:
 @pytest.mark.parametrize("names", ["a|a", "text|text"])
 def test_names_are_different(names: str) -> None:
     with pytest.raises(SpecError, match="repeated or the names of stacks"):
-        offramp.apply(offramp.capture(joined(), inputs()), f"split-modalities{{names={names}}}")
+        offramp.apply(captured(), f"split-modalities{{names={names}}}")
 
 
 def test_a_group_without_tokens_waits_for_nobody() -> None:
@@ -467,7 +466,7 @@ def test_a_group_without_tokens_waits_for_nobody() -> None:
 
 def test_padding_alone_leaves_at_once(tmp_path: Path) -> None:
     """A row without text does not hold the others' blocks up."""
-    program = offramp.apply(offramp.capture(joined(), inputs()), f"split-modalities,{EXITS}")
+    program = offramp.apply(captured(), f"split-modalities,{EXITS}")
     offramp.save(program, tmp_path / "m.offramp")
     arrays = {name: value.numpy().copy() for name, value in inputs().items()}
     arrays["attention_mask"][1] = 0

@@ -147,6 +147,7 @@ def test_an_image_among_the_words_gets_a_cache() -> None:
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_trained_model_answers_questions_and_describes_images(tmp_path: Path) -> None:
     for form, digest in export.SHA256.items():
         assert hashed(export.HERE / f"{form}.safetensors").sha256 == digest

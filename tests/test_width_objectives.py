@@ -17,6 +17,7 @@ from typing import Any, cast
 import architectures
 import decoders
 import pytest
+import shared
 import tiny
 import torch
 from safetensors.torch import load_file
@@ -148,7 +149,7 @@ def test_learners_learn_and_nothing_else_does() -> None:
 @pytest.mark.parametrize("name", TEXTS)
 def test_models_of_transformers(name: str) -> None:
     pytest.importorskip("transformers")
-    teacher = capture(*FACTORIES[name]())
+    teacher = copy.deepcopy(shared.captured(FACTORIES[name]))
     program, given = _same_as_the_program(teacher), dict(teacher.example_inputs)
     _learns(program, teacher, given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -36,6 +37,7 @@ def data(*parts: str) -> Path:
     return path
 
 
+@functools.cache
 def tokenizer(name: str) -> Tokenizer:
     try:
         (path,) = zoo.tokenizer_files(name)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
+import shared
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -272,9 +274,21 @@ class Captured:
 
 
 def captured(make: Callable[[], nn.Module], inputs: Inputs, *, seed: int = 0, **options: Any) -> Captured:
-    """``dynamic={}`` fixes all sizes, which takes a third of the time."""
-    model = seeded(make, seed)
-    return Captured(model, inputs, capture(model, inputs, **options))
+    """Captured once for each class, or ``partial`` of one, with the same inputs, seed and options.
+
+    ``dynamic={}`` fixes all sizes, which takes a third of the time.
+    """
+
+    def fresh() -> Captured:
+        model = seeded(make, seed)
+        return Captured(model, inputs, shared.lent(capture(model, inputs, **options)))
+
+    whose, given = (make.func, (make.args, tuple(make.keywords.items()))) if isinstance(make, partial) else (make, ())
+    if not isinstance(whose, type) or "<locals>" in whose.__qualname__:
+        return fresh()
+    values = tuple((name, str(value.dtype), repr(value.tolist())) for name, value in inputs.items())
+    found: Captured = shared.once((whose, given, values, seed, repr(options)), fresh)
+    return found
 
 
 def outputs(model: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

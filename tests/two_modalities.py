@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import shared
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from offramp.program import Program, capture
 
 PATCHES, FEATURES, HEADS, VOCABULARY = 4, 16, 2, 30
 
@@ -122,3 +126,13 @@ def joined(**how: bool | str | int) -> Joined:
             if weight.dim() > 1:
                 weight.mul_(2.5)
     return model
+
+
+def captured(**how: Any) -> Program:
+    """The program of such a model, captured once."""
+
+    def fresh() -> Program:
+        return shared.lent(capture(joined(**how), inputs(how.get("decodes", True))))
+
+    found: Program = shared.once((Joined, *sorted(how.items())), fresh)
+    return found

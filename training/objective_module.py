@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -14,6 +15,8 @@ from offramp.program.graph import copied, results
 from offramp.program.program import Program
 from offramp.training.batches import Batch, Batches, epoch_of, require_batches, tensors
 from offramp.training.objectives import Objective
+
+Known = TypeVar("Known")
 
 
 class ObjectiveModule(torch.nn.Module):
@@ -35,6 +38,7 @@ class ObjectiveModule(torch.nn.Module):
             teacher = copy.deepcopy(teacher)
         self.teacher = None if teacher is None else ObjectiveModule(teacher, Objective())
         self._parts: dict[tuple[tuple[str, ...], ...], fx.GraphModule] = {}
+        self._known: dict[str, Any] = {}
 
     def train(self, mode: bool = True) -> ObjectiveModule:
         """The program's mode; a teacher stays in eval mode."""
@@ -46,6 +50,13 @@ class ObjectiveModule(torch.nn.Module):
     def forward(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """The losses by name; their sum is what is minimised."""
         return self.objective.compute(self, batch, step)
+
+    def known(self, name: str, find: Callable[[], Known]) -> Known:
+        """What follows from the program or the teacher alone, ``name``, and so is found at the first step only."""
+        if name not in self._known:
+            self._known[name] = find()
+        found: Known = self._known[name]
+        return found
 
     def taught(self, wanted: Iterable[str], batch: Batch, given: Batch | None = None) -> dict[str, Tensor]:
         """What the teacher makes of a batch, by name as in `values`, without gradient."""

@@ -52,7 +52,7 @@ class LearnerDistillation(Objective):
         check_teacher(program, self.teacher)
 
     def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
-        sites = learner_sites(model.program)
+        sites = _sites(model)
         taught, values = _taught(model, batch, sites)
         errors = []
         for site in sites:
@@ -97,7 +97,7 @@ class GateDistillation(Objective):
         check_teacher(program, self.teacher)
 
     def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
-        program, sites = model.program, learner_sites(model.program)
+        program, sites = model.program, _sites(model)
         errors, counts, taught = self._errors(model, batch, sites)
         costs = [error.new_tensor(site.counts) * site.flops for error, site in zip(errors, sites, strict=True)]
         drawn, losses = random.Random(f"{self.seed} {step}").random(), list[Tensor]()
@@ -132,7 +132,7 @@ class GateDistillation(Objective):
         self, model: ObjectiveModule, batch: Values, sites: Sequence[LearnerSite]
     ) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
         """For each site the errors ``[tokens, counts]`` of tokens that count, which those are, and what it reads."""
-        rests = [rest_of(self.teacher, site) for site in sites]
+        rests = model.known("rests", lambda: [rest_of(self.teacher, site) for site in sites])
         read = [name for rest in rests for name in (rest.end, *(rest.beside or ()))]
         with torch.no_grad():
             taught, values = _taught(model, batch, sites, read)
@@ -201,7 +201,7 @@ class WidthBudget(Objective):
                 raise SpecError(f"the {who} has no output {self.output!r}; there are {list(each.outputs)}")
 
     def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
-        program, sites = model.program, learner_sites(model.program)
+        program, sites = model.program, _sites(model)
         share = random.Random(f"{self.seed} {step}").uniform(self.low, self.high)
         wanted = [site.learners.choice for site in sites]
         wanted += self.task.wants(program, step) if self.task else []
@@ -248,6 +248,10 @@ class WidthBudget(Objective):
             entropies[-1] = entropies[-1] / math.log(len(site.counts))
         share = torch.stack(taken).sum(0) / torch.stack(most).sum(0).clamp(min=1)
         return share, torch.stack(entropies).mean()
+
+
+def _sites(model: ObjectiveModule) -> list[LearnerSite]:
+    return model.known("sites", lambda: learner_sites(model.program))
 
 
 def _taught(
