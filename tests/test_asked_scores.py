@@ -41,8 +41,18 @@ def _cached(form: str, passes: str = "") -> Program:
     )
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "flat"])
-@pytest.mark.parametrize("passes", ["", "insert-adapter,"])
+@pytest.mark.parametrize(
+    ("form", "passes"),
+    [
+        *((form, "") for form in FORMS if form != "flat"),
+        ("tied", "insert-adapter,"),
+        *(
+            pytest.param(form, "insert-adapter,", marks=pytest.mark.slow)
+            for form in FORMS
+            if form not in ("flat", "tied")
+        ),
+    ],
+)
 def test_they_are_those_of_all_tokens_at_these_places(form: str, passes: str) -> None:
     program = _cached(form, passes)
     made = prepared(program)

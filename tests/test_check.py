@@ -118,11 +118,13 @@ def test_text_for_people(models: None, capsys: pytest.CaptureFixture[str]) -> No
     ("factory", "stage", "reason"),
     [
         ("mlp", "structure", "no attention"),
-        ("mamba", "structure", "no attention"),
+        pytest.param("mamba", "structure", "no attention", marks=pytest.mark.slow),
         ("one_block", "structure", "one attention"),
         ("states_out", "structure", "returns values from between its blocks"),
         ("data_dependent_loop", "capture", "data-dependent"),
-        ("non_tensor_output", "capture", "outputs that are not tensors: names is a set"),
+        pytest.param(
+            "non_tensor_output", "capture", "outputs that are not tensors: names is a set", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_models_that_are_refused(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import shared
 import tiny
 import torch
 from test_cli import refused, run
@@ -74,6 +77,14 @@ def program() -> offramp.Program:
     torch.manual_seed(0)
     ids = torch.randint(500, (2, 12))
     return apply(offramp.capture(Wide().eval(), {"ids": ids}), "insert-exits,insert-scores{measure=top1}")
+
+
+@functools.cache
+def captured(make: Callable[[], nn.Module]) -> offramp.Program:
+    torch.manual_seed(0)
+    inputs = {"ids": torch.randint(500, (2, 12)), "words": torch.randint(500, (2, 9))}
+    names = ("ids", "words") if make is Crossed else ("ids",)
+    return shared.lent(offramp.capture(make().eval(), {name: inputs[name] for name in names}))
 
 
 def size(path: Path) -> int:
@@ -276,9 +287,7 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_parts_of_a_weight_are_encoded(precision: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    inputs = {"ids": torch.randint(500, (2, 12)), "words": torch.randint(500, (2, 9))}
-    made = apply(offramp.capture(Crossed().eval(), inputs), "insert-cache")
+    made = apply(captured(Crossed), "insert-cache")
     figures = offramp.save(made, tmp_path / "m.offramp", precision, loss=1)
     assert 0 < figures["encoding"] < 0.2
     assert not {"MatMul", "Gemm", "Split"} & operators(tmp_path / "m.offramp")
@@ -355,9 +364,9 @@ def test_refusals(
 @pytest.mark.parametrize("segments", [None, 1], ids=repr)
 @pytest.mark.parametrize("pipeline", ["", "insert-exits", "insert-exits{head=own}", "insert-adapter", "insert-cache"])
 def test_names_are_known_before_anything_is_lowered(pipeline: str, segments: int | None, tmp_path: Path) -> None:
-    model = Tied() if pipeline == "insert-cache" else Wide()
+    make = Tied if pipeline == "insert-cache" else Wide
     pipeline = f"insert-exits,{pipeline}" if pipeline in ("insert-adapter", "insert-cache") else pipeline
-    made = apply(offramp.capture(model.eval(), {"ids": torch.randint(500, (2, 12))}), pipeline)
+    made = apply(captured(make), pipeline)
     offramp.save(made, tmp_path / "m.offramp", segments=segments)
     names = divided(offramp.load(tmp_path / "m.offramp").manifest).segments
     seen: list[str] = []

@@ -466,7 +466,8 @@ def _internvl() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "make", [_llava, _blip2, *(pytest.param(make, marks=pytest.mark.slow) for make in (_paligemma, _gemma3, _internvl))]
+    "make",
+    [_llava, *(pytest.param(make, marks=pytest.mark.slow) for make in (_paligemma, _gemma3, _blip2, _internvl))],
 )
 def test_tokens_are_those_of_transformers(make: Callable[[], Any], tmp_path: Path) -> None:
     """Greedy, of prompts of different lengths with an image each."""

@@ -102,7 +102,7 @@ def laid_together(program: Program) -> list[fx.Node]:
 # Products
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "looped"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "looped"])
 def test_queries_keys_and_values_are_one_product(cached: Get, name: str) -> None:
     program = cached(name)
     made = prepared(program)

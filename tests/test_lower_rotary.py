@@ -133,7 +133,7 @@ def test_the_operator_turns_pairs_by_position() -> None:
 # Fires
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3", "twice"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", pytest.param("qwen3", marks=pytest.mark.slow), "twice"])
 def test_queries_and_keys_are_rotated_by_one_operator(cached: Get, name: str) -> None:
     program = cached(name)
     made = prepared(program)

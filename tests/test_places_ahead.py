@@ -101,7 +101,11 @@ def greedy(model: Callable[..., Any], inputs: dict[str, Tensor], name: str, coun
     return ids[0, inputs[name].shape[1] :].tolist()
 
 
-@pytest.fixture(scope="module", params=KINDS)
+#: "several parts" has what the two between have.
+MARKED = [pytest.param(kind, marks=() if kind in ("causal", "several parts") else pytest.mark.slow) for kind in KINDS]
+
+
+@pytest.fixture(scope="module", params=MARKED)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Joined, Program, Chain]:
     model = make(request.param)
     program = offramp.capture(model, example())

@@ -78,7 +78,10 @@ class Case:
             model.encoder = torch.nn.ModuleList(blocks)
 
 
-@pytest.fixture(scope="module", params=KINDS)
+MARKED = [pytest.param(kind, marks=pytest.mark.slow if kind in ("text first", "norm behind") else ()) for kind in KINDS]
+
+
+@pytest.fixture(scope="module", params=MARKED)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(tmp_path_factory.mktemp("bundle") / "model.offramp", **KINDS[request.param])
 
@@ -208,7 +211,7 @@ def test_with_caches_text_is_generated_from_what_is_left(tmp_path: Path) -> None
     assert [row.tolist() for row in found.tokens] == ids[:, 1:].tolist()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", MARKED)
 def test_separate_stacks_are_the_blocks_without_attention_between_groups(kind: str, tmp_path: Path) -> None:
     model, given_ = joined(**KINDS[kind]), inputs(KINDS[kind].get("decodes", True))
     pipeline = "split-modalities{form=separate}"
@@ -264,6 +267,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="resident memory is read from /proc")
 def test_groups_share_their_weights_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("two_modalities.FEATURES", 768)

@@ -264,6 +264,7 @@ print(*peaks)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data() -> None:
     """What sites read and make in 55 further batches would be some 300 MB."""
     said = subprocess.run(

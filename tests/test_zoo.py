@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,9 @@ def test_requirements_pin_every_package() -> None:
     assert all("==" in requirement for requirement in requirements)
 
 
-def test_the_module_prints_the_requirements() -> None:
-    printed = subprocess.run([sys.executable, "-m", "offramp.zoo"], check=True, capture_output=True, text=True).stdout
-    assert tuple(printed.splitlines()) == zoo.requirements()
+def test_the_module_prints_the_requirements(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("offramp.zoo", run_name="__main__")
+    assert tuple(capsys.readouterr().out.splitlines()) == zoo.requirements()
 
 
 def test_unknown_name_lists_the_known_ones() -> None:
