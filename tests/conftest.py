@@ -33,6 +33,13 @@ def unchanged() -> Iterator[None]:
     shared.check()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def lasting() -> None:
+    """What a module finds (imports, shared programs) stays: collecting garbage, as training does, passes it by."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def encoder() -> tiny.Captured:
     """Four blocks with the norm before, a padding mask, and a class of every row."""
@@ -75,10 +82,6 @@ def mixing() -> tiny.Captured:
 
 #: Files of real models and of whole command lines. They come first, so that no worker is left with one at the end.
 _LONG = ("test_real_generators.py", "test_demo.py", "test_readme.py", "test_directories.py", "test_zoo_generators.py")
-
-
-def pytest_collection_finish() -> None:
-    gc.freeze()  # what is imported stays: collecting need not look at it
 
 
 @pytest.hookimpl(trylast=True)

@@ -193,7 +193,7 @@ def test_what_is_no_rotation_says_why(cached: Get, name: str, caplog: pytest.Log
     assert len([record for record in caplog.records if REFUSED[name] in record.getMessage()]) == 2 * BLOCKS
 
 
-@pytest.mark.parametrize("name", ["gpt2", "cohere", "turned_back", "added"])
+@pytest.mark.parametrize("name", [pytest.param("gpt2", marks=pytest.mark.slow), "cohere", "turned_back", "added"])
 def test_other_forms_are_left_alone(cached: Get, name: str) -> None:
     editor = Editor(cached(name), "test")
     assert fuse_rotary(editor) == ()
