@@ -33,10 +33,11 @@ def undivided(manifest: Manifest) -> Manifest:
     read = set(manifest.outputs.values())
     stages: list[Stage] = []
     for stage in reversed(manifest.stages):
-        names = [stage.segment] if stage.segment else segments(stacks[stage.stack or ""])
-        if stage.stack or not read.isdisjoint(known[stage.segment or ""].outputs.values()):
+        names = [stage.segment] if stage.segment else [*segments(stacks[stage.stack or ""])]
+        made = {value for name in names for value in known[name].outputs.values()}
+        if stage.stack or not read.isdisjoint(made):
             stages.insert(0, stage)
-            read |= {value for name in names for value in known[name].inputs.values()}
+            read = (read - made) | {value for name in names for value in known[name].inputs.values()}
     used = {stage.segment for stage in stages} | {name for stack in stacks.values() for name in segments(stack)}
     kept = {name: segment for name, segment in known.items() if name in used}
     return replace(manifest, stages=tuple(stages), stacks=stacks, segments=kept)
@@ -62,8 +63,8 @@ def _at_once(stack: Stack, known: Mapping[str, Segment]) -> Stack:
     if stack.whole is None:
         return stack
     whole, last = known[stack.whole], last_exit(stack)
-    made = set(whole.outputs.values())
-    if made.issuperset(last.outputs.values()) and last.state in made:
+    wanted = {last.state, *last.outputs.values(), *last.scores.values()} - {*whole.outputs.values()}
+    if all(wanted.isdisjoint(known[name].outputs.values()) for name in last.segments):
         last = replace(last, segments=())
     part = Part(stack.blocks, (stack.whole,), stack.parts[-1].output)
     given = (*whole.inputs.values(), None)

@@ -46,7 +46,8 @@ def with_whole(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -
     if found is manifest:
         return manifest
     try:
-        parts, whole = (_answers(view(found), directory, inputs) for view in (divided, undivided))
+        plain = replace(found, policy=None)
+        parts, whole = (_answers(view(plain), directory, inputs) for view in (divided, undivided))
         exact = {segment.encoding for segment in manifest.segments.values()} <= {"fp32", "fp16"}
         if parts and all(map(partial(_close, bound=_CLOSE if exact else _ROUNDED), parts, whole)):
             return found
@@ -83,7 +84,9 @@ def _joined(manifest: Manifest, stack: Stack, directory: Path) -> Manifest:
     """The manifest with a file for all parts of a stack; itself where there is none to be had."""
     parts = [manifest.segments[name] for part in stack.parts for name in part.segments]
     chosen = _chosen(manifest, stack)
-    if len(chosen) < 2 or stack.groups or len({part.encoding for part in parts}) > 1:
+    files = [segment.file for segment in manifest.segments.values()]
+    shared = any(files.count(item.file) > 1 for item in parts)  # whose sessions and packed weights are shared, too
+    if len(chosen) < 2 or stack.groups or shared or len({part.encoding for part in parts}) > 1:
         return manifest
     made = {value for item in chosen for value in item.outputs.values()}
     wanted = sorted(made & _read(manifest, stack, {item.name for item in chosen}))
@@ -156,10 +159,10 @@ def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> 
         graph.remove(moved)
         nodes += moved
         functions |= model.functions
-    for name, value in values.items():
-        value.name = name
     for at, weight in enumerate(weights.values()):
         weight.name = f"{weight.name}_{at}"
+    for name, value in values.items():  # of which a weight may be one
+        value.name = name
     outputs, last = [values[name] for name in wanted], parts[-1][1]
     graph = ir.Graph(
         inputs,

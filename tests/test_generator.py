@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_refused(chain: Chain) -> None:
     wrong: list[tuple[Any, str]] = [
         ([[1]], "tokens for 1 rows; there are 3"),
         ([[1], [], [2]], "each needs at least one"),
-        ([[1], [2], [tiny.WORDS]], "has the token ids"),
+        ([[1], [2], [tiny.WORDS]], "has the ids"),
         ("abc", "rows of token ids"),
     ]
     for tokens, reason in wrong:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import offramp
+from offramp.bundle.whole import divided
 from offramp.export.observe import observed
 from offramp.export.quantize import quantized
 from offramp.export.ranges import Ranges, limits, within
@@ -175,7 +176,8 @@ def test_what_products_of_weights_read(tmp_path: Path) -> None:
     offramp.save(program, tmp_path / "m.offramp")
     chain, files = offramp.load(tmp_path / "m.offramp"), sorted((tmp_path / "m.offramp").iterdir())
     ids = np.random.default_rng(0).integers(50, size=(3, 7))
-    found = observed(chain.manifest, tmp_path / "m.offramp", [{"ids": ids}, {"ids": ids[:, :5]}])
+    parts = divided(chain.manifest)
+    found = observed(parts, tmp_path / "m.offramp", [{"ids": ids}, {"ids": ids[:, :5]}])
     assert {sums.shape for each in found.values() for sums in each.values()} == {(64,)}
     with torch.no_grad():
         x = [model.embed(torch.from_numpy(some)).reshape(-1, 64) for some in (ids, ids[:, :5])]
@@ -184,5 +186,5 @@ def test_what_products_of_weights_read(tmp_path: Path) -> None:
     assert any(np.allclose(sums, expected, rtol=1e-4) for sums in first.values())
     assert len(first) == 2
     with pytest.raises(offramp.OfframpError):
-        observed(chain.manifest, tmp_path / "m.offramp", [{"ids": ids.astype(np.float32)}])
+        observed(parts, tmp_path / "m.offramp", [{"ids": ids.astype(np.float32)}])
     assert sorted((tmp_path / "m.offramp").iterdir()) == files

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from offramp import models
 from offramp.bundle import directory
 from offramp.bundle.precision import ANSWERS, ERROR, EXITS
+from offramp.bundle.whole import divided
 from offramp.errors import OfframpError
 from offramp.export import save
 from offramp.export.encode import Precision, precisions
@@ -217,7 +218,7 @@ class Check:
         report.bytes["bundle"] = sum(file.stat().st_size for file in path.iterdir())
         with self._timed("run"):
             chain = load(path)
-            report.segments = len(chain.manifest.segments)
+            report.segments = len(divided(chain.manifest).segments)
             with as_captured(module), torch.no_grad():
                 self._compare(module, captured, program, chain)
                 if _forced(program):
