@@ -54,7 +54,7 @@ def with_whole(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -
         if parts:
             log.warning("all parts of a stack in one file do not give what they give one by one")
     except OfframpError as error:
-        log.warning("no file for all parts of a stack: %s", error)
+        log.info("no file for all parts of a stack: %s", error)
     for file in found.files.keys() - manifest.files.keys():
         (directory / file).unlink()
     return manifest
@@ -73,11 +73,9 @@ def _answers(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> 
     if chain.generates is None:
         return []
     session = chain.session(inputs, Never())
-    rows = [
-        row for tokens in (session.prompts, [row[-1:] for row in session.prompts]) for row in session.step(tokens).rows
-    ]
+    found = [*session.step(session.prompts).rows, *session.step([row[-1:] for row in session.prompts]).rows]
     session.end()
-    return [row.outputs[session.plan.output] for row in rows]
+    return [row.outputs[session.plan.output] for row in found]
 
 
 def _joined(manifest: Manifest, stack: Stack, directory: Path) -> Manifest:

@@ -357,7 +357,8 @@ def test_the_cause_of_a_failed_export_is_kept() -> None:
 
 
 def test_the_module_trains_the_captured_model() -> None:
-    captured = tiny.captured(tiny.Encoder, tiny.text(), dynamic={})
+    model = tiny.seeded(tiny.Encoder)
+    captured = tiny.Captured(model, tiny.text(), capture(model, tiny.text(), dynamic={}))
     before = {name: weight.clone() for name, weight in captured.model.named_parameters()}
     optimizer = torch.optim.SGD(captured.program.module.parameters(), lr=0.1)
     target = torch.tensor([1, 2])

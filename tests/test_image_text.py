@@ -81,7 +81,13 @@ def _exported(name: str, root: Path, capsys: Any = None) -> tuple[Path, Path]:
     return root / "saved", root / "bundle"
 
 
-@pytest.fixture(scope="module", params=vision_directories.READERS)
+KINDS = {"llava", "gemma3", "blip"}  # a mark in the text, types of tokens, a generate of the model's own
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in vision_directories.READERS],
+)
 def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     root = tmp_path_factory.mktemp(request.param)
     folder, bundle = _exported(request.param, root)

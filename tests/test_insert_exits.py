@@ -17,7 +17,7 @@ from torch import nn
 from offramp.errors import PassError, SpecError
 from offramp.passes import InsertExits, PassResult, Truncate, apply
 from offramp.passes.infra.contract import Pass
-from offramp.program import Exit, Program
+from offramp.program import Exit, Program, capture
 from offramp.program.graph import results
 
 NAMES = ["encoder", "labeller", "decoder", "time_first", "mixing"]
@@ -164,7 +164,8 @@ def test_training_own_heads_leaves_the_models_head_alone() -> None:
 
 
 def test_training_all_exits_trains_the_captured_model() -> None:
-    captured = tiny.captured(tiny.Encoder, tiny.text(), dynamic={})
+    model = tiny.seeded(tiny.Encoder)
+    captured = tiny.Captured(model, tiny.text(), capture(model, tiny.text(), dynamic={}))
     program = apply(captured.program, "insert-exits{head=own}")
     module, target = program.module, torch.tensor([0, 2])
     before = {name: weight.clone() for name, weight in captured.model.named_parameters()}

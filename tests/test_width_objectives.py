@@ -485,7 +485,7 @@ def test_time_first_rows_are_samples() -> None:
     assert found["diversity"].item() == pytest.approx(-between.item(), abs=1e-6)
 
 
-@pytest.mark.parametrize("train", ["added", "all"])
+@pytest.mark.parametrize("train", [pytest.param("added", marks=pytest.mark.slow), "all"])
 def test_following_the_teacher_at_any_width(train: Any) -> None:
     teacher, program = pair()
     given = batches()
@@ -539,7 +539,7 @@ def test_labels_and_the_teacher_together() -> None:
 # The loop
 
 
-@pytest.mark.parametrize("name", ["learners", "gates", "budget"])
+@pytest.mark.parametrize("name", ["learners", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gates", "budget"))])
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 2, "every": 2, "log_every": 2, "seed": 7, "rate": 1e-2}
     options["train"] = "all" if name == "budget" else "added"
