@@ -31,7 +31,7 @@ from offramp.export.multistep import with_steps
 from offramp.export.partition import partition
 from offramp.export.patterns import check_patterns
 from offramp.export.prepare import prepared
-from offramp.export.validation import at_full_width, given, validate
+from offramp.export.validation import at_full_width, given, opened, validate
 from offramp.export.whole import with_whole
 from offramp.export.write import Writer
 from offramp.program.dropout import drawing
@@ -148,15 +148,17 @@ def save(
             _add(item, content, directory)
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
         manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
+        sessions: dict[str, Any] | None = opened(manifest, directory)
         with at_full_width(program):
-            figures = validate(program, manifest, directory, describer.origin, lowered)
+            figures = validate(program, manifest, directory, describer.origin, lowered, sessions)
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:
             taken = samples or [given(program, program.example_inputs)]
+            sessions = None  # of files that are not there any more
             manifest = in_fewer_bits(manifest, directory, precision, taken, loss, agreement)
             figures = dict(manifest.validation)
         example = given(program, program.example_inputs)
-        manifest = with_whole(with_steps(manifest, directory, example), directory, example)
+        manifest = with_whole(with_steps(manifest, directory, example), directory, example, sessions)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)

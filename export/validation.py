@@ -56,14 +56,20 @@ def _returned(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str,
     return found
 
 
+def opened(manifest: Manifest, directory: Path) -> dict[str, Any]:
+    """Sessions of a bundle's files, by name."""
+    return open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
+
+
 def validate(
     program: Program,
     manifest: Manifest,
     directory: Path,
     origin: Mapping[str, fx.Node],
     lowered: Program | None = None,
+    sessions: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Compare a bundle's files with a program; ``origin`` names the node of each value.
+    """Compare a bundle's files with a program; ``origin`` names the node of each value, ``sessions`` are the files'.
 
     Those are nodes of ``lowered``, the program as it was when it was cut, if that is another. All but single segments
     is compared with ``program`` itself, so that what was rewritten in between is validated too.
@@ -76,7 +82,7 @@ def validate(
     Raises:
         ExportError: an error is above the tolerance; the message names the segment or exit.
     """
-    sessions = open_sessions(directory, {segment.file for segment in manifest.segments.values()}, None, None)
+    sessions = sessions or opened(manifest, directory)
     chain = Chain(manifest, directory, _sessions=sessions)
     if manifest.cache is not None and chain.generates is None:
         try:

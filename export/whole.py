@@ -32,13 +32,16 @@ LARGEST = 1 << 28
 #: How far outputs may be from each other, of their scale: in whole numbers activations that differ in the seventh digit
 #: are rounded differently now and then.
 _CLOSE, _ROUNDED = 1e-4, 0.05
+_VIEWS = (divided, undivided)
 
 
-def with_whole(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> Manifest:
+def with_whole(
+    manifest: Manifest, directory: Path, inputs: Mapping[str, Any], sessions: Mapping[str, Any] | None = None
+) -> Manifest:
     """The manifest with such a file for each stack of several parts, which lies in ``directory``.
 
-    The bundle runs ``inputs`` in both ways. Where these differ, or ONNX Runtime does not take a file, there is none: it
-    is a quicker way, and no more than that.
+    The bundle runs ``inputs`` in both ways; ``sessions`` are those of its files that are open. Where these answers
+    differ, or ONNX Runtime does not take a file, there is none: it is a quicker way, and no more than that.
     """
     found = manifest
     for stack in manifest.stacks.values():
@@ -47,7 +50,7 @@ def with_whole(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -
         return manifest
     try:
         plain = replace(found, policy=None)
-        parts, whole = (_answers(view(plain), directory, inputs) for view in (divided, undivided))
+        parts, whole = (_answers(Chain(view(plain), directory, _sessions=sessions), inputs) for view in _VIEWS)
         exact = {segment.encoding for segment in manifest.segments.values()} <= {"fp32", "fp16"}
         if parts and all(map(partial(_close, bound=_CLOSE if exact else _ROUNDED), parts, whole)):
             return found
@@ -65,10 +68,9 @@ def _close(one: Any, other: Any, bound: float) -> bool:
     return bool(np.allclose(one / scale, other / scale, 0, bound, equal_nan=True))
 
 
-def _answers(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> list[Any]:
+def _answers(chain: Chain, inputs: Mapping[str, Any]) -> list[Any]:
     """What a run gives; of a bundle with caches the logits behind each prompt and a token more, if it generates."""
-    chain = Chain(manifest, directory)
-    if manifest.cache is None:
+    if chain.manifest.cache is None:
         return list(chain.run(inputs, Never()).outputs.values())
     if chain.generates is None:
         return []

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 import offramp
 from offramp.bundle.json_text import from_json, to_json
-from offramp.bundle.manifest import Manifest
 from offramp.bundle.whole import divided
 from offramp.errors import BundleError
 from offramp.export import whole
@@ -164,9 +163,9 @@ def test_what_differs_is_not_kept(
 ) -> None:
     answers = whole._answers
 
-    def other(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> list[Any]:
-        found = answers(manifest, directory, inputs)
-        return [array * 1.01 for array in found] if "encoder-whole" in manifest.segments else found
+    def other(chain: Chain, inputs: Mapping[str, Any]) -> list[Any]:
+        found = answers(chain, inputs)
+        return [array * 1.01 for array in found] if "encoder-whole" in chain.manifest.segments else found
 
     monkeypatch.setattr(whole, "_answers", other)
     offramp.save(encoder.program, tmp_path / "m")
