@@ -550,7 +550,7 @@ torch.save(weights(made), f"{sys.argv[1]}/{torch.distributed.get_rank()}.pt")
 
 @pytest.mark.slow
 def test_two_processes_share_the_batches(tmp_path: Path) -> None:
-    script = tmp_path / "shared.py"
+    script = tmp_path / "two_processes.py"
     script.write_text(_SHARED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
