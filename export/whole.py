@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
+import torch
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
 from offramp.bundle.manifest import Manifest, Segment, Stack
 from offramp.bundle.whole import divided, last_exit, segments, undivided
 from offramp.errors import OfframpError
+from offramp.export.validation import error
 from offramp.export.write import hashed
+from offramp.program.compare import TOLERANCE
 from offramp.runtime.chain import Chain
 from offramp.runtime.policies.base import Never
 
@@ -29,9 +30,9 @@ log = logging.getLogger(__name__)
 #: Bytes of a stack's weights, which a process that runs it in both ways has twice. Where they are more, calls of
 #: sessions are nothing beside what the operators take.
 LARGEST = 1 << 28
-#: How far outputs may be from each other, of their scale: in whole numbers activations that differ in the seventh digit
-#: are rounded differently now and then.
-_CLOSE, _ROUNDED = 1e-4, 0.05
+#: How far outputs may be from each other, of their scale, in whole numbers: activations that differ in the seventh
+#: digit are rounded differently now and then.
+_ROUNDED = 0.05
 _VIEWS = (divided, undivided)
 
 
@@ -52,20 +53,16 @@ def with_whole(
         plain = replace(found, policy=None)
         parts, whole = (_answers(Chain(view(plain), directory, _sessions=sessions), inputs) for view in _VIEWS)
         exact = {segment.encoding for segment in manifest.segments.values()} <= {"fp32", "fp16"}
-        if parts and all(map(partial(_close, bound=_CLOSE if exact else _ROUNDED), parts, whole)):
+        errors = [error(one, torch.tensor(other)) for one, other in zip(whole, parts, strict=True)]
+        if parts and max(errors) <= (TOLERANCE if exact else _ROUNDED):
             return found
         if parts:
             log.warning("all parts of a stack in one file do not give what they give one by one")
-    except OfframpError as error:
-        log.info("no file for all parts of a stack: %s", error)
+    except OfframpError as problem:
+        log.info("no file for all parts of a stack: %s", problem)
     for file in found.files.keys() - manifest.files.keys():
         (directory / file).unlink()
     return manifest
-
-
-def _close(one: Any, other: Any, bound: float) -> bool:
-    scale = max(float(np.abs(one[np.isfinite(one)]).max(initial=0)), 1e-6)
-    return bool(np.allclose(one / scale, other / scale, 0, bound, equal_nan=True))
 
 
 def _answers(chain: Chain, inputs: Mapping[str, Any]) -> list[Any]:
