@@ -16,6 +16,7 @@ from offramp.bundle.manifest import (
     ENCODINGS,
     FORMS,
     FREELY,
+    NEXT,
     STEPS,
     WIDTH,
     Cache,
@@ -133,7 +134,7 @@ def _groups(manifest: Manifest) -> Iterator[str]:
     for name, stack in manifest.stacks.items():
         where = f"stacks.{name}"
         if stack.groups and stack.whole is not None:
-            yield f"{where}.whole: {stack.whole!r}: groups of tokens leave apart"
+            yield f"{where}.whole: groups of tokens leave apart"
         if bool(stack.groups) != (stack.places is not None):
             yield f"{where}: has groups or places, and not both"
         for field, given in (("places", stack.places), ("asked", stack.asked)):
@@ -280,6 +281,8 @@ def _stack(stack: Stack) -> Iterator[str]:
             yield f"{where}: depths have to increase, found {depths}"
         if depths and depths[-1] != stack.blocks:
             yield f"{where}: the last depth is {depths[-1]}, the stack has {stack.blocks} blocks"
+    if stack.whole is not None and (stack.whole.depth, len(stack.whole.segments)) != (stack.blocks, 1):
+        yield f"stacks.{stack.name}.whole: it has to be one segment of all {stack.blocks} blocks"
     loose = {exit_.after for exit_ in stack.exits} - {part.depth for part in stack.parts}
     if loose:
         yield f"stacks.{stack.name}.exits: no part ends at depth {', '.join(map(str, sorted(loose)))}"
@@ -288,22 +291,24 @@ def _stack(stack: Stack) -> Iterator[str]:
 def _steps(manifest: Manifest) -> Iterator[str]:
     """A part's ``steps`` take what the part takes, and give what it gives."""
     for name, stack in manifest.stacks.items():
-        for i, part in enumerate(stack.parts):
+        for i, part in enumerate(stack.runs):
             segments = [manifest.segments.get(each or "") for each in (*part.segments, part.steps)]
             if part.steps is None or None in segments:
                 continue
             one, several = segments[0], segments[-1]
             assert one is not None
             assert several is not None
-            where = f"stacks.{name}.parts[{i}].steps: {part.steps!r}"
+            where = f"stacks.{name}.{'whole' if part is stack.whole else f'parts[{i}]'}.steps: {part.steps!r}"
+            full, outputs = part.depth == stack.blocks, set(one.outputs.values())
             scores = next((exit_.scores for exit_ in stack.exits if exit_.after == part.depth), {})
-            picks = {scores.get(name) for name in (PICK, SCREENED)} & set(one.outputs.values())
-            if manifest.cache is None or i > 0 or len(part.segments) != 1 or not picks:
+            picks = {scores.get(name) for name in (SCREENED, *(() if full else (PICK,)))} & outputs
+            first = i == 0 or part is stack.whole
+            if manifest.cache is None or not first or len(part.segments) != 1 or not (picks or full):
                 yield f"{where} is for a first part of one segment, which picks tokens, of a bundle with caches"
                 continue
             buffers = set(manifest.cache.buffers.values())
-            made = {value if value in buffers else in_steps(value) for value in one.outputs.values()}
-            free = {measure for measure, value in scores.items() if value in one.outputs.values()}
+            made = {value if value in buffers else in_steps(value) for value in outputs} | (set() if picks else {NEXT})
+            free = {measure for measure, value in scores.items() if value in outputs and not full}
             gates = {least_of(measure) for measure in free if measure_named(measure).gates}
             needed = {*one.inputs.values(), STEPS, FREELY, *gates}
             if missing := sorted((needed - {*several.inputs.values()}) | (made - {*several.outputs.values()})):

@@ -22,14 +22,15 @@ from offramp.bundle.measures import PICK
 from offramp.bundle.preprocessing import Preprocessing
 
 FORMAT = "offramp"
-VERSION = 9
+VERSION = 10
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 #: The value that says which share of its learners a token is to take on average, float32 [1].
 WIDTH = "learners_width"
-#: Values of the segments in `Part.steps`: of how many tokens at most they make the next one, int64 []; and whether a
-#: token is followed by another without a look at it, bool [classes + 1], the last of which stands for none (-1).
-STEPS, FREELY = "steps", "steps/freely"
+#: Values of the segments in `Part.steps`: of how many tokens at most they make the next one, int64 []; whether a
+#: token is followed by another without a look at it, bool [classes + 1], the last of which stands for none (-1); and
+#: each token's next one where only they make it, int64 [tokens, batch, chunk].
+STEPS, FREELY, NEXT = "steps", "steps/freely", "steps/next"
 
 #: How learners run: all, and those that are not taken count for nothing, or each on the tokens that take it.
 FORMS = ("dense", "grouped")
@@ -136,7 +137,8 @@ class Part:
 
     ``output`` is the value of the hidden state then, which the next part reads. ``steps`` is a segment that runs the
     part for one token of one row after another, each the one that the exit behind it picks, while this scores at least
-    `least_of` of each measure; its outputs have an axis of those tokens in front.
+    `least_of` of each measure; its outputs have an axis of those tokens in front. At full depth that is the greatest of
+    the model's outputs, which the segment makes itself (`NEXT`) where the part picks none.
     """
 
     depth: int
@@ -169,7 +171,7 @@ class Stack:
     Where tokens leave in ``groups``, which lie one behind the other, scores are [batch, groups] (of tokens that leave
     alone each has one), and the value ``places`` says where those are that have not left, int64 [batch, tokens that
     have not]. Where scores are of some tokens alone, the value ``asked`` says of which: int64 [batch, asked].
-    ``whole`` is a segment that runs all parts, for runs in which nobody is asked before full depth.
+    ``whole`` runs all parts at once, for runs in which nobody is asked before full depth.
     """
 
     name: str
@@ -182,7 +184,12 @@ class Stack:
     groups: tuple[Group, ...] = ()
     places: str | None = None
     asked: str | None = None
-    whole: str | None = None
+    whole: Part | None = None
+
+    @property
+    def runs(self) -> tuple[Part, ...]:
+        """All that can run its blocks: the parts, and the whole."""
+        return self.parts if self.whole is None else (*self.parts, self.whole)
 
     @cached_property
     def by_group(self) -> Mapping[str, Stack]:

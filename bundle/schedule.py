@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from offramp.bundle.manifest import Exit, Manifest, Segment, Stack, Stage
+from offramp.bundle.manifest import NEXT, Exit, Manifest, Segment, Stack, Stage, in_steps
 from offramp.bundle.measures import PICK, SCREENED
 
 Names: TypeAlias = frozenset[str]
@@ -34,6 +34,11 @@ class Branch:
     ends: bool
     pick: str | None
     exact: bool
+
+    @property
+    def next(self) -> str:
+        """The value of each next token, where one run makes several (`Part.steps`)."""
+        return in_steps(self.pick) if self.pick and (self.exact or not self.full) else NEXT
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from offramp.bundle.manifest import Exit, Manifest, Part, Segment, Stack, Stage
@@ -13,7 +13,7 @@ def divided(manifest: Manifest) -> Manifest:
     """The bundle by its parts, which is all there is to it where no stack has a ``whole``."""
     if all(stack.whole is None for stack in manifest.stacks.values()):
         return manifest
-    wholes = {stack.whole for stack in manifest.stacks.values()}
+    wholes = {name for stack in manifest.stacks.values() if stack.whole for name in _segments([stack.whole])}
     return replace(
         manifest,
         stacks={name: replace(stack, whole=None) for name, stack in manifest.stacks.items()},
@@ -45,12 +45,15 @@ def undivided(manifest: Manifest) -> Manifest:
 
 def segments(stack: Stack) -> Iterator[str]:
     """The names of all segments of a stack."""
-    for part in stack.parts:
-        yield from part.segments
-        yield from [part.steps] if part.steps else ()
+    yield from _segments(stack.runs)
     for exit_ in stack.exits:
         yield from exit_.segments
-    yield from [stack.whole] if stack.whole else ()
+
+
+def _segments(parts: Iterable[Part]) -> Iterator[str]:
+    for part in parts:
+        yield from part.segments
+        yield from [part.steps] if part.steps else ()
 
 
 def last_exit(stack: Stack) -> Exit:
@@ -62,12 +65,12 @@ def last_exit(stack: Stack) -> Exit:
 def _at_once(stack: Stack, known: Mapping[str, Segment]) -> Stack:
     if stack.whole is None:
         return stack
-    whole, last = known[stack.whole], last_exit(stack)
+    (name,), last = stack.whole.segments, last_exit(stack)
+    whole = known[name]
     wanted = {last.state, *last.outputs.values(), *last.scores.values()} - {*whole.outputs.values()}
     if all(wanted.isdisjoint(known[name].outputs.values()) for name in last.segments):
         last = replace(last, segments=())
-    part = Part(stack.blocks, (stack.whole,), stack.parts[-1].output)
     given = (*whole.inputs.values(), None)
     asked = stack.asked if stack.asked in given else None
     enters = stack.input if stack.input in given else given[0] or stack.input
-    return replace(stack, whole=None, input=enters, parts=(part,), exits=(last,), asked=asked)
+    return replace(stack, whole=None, input=enters, parts=(stack.whole,), exits=(last,), asked=asked)

@@ -200,7 +200,7 @@ def milliseconds(asked: Asked, examples: Sequence[Example], policies: Sequence[P
     runs = [[traced(asked.chain, example, policy, asked.options) for policy in policies] for example in examples]
     beside = [(wall - sum(item.milliseconds for item in trace)) / len(trace) for run in runs for trace, wall in run]
     host = np.quantile(beside, 0.1)  # of a segment: the same whatever runs, so what is more is other work
-    several = {part.steps for stack in asked.chain.manifest.stacks.values() for part in stack.parts}
+    several = {part.steps for stack in asked.chain.manifest.stacks.values() for part in stack.runs}
     found = []
     for at in range(len(policies)):
         times = defaultdict(list)

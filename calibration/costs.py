@@ -28,7 +28,8 @@ class Costs:
             and tail run for all who are asked.
         picks: Whether an exit picks the token, so that leaving there runs neither, bool [exits]; None where none does.
         wide: Of a step to full depth with all learners, where these are the costs of a step beside less; else None.
-        at_once: Of all blocks where nobody is asked (`Stack.whole`); None where that is what they take one by one.
+        at_once: Of a step to full depth where nobody is asked (`Stack.whole`); None: the sum of the others.
+        ahead: What a token takes less that leaves at the first exit, where one run makes several (`Part.steps`).
     """
 
     around: float
@@ -39,6 +40,7 @@ class Costs:
     picks: NDArray[np.bool_] | None = None
     wide: float | None = None
     at_once: float | None = None
+    ahead: float = 0.0
 
     @classmethod
     def of(
@@ -73,7 +75,6 @@ class Costs:
             blocks=blocks,
             further=further,
             tails=np.array([spent(branch.segments, times) for branch in branches]),
-            at_once=None if stack.whole is None else times.get(stack.whole),
             picks=np.array([bool(manifest.cache) and b.pick is not None and (b.exact or not b.full) for b in branches]),
             free={
                 measure: np.array([measure not in branch.scores or measure in branch.free for branch in early])
@@ -93,8 +94,7 @@ class Costs:
     @property
     def full(self) -> float:
         """A step to full depth, where no one is asked."""
-        blocks = self.blocks.sum() if self.at_once is None else self.at_once
-        return float(self.around + blocks + self.leave[-1])
+        return float(self.around + self.blocks.sum() + self.leave[-1]) if self.at_once is None else self.at_once
 
     @property
     def whole(self) -> float:
@@ -131,6 +131,8 @@ class Costs:
         if measure is not None:
             run[:-1] = ~self.free[measure]
         total = self.around + np.where(run, self.tails, self.leave)[taken]
+        if measure is None or self.free[measure][0]:
+            total = total - self.ahead * (taken == 0)
         for leg, (first, further) in enumerate(zip(self.blocks, self.further, strict=True)):
             through = taken >= leg
             total = total + through * first

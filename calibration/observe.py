@@ -310,21 +310,14 @@ def time_rows(chain: Chain, stack: Stack, examples: Sequence[Example], beside: P
             wide.append(trace_of(example, Never()))
     if stack.name not in chain.manifest.stacks:  # a group, whose blocks run for the others too
         return Costs.of_ways([_total(found) for found in traces], _total(wide) if wide else None, stack)
-    flat = [timing for found in traces for trace in found for timing in trace]
-    return _costs(chain, stack, [timing for trace in wide for timing in trace], flat)
+    costs = Costs.of(chain.manifest, stack, _medians([item for each in traces for trace in each for item in trace]))
+    at_once = None if stack.whole is None else _total(traces[len(stack.exits) - 1])
+    return replace(costs, at_once=at_once, wide=_total(wide) if wide else None)
 
 
 def _total(traces: Sequence[Sequence[Timing]]) -> float:
     """The median milliseconds of runs."""
     return float(np.median([sum(timing.milliseconds for timing in trace) for trace in traces]))
-
-
-def _costs(
-    chain: Chain, stack: Stack, wide: Sequence[Timing], trace: Sequence[Timing], late: Sequence[Timing] = ()
-) -> Costs:
-    """The costs of what ran, beside those of a ``wide`` step where this was at a smaller width."""
-    found = Costs.of(chain.manifest, stack, _medians(trace), _medians(late), _PERIOD)
-    return replace(found, wide=Costs.of(chain.manifest, stack, _medians(wide)).full) if wide else found
 
 
 def _medians(trace: Sequence[Timing]) -> dict[str, float]:
@@ -377,7 +370,9 @@ def observe_tokens(
     quality = np.zeros((lengths.sum(), early + 1))
     trace: list[Timing] = []
     late: list[Timing] = []
-    wide: list[Timing] = []
+    full: list[float] = []
+    first: list[float] = []
+    wide: list[float] = []
     start = 0
     for example, text, skip, length in zip(examples.inputs, texts, skipped, lengths, strict=True):
         for at, exit_ in enumerate(stack.exits):
@@ -392,13 +387,19 @@ def observe_tokens(
         periodic = within(_Periodic(stack.name, stack.exits[0].after), stack.name, beside)
         for step, (_, _, timed) in enumerate(_forced_tokens(chain, example, periodic, text, options)):
             late += timed if (step + 1) % _PERIOD == 0 else ()
-        if stack.whole is not None:
-            trace += _timings(chain, example, within(Never(), stack.name, beside), text, options)
-        if beside is not None:
-            wide += _timings(chain, example, Never(), text, options)
+        if length and stack.whole is not None:
+            full.append(_streamed(chain, example, within(Never(), stack.name, beside), skip, len(text), options))
+        if length and stack.parts[0].steps is not None:
+            leave = within(Depth({stack.name: stack.exits[0].after}), stack.name, beside)
+            first.append(_streamed(chain, example, leave, skip, len(text), options))
+        if length and beside is not None:
+            wide.append(_streamed(chain, example, Never(), skip, len(text), options))
         start += length
     seen = Observed(scores, quality, lengths, None if beside is None else np.ones(len(quality)))
-    return seen, _costs(chain, stack, wide, trace, late)
+    costs = Costs.of(chain.manifest, stack, _medians(trace), _medians(late), _PERIOD)
+    ahead = float(costs.around + costs.blocks[0] + costs.leave[0] - np.median(first)) if first else 0.0
+    at_once, widest = (float(np.median(each)) if each else None for each in (full, wide))
+    return seen, replace(costs, at_once=at_once, wide=widest, ahead=max(0.0, ahead))
 
 
 def _forced_tokens(
@@ -425,11 +426,13 @@ def _forced_tokens(
         yield token, result.scores, ran.trace
 
 
-def _timings(
-    chain: Chain, example: Example, policy: Policy, text: NDArray[np.int64], options: Mapping[str, Any]
-) -> list[Timing]:
-    """What ran for the tokens of a text."""
-    return [timing for _, _, timed in _forced_tokens(chain, example, policy, text, options) for timing in timed]
+def _streamed(
+    chain: Chain, example: Example, policy: Policy, skip: int, most: int, options: Mapping[str, Any]
+) -> float:
+    """Milliseconds that segments take for a token behind the first ``skip``, where one run may make several."""
+    steps = generate(chain, example, policy, {**options, "max_new_tokens": most})[1]
+    steps = steps[skip:] or steps
+    return sum(timing.milliseconds for step in steps for timing in step.trace) / len(steps)
 
 
 def _takes(chooser: Chooser, step: int, slot: int, token: int) -> bool:

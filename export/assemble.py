@@ -158,7 +158,7 @@ def save(
             manifest = in_fewer_bits(manifest, directory, precision, taken, loss, agreement)
             figures = dict(manifest.validation)
         example = given(program, program.example_inputs)
-        manifest = with_whole(with_steps(manifest, directory, example), directory, example, sessions)
+        manifest = with_steps(with_whole(manifest, directory, example, sessions), directory, example)
         text = to_json(manifest)
         from_json(text)  # what the runtime would refuse is not written
         (directory / MANIFEST_FILE).write_text(text)

@@ -1,7 +1,8 @@
-"""The first part of a decoder in a loop: several tokens in one run, while each leaves at the exit behind it.
+"""A decoder in a loop: several tokens in one run, while each leaves at the first exit, or none does.
 
 Where a step takes a fraction of a millisecond, a host that asks for one token at a time takes as long itself. So a
-small part gets a second file, made of the first one's operators and weights, which feeds the exit's pick back.
+small first part gets a second file, made of the same operators and weights, which feeds the exit's pick back; and so
+does full depth, with the greatest of what the model gives.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from onnx import TensorProto, helper
 
-from offramp.bundle.manifest import FREELY, STEPS, Generation, Manifest, Segment, Value, in_steps, least_of
+from offramp.bundle.manifest import FREELY, NEXT, STEPS, Generation, Manifest, Segment, Value, in_steps, least_of
 from offramp.bundle.measures import measure_named
 from offramp.bundle.schedule import Schedule
+from offramp.bundle.whole import divided, undivided
 from offramp.errors import OfframpError
+from offramp.export.whole import joined
 from offramp.export.write import hashed
 from offramp.runtime.chain import Chain
+from offramp.runtime.policies.base import Never, Policy
 from offramp.runtime.policies.builtin import Each
 from offramp.runtime.policies.thresholds import Confidence
 
@@ -36,17 +41,26 @@ _COMPARED, _CLOSE = 8, 1e-5  # tokens; how far their scores may be from each oth
 
 
 def with_steps(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> Manifest:
-    """The manifest with such a file where the bundle in ``directory`` has such a part.
+    """The manifest with such files, for the first exit and for full depth, where the bundle in ``directory`` has them.
 
-    Both make tokens behind the first of ``inputs``. Where these or their scores differ, or ONNX Runtime does not take
-    the file, there is none: it is a quicker way, and no more than that.
+    Both ways make tokens behind the first of ``inputs``. Where these or their scores differ, or ONNX Runtime does not
+    take the file, there is none: it is a quicker way, and no more than that.
     """
-    found = _looped(manifest, directory)
+    cache = manifest.cache
+    if cache is None or len(cache.tokens) != 1 or _AXIS in manifest.axes or STEPS in manifest.values:
+        return manifest
+    for full in (False, True):
+        manifest = _with(manifest, directory, inputs, full)
+    return manifest
+
+
+def _with(manifest: Manifest, directory: Path, inputs: Mapping[str, Any], full: bool) -> Manifest:
+    found = _looped(manifest, directory, full)
     if found is None:
         return manifest
     try:
         plain = replace(found, stacks=manifest.stacks)
-        single, several = (_generated(item, directory, inputs) for item in (plain, found))
+        single, several = (_generated(item, directory, inputs, full) for item in (plain, found))
         if _same(single, several):
             return found
         log.warning("several tokens at once, %s, are not those one by one, %s", several, single)
@@ -63,12 +77,10 @@ def _same(single: Sequence[tuple[int, list[float]]], several: Sequence[tuple[int
     return close and [token for token, _ in single] == [token for token, _ in several]
 
 
-def _generated(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -> list[tuple[int, list[float]]]:
-    """Tokens of the first row that all leave at the first exit, and their scores."""
-    stack = next(manifest.stacks[stage.stack] for stage in reversed(manifest.stages) if stage.stack is not None)
-    exit_, known = stack.exits[0], set(manifest.values)
-    gate = next(measure for measure in exit_.scores if least_of(measure) in known)
-    policy = Each({stack.name: Confidence(measure=gate, thresholds={exit_.after: -math.inf})})
+def _generated(
+    manifest: Manifest, directory: Path, inputs: Mapping[str, Any], full: bool
+) -> list[tuple[int, list[float]]]:
+    """Tokens of the first row that all leave at the first exit, or at full depth, and their scores."""
     plain = replace(manifest, generation=Generation(prompt=manifest.generation.prompt))
     cache, row = manifest.cache, {}
     assert cache is not None
@@ -78,50 +90,76 @@ def _generated(manifest: Manifest, directory: Path, inputs: Mapping[str, Any]) -
     if cache.prompt is None:
         row[cache.tokens[0]] = row[cache.tokens[0]][:, :1]
     count = _COMPARED if cache.limit is None else min(_COMPARED, cache.limit - 1)
+    policy = Never() if full else _first(manifest)
     steps = Chain(plain, directory).stream(row, policy, max_new_tokens=count)
     return [(step.token, [*step.scores.values()]) for step in steps]
 
 
-def _looped(manifest: Manifest, directory: Path) -> Manifest | None:
-    """The manifest with the first part's loop, which is written to ``directory``; None where it can have none."""
-    cache = manifest.cache
-    if cache is None or len(cache.tokens) != 1 or _AXIS in manifest.axes or STEPS in manifest.values:
-        return None
-    step = Schedule.of(manifest, ("chunk",), (cache.logits,)).steps[0]
+def _first(manifest: Manifest) -> Policy:
+    """All leave at the first exit."""
+    stack = next(manifest.stacks[stage.stack] for stage in reversed(manifest.stages) if stage.stack is not None)
+    exit_, known = stack.exits[0], set(manifest.values)
+    gate = next(measure for measure in exit_.scores if least_of(measure) in known)
+    return Each({stack.name: Confidence(measure=gate, thresholds={exit_.after: -math.inf})})
+
+
+def _looped(manifest: Manifest, directory: Path, full: bool) -> Manifest | None:
+    """The manifest with a loop, which is written to ``directory``: of the first part, or of all of them.
+
+    None where it can have none.
+    """
+    cache, view = manifest.cache, undivided(manifest) if full else divided(manifest)
+    assert cache is not None
+    step = Schedule.of(view, ("chunk",), (cache.logits,)).steps[0]
     stack, span, branch = step.stack, step.spans[0], step.spans[0].branch
-    if stack is None or len(span.segments) != 1 or branch is None or branch.full or branch.pick is None:
+    if stack is None or len(span.segments) != 1 or branch is None or branch.full != full or manifest.learners:
         return None
-    segment = manifest.segments[span.segments[0]]
-    made = _made(manifest, segment)
-    gates = [measure for measure in sorted(branch.free) if measure_named(measure).gates]
-    if not gates or made is None or manifest.learners:
+    (name,), picks = span.segments, branch.next != NEXT
+    gates = [] if full else [measure for measure in sorted(branch.free) if measure_named(measure).gates]
+    made = _made(manifest, manifest.segments[name])
+    logits = branch.results.get(manifest.outputs[cache.logits], "")
+    if made is None or (not (picks and gates) if not full else not (picks or _of_each(manifest, [logits]))):
         return None
-    model = onnx.load(directory / segment.file, load_external_data=False)
-    if _read(model) > LARGEST or cache.tokens[0] not in segment.inputs.values():
+    parts = [manifest.segments[each] for each in (name, *(() if picks else branch.segments))]
+    known = [*manifest.segments[name].outputs.values()]
+    whole = joined([(part, ir.load(directory / part.file)) for part in parts], [*known, *(() if picks else [logits])])
+    model = ir.to_proto(whole)
+    given = [item.name for item in model.graph.input]
+    if _read(model) > LARGEST or cache.tokens[0] not in given:
         return None
-    loop = _Loop(manifest, segment, branch.pick, {name: branch.scores[name] for name in gates}, made)
-    name, file = f"{segment.name}-steps", f"{Path(segment.file).stem}-steps.onnx"
+    loop = _Loop(manifest, given, branch.pick if picks else None, logits, {m: branch.scores[m] for m in gates}, made)
+    steps, file = f"{name}-steps", f"{Path(parts[0].file).stem}-steps.onnx"
     (directory / file).write_bytes(loop.model(model).SerializeToString(deterministic=True))
-    parts = (replace(stack.parts[0], steps=name), *stack.parts[1:])
+    one = stack.parts[0]
+    own = manifest.stacks[stack.name]
+    if own.whole == one:
+        own = replace(own, whole=replace(one, steps=steps))
+    else:
+        own = replace(own, parts=(replace(one, steps=steps), *own.parts[1:]))
     return replace(
         manifest,
         axes={**manifest.axes, _AXIS: (1, None)},
         values={**manifest.values, **loop.values},
-        segments={**manifest.segments, name: Segment(name, file, loop.inputs, loop.outputs, segment.encoding)},
-        stacks={**manifest.stacks, stack.name: replace(stack, parts=parts)},
+        segments={**manifest.segments, steps: Segment(steps, file, loop.inputs, loop.outputs, parts[0].encoding)},
+        stacks={**manifest.stacks, stack.name: own},
         files={**manifest.files, file: hashed(directory / file)},
     )
 
 
-def _made(manifest: Manifest, segment: Segment) -> dict[str, str] | None:
-    """What the segment makes of each token, values by the file's names; None where some is not of one token."""
+def _made(manifest: Manifest, segment: Segment) -> list[str] | None:
+    """The values that the segment makes of each token; None where some is not of one token."""
     assert manifest.cache is not None
-    made = {key: name for key, name in segment.outputs.items() if name not in manifest.cache.buffers.values()}
-    shapes = [manifest.values[name].shape[:2] for name in made.values()]
+    made = [name for name in segment.outputs.values() if name not in manifest.cache.buffers.values()]
+    return made if _of_each(manifest, made) else None
+
+
+def _of_each(manifest: Manifest, names: Sequence[str]) -> bool:
+    """Whether these are values of each token of a row."""
+    assert manifest.cache is not None
+    shapes = [manifest.values[name].shape[:2] if name else () for name in names]
     asked = [stack.asked for stack in manifest.stacks.values() if stack.asked is not None]
     along = {manifest.cache.chunk, *(manifest.values[name].shape[1] for name in asked)}
-    fits = all(len(shape) == 2 and shape[0] in (manifest.batch, 1) and shape[1] in along for shape in shapes)
-    return made if fits else None
+    return all(len(shape) == 2 and shape[0] in (manifest.batch, 1) and shape[1] in along for shape in shapes)
 
 
 def _read(model: onnx.ModelProto) -> int:
@@ -133,66 +171,82 @@ def _read(model: onnx.ModelProto) -> int:
 
 
 class _Loop:
-    """A segment's file in a loop: what goes round (tokens, lengths, caches), and what is there for all of them."""
+    """A file in a loop: what goes round (tokens, lengths, caches), and what is there for all of them.
+
+    Its inputs and outputs are called as the values are. The next token is ``pick``, or the greatest of ``logits``.
+    """
 
     def __init__(
-        self, manifest: Manifest, segment: Segment, pick: str, scores: Mapping[str, str], made: Mapping[str, str]
+        self,
+        manifest: Manifest,
+        given: Sequence[str],
+        pick: str | None,
+        logits: str,
+        scores: Mapping[str, str],
+        made: Sequence[str],
     ) -> None:
-        cache, self._segment, self._made = manifest.cache, segment, made
+        cache, known = manifest.cache, manifest.values
         assert cache is not None
-        by_value = {name: key for key, name in segment.inputs.items()}
-        outputs = {name: key for key, name in segment.outputs.items()}
-        self._tokens, self._lengths = by_value[cache.tokens[0]], by_value.get(cache.lengths)
-        self._kind = helper.np_dtype_to_tensor_dtype(np.dtype(manifest.values[cache.tokens[0]].dtype))
-        self._pick, self._scores = outputs[pick], {f"least_{m}": outputs[value] for m, value in scores.items()}
-        self._caches = {by_value[old]: outputs[new] for old, new in cache.buffers.items() if old in by_value}
-        round_ = {self._tokens, *self._caches, *([self._lengths] if self._lengths else ())}
-        self._first = {key: f"{key}_first" for key in segment.inputs if key in round_}
-        classes = int(manifest.values[manifest.outputs[cache.logits]].shape[-1])
+        self._given, self._made, self._logits = given, made, logits
+        self._tokens, self._lengths = cache.tokens[0], cache.lengths if cache.lengths in given else None
+        self._kind = helper.np_dtype_to_tensor_dtype(np.dtype(known[self._tokens].dtype))
+        self._pick, self._scores = pick, {f"least_{m}": value for m, value in scores.items()}
+        self._caches = {old: new for old, new in cache.buffers.items() if old in given}
+        round_ = [self._tokens, *self._caches, *([self._lengths] if self._lengths else ())]
+        self._first = {name: f"{name}_first" for name in given if name in round_}
+        classes = int(known[manifest.outputs[cache.logits]].shape[-1])
         self.values = {STEPS: Value("int64", ()), FREELY: Value("bool", (classes + 1,))}
         self.values |= {least_of(measure): Value("float32", ()) for measure in scores}
-        known = manifest.values
-        self.values |= {in_steps(v): Value(known[v].dtype, (_AXIS, *known[v].shape)) for v in made.values()}
-        self.inputs = {self._first.get(key, key): name for key, name in segment.inputs.items()}
+        self.values |= {in_steps(name): Value(known[name].dtype, (_AXIS, *known[name].shape)) for name in made}
+        self.inputs = {self._first.get(name, name): name for name in given}
         self.inputs |= {"most": STEPS, "freely": FREELY, **{f"least_{m}": least_of(m) for m in scores}}
-        self.outputs = {f"{key}_last": segment.outputs[new] for key, new in self._caches.items()}
-        self.outputs |= {f"{key}_all": in_steps(name) for key, name in made.items()}
+        self.outputs = {f"{old}_last": new for old, new in self._caches.items()}
+        self.outputs |= {f"{name}_all": in_steps(name) for name in made}
+        if pick is None:
+            self._floats = helper.np_dtype_to_tensor_dtype(np.dtype(known[logits].dtype))
+            self.values[NEXT] = Value("int64", (_AXIS, *known[logits].shape[:2]))
+            self.outputs["next_all"] = NEXT
 
     def model(self, one: onnx.ModelProto) -> onnx.ModelProto:
         """The file, of that of one step: its weights are where they are."""
         graph = one.graph
         known = {item.name: item for item in (*graph.input, *graph.output)}
-        given = [_typed(known[key], self._first.get(key)) for key in self._segment.inputs]
+        given = [_typed(known[name], self._first.get(name)) for name in self._given]
         more = {"most": TensorProto.INT64, **dict.fromkeys(self._scores, TensorProto.FLOAT)}
         given += [helper.make_tensor_value_info(key, kind, []) for key, kind in more.items()]
         given.append(helper.make_tensor_value_info("freely", TensorProto.BOOL, self.values[FREELY].shape))
         nodes, again = self._again()
-        round_ = [_typed(known[key]) for key in self._first]
+        made = [known[name] for name in self._made]
+        if self._pick is None:
+            made.append(helper.make_tensor_value_info("next", TensorProto.INT64, None))
+        round_ = [_typed(known[name]) for name in self._first]
         body = helper.make_graph(
             [*graph.node, *nodes],
             "step",
             [_scalar("step", TensorProto.INT64), _scalar("goes_on", TensorProto.BOOL), *round_],
             [_scalar("goes_on_then", TensorProto.BOOL)]
-            + [_typed(known[key], again[key]) for key in self._first]
-            + [_typed(known[key]) for key in self._made],
+            + [_typed(known[name], again[name]) for name in self._first]
+            + [_typed(item) for item in made],
         )
-        last = [_typed(known[key], f"{key}_last") for key in self._first]
-        several = [_unshaped(known[key], f"{key}_all") for key in self._made]
+        last = [_typed(known[name], f"{name}_last") for name in self._first]
+        several = [_unshaped(item, f"{item.name}_all") for item in made]
         loop = helper.make_node(
             "Loop", ["most", "", *self._first.values()], [item.name for item in (*last, *several)], body=body
         )
         kept = [item for item in last if item.name in self.outputs]
         whole = helper.make_graph([loop], graph.name, given, [*kept, *several], list(graph.initializer))
-        made = helper.make_model(whole, opset_imports=one.opset_import, ir_version=one.ir_version)
-        made.functions.extend(one.functions)
-        return made
+        made_ = helper.make_model(whole, opset_imports=one.opset_import, ir_version=one.ir_version)
+        made_.functions.extend(one.functions)
+        return made_
 
     def _again(self) -> tuple[list[onnx.NodeProto], dict[str, str]]:
         """What decides whether the loop goes on, and makes the next token's inputs, which are named."""
         again = dict(self._caches)
-        nodes = [
-            helper.make_node("Cast", [self._pick], ["picked"], to=self._kind),
-            helper.make_node("Gather", ["freely", self._pick], ["going"]),
+        nodes = [] if self._pick else self._greatest()
+        pick = self._pick or "next"
+        nodes += [
+            helper.make_node("Cast", [pick], ["picked"], to=self._kind),
+            helper.make_node("Gather", ["freely", pick], ["going"]),
         ]
         again[self._tokens] = "picked"
         going = "going"
@@ -202,11 +256,26 @@ class _Loop:
             going = f"{least}_and"
         nodes.append(helper.make_node("Squeeze", [going], ["goes_on_then"]))
         if self._lengths:
-            one = helper.make_tensor("one", TensorProto.INT64, [1], [1])
-            nodes.insert(0, helper.make_node("Constant", [], ["one_more"], value=one))
-            nodes.append(helper.make_node("Add", [self._lengths, "one_more"], ["longer"]))
+            nodes += [_constant("one_more", [1]), helper.make_node("Add", [self._lengths, "one_more"], ["longer"])]
             again[self._lengths] = "longer"
         return nodes, again
+
+    def _greatest(self) -> list[onnx.NodeProto]:
+        """The place of the greatest logit; -1, which is no token, where one is no number or infinite."""
+        return [
+            helper.make_node("ArgMax", [self._logits], ["greatest"], axis=-1, keepdims=0),
+            _constant("last_axis", [-1]),
+            helper.make_node("ReduceSum", [self._logits, "last_axis"], ["sum"], keepdims=0),
+            helper.make_node("Abs", ["sum"], ["size"]),
+            _constant("infinity", [math.inf], self._floats),
+            helper.make_node("Less", ["size", "infinity"], ["finite"]),
+            helper.make_node("Where", ["finite", "greatest", "last_axis"], ["next"]),
+        ]
+
+
+def _constant(name: str, values: Sequence[float], kind: int = TensorProto.INT64) -> onnx.NodeProto:
+    tensor = helper.make_tensor(name, kind, [len(values)], values)
+    return helper.make_node("Constant", [], [name], value=tensor)
 
 
 def _typed(known: onnx.ValueInfoProto, name: str | None = None) -> onnx.ValueInfoProto:

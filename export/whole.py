@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 
-from offramp.bundle.manifest import Manifest, Segment, Stack
+from offramp.bundle.manifest import Manifest, Part, Segment, Stack
 from offramp.bundle.whole import divided, last_exit, segments, undivided
 from offramp.errors import OfframpError
 from offramp.export.validation import error
@@ -94,10 +94,11 @@ def _joined(manifest: Manifest, stack: Stack, directory: Path) -> Manifest:
     (directory / file).write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     graph = model.graph
     inputs, outputs = ({str(item.name): str(item.name) for item in items} for items in (graph.inputs, graph.outputs))
+    whole = Part(stack.blocks, (name,), stack.parts[-1].output)
     return replace(
         manifest,
         segments={**manifest.segments, name: Segment(name, file, inputs, outputs, parts[0].encoding)},
-        stacks={**manifest.stacks, stack.name: replace(stack, whole=name)},
+        stacks={**manifest.stacks, stack.name: replace(stack, whole=whole)},
         files={**manifest.files, file: hashed(directory / file)},
     )
 
@@ -136,6 +137,7 @@ def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> 
     weights: dict[Any, ir.Value] = {}
     nodes: list[ir.Node] = []
     functions: dict[ir.OperatorIdentifier, ir.Function] = {}
+    opsets: dict[str, int] = {}
     for segment, model in parts:
         graph, given, made = model.graph, list(model.graph.inputs), list(model.graph.outputs)
         for items in (graph.inputs, graph.outputs):
@@ -156,6 +158,7 @@ def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> 
         graph.remove(moved)
         nodes += moved
         functions |= model.functions
+        opsets |= {name: max(version, opsets.get(name, 0)) for name, version in model.opset_imports.items()}
     for at, weight in enumerate(weights.values()):
         weight.name = f"{weight.name}_{at}"
     for name, value in values.items():  # of which a weight may be one
@@ -166,7 +169,7 @@ def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> 
         outputs,
         nodes=nodes,
         initializers=[*weights.values()],
-        opset_imports={domain: version for _, model in parts for domain, version in model.opset_imports.items()},
+        opset_imports=opsets,
         name="whole",
     )
     whole = ir.Model(graph, ir_version=last.ir_version, functions=[*functions.values()])

@@ -20,7 +20,7 @@ from test_packaging import run_without_torch
 
 import offramp
 from offramp.bundle.manifest import MANIFEST_FILE
-from offramp.calibration import exits
+from offramp.calibration import exits, observe
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import read
 from offramp.calibration.gates import fit_scale
@@ -332,6 +332,7 @@ def prompts(count: int) -> list[list[int]]:
 @pytest.fixture
 def steady_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Costs, "of", lambda *_: costs(4))
+    monkeypatch.setattr(observe, "_streamed", lambda *_: costs(4).full)
 
 
 @pytest.mark.usefixtures("steady_tokens")

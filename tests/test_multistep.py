@@ -17,7 +17,7 @@ from onnx import helper
 
 import offramp
 from offramp.bundle.json_text import from_json, to_json
-from offramp.errors import BundleError
+from offramp.errors import BundleError, ExecutionError
 from offramp.export import multistep
 from offramp.passes import apply
 from offramp.runtime import Chain
@@ -38,7 +38,11 @@ def bundle(root: Path, passes: str = PASSES, **options: Any) -> Chain:
 def one_by_one(chain: Chain) -> Chain:
     """The same bundle, as if it had no file for several tokens."""
     stacks = {
-        name: replace(stack, parts=tuple(replace(part, steps=None) for part in stack.parts))
+        name: replace(
+            stack,
+            parts=tuple(replace(part, steps=None) for part in stack.parts),
+            whole=None if stack.whole is None else replace(stack.whole, steps=None),
+        )
         for name, stack in chain.manifest.stacks.items()
     }
     return Chain(replace(chain.manifest, stacks=stacks), chain._root)
@@ -46,6 +50,12 @@ def one_by_one(chain: Chain) -> Chain:
 
 def steps_of(chain: Chain) -> list[str | None]:
     return [part.steps for part in chain.manifest.stacks["decoder"].parts]
+
+
+def whole_of(chain: Chain) -> str | None:
+    whole = chain.manifest.stacks["decoder"].whole
+    assert whole is not None
+    return whole.steps
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +81,46 @@ def test_fires(chain: Chain) -> None:
     assert [at for at, step in enumerate(found) if step.trace] == [0, MOST]
 
 
+def test_full_depth_fires(chain: Chain, tmp_path: Path) -> None:
+    """Where nobody is asked, one run makes many tokens; so it is where there is no exit."""
+    plain = bundle(tmp_path / "m.offramp", "insert-cache")
+    assert (whole_of(chain), steps_of(plain)) == ("decoder-whole-steps", ["decoder.4-steps"])
+    for each, name in ((chain, "decoder-whole-steps"), (plain, "decoder.4-steps")):
+        found = list(each.stream({"input_ids": [[3]]}, max_new_tokens=MOST + 4))
+        assert [[ran.segment for ran in step.trace] for step in found if step.trace] == [[name]] * 2
+        assert [at for at, step in enumerate(found) if step.trace] == [0, MOST]
+        assert {step.exit for step in found} == {4}
+
+
+def test_a_token_that_is_not_to_be_has_the_head_asked(chain: Chain, single: Chain) -> None:
+    """Each time the run ends with it; it counts as one that does not run on."""
+    tokens = [step.token for step in single.stream({"input_ids": [[3]]}, max_new_tokens=12)]
+    banned = tokens[3]
+    found = list(chain.stream({"input_ids": [[3]]}, max_new_tokens=12, suppress=[banned]))
+    assert banned not in [step.token for step in found]
+    assert "tail" in {ran.segment for step in found for ran in step.trace}
+    assert told(chain, offramp.Never(), max_new_tokens=12, suppress=[banned]) == told(
+        single, offramp.Never(), max_new_tokens=12, suppress=[banned]
+    )
+
+
+class NoNumber(tiny.Talker):
+    """Behind word 9 no logit is a number."""
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        return torch.where((input_ids == 9)[..., None], torch.nan, logits)
+
+
+def test_what_is_no_number_is_no_token(tmp_path: Path) -> None:
+    captured = tiny.captured(NoNumber, {"input_ids": tiny.ids()}, seed=4)
+    offramp.save(apply(captured.program, "insert-cache"), tmp_path / "m.offramp", segments=1)
+    chain = offramp.load(tmp_path / "m.offramp")
+    for each in (chain, one_by_one(chain)):
+        with pytest.raises(ExecutionError, match="NaN or infinite"):
+            list(each.stream({"input_ids": [[9]]}, max_new_tokens=3))
+
+
 def test_runs_of_one_token_are_none_of_several(chain: Chain) -> None:
     """Where nothing leaves, the file runs twice; once a token has left, it runs again."""
     found = list(chain.stream({"input_ids": [[3]]}, offramp.Confidence(2.0, measure="top1-short"), max_new_tokens=20))
@@ -88,6 +138,7 @@ def test_long_caches_are_not_copied_for_each_token(chain: Chain, monkeypatch: py
 
 
 POLICIES: dict[str, Callable[[float], Policy]] = {
+    "never": lambda at: offramp.Never(),
     "confidence": lambda at: offramp.Confidence(at, measure="top1-short"),
     "one exit": lambda at: offramp.Confidence(measure="margin-short", thresholds={1: at}),
     "shallow-deep": lambda at: offramp.ShallowDeep(1, at, "top1-short", pick=0.0),
@@ -243,7 +294,7 @@ def test_several_rows_run_together(chain: Chain, single: Chain) -> None:
 @given(data=st.data())
 def test_a_generator_does_the_same_by_hand(chain: Chain, single: Chain, data: st.DataObject) -> None:
     """What was computed ahead and not taken is as if it had not been."""
-    kind, at = data.draw(st.sampled_from(["confidence", "adaptive"])), data.draw(st.floats(0.1, 0.6))
+    kind, at = data.draw(st.sampled_from(["never", "confidence", "adaptive"])), data.draw(st.floats(0.1, 0.6))
     pair = [each.generator({"input_ids": [[3]]}, POLICIES[kind](at), max_new_tokens=40) for each in (chain, single)]
     for _ in range(data.draw(st.integers(1, 12))):
         what = data.draw(st.sampled_from(["next", "next", "append", "rewind", "logits"]))
@@ -265,12 +316,23 @@ def test_a_generator_does_the_same_by_hand(chain: Chain, single: Chain, data: st
         assert pair[0].tokens(0).tolist() == pair[1].tokens(0).tolist()
 
 
+def test_what_was_computed_ahead_for_nothing_is_not_again(chain: Chain) -> None:
+    """Whoever puts in tokens of his own does not wait for those that would have followed."""
+    generator = chain.generator({"input_ids": [[3]]})
+    runs = []
+    for token in ([1], [8]):
+        runs += [ran.segment for ran in generator.next()[0].trace]
+        generator.append([token])
+    runs += [ran.segment for ran in generator.next()[0].trace]
+    assert runs == ["decoder-whole-steps"] + ["decoder-whole", "tail"] * 2
+
+
 @pytest.mark.parametrize("options", [{"target": "portable"}, {"precision": "int8", "loss": 1.0}], ids=repr)
 def test_other_bundles(tmp_path: Path, options: dict[str, Any]) -> None:
     chain = bundle(tmp_path / "m.offramp", **options)
-    policy = offramp.Confidence(0.3, measure="top1-short")
-    assert steps_of(chain)[0] is not None
-    assert told(chain, policy, max_new_tokens=40) == told(one_by_one(chain), policy, max_new_tokens=40)
+    assert None not in (steps_of(chain)[0], whole_of(chain))
+    for policy in (offramp.Confidence(0.3, measure="top1-short"), offramp.Never()):
+        assert told(chain, policy, max_new_tokens=40) == told(one_by_one(chain), policy, max_new_tokens=40)
 
 
 @pytest.mark.parametrize(
@@ -279,9 +341,8 @@ def test_other_bundles(tmp_path: Path, options: dict[str, Any]) -> None:
         PASSES.replace("|prediction-short", ""),
         PASSES.replace("top1-short|margin-short|", "").replace("insert-scores{measure=top1},", ""),
         PASSES.replace("insert-cache,", ""),
-        "insert-cache",
     ],
-    ids=["no pick", "no score", "no cache", "no exit"],
+    ids=["no pick", "no score", "no cache"],
 )
 def test_no_file_where_there_is_nothing_to_feed_back(tmp_path: Path, passes: str) -> None:
     assert set(steps_of(bundle(tmp_path / "m.offramp", passes))) == {None}
@@ -289,7 +350,8 @@ def test_no_file_where_there_is_nothing_to_feed_back(tmp_path: Path, passes: str
 
 def test_no_file_for_a_part_that_takes_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multistep, "LARGEST", 1000)
-    assert set(steps_of(bundle(tmp_path / "m.offramp"))) == {None}
+    chain = bundle(tmp_path / "m.offramp")
+    assert {*steps_of(chain), whole_of(chain)} == {None}
 
 
 def _longer(body: Any) -> None:
@@ -317,7 +379,7 @@ def test_no_file_that_says_something_else(
     monkeypatch.setattr(multistep._Loop, "model", made)
     chain = bundle(tmp_path / "m.offramp")
     assert "several tokens at once" in caplog.text
-    assert set(steps_of(chain)) == {None}
+    assert {*steps_of(chain), whole_of(chain)} == {None}
     assert not list((tmp_path / "m.offramp").glob("*-steps.onnx"))
     assert len(told(chain, offramp.Depth({"decoder": 1}), max_new_tokens=5)) == 5
 
@@ -328,6 +390,11 @@ def test_a_manifest_whose_file_does_not_fit_is_refused(chain: Chain) -> None:
     outputs = {key: name for key, name in steps.outputs.items() if name != "steps/decoder.1"}
     wrong = replace(manifest, segments={**manifest.segments, "decoder.1-steps": replace(steps, outputs=outputs)})
     with pytest.raises(BundleError, match=r"'decoder.1-steps' has nothing for steps/decoder.1"):
+        from_json(to_json(wrong))
+    whole = manifest.segments["decoder-whole-steps"]
+    outputs = {key: name for key, name in whole.outputs.items() if name != "steps/next"}
+    wrong = replace(manifest, segments={**manifest.segments, "decoder-whole-steps": replace(whole, outputs=outputs)})
+    with pytest.raises(BundleError, match=r"whole.steps: 'decoder-whole-steps' has nothing for steps/next"):
         from_json(to_json(wrong))
     parts = tuple(replace(part, steps="gone") for part in manifest.stacks["decoder"].parts)
     stacks = {"decoder": replace(manifest.stacks["decoder"], parts=parts)}

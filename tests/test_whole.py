@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import offramp
 from offramp.bundle.json_text import from_json, to_json
+from offramp.bundle.manifest import Part
 from offramp.bundle.whole import divided
 from offramp.errors import BundleError
 from offramp.export import whole
@@ -95,8 +96,12 @@ def test_nobody_is_asked_about_a_short_list(generator: Path) -> None:
     """A token of one may be taken at full depth where a policy says so: that runs by parts."""
     chain = offramp.load(generator)
     prompt = {"input_ids": [[3]]}
-    full = list(chain.stream(prompt, max_new_tokens=4))
-    assert {name for step in full for name in ran(step.trace)} == {"decoder-whole", "tail"}
+    looked_at = chain.stream(prompt, max_new_tokens=4, repetition_penalty=1.5)
+    for steps, expected in (
+        (looked_at, {"decoder-whole", "tail"}),
+        (chain.stream(prompt, max_new_tokens=4), {"decoder-whole-steps"}),
+    ):
+        assert {name for step in steps for name in ran(step.trace)} == expected
     short = next(chain.stream(prompt, offramp.Confidence(0.0, measure="top1-short", thresholds={1: 2.0, 2: 2.0})))
     assert "decoder-whole" not in ran(short.trace)
 
@@ -153,7 +158,7 @@ def test_large_stacks_that_may_be_left_have_none(
 ) -> None:
     """Two packed copies of their weights would be in memory."""
     monkeypatch.setattr(whole, "LARGEST", 100)
-    for passes, expected in ((EXITS, None), ("", "encoder-whole")):
+    for passes, expected in ((EXITS, None), ("", Part(4, ("encoder-whole",), "encoder.4"))):
         offramp.save(apply(encoder.program, passes), tmp_path / "m")
         assert offramp.load(tmp_path / "m").manifest.stacks["encoder"].whole == expected
 
@@ -187,14 +192,16 @@ def test_files_that_are_gone_leave_the_parts(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "message"),
     [
-        ({"whole": "nowhere"}, "there is no segment 'nowhere'"),
-        ({"whole": "tail"}, "at full depth, as a whole"),
+        (Part(4, ("nowhere",), "encoder.4"), "there is no segment 'nowhere'"),
+        (Part(4, ("tail",), "encoder.4"), "at full depth, as a whole"),
+        (Part(4, ("encoder-whole", "tail"), "encoder.4"), "whole: it has to be one segment of all 4 blocks"),
+        (Part(3, ("encoder-whole",), "encoder.4"), "whole: it has to be one segment of all 4 blocks"),
     ],
 )
-def test_a_whole_that_is_none_is_an_error(classifier: Path, change: dict[str, str], message: str) -> None:
+def test_a_whole_that_is_none_is_an_error(classifier: Path, part: Part, message: str) -> None:
     manifest = offramp.load(classifier).manifest
-    stack = replace(manifest.stacks["encoder"], **change)  # type: ignore[arg-type]
+    stack = replace(manifest.stacks["encoder"], whole=part)
     with pytest.raises(BundleError, match=message):
         from_json(to_json(replace(manifest, stacks={"encoder": stack})))

@@ -20,6 +20,7 @@ from offramp.runtime.generation.groups import Group, joined
 from offramp.runtime.generation.multistep import several
 from offramp.runtime.generation.results import RowResult
 from offramp.runtime.generation.waiting import Waiting
+from offramp.runtime.policies.base import Bound
 from offramp.runtime.policies.stack_policy import StackPolicy
 
 if TYPE_CHECKING:
@@ -34,7 +35,8 @@ class _Step:
     """What one step is asked for, and what it has found so far; ``new`` and ``notes`` are by slot.
 
     ``whole`` is what `Wanted.whole` said where rows got to full depth: it is asked once, since it may count. ``most``
-    is how many tokens the one row may run for, ``before`` are those that left before the last of them.
+    is how many tokens the one row may run for, ``before`` are those that left before the last of them; ``pick`` is what
+    follows the last one, where such a run goes to full depth.
     """
 
     policies: Mapping[str, StackPolicy] | None
@@ -45,6 +47,7 @@ class _Step:
     whole: bool = False
     most: int = 1
     before: Sequence[RowResult] = ()
+    pick: int | None = None
 
 
 class Decoder:
@@ -98,7 +101,8 @@ class Decoder:
         """Run new tokens: ``values`` hold ``[slots, chunk, ...]``, of which each row has ``counts`` tokens.
 
         ``policies`` (by stack) decide where rows leave; None runs all to full depth. One row with one token may run on
-        by itself, for ``most`` tokens in all, while they leave at the first exit: see `multistep`.
+        by itself, for ``most`` tokens in all, while they leave at the first exit, or at full depth where nobody is
+        asked: see `multistep`.
         """
         self._caught_up = {}
         new = dict(zip(slots.tolist(), counts.tolist(), strict=True))
@@ -148,19 +152,17 @@ class Decoder:
     def _ahead(self, at: int, group: Group, step: _Step) -> Group | None:
         """The last token of a row that runs on by itself, behind a span that those before it have left; None: no row.
 
-        Those wait from then on, and are in ``step.before``.
+        Those wait from then on, unless that is full depth, and are in ``step.before``.
         """
         span, branch, most = self.spans[at], self.spans[at].branch, float(step.most)
         if span.steps is None or branch is None or self._stayed >= _STAYED:
             return None
         asking = self._asking(span, branch, step)
-        if asking is None or not branch.free.issuperset(asking[1]):
-            return None
-        bound = asking[0].bound(branch.after)
-        if bound is None or (bound.measure is not None and bound.measure not in asking[1]):
+        bound = self._bound(branch, asking, step)
+        if bound is None:
             return None
         most = min(most, bound.tokens + 1)
-        if self.max_pending is not None:
+        if self.max_pending is not None and not branch.full:
             most = min(most, self.max_pending - int((self.seen[at] - self.seen[span.end - 1])[group.slots[0]]))
         if most < 2:
             return None
@@ -169,10 +171,22 @@ class Decoder:
         if left := len(ran.picks) - 1:
             self._stayed = 0
             self.waiting.advance(at, group.slots, np.array([left]))
-            self._skip(at + 1, ran.slot, branch.after, ran.left, left)
-            step.before = ran.results(*asking, int(self.rows[ran.slot]))
+            if not branch.full:
+                self._skip(at + 1, ran.slot, branch.after, ran.left, left)
+            step.before = ran.results(asking, int(self.rows[ran.slot]))
+        if branch.full:
+            step.pick = ran.picks[-1]
         self.waiting.advance(at, group.slots, group.counts)
         return ran.last()
+
+    def _bound(self, branch: Branch, asking: tuple[StackPolicy, tuple[str, ...]] | None, step: _Step) -> Bound | None:
+        """Up to where a row may run on by itself at an exit, which needs no one but the exit's own scores; or None."""
+        if branch.full:
+            return Bound() if asking is None and step.wanted.accepts is not None and not step.whole else None
+        if asking is None or not branch.free.issuperset(asking[1]):
+            return None
+        bound = asking[0].bound(branch.after)
+        return None if bound is None or (bound.measure is not None and bound.measure not in asking[1]) else bound
 
     def _asked(self, span: ChunkSpan, counts: Index, step: _Step) -> Index | None:
         """Which tokens of each row the span's exit scores, int64 [rows, asked]: the last one, or all; None: no one."""
@@ -188,6 +202,8 @@ class Decoder:
 
     def _decide(self, span: ChunkSpan, branch: Branch, group: Group, step: _Step) -> Decision:
         """What the policy says of the rows; nobody leaves where it is not asked."""
+        if step.pick is not None:
+            return Decision(np.ones(1, np.bool_), None, [step.pick])
         if step.wanted.picks(branch):
             made, rows = group.last_tokens(self._along), group.slots.size
             return Decision(np.ones(rows, np.bool_), made, picked(branch, made, rows))

@@ -141,6 +141,8 @@ class Generator:
         shortest = min((len(self._texts[row]) for row in self.rows), default=0)
         if not 1 <= length <= shortest:
             raise InputError(f"rewind to {length}: the rows have 1 to {shortest} tokens to keep")
+        if self._ran and self._several:
+            self._again()
         for row in self.rows:
             del self._texts[row][length:]
         self._back(dict.fromkeys(self.rows, length - 1))
@@ -176,7 +178,8 @@ class Generator:
             self._ended = []
 
     def _again(self) -> None:
-        """Forget what was run from each row's last token on."""
+        """Forget what was run from each row's last token on, and run no tokens ahead any more."""
+        self._most = 1
         self._back({row: len(self._texts[row]) - 1 for row in self.rows})
         self._ran.clear()
 

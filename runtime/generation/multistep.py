@@ -1,4 +1,4 @@
-"""Several tokens of one row in one run: all but the last have left at a stack's first exit (`Part.steps`)."""
+"""Several tokens of one row in one run (`Part.steps`): all but the last have left at the first exit, or none has."""
 
 from __future__ import annotations
 
@@ -41,12 +41,16 @@ class Several(NamedTuple):
         values = {name: array[None, -1:] for name, array in self.values.items()}
         return Group(np.array([self.slot]), values, np.ones(1, np.int64))
 
-    def results(self, policy: StackPolicy, measures: Sequence[str], row: int) -> list[RowResult]:
-        """What those have left with; the policy is notified of them, which are of this ``row`` of the batch."""
+    def results(self, asked: tuple[StackPolicy, Sequence[str]] | None, row: int) -> list[RowResult]:
+        """What those have left with, which are of this ``row`` of the batch; the policy is notified that was asked."""
         count, after = len(self.picks) - 1, self.branch.after
+        exits = {self.span.stack or "": after}
+        if asked is None:
+            return [RowResult(self.slot, {}, exits, {}, {}, pick) for pick in self.picks[:-1]]
+        policy, measures = asked
         scores = {measure: self.values[self.branch.scores[measure]][:-1] for measure in measures}
         policy.notify(after, row, count, scores)
-        exits, found = {self.span.stack or "": after}, []
+        found = []
         columns = [array.tolist() for array in scores.values()]
         for pick, *said in zip(self.picks[:-1], *columns, strict=True):
             named = dict(zip(scores, said, strict=True))
@@ -62,11 +66,10 @@ def several(
     given: Values = {**group.values, STEPS: np.array(most, np.int64)}
     if span.asked is not None:
         given[span.asked] = every(1, 1)
-    for measure in branch.free:
+    for measure in () if branch.full else branch.free:
         given[least_of(measure)] = np.array(bound.least if measure == bound.measure else -np.inf, np.float32)
     made = runner.run(span.steps, seen, group.slots, given, group.counts)
-    assert branch.pick is not None
-    picks = made[in_steps(branch.pick)].reshape(-1)
+    picks = made[branch.next].reshape(-1)
     values = {
         name: made[in_steps(name)].reshape(picks.size, *made[in_steps(name)].shape[3:])
         for name in span.leaves
