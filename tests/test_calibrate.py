@@ -377,6 +377,7 @@ def test_one_token_behind_several_never_leaves_early(talker: Chain) -> None:
     assert "no text is longer than one token" in record["reason"]
 
 
+@pytest.mark.usefixtures("steady_tokens")
 def test_one_token_leaves_early_behind_a_prompt_of_one(talker: Chain) -> None:
     data = {"input_ids": [prompt[:1] for prompt in prompts(80)]}
     found = offramp.calibrate(talker, data, keep=0.5, max_new_tokens=1, quality=lambda *_: 1.0, measure="margin")
