@@ -24,7 +24,7 @@ from offramp.bundle.measures import measure_named
 from offramp.bundle.schedule import Schedule
 from offramp.bundle.whole import divided, undivided
 from offramp.errors import OfframpError
-from offramp.export.whole import joined
+from offramp.export.whole import first_row, joined
 from offramp.export.write import hashed
 from offramp.runtime.chain import Chain
 from offramp.runtime.policies.base import Never, Policy
@@ -82,11 +82,8 @@ def _generated(
 ) -> list[tuple[int, list[float]]]:
     """Tokens of the first row that all leave at the first exit, or at full depth, and their scores."""
     plain = replace(manifest, generation=Generation(prompt=manifest.generation.prompt))
-    cache, row = manifest.cache, {}
+    cache, row = manifest.cache, first_row(manifest, inputs)
     assert cache is not None
-    for name, array in inputs.items():
-        place = manifest.values[name].place(manifest.batch)
-        row[name] = array if place is None else array.take(range(place[1]), place[0])
     if cache.prompt is None:
         row[cache.tokens[0]] = row[cache.tokens[0]][:, :1]
     count = _COMPARED if cache.limit is None else min(_COMPARED, cache.limit - 1)

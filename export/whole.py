@@ -41,8 +41,8 @@ def with_whole(
 ) -> Manifest:
     """The manifest with such a file for each stack of several parts, which lies in ``directory``.
 
-    The bundle runs ``inputs`` in both ways; ``sessions`` are those of its files that are open. Where these answers
-    differ, or ONNX Runtime does not take a file, there is none: it is a quicker way, and no more than that.
+    The bundle runs the first row of ``inputs`` in both ways; ``sessions`` are those of its files that are open. Where
+    the answers differ, or ONNX Runtime does not take a file, there is none: it is a quicker way, and no more than that.
     """
     found = manifest
     for stack in manifest.stacks.values():
@@ -50,8 +50,8 @@ def with_whole(
     if found is manifest:
         return manifest
     try:
-        plain = replace(found, policy=None)
-        parts, whole = (_answers(Chain(view(plain), directory, _sessions=sessions), inputs) for view in _VIEWS)
+        plain, row = replace(found, policy=None), first_row(manifest, inputs)
+        parts, whole = (_answers(Chain(view(plain), directory, _sessions=sessions), row) for view in _VIEWS)
         exact = {segment.encoding for segment in manifest.segments.values()} <= {"fp32", "fp16"}
         errors = [error(one, torch.tensor(other)) for one, other in zip(whole, parts, strict=True)]
         if parts and max(errors) <= (TOLERANCE if exact else _ROUNDED):
@@ -63,6 +63,15 @@ def with_whole(
     for file in found.files.keys() - manifest.files.keys():
         (directory / file).unlink()
     return manifest
+
+
+def first_row(manifest: Manifest, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The first row of a bundle's inputs."""
+    row = {}
+    for name, array in inputs.items():
+        place = manifest.values[name].place(manifest.batch)
+        row[name] = array if place is None else array.take(range(place[1]), place[0])
+    return row
 
 
 def _answers(chain: Chain, inputs: Mapping[str, Any]) -> list[Any]:

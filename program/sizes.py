@@ -34,7 +34,7 @@ def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tenso
 
 
 def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
-    """Inputs of sizes that were not captured: one row, one more row, shorter and longer sequences.
+    """Inputs of sizes that were not captured: one row and longer sequences, one more row and shorter ones.
 
     Sizes that the graph cannot run in torch (a convolution's output must fit a table of positions, say) are
     left out; where that is so of several together, each is tried alone.
@@ -51,14 +51,11 @@ def at_other_sizes(program: Program) -> list[tuple[dict[str, torch.Tensor], dict
         for axis, size in enumerate(shape(nodes[name])):
             if not isinstance(expression(size), int):
                 example.setdefault(expression(size), program.example_inputs[name].shape[axis])
-    choices: list[dict[Any, int]] = []
+    longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in example.items()}
+    shorter = {symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in example.items()}
     if axes.batch in example:
-        choices += [{axes.batch: 1}, {axes.batch: example[axes.batch] + 1}]
-    rest = {symbol: size for symbol, size in example.items() if symbol != axes.batch}
-    if rest:
-        choices.append({symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in rest.items()})
-        longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in rest.items()}
-        choices.append(longer | ({axes.batch: 1} if axes.batch in example else {}))
+        longer[axes.batch], shorter[axes.batch] = 1, example[axes.batch] + 1
+    choices: list[dict[Any, int]] = [longer, shorter] if example else []
     found = []
     while choices:
         sizes = choices.pop(0)
@@ -67,7 +64,7 @@ def at_other_sizes(program: Program) -> list[tuple[dict[str, torch.Tensor], dict
         if outputs is not None:
             found.append((inputs, outputs))
         elif len(sizes) > 1:
-            choices += [{symbol: size} for symbol, size in sizes.items() if symbol != axes.batch]  # that was the first
+            choices += [{symbol: size} for symbol, size in sizes.items()]
     return found
 
 

@@ -157,7 +157,7 @@ def test_an_axis_that_runs_at_one_size_has_it() -> None:
     program = offramp.capture(Halves(), {"x": torch.randn(2, 6), "y": torch.randn(2, 5)})
     names = {name: symbol for symbol, name in program.axes.names.items()}
     assert program.axes.ranges[names["y_1"]] == (1, None)
-    assert {inputs["y"].shape[1] for inputs, _ in at_other_sizes(program)} > {5}
+    assert {inputs["y"].shape[1] for inputs, _ in at_other_sizes(program)} == {3, 8}
 
 
 # Qwen2-VL, its grid fixed: one row, three axes of positions
