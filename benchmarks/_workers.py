@@ -47,7 +47,9 @@ class Worker:
     """A process that has a model loaded and sleeps while it is not asked."""
 
     def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # compiled once, as the modules of an installed package are: not anew in every process that starts
+        env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
         self.loaded: dict[str, Any] = self._line()
 
     def decode(self, prompt: Sequence[int], new: int | None, features: Path | None = None) -> Answer:
