@@ -45,6 +45,7 @@ PAUSE = 0.3  # seconds
 SCREENED = "insert-scores{stack=decoder,measure=prediction-screened},insert-cache"
 QUANTIZED = "one session, quantize_dynamic"
 DEED = ((2,), 5, 0.5)  # exits, the deepest block, the threshold: what `benchmarks.translation` chose
+FREE = ((2,), 4, 0.95)  # and the share of tokens that are to agree
 
 
 def language(count: int) -> Iterator[Row]:
@@ -167,15 +168,21 @@ def _answered(way: Callable[[Mapping[str, Any]], Any], batch: Mapping[str, Any])
 
 
 def translation(count: int) -> Iterator[Row]:
-    """The translator on Multi30k at full depth and with an exit, against the same encoder and one decoder session."""
+    """The translator on Multi30k at full depth and with exits, against the same encoder and one decoder session."""
     _translate.on_one_core()
     split, (exits, deepest, at) = "test_2016_flickr", DEED
     sources, said = _translate.sources(split, SENTENCES), lines(f"{split}.en")[:SENTENCES]
     early = offramp.Confidence(measure=_translate.MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})
+    free_exits, free_deepest, agree = FREE
+    free = offramp.Adaptive(free_exits[0], 0.6, _translate.MEASURE, target=agree, pick=0.0)
     for precision in ("fp32", "int8"):
         ways = {
             "full depth": (_translate.bundle(head="whole", precision=precision), offramp.Never()),
             f"exit after {exits[0]} of {deepest}": (_translate.bundle(exits, deepest, precision=precision), early),
+            f"FREE after {free_exits[0]} of {free_deepest}": (
+                _translate.bundle(free_exits, free_deepest, precision=precision),
+                free,
+            ),
         }
         with _chains.chain(_with_single(precision), single=True) as worker:
             peer = functools.partial(_by_worker, worker)
