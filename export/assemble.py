@@ -37,7 +37,7 @@ from offramp.export.write import Writer
 from offramp.program.dropout import drawing
 from offramp.program.graph import ancestors, results, source
 from offramp.program.learners import FORMS
-from offramp.program.program import Program
+from offramp.program.program import Program, as_program
 from offramp.runtime import card
 from offramp.runtime.policies.base import Policy
 from offramp.runtime.policies.builtin import from_dict
@@ -104,12 +104,14 @@ def save(
         The validation figures (largest relative errors), as they stand in the manifest.
 
     Raises:
+        SpecError: ``program`` is a module that was not captured, or ``segments`` is no number of them.
         ExportError: a segment cannot be lowered, or anything differs from torch by more than 1e-4 of its
             scale, or from fp32 by more than ``loss`` and ``agreement`` allow; or a pattern of ``precision`` takes no
             segment. Nothing is left at ``path`` then that was not there before.
         BundleError: ``generation`` or ``preprocessing`` have unknown keys, or values that make no sense.
         PolicyError: ``policy`` cannot be written down, or asks for exits or scores that the program does not have.
     """
+    program = as_program(program)
     default = None if policy is None else _written(policy)
     known = precisions(precision)
     if policy is not None and known != {"fp32"}:

@@ -35,7 +35,7 @@ def precision_of(precision: Precision, segment: str) -> str:
         ExportError: there is no such precision.
     """
     chosen = precision
-    if not isinstance(precision, str):
+    if isinstance(precision, Mapping):
         pattern = pattern_of(precision, segment)
         chosen = "fp32" if pattern is None else precision[pattern]
     if chosen not in PRECISIONS:
@@ -56,7 +56,7 @@ def precisions(precision: Precision) -> set[str]:
     """Those that it names; ExportError where there is no such one."""
     if precision == AUTO:
         return {AUTO}
-    if isinstance(precision, str):
+    if not isinstance(precision, Mapping):
         return {precision_of(precision, "")}
     return {precision_of(item, "") for item in precision.values()} or {"fp32"}
 

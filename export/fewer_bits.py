@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from offramp.bundle.manifest import Manifest
+from offramp.errors import ExportError
 from offramp.export.agreement import Bounds, answers, changed
 from offramp.export.automatic import automatic
 from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
@@ -45,6 +46,9 @@ def in_fewer_bits(
     """
     if not isinstance(precision, str):
         check_patterns(precision, list(manifest.segments))
+    for name, value in (("loss", loss), ("agreement", agreement)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ExportError(f"{name}={value!r}: a number", hint=f"{name}=0.05")
     bounds = Bounds(loss if loss is not None else LOSS_INT4 if "int4" in precisions(precision) else LOSS, agreement)
     made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))
     try:

@@ -77,8 +77,8 @@ def partition(program: Program, segments: int | None = None) -> Plan:
         StructureError: the program has no stack to cut at.
         ExportError: it cannot be cut, for a reason that the message gives.
     """
-    if segments is not None and segments < 1:
-        raise SpecError(f"segments={segments}: at least one")
+    if segments is not None and (not isinstance(segments, int) or segments < 1):
+        raise SpecError(f"segments={segments!r}: a whole number, at least 1")
     program.require_stacks()
     returned = results(program.graph)
     if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:

@@ -14,7 +14,7 @@ from torch import fx
 from offramp.bundle.expressions import evaluate as evaluate_size
 from offramp.bundle.implied import fill
 from offramp.bundle.manifest import Implied
-from offramp.errors import StructureError
+from offramp.errors import SpecError, StructureError
 from offramp.program.analysis.attention import AttentionSite, together
 from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.analysis.stack_names import name_stacks
@@ -325,3 +325,17 @@ def evaluate(
     with torch.no_grad():
         run(module, order, values, keep)
     return {node: values[node] for node in wanted}
+
+
+def as_program(given: Any) -> Program:
+    """What was given, which has to be a program.
+
+    Raises:
+        SpecError: it is something else, a module that was not captured say.
+    """
+    if not isinstance(given, Program):
+        raise SpecError(
+            f"a {type(given).__name__} is no program",
+            hint="offramp.capture(module, example_inputs) makes one of a model",
+        )
+    return given

@@ -51,7 +51,7 @@ def load(
 
     Args:
         path: The directory that ``offramp.save`` wrote.
-        providers: ONNX Runtime's names, or (name, options), best first; None is the CPU.
+        providers: ONNX Runtime's names, or (name, options), best first, or one name; None is the CPU.
         threads: Size of the process's one thread pool, None for the cores there are (see `session_options`).
         verify: Whether to compare every file's sha256 with the manifest's (about 0.6 s per GB).
 

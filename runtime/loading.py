@@ -40,6 +40,7 @@ class Loader:
         sessions: Mapping[str, Any] | None,
     ) -> None:
         self._views = {True: divided(manifest), False: undivided(manifest)}
+        providers = [providers] if isinstance(providers, str) else providers
         self._root, self._providers, self._threads = root, providers, threads
         self._device = device or device_of(providers)
         self._sessions = dict(sessions or {})

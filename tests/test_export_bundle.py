@@ -347,8 +347,15 @@ def test_a_failure_leaves_nothing_behind(
         save(encoder.program, target, files=[tmp_path / "no-such-file"])
     with pytest.raises(OfframpError, match="no policy 'nonsense'"):
         save(encoder.program, target, policy={"name": "nonsense"})
-    with pytest.raises(SpecError, match="segments=0"):
-        save(encoder.program, target, segments=0)
+    for options, kind in (
+        ({"segments": 0}, SpecError),
+        ({"segments": "2"}, SpecError),
+        ({"precision": None}, ExportError),
+        ({"precision": "int8", "loss": "0.1"}, ExportError),
+    ):
+        name, value = list(options.items())[-1]
+        with pytest.raises(kind, match=f"{name}={value!r}"):
+            save(encoder.program, target, **options)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == (["m.offramp"] if there else [])
 

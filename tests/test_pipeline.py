@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from offramp.bundle.measures import OF_LOGITS, OF_STATE
 from offramp.errors import PassError, SpecError
+from offramp.export import save
 from offramp.passes import (
     Canonicalize,
     InsertAcm,
@@ -293,3 +294,24 @@ def test_edits_and_notes_are_logged(encoder: tiny.Captured, caplog: pytest.LogCa
     assert messages[0].startswith("insert-exits{after=1}: {'inserted': ")
     assert messages[1].startswith("insert-exits{after=1}: no edits in ")
     assert messages[2] == "insert-exits{after=1}: stack encoder has an exit after block 1 already"
+
+
+def test_a_model_is_no_program(tmp_path: Path) -> None:
+    module: Any = tiny.Encoder()
+    for call in (lambda: apply(module, "insert-exits"), lambda: save(module, tmp_path / "m")):
+        with pytest.raises(SpecError, match="a Encoder is no program") as caught:
+            call()
+        assert "offramp.capture(module, example_inputs)" in str(caught.value)
+
+
+def test_passes_and_texts_in_one_list() -> None:
+    found = as_passes(["insert-exits{after=1}", InsertScores(measure="top1")])
+    assert found == [*parse("insert-exits{after=1}"), InsertScores(measure="top1")]
+
+
+@pytest.mark.parametrize(("given", "hint"), [(InsertExits, "InsertExits(...)"), (3, "offramp.InsertExits")])
+def test_what_is_no_pass(encoder: tiny.Captured, given: Any, hint: str) -> None:
+    for passes in (given, [given]):
+        with pytest.raises(SpecError, match="is no pass") as caught:
+            apply(encoder.program, passes)
+        assert hint in str(caught.value)

@@ -120,10 +120,12 @@ def test_in_a_process_of_its_own(root: Path, case: str) -> None:
 def test_providers(root: Path) -> None:
     offramp.load(root, providers=["CPUExecutionProvider"])
     offramp.load(root, providers=[("CPUExecutionProvider", {})])
+    offramp.load(root, providers="CPUExecutionProvider")
     with pytest.raises(ExecutionError, match=r"no provider Nonsense here; available: .*CPUExecutionProvider"):
         offramp.load(root, providers=["Nonsense", "CPUExecutionProvider"])
-    with pytest.raises(ExecutionError, match="threads=0: at least 1"):
-        offramp.load(root, threads=0)
+    for threads, shown in ((0, "0"), ("2", "'2'")):
+        with pytest.raises(ExecutionError, match=f"threads={shown}: at least 1"):
+            offramp.load(root, threads=threads)  # type: ignore[arg-type]
 
 
 def test_what_is_loaded_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,14 +12,14 @@ from offramp.errors import OfframpError, PassError
 from offramp.passes.infra.contract import Pass, PassResult
 from offramp.passes.infra.spec import as_passes
 from offramp.passes.infra.verifier import verify
-from offramp.program.program import Program
+from offramp.program.program import Program, as_program
 
 log = logging.getLogger(__name__)
 
 Observer = Callable[[Program, Pass, PassResult], None]
 
 
-def apply(program: Program, passes: str | Pass | Sequence[Pass], *, observer: Observer | None = None) -> Program:
+def apply(program: Program, passes: str | Pass | Sequence[str | Pass], *, observer: Observer | None = None) -> Program:
     """Run passes on a program: objects, or pipeline text (``"insert-exits{stack=encoder,after=2|4}"``).
 
     The program is verified before the first pass and after every one. With ``OFFRAMP_DUMP=dir`` in the
@@ -27,10 +27,11 @@ def apply(program: Program, passes: str | Pass | Sequence[Pass], *, observer: Ob
     is called with the program before, the pass, and its result.
 
     Raises:
-        SpecError: a pass, option, stack or block that is not there; the given program is untouched.
+        SpecError: a pass, option, stack or block that is not there, or ``program`` is a module that was not captured;
+            what was given is untouched.
         PassError: a pass cannot apply, or breaks its contract.
     """
-    steps = as_passes(passes)
+    program, steps = as_program(program), as_passes(passes)
     verify(program, "before the first pass")
     for number, step in enumerate(steps, 1):
         started = time.perf_counter()

@@ -66,8 +66,17 @@ def _options(kind: type[Pass], text: str) -> tuple[dict[str, Any], list[str]]:
     return options, problems
 
 
-def as_passes(passes: str | Pass | Sequence[Pass]) -> list[Pass]:
-    """A pipeline in any of the forms that ``apply`` takes."""
+def as_passes(passes: str | Pass | Sequence[str | Pass]) -> list[Pass]:
+    """A pipeline in any of the forms that ``apply`` takes.
+
+    Raises:
+        SpecError: something is neither a pass nor text that can be read.
+    """
     if isinstance(passes, str):
         return parse(passes)
-    return [passes] if isinstance(passes, Pass) else list(passes)
+    if isinstance(passes, Pass):
+        return [passes]
+    if not isinstance(passes, Sequence):
+        hint = f"{passes.__name__}(...)" if isinstance(passes, type) else 'offramp.InsertExits(...), or "insert-exits"'
+        raise SpecError(f"{passes!r} is no pass", hint=hint)
+    return [found for item in passes for found in as_passes(item)]

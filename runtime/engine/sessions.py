@@ -42,8 +42,8 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
         ExecutionError: the process has a pool with another number of threads already.
     """
     global _pool
-    if threads is not None and threads < 1:
-        raise ExecutionError(f"threads={threads}: at least 1 thread is needed, or None for one per core")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ExecutionError(f"threads={threads!r}: at least 1 thread is needed, or None for one per core")
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.use_env_allocators", "1")
