@@ -23,7 +23,8 @@ from offramp import cli
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.bundle.options import PROPAGATE
 from offramp.calibration import reporting
-from offramp.cli import _depths, _generate, _text, _words
+from offramp.cli import _data, _depths, _generate, _inputs, _text, _words
+from offramp.errors import InputError
 from offramp.runtime import Depth, Token
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -348,6 +349,20 @@ def test_run_listens(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     found = chain.generate({"features": features}, max_new_tokens=12)
     assert out == _text.tokenizer_of(chain, listener).decode(found.tokens[0].tolist()) + "\n"
     assert " of 3 blocks on average" in err
+
+
+def test_examples_may_be_sounds(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the text that is said; the paths go from where the file lies."""
+    path = sound(tmp_path / "a.wav", 0.5)
+    (tmp_path / "data.jsonl").write_text('{"audio": "a.wav", "label": "ab a"}\n{"audio": "gone.wav"}\n')
+    chain = offramp.load(listener)
+    with pytest.raises(InputError, match=r"gone.wav cannot be read"):
+        _data.read(chain, listener, tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text('{"audio": "a.wav", "label": "ab a"}\n')
+    (found,) = _data.read(chain, listener, tmp_path / "data.jsonl")
+    np.testing.assert_array_equal(found["features"], _inputs.hear(chain, listener, [path])["features"])
+    ids = _text.tokenizer_of(chain, listener).encode("ab a", add_special_tokens=False).ids
+    assert found["labels"][0].tolist()[: len(ids)] == ids
 
 
 def test_run_once_listens_too(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

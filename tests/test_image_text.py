@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-call"
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from directory_cases import picture
 
 import offramp
 from offramp.bundle.preprocessing import ImageText, Marked, Preprocessing, preprocessing_problems
-from offramp.cli import _generate, _inputs, build_parser, main
+from offramp.cli import _data, _generate, _inputs, build_parser, main
 from offramp.errors import InputError
 from offramp.runtime.preprocess.image_text import Places, ids
 
@@ -124,6 +125,17 @@ def test_rows_have_an_image_each(reader: Reader) -> None:
     found = reader.chain.generate(reader.given(*texts, options=("--raw",)), max_new_tokens=NEW).tokens
     for row, text in enumerate(texts):
         assert _same(found[row].tolist(), reader.generated(reader.wanted(text, row)))
+
+
+def test_examples_of_a_file_are_read_as_the_command_line_reads_them(reader: Reader, tmp_path: Path) -> None:
+    text = TEXTS[0] if reader.settings.mark is None else f"{reader.settings.mark} {TEXTS[0]}"
+    data = Path(reader.images[0]).parent / "data.jsonl"
+    data.write_text(json.dumps({"image": Path(reader.images[0]).name, "text": text, "label": "a dog"}) + "\n")
+    (found,), wanted = _data.read(reader.chain, reader.bundle, data), reader.given(text)
+    assert found.pop("labels")[0].size > 0
+    assert {name: np.asarray(value).tolist() for name, value in found.items()} == {
+        name: np.asarray(value).tolist() for name, value in wanted.items()
+    }
 
 
 def test_one_pass_is_the_model(reader: Reader, tmp_path: Path) -> None:

@@ -4,8 +4,8 @@
 .npz     arrays named as the bundle's inputs, and perhaps ``labels``
 .tsv     a text a line, perhaps a tab and its label; a first line "sentence" or "text" is a header
 .txt     a text a line
-.jsonl   an object a line: ``text`` and perhaps its ``pair``, or the bundle's inputs by name (a row each, lists of token
-         ids for example), and perhaps ``label``
+.jsonl   an object a line: ``text`` and perhaps its ``pair``, ``audio`` and ``image`` (files, from where this one lies), or
+         the bundle's inputs by name (a row each, lists of token ids for example), and perhaps ``label``
 =======  ======================================================================================================
 """
 
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _common, _generate, _text
+from offramp.cli import _common, _generate, _inputs, _text
 from offramp.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
         type=Path,
         required=required,
         help="examples: .npz (arrays named as the inputs, perhaps labels), .tsv (text, perhaps a label), .txt or "
-        ".jsonl (text or inputs, perhaps label)",
+        ".jsonl (text, image and audio files, or inputs, perhaps label)",
     )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"
@@ -70,8 +70,9 @@ def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> l
         rows = list(_json(lines) if file.suffix == ".jsonl" else _columns(lines, file.suffix))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"data {file} cannot be read: {error}") from error
-    tokenizer = _text.tokenizer_of(chain, bundle) if any("text" in row for row in rows) else None
-    return [_example(chain, bundle, row, tokenizer, truncate) for row in rows]
+    written = any("text" in row or (chain.generates and isinstance(row.get("label"), str)) for row in rows)
+    tokenizer = _text.tokenizer_of(chain, bundle) if written else None
+    return [_example(chain, bundle, row, tokenizer, file.parent, truncate) for row in rows]
 
 
 def _arrays(file: Path) -> dict[str, Any]:
@@ -100,25 +101,41 @@ def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _example(
-    chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None, truncate: bool
+    chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None, folder: Path, truncate: bool
 ) -> dict[str, Any]:
-    """One example as a batch of one row."""
-    given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label")}
+    """One example as a batch of one row; its files lie in ``folder``."""
+    import numpy as np
+
+    named = {name: row[name] for name in ("audio", "image") if name not in chain.inputs and name in row}
+    given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label", *named)}
+    for name, read_file in (("audio", _inputs.hear), ("image", _inputs.see)):
+        if name in named:
+            given |= read_file(chain, bundle, [folder / str(named[name])])
     if "text" in row:
         pairs = [str(row["pair"])] if "pair" in row else []
-        given |= _read(chain, bundle, str(row["text"]), tokenizer, pairs, truncate)
+        sizes = _inputs.sizes(chain, {name: np.asarray(value) for name, value in given.items()})
+        given |= _read(chain, bundle, str(row["text"]), tokenizer, pairs, sizes, truncate)
     if "label" in row:
         given["labels"] = [_label(chain, row["label"], tokenizer)]
     return given
 
 
 def _read(
-    chain: Chain, bundle: Path, text: str, tokenizer: Tokenizer | None, pairs: list[str], truncate: bool
+    chain: Chain,
+    bundle: Path,
+    text: str,
+    tokenizer: Tokenizer | None,
+    pairs: list[str],
+    sizes: Mapping[str, int],
+    truncate: bool,
 ) -> dict[str, Any]:
-    """A text as the prompt of a model that takes one text, else as what it reads, perhaps with a second one."""
+    """A text as the prompt of a model that takes one text, else as what it reads, perhaps with a second one.
+
+    It keeps places for an image whose ``sizes`` are known.
+    """
     if chain.generates is not None and chain.generates == _text.text_input(chain) and not pairs:
-        return {chain.generates: [_generate.prompt(chain, bundle, text, tokenizer=tokenizer)]}
-    (row,) = _text.encode(chain, bundle, [text], tokenizer, pairs, truncate=truncate)
+        return {chain.generates: [_generate.prompt(chain, bundle, text, sizes, tokenizer=tokenizer)]}
+    (row,) = _text.encode(chain, bundle, [text], tokenizer, pairs, truncate=truncate, sizes=sizes)
     return row
 
 
