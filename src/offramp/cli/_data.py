@@ -4,8 +4,8 @@
 .npz     arrays named as the bundle's inputs, and perhaps ``labels``
 .tsv     a text a line, perhaps a tab and its label; a first line "sentence" or "text" is a header
 .txt     a text a line
-.jsonl   an object a line: ``text`` and perhaps its ``pair``, ``audio`` and ``image`` (files, from where it lies), or the
-         bundle's inputs by name (a row each, lists of token ids for example), and perhaps ``label``
+.jsonl   an object a line: ``text`` and perhaps its ``pair``, ``audio`` and ``image`` (files, from where it lies), or
+         the bundle's inputs by name (a row each, lists of token ids for example), and perhaps ``label``
 =======  ======================================================================================================
 """
 
