@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -100,3 +102,10 @@ def test_links_of_the_documentation_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_what_writes_the_tables_of_architectures_finds_them() -> None:
+    code = "import works; print(*(works.bed(name).__name__ for name in ('architectures', 'decoders', 'directories')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, text=True, check=False)
+    assert done.stdout == "architectures decoders directories\n", done.stderr
