@@ -21,6 +21,18 @@ def divided(manifest: Manifest) -> Manifest:
     )
 
 
+def exported(manifest: Manifest) -> Manifest:
+    """The bundle as its program was exported: without what is made of other files, `Stack.whole` and `Part.steps`."""
+    found = divided(manifest)
+    steps = {part.steps for stack in found.stacks.values() for part in stack.parts}
+    stacks = {
+        name: replace(stack, parts=tuple(replace(part, steps=None) for part in stack.parts))
+        for name, stack in found.stacks.items()
+    }
+    segments = {name: segment for name, segment in found.segments.items() if name not in steps}
+    return replace(found, stacks=stacks, segments=segments)
+
+
 def undivided(manifest: Manifest) -> Manifest:
     """The bundle at full depth: a stack that has a ``whole`` runs it in place of its parts, and has no other exits.
 

@@ -186,3 +186,11 @@ def test_a_figure_above_the_tolerance_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert exits is not None
     assert 0 <= exits < 1e-5
     assert report.max_error == {"graph": 0.0, "chain": 0.5, "cache": None, "other_shapes": 1e-6}
+
+
+def test_fewer_bits_are_those_of_the_parts(caplog: pytest.LogCaptureFixture) -> None:
+    """What `save` makes of files that stay, all parts in one and several tokens in one run, is not encoded."""
+    report = check(tiny.seeded(tiny.Talker, 4), {"input_ids": tiny.ids()}, precision="int8", loss=1.0)
+    assert report.ok
+    assert report.max_error["precision"] is not None
+    assert not [record for record in caplog.records if "full depth" in record.getMessage()]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from offramp import models
 from offramp.bundle import directory
 from offramp.bundle.precision import ANSWERS, ERROR, EXITS
-from offramp.bundle.whole import divided
+from offramp.bundle.whole import exported
 from offramp.errors import OfframpError
 from offramp.export import save
 from offramp.export.encode import Precision, precisions
@@ -218,7 +218,7 @@ class Check:
         report.bytes["bundle"] = sum(file.stat().st_size for file in path.iterdir())
         with self._timed("run"):
             chain = load(path)
-            report.segments = len(divided(chain.manifest).segments)
+            report.segments = len(exported(chain.manifest).segments)
             with as_captured(module), torch.no_grad():
                 self._compare(module, captured, program, chain)
                 if _forced(program):
@@ -234,7 +234,7 @@ class Check:
 
     def _encode(self, program: Program, path: Path) -> None:
         """The bundle in fewer bits, on the example and at other sizes."""
-        manifest, _ = directory.read(path)
+        manifest = exported(directory.read(path)[0])
         sizes = [program.example_inputs, *(inputs for inputs, _ in at_other_sizes(program))]
         samples = [given(program, inputs) for inputs in sizes]
         found = in_fewer_bits(manifest, path, self._precision, samples, self._loss)
