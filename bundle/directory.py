@@ -91,6 +91,8 @@ def _regular(root: Path, name: str, *, folder: bool = False) -> str | None:
 
 
 def _altered(path: Path, file: File) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
     found = _sha256(path) if file.bytes else hashlib.sha256().hexdigest()
     if found != file.sha256.lower():
         return f"{path.name} was altered: sha256 {found[:12]}..., the manifest says {file.sha256[:12]}..."

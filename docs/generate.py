@@ -34,7 +34,7 @@ _API_TOP = """# Public names
 
 `python docs/generate.py` writes this page from signatures and docstrings; a test checks that it is current.
 """
-_MODULES = ("offramp", "offramp.calibration", "offramp.training", "offramp.zoo")
+_MODULES = ("offramp", "offramp.runtime", "offramp.calibration", "offramp.training", "offramp.zoo")
 ROOMS = ("program", "passes", "training", "export", "bundle", "runtime", "calibration")
 _SHORT = 110  # characters of a signature in one line
 

@@ -36,7 +36,8 @@ def capture(
             half or double precision or on another device: it is captured as a float32 copy on the CPU.
         example_inputs: tensors by the names of the forward's parameters, or in their order (floating point becomes
             float32, None is left out). Use a batch of at
-            least two rows and sizes that differ from each other; a batch of one row is doubled for capture.
+            least two rows and sizes that differ from each other; a batch of one row is doubled for capture, unless the
+            model's code fixes the number of rows.
         dynamic: names of the axes that may vary, ``{"input_ids": {0: "batch", 1: "tokens"}}``; every other
             axis is then fixed. None lets every axis vary that the model lets vary (of inputs with four or
             more axes, such as images, only the first).
@@ -54,10 +55,13 @@ def capture(
     if dynamic is not None:
         dynamic = _counted(dynamic, inputs)
     with as_captured(module), returning_tensors(module, inputs) as left_out:
+        given = inputs
         if dynamic is None:
             inputs = doubled(module, inputs)
         module.train(training)
         traced = exported(module, inputs, dynamic)  # before any call: models cache tables of the first length
+        if inputs is not given and fixes_rows(traced.graph, inputs):
+            inputs, traced = given, exported(module, given, dynamic)
         module.eval()
         expected = {name: value for name, value in eager(module, inputs).items() if name not in left_out}
     graph_module = flattened(traced, inputs, list(expected))
@@ -74,6 +78,14 @@ def capture(
     example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
     names = _axis_names(graph_module, dynamic)
     return with_limits(analyse(graph_module, example, expected, names))
+
+
+def fixes_rows(graph: fx.Graph, inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all inputs have several rows, and the graph takes so many of some and no others."""
+    nodes = {str(node.target): node for node in graph.find_nodes(op="placeholder")}
+    return all(value.dim() and value.shape[0] > 1 for value in inputs.values()) and any(
+        isinstance(expression(shape(nodes[name])[0]), int) for name in inputs if name in nodes
+    )
 
 
 def _counted(dynamic: Dynamic, inputs: Mapping[str, torch.Tensor]) -> Dynamic:

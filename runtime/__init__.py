@@ -8,6 +8,7 @@ from offramp._lazy import names_of
 
 if TYPE_CHECKING:
     from offramp.runtime.chain import Chain, load
+    from offramp.runtime.generation.generator import Generator
     from offramp.runtime.generation.sampling import Sampling
     from offramp.runtime.generation.tokens import Generated, Token
     from offramp.runtime.policies.base import Agreement, Bound, Cost, Policy, State
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "chain": ("Chain", "load"),
+    "generation.generator": ("Generator",),
     "generation.tokens": ("Generated", "Token"),
     "policies.builtin": (
         "Adaptive",
@@ -64,6 +66,7 @@ __all__ = [
     "Each",
     "Entropy",
     "Generated",
+    "Generator",
     "Learned",
     "Never",
     "Patience",

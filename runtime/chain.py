@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -51,7 +52,7 @@ def load(
 
     Args:
         path: The directory that ``offramp.save`` wrote.
-        providers: ONNX Runtime's names, or (name, options), best first, or one name; None is the CPU.
+        providers: ONNX Runtime's names, or (name, options), best first; None is the CPU.
         threads: Size of the process's one thread pool, None for the cores there are (see `session_options`).
         verify: Whether to compare every file's sha256 with the manifest's (about 0.6 s per GB).
 
@@ -282,9 +283,13 @@ class Chain:
         if drafts and any(value not in ("defer", None) for value in deferral.values()):
             raise InputError("drafts are checked by full depth, and bounded by their number", hint="Verify(drafts=...)")
         if sampling.stop_strings and tokenizer is None:
-            tokenizer = own_tokenizer(self.manifest, self._root)
+            tokenizer = self._tokenizer
         ends = Ends(sampling.stop, sampling.stop_strings, tokenizer)
         return Session(plan, inputs, prompts, policy, sampling, ends, width, **deferral)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return own_tokenizer(self.manifest, self._root)
 
     def _leaves(self, policy: Policy) -> bool:
         """Whether a policy is asked anywhere: before full depth, or there about a token of a short list."""
@@ -301,6 +306,9 @@ class Chain:
         policy, width = parted(as_policy(policy), self.manifest)
         policy.check(self.stacks)
         return policy, width
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Chain holds sessions of ONNX Runtime, which no other process can have: load it in each")
 
     def __repr__(self) -> str:
         manifest = self.manifest

@@ -566,7 +566,7 @@ def _deit_classifier(folder: Path) -> None:
 def _dinov2_embedder(folder: Path) -> None:
     import transformers
 
-    sizes = _vit_sizes()
+    sizes = _vit_sizes(image_size=56)  # of its table of positions; images are as large as the processor makes them
     sizes.pop("intermediate_size")
     _save(folder, _model("Dinov2Model", _config("Dinov2Config", **sizes)))
     transformers.BitImageProcessor(

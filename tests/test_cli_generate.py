@@ -231,6 +231,17 @@ def test_the_bundles_own_tokenizer_tells_where_a_text_stops(writer: Path, tmp_pa
     bare = offramp.load(copied(writer, tmp_path / "bare.offramp", stop_strings=["aaa"], files=False))
     with pytest.raises(offramp.OfframpError, match="they need a tokenizer"):
         bare.generate({"input_ids": [[5]]})
+    (tmp_path / "own.offramp" / "tokenizer.json").unlink()
+    assert chain.generate({"input_ids": [ids(writer, "é")]}, max_new_tokens=30).tokens[0].tolist() == found
+
+
+@pytest.mark.parametrize(("act", "problem"), [("unlink", "is missing"), ("write", "was altered")])
+def test_a_tokenizer_that_is_another_by_now_is_refused(act: str, problem: str, writer: Path, tmp_path: Path) -> None:
+    chain = offramp.load(copied(writer, tmp_path / "own.offramp", stop_strings=["aaa"]))
+    file = tmp_path / "own.offramp" / "tokenizer.json"
+    file.unlink() if act == "unlink" else file.write_text("{}")
+    with pytest.raises(offramp.errors.BundleError, match=f"tokenizer.json {problem}"):
+        chain.generate({"input_ids": [[5]]})
 
 
 @pytest.mark.parametrize("propagate", PROPAGATE)

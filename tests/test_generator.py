@@ -113,6 +113,23 @@ def test_what_does_not_fit_is_refused(chain: Chain) -> None:
     assert len(generator.next()) == 3
 
 
+def test_an_ended_generation_leaves_the_memory_of_others_alone(chain: Chain) -> None:
+    ended = chain.generator({"input_ids": [[1, 5, 3]]}, offramp.Never(), max_new_tokens=8)
+    ended.next()
+    ended.end()
+    first = chain.generator({"input_ids": [[2, 6, 4]]}, offramp.Never(), max_new_tokens=8)
+    ended.end()
+    second = chain.generator({"input_ids": [[7, 9, 8]]}, offramp.Never(), max_new_tokens=8)
+    found: list[list[int]] = [[], []]
+    for _ in range(4):
+        for tokens, generator in zip(found, (first, second), strict=True):
+            tokens += [token.token for token in generator.next()]
+        with pytest.raises(InputError, match="this generation was ended"):
+            ended.next()
+    prompts = ([2, 6, 4], [7, 9, 8])
+    assert found == [chain.generate({"input_ids": [row]}, max_new_tokens=4).tokens[0].tolist() for row in prompts]
+
+
 def test_the_encoder_s_exits_and_trace_are_kept(two_stacks: tiny.Captured, tmp_path: Path) -> None:
     program = offramp.apply(two_stacks.program, "insert-cache,insert-exits{stack=encoder,after=1}")
     offramp.save(program, tmp_path / "m.offramp")

@@ -13,7 +13,7 @@ import transformers
 
 from offramp.bundle.preprocessing import Image
 from offramp.errors import InputError
-from offramp.pretrained.image_processor import image_settings
+from offramp.pretrained.image_processor import SQUARES, fits, image_settings, size
 from offramp.runtime.preprocess.image import pixels, read_image
 
 # class, and settings that make its results small
@@ -100,6 +100,16 @@ def test_padding_to_a_size() -> None:
 def test_processors_that_do_something_else_are_refused_by_name(name: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"{name}ImageProcessorPil .*{reason}"):
         image_settings(processor(name, {}))
+
+
+def test_images_that_become_another_size_than_the_models_are_said() -> None:
+    alike = processor("ViT", {"size": {"height": 30, "width": 20}})
+    by_shape = processor("Detr", {"size": {"shortest_edge": 30, "longest_edge": 37}, "do_pad": False})
+    assert (size(alike), size(by_shape), size(by_shape, SQUARES)) == ((30, 20), None, (30, 30))
+    assert fits(alike, (30, 20)) is None
+    assert "the bundle takes those that become 30x30" in (fits(by_shape, (30, 30)) or "")
+    with pytest.raises(ValueError, match="makes 30x20 pixels of one, and the model has 20x30"):
+        fits(alike, (20, 30))
 
 
 def test_files_are_read_upright(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from test_image_tokens import FEATURES, IMAGE, JOINS, PATCHES, Join, Reader, exa
 from torch import Tensor, nn
 
 import offramp
+from offramp import models
 from offramp.check import check
 from offramp.errors import InputError
 from offramp.program.sizes import at_other_sizes
@@ -224,3 +225,27 @@ def test_qwen2_vl_generates_as_transformers_does(tmp_path: Path) -> None:
             do_sample=False,
         )
         assert found == wanted[0, -8:].tolist()
+
+
+class _Counts(nn.Module):
+    """Two layers; how many rows there are is a plain number to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layers(x) * len(x)
+        return found
+
+
+@pytest.mark.parametrize(("name", "given", "taken"), [("f.py:one", 1, 1), ("f.py:two", 2, 2), ("hf:two", 2, 1)])
+def test_where_the_model_fixes_the_rows_one_is_not_made_two(name: str, given: int, taken: int) -> None:
+    notes: list[str] = []
+    inputs = {"x": torch.randn(given, 5, 8)}
+    program, found = models.captured(name, _Counts().eval(), inputs, offramp.capture, notes.append)
+    assert (program.example_inputs["x"].shape[0], found["x"].shape[0]) == (taken, taken)  # type: ignore[call-overload]
+    assert len(notes) == (given != taken)
+    expected = _Counts().eval()(inputs["x"][:taken])
+    torch.testing.assert_close(program.module(x=inputs["x"][:taken])["output"], expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -120,12 +121,22 @@ def test_in_a_process_of_its_own(root: Path, case: str) -> None:
 def test_providers(root: Path) -> None:
     offramp.load(root, providers=["CPUExecutionProvider"])
     offramp.load(root, providers=[("CPUExecutionProvider", {})])
-    offramp.load(root, providers="CPUExecutionProvider")
     with pytest.raises(ExecutionError, match=r"no provider Nonsense here; available: .*CPUExecutionProvider"):
         offramp.load(root, providers=["Nonsense", "CPUExecutionProvider"])
-    for threads, shown in ((0, "0"), ("2", "'2'")):
-        with pytest.raises(ExecutionError, match=f"threads={shown}: at least 1"):
+    for threads in (0, 2.5, "2"):
+        with pytest.raises(ExecutionError, match=f"threads={threads!r}: at least 1"):
             offramp.load(root, threads=threads)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["CPUExecutionProvider", {"CPUExecutionProvider": {}}, [("a", {}, {})], [()], [None]])
+def test_providers_that_are_no_list_of_names_are_refused(root: Path, given: Any) -> None:
+    with pytest.raises(ExecutionError, match="not a list of names, or of pairs of a name and its options"):
+        offramp.load(root, providers=given)
+
+
+def test_a_chain_cannot_be_sent_to_another_process(root: Path) -> None:
+    with pytest.raises(TypeError, match="load it in each"):
+        pickle.dumps(offramp.load(root))
 
 
 def test_what_is_loaded_is_logged(root: Path, caplog: pytest.LogCaptureFixture) -> None:

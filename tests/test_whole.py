@@ -191,6 +191,20 @@ def test_files_that_are_gone_leave_the_parts(
     assert "full depth runs by parts" in caplog.text
 
 
+def test_files_that_were_replaced_are_not_mixed_with_those_loaded(
+    classifier: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(classifier, tmp_path / "m")
+    chain, inputs = offramp.load(tmp_path / "m"), {name: array.numpy() for name, array in tiny.text().items()}
+    (tmp_path / "m").rename(tmp_path / "old")
+    shutil.copytree(
+        tmp_path / "old", tmp_path / "m", copy_function=shutil.copy
+    )  # written now, not when the others were
+    with caplog.at_level(logging.WARNING):
+        assert "encoder-whole" not in ran(chain.run(inputs).trace)
+    assert "has gone or changed since the bundle was loaded: full depth runs by parts" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [

@@ -198,6 +198,25 @@ def blip_answers(folder: Path) -> None:
     _saved(folder, transformers.BlipForQuestionAnswering(config), processor)
 
 
+def florence2(folder: Path) -> None:
+    """Features stand before the text, in an encoder; the configuration has no size of images, the processor has."""
+    stages = {"embed_dim": [8, 16, 32, 32], "num_heads": [1, 2, 4, 4], "num_groups": [1, 2, 4, 4], "depths": [1] * 4}
+    patches = {"patch_size": [7, 3, 3, 3], "patch_stride": [4, 2, 2, 2], "patch_padding": [3, 1, 1, 1]}
+    config = transformers.Florence2Config(
+        vision_config={**stages, **patches, "window_size": 2, "projection_dim": WIDTH},
+        text_config=base._bart_config(max_position_embeddings=128, forced_eos_token_id=None),
+        image_token_id=base.IMAGE,
+    )
+    torch.manual_seed(0)
+    model = transformers.Florence2ForConditionalGeneration(config)
+    model.generation_config.decoder_start_token_id = base.END
+    size = {"height": 64, "width": 64}
+    images = transformers.CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False, image_seq_length=5)
+    tokenizer = base._tokenizer(folder, "ends", extra_special_tokens={"image_token": "<image>"})
+    _saved(folder, model, transformers.Florence2Processor(images, tokenizer, num_additional_image_tokens=0))
+
+
 READERS: dict[str, Callable[[Path], None]] = {
-    make.__name__: make for make in (llava, llava_chat, paligemma, gemma3, gemma3_chat, blip2, blip2_t5, git, blip)
+    make.__name__: make
+    for make in (llava, llava_chat, paligemma, gemma3, gemma3_chat, blip2, blip2_t5, git, blip, florence2)
 }

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeAlias
@@ -42,7 +43,7 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
         ExecutionError: the process has a pool with another number of threads already.
     """
     global _pool
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
+    if threads is not None and (not isinstance(threads, Integral) or threads < 1):
         raise ExecutionError(f"threads={threads!r}: at least 1 thread is needed, or None for one per core")
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -111,6 +112,24 @@ def open_sessions(
         _trim()
     log.info("opened %d sessions on %s in %.2f s", len(sessions), ", ".join(names), perf_counter() - started)
     return sessions
+
+
+def checked(providers: Any) -> Providers | None:
+    """What `open_sessions` takes; ExecutionError where it is something else."""
+    if providers is None:
+        return None
+    for item in providers if _is_list(providers) else [None]:
+        pair: Any = (item, {}) if isinstance(item, str) else item
+        if not (_is_list(pair) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Mapping)):
+            raise ExecutionError(
+                f"providers={providers!r}: not a list of names, or of pairs of a name and its options",
+                hint='["CPUExecutionProvider"], or [("CUDAExecutionProvider", {"device_id": 0})]',
+            )
+    return list(providers)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def failed(segment: str, shapes: str, error: Exception) -> ExecutionError:

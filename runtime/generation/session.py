@@ -66,6 +66,7 @@ class Session:
         self._given = np.array([row.size for row in prompts], np.int64) + self.ahead
         self._steps = np.zeros(slots, np.int64)
         self._short = 0  # the greatest capacity with which one row runs on by itself
+        self._ended = False
         self._feedback: Feedback | None = None
         if Agreement in policy.observes:
             self._feedback = Feedback(policy, self.decoder, plan.stacks[-1], plan.output)
@@ -104,6 +105,8 @@ class Session:
         tokens in all, to one that is not to be followed `freely`.
         """
         started = perf_counter()
+        if self._ended:
+            raise InputError("this generation was ended, and others may have its memory", hint="a new one")
         policies = self.policies if policies is None else policies
         count = len(tokens)
         lengths = self.decoder.seen[0, :count]
@@ -159,7 +162,9 @@ class Session:
 
     def end(self) -> None:
         """Leave this generation's memory to others; it cannot go on."""
-        self.plan.release(self.decoder.store)
+        if not self._ended:
+            self._ended = True
+            self.plan.release(self.decoder.store)
 
     def rearrange(self, sources: Sequence[int]) -> None:
         """Slot ``i`` gets what slot ``sources[i]`` had."""
@@ -175,7 +180,7 @@ class Session:
 
     def drop(self, slots: Sequence[int]) -> None:
         """Take rows out: the last ones move into their slots."""
-        if not slots:
+        if not slots or self._ended:
             return
         count = len(self.rows)
         sources = list(range(count))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from offramp.bundle.directory import verified
 from offramp.bundle.manifest import Manifest
 from offramp.errors import InputError
 
@@ -64,11 +65,12 @@ class Ends:
 
 
 def own_tokenizer(manifest: Manifest, root: Path) -> Any:
-    """The tokenizer in a bundle's directory, None where it has none."""
+    """The tokenizer in a bundle's directory, None where it has none; BundleError where its file is another by now."""
     if TOKENIZER_FILE not in manifest.files:
         return None
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
         raise InputError("stop_strings need the package tokenizers", hint="pip install tokenizers") from error
+    verified(root, manifest, root, [TOKENIZER_FILE])
     return Tokenizer.from_file(str(root / TOKENIZER_FILE))

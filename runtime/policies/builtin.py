@@ -87,7 +87,7 @@ class Depth(Policy):
                 of = stack.of if isinstance(stack, GroupStack) else name
                 raise PolicyError(
                     f"stack {name!r} has no exit after {depth} blocks; there are:\n{listing(stacks)}",
-                    hint=f"insert-exits{{stack={of},after={depth}}}",
+                    hint=f"insert-exits{{stack={of},after={depth}}}" if 0 < depth < stack.blocks else None,
                 )
 
     def to_dict(self) -> dict[str, Any]:

@@ -121,15 +121,16 @@ def captured(
 ) -> tuple[Program, Inputs]:
     """The program that ``capture`` (`offramp.capture`) makes of a model, and the inputs that it takes.
 
-    An ``hf:`` model's inputs are made up here: of those a mask of ones is left out where that lets lengths vary, which
-    ``note`` says.
+    An ``hf:`` model's inputs are made up here: of those a mask of ones is left out where that lets lengths vary, and
+    there is one row where the model fixes their number, which ``note`` says.
     """
     program = capture(module, inputs)
     if name.partition(":")[0] != "hf" or not isinstance(inputs, Mapping):
         return program, inputs
-    from offramp.pretrained import masks
+    from offramp.pretrained import masks, rows
 
     program, fewer = masks.without_masks(program, module, inputs, capture, note)
+    program, fewer = rows.one_by_one(program, module, fewer, capture, note)
     return program, dict(fewer)
 
 

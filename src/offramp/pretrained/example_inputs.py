@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,7 +31,8 @@ PAGE = 100  # boxes of words lie on a page of this size
 class Listed:
     """What the directory's processors make.
 
-    That is names by its tokenizer (None: it has none), a mask of sounds, and images of one height and width.
+    That is names by its tokenizer (None: it has none), a mask of sounds, and images of one height and width, which may
+    be others than those that the configuration names.
     """
 
     text: frozenset[str] | None = None
@@ -52,12 +53,8 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
     """
     maker = _Maker(model, beside or Listed())
     inputs = maker.inputs()
-    candidates = [inputs]
-    if "decoder_input_ids" in maker.accepted and "decoder_input_ids" not in inputs:
-        candidates.append(inputs | {"decoder_input_ids": maker.tokens(DECODER_TOKENS, decoder=True)})
-    candidates += [{name: value[:1] for name, value in rows.items()} for rows in candidates]
     first: Exception | None = None
-    for candidate in candidates:
+    for candidate in _candidates(maker, inputs):
         try:
             with torch.no_grad(), unchanged(model):
                 model(**candidate)
@@ -71,6 +68,18 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
         f"{type(first).__name__}: {first}",
         hint="a file.py:factory that returns (module, example_inputs), with inputs that the model takes",
     ) from first
+
+
+def _candidates(maker: _Maker, inputs: Inputs) -> Iterator[Inputs]:
+    """The inputs and what else may do: a decoder's too, one row, or images as large as the configuration says."""
+    found = [inputs]
+    if "decoder_input_ids" in maker.accepted and "decoder_input_ids" not in inputs:
+        found.append(inputs | {"decoder_input_ids": maker.tokens(DECODER_TOKENS, decoder=True)})
+    yield from found
+    yield from ({name: value[:1] for name, value in rows.items()} for rows in found)
+    if maker.beside.image is not None and image_size(maker.config) is not None:
+        other = _Maker(maker.model, replace(maker.beside, image=None))
+        yield from _candidates(other, other.inputs())
 
 
 def image_size(config: PretrainedConfig) -> Any:
@@ -117,7 +126,7 @@ class _Maker:
         signals = {main: _SIGNALS[main](self)} if main in _SIGNALS else {}
         inputs: Inputs = {}
         if main == "input_ids" or (main == "pixel_values" and "input_ids" in self.accepted):
-            if "pixel_values" in self.accepted and image_size(self.config) is not None:
+            if "pixel_values" in self.accepted and (image_size(self.config) or self.beside.image) is not None:
                 signals.setdefault("pixel_values", self.images())
             inputs = self._text(signals)
         elif "attention_mask" in self.accepted and self.beside.sound_mask:
@@ -237,7 +246,7 @@ class _Maker:
 
     def images(self) -> Tensor:
         """``[2, channels, height, width]`` float32; of a model of videos ``[2, frames, channels, height, width]``."""
-        size = image_size(self.config) or self.beside.image or 224
+        size = self.beside.image or image_size(self.config) or 224
         if isinstance(size, dict):
             size = size["height"], size["width"]
         height, width = size if isinstance(size, (list, tuple)) else (size, size)

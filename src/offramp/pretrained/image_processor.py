@@ -6,7 +6,7 @@ and that one is taken by which the runtime makes of some images what the process
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PIXELS = "pixel_values"
 _TOLERANCE = 1e-5
 _SIZES = ((37, 53), (301, 203), (64, 64), (448, 611))  # width and height: small and large, upright and lying
+SQUARES = ((64, 64), (96, 96))
 
 
 def image_settings(processor: Any) -> Image:
@@ -45,14 +46,33 @@ def image_settings(processor: Any) -> Image:
     raise ValueError(f"{type(processor).__name__} does more than resize, crop, scale and normalize ({how})")
 
 
-def size(processor: Any) -> tuple[int, int] | None:
-    """Height and width of what the processor makes of every image; None where those differ.
+def size(processor: Any, images: Sequence[tuple[int, int]] = _SIZES) -> tuple[int, int] | None:
+    """Height and width of what the processor makes of images, of any size or of these; None where those differ.
 
     Raises:
         ValueError: it fails on an image.
     """
-    sizes = {_processed(processor, noise(size, "RGB")).shape[2:] for size in _SIZES}
+    sizes = {_processed(processor, noise(size, "RGB")).shape[2:] for size in images}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def fits(processor: Any, pixels: Sequence[int]) -> str | None:
+    """What is to be said where only some images become pixels of this height and width; None where all do.
+
+    Raises:
+        ValueError: none does.
+    """
+    made, (height, width) = size(processor), pixels
+    if made == (height, width):
+        return None
+    if made is not None:
+        raise ValueError(
+            f"{type(processor).__name__} makes {made[0]}x{made[1]} pixels of one, and the model has {height}x{width}"
+        )
+    return (
+        f"{type(processor).__name__} makes {PIXELS} of other sizes of images of other shapes, and the bundle takes "
+        f"those that become {height}x{width}: a size of height and width in preprocessor_config.json makes all alike"
+    )
 
 
 def noise(size: tuple[int, int], mode: str) -> Picture:

@@ -132,13 +132,18 @@ def _listed(source: str, model: PreTrainedModel) -> Listed:
     with contextlib.suppress(ValueError):
         extractor = tokenization.loaded(transformers.AutoFeatureExtractor, source, tokenization.PROCESSORS)
         masked = bool(getattr(extractor, "return_attention_mask", False))
-    unknown = "pixel_values" in inspect.signature(model.forward).parameters and image_size(model.config) is None
-    return Listed(names, masked, _image_size(source) if unknown else None)
+    images = "pixel_values" in inspect.signature(model.forward).parameters
+    return Listed(names, masked, _image_size(source, image_size(model.config) is not None) if images else None)
 
 
-def _image_size(source: str) -> tuple[int, int] | None:
-    """Height and width of all images that a directory's processor makes; None where they differ, or it has none."""
+def _image_size(source: str, known: bool) -> tuple[int, int] | None:
+    """Height and width of all images that a directory's processor makes; None where they differ, or it has none.
+
+    Where the model's are not ``known`` square ones say them.
+    """
     with contextlib.suppress(ValueError):
         processor = tokenization.loaded(transformers.AutoImageProcessor, source, tokenization.PROCESSORS)
-        return None if processor is None else image_processor.size(processor)
+        if processor is not None:
+            alike = image_processor.size(processor)
+            return alike if alike or known else image_processor.size(processor, image_processor.SQUARES)
     return None

@@ -72,11 +72,14 @@ def settings(
             preprocessing["audio"] = asdict(audio_settings(extractor))
 
     def image() -> None:
-        from offramp.pretrained.image_processor import image_settings
+        from offramp.pretrained.image_processor import fits, image_settings
 
         processor = tokenization.loaded(transformers.AutoImageProcessor, source, tokenization.PROCESSORS, backend="pil")
         if processor is not None:
-            preprocessing["image"] = asdict(image_settings(processor))
+            found = image_settings(processor)
+            if some := fits(processor, inputs["pixel_values"].shape[-2:]):
+                note(some)
+            preprocessing["image"] = asdict(found)
 
     def together() -> bool:
         """Whether the prompt that a text and an image make was compared with the model's own."""
