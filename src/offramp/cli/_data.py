@@ -4,8 +4,9 @@
 .npz     arrays named as the bundle's inputs, and perhaps ``labels``
 .tsv     a text a line, perhaps a tab and its label; a first line "sentence" or "text" is a header
 .txt     a text a line
-.jsonl   an object a line: ``text`` and perhaps its ``pair``, or the bundle's inputs by name (a row each, lists of token
-         ids for example), and perhaps ``label``
+.jsonl   an object a line: ``text`` and perhaps its ``pair``, ``audio`` or ``image`` (a file, whose path is taken from
+         the folder of the .jsonl), or the bundle's inputs by name (a row each, lists of token ids for example), and
+         perhaps ``label``
 =======  ======================================================================================================
 """
 
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offramp.cli import _common, _generate, _text
+from offramp.cli import _common, _generate, _inputs, _text
 from offramp.errors import InputError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
         type=Path,
         required=required,
         help="examples: .npz (arrays named as the inputs, perhaps labels), .tsv (text, perhaps a label), .txt or "
-        ".jsonl (text or inputs, perhaps label)",
+        ".jsonl (text, audio, image or inputs, perhaps label)",
     )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"
@@ -71,7 +72,7 @@ def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> l
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"data {file} cannot be read: {error}") from error
     tokenizer = _text.tokenizer_of(chain, bundle) if any("text" in row for row in rows) else None
-    return [_example(chain, bundle, row, tokenizer, truncate) for row in rows]
+    return [_example(chain, bundle, file.parent, row, tokenizer, truncate) for row in rows]
 
 
 def _arrays(file: Path) -> dict[str, Any]:
@@ -100,10 +101,16 @@ def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _example(
-    chain: Chain, bundle: Path, row: dict[str, Any], tokenizer: Tokenizer | None, truncate: bool
+    chain: Chain, bundle: Path, folder: Path, row: dict[str, Any], tokenizer: Tokenizer | None, truncate: bool
 ) -> dict[str, Any]:
     """One example as a batch of one row."""
-    given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label")}
+    files = {name: folder / str(row[name]) for name in ("audio", "image") if name in row and name not in chain.inputs}
+    given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label", *files)}
+    if "audio" in files:
+        (heard,) = _inputs.hear(chain, bundle, [files["audio"]])
+        given |= heard
+    if "image" in files:
+        given |= _inputs.see(chain, bundle, [files["image"]])
     if "text" in row:
         pairs = [str(row["pair"])] if "pair" in row else []
         given |= _read(chain, bundle, str(row["text"]), tokenizer, pairs, truncate)
@@ -123,14 +130,19 @@ def _read(
 
 
 def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:
-    """A class id, or for a generation the reference's token ids, the mark of the end behind them."""
+    """A class id, by its name too, or for a generation the reference's token ids, the mark of the end behind them."""
     import numpy as np
 
     if chain.generates is None:
+        known = {name: at for names in chain.manifest.labels.values() for at, name in enumerate(names)}
         try:
-            return np.asarray(label, np.int64)
+            return np.asarray(known.get(label, label) if isinstance(label, str) else label, np.int64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"label {label!r} is no class id") from error
+            few = ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
+            raise InputError(
+                f"label {label!r} is no class id" + (f" and none of {few}" if known else ""),
+                hint="examples without labels, which are compared with the answers at full depth",
+            ) from error
     if isinstance(label, str) and tokenizer is not None:
         ids = tokenizer.encode(label, add_special_tokens=False).ids
         return np.array([*ids, *chain.manifest.generation.stop[:1]], np.int64)
