@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bundles
@@ -160,6 +162,8 @@ def test_text_files(tmp_path: Path) -> None:
         assert [np.asarray(row["input_ids"]).tolist() for row in found] == [[[5, 6]], [[7]]], name
     assert [row["labels"][0] for row in _data.read(chain, root, tmp_path / "a.tsv")] == [1, 0]
     assert [row.get("labels") for row in _data.read(chain, root, tmp_path / "a.jsonl")] == [[1], None]
+    named: Any = SimpleNamespace(manifest=replace(chain.manifest, labels={"logits": ("bad", "good")}), generates=None)
+    assert [_data._label(named, name, None).item() for name in ("good", "bad", "1")] == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +173,8 @@ def test_text_files(tmp_path: Path) -> None:
         ("a.tsv", "w5\tgood\n", "label 'good' is no class id"),
         ("a.jsonl", "[1]\n", "line 1 is no object"),
         ("a.jsonl", "{\n", "cannot be read"),
+        ("a.jsonl", '{"audio": "a.wav"}\n', "does not turn sound into inputs"),
+        ("a.jsonl", '{"image": "a.png"}\n', "does not turn images into inputs"),
         ("a.npz", "no zip", "cannot be read"),
     ],
 )

@@ -371,7 +371,7 @@ def test_examples_may_be_sounds(listener: Path, tmp_path: Path, capsys: pytest.C
         _data.read(chain, listener, tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text('{"audio": "a.wav", "label": "ab a"}\n')
     (found,) = _data.read(chain, listener, tmp_path / "data.jsonl")
-    np.testing.assert_array_equal(found["features"], _inputs.hear(chain, listener, [path])["features"])
+    np.testing.assert_array_equal(found["features"], _inputs.hear(chain, listener, [path])[0]["features"])
     ids = _text.tokenizer_of(chain, listener).encode("ab a", add_special_tokens=False).ids
     assert found["labels"][0].tolist()[: len(ids)] == ids
 

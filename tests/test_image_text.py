@@ -48,7 +48,7 @@ class Reader:
             part for image, text in zip(self.images, texts, strict=False) for part in ("--image", image, "-t", text)
         ]
         args = build_parser().parse_args(["run", str(self.bundle), *flags, *options])
-        return _inputs.one(_generate.prompted(self.chain, args))
+        return _inputs.one(self.chain, _generate.prompted(self.chain, args))
 
     def wanted(self, text: str, row: int = 0) -> Mapping[str, torch.Tensor]:
         """What the processor makes of a text with an image."""

@@ -22,7 +22,7 @@ import transformers
 import offramp
 from offramp import cli, models
 from offramp.check import check
-from offramp.cli import _text
+from offramp.cli import _data, _text
 from offramp.errors import PretrainedModelError
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
@@ -242,7 +242,7 @@ def test_run_writes_down_what_it_hears(tmp_path: Path, capsys: pytest.CaptureFix
     extractor = transformers.Wav2Vec2FeatureExtractor()
     bundle = bundle_of(saved(tmp_path / "writer", model, reader, extractor))
     samples = (3000 * np.random.default_rng(1).standard_normal(2000)).astype("<i2")
-    for name, count in (("a.wav", 2000), ("b.wav", 1900)):
+    for name, count in (("a.wav", 2000), ("b.wav", 1700)):
         with wave.open(str(tmp_path / name), "wb") as file:
             file.setnchannels(1)
             file.setsampwidth(2)
@@ -254,8 +254,19 @@ def test_run_writes_down_what_it_hears(tmp_path: Path, capsys: pytest.CaptureFix
     twice = run(capsys, "run", bundle, "--audio", tmp_path / "a.wav", "--audio", tmp_path / "a.wav")
     assert f"  0  {expected}\n" in twice
     assert f"  1  {expected}\n" in twice
-    said = refused(capsys, "run", bundle, "--audio", tmp_path / "a.wav", "--audio", tmp_path / "b.wav")
-    assert "the 2 sounds have different lengths, [2000, 1900]" in said
+    made = extractor(samples[:1700].astype(np.float32) / 32768, sampling_rate=16000, return_tensors="pt")
+    shorter = reader.decode(model(**made).logits.argmax(-1)[0])
+    both = ("--audio", tmp_path / "a.wav", "--audio", tmp_path / "b.wav")
+    apart = run(capsys, "run", bundle, *both)
+    assert f"  0  {expected}\n" in apart
+    assert f"  1  {shorter}\n" in apart
+    said = refused(capsys, "bench", bundle, *both)
+    assert "the 2 sounds have different lengths, [2000, 1700]" in said
+
+    (tmp_path / "examples.jsonl").write_text('{"audio": "a.wav"}\n{"audio": "b.wav"}\n')
+    examples = _data.read(offramp.load(bundle), bundle, tmp_path / "examples.jsonl")
+    assert [example["input_values"].shape for example in examples] == [(1, 2000), (1, 1700)]
+    np.testing.assert_allclose(examples[1]["input_values"], made["input_values"], rtol=0, atol=1e-5)
 
 
 # What is taken along

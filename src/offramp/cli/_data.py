@@ -108,9 +108,11 @@ def _example(
 
     named = {name: row[name] for name in ("audio", "image") if name not in chain.inputs and name in row}
     given = {name: [value] for name, value in row.items() if name not in ("text", "pair", "label", *named)}
-    for name, read_file in (("audio", _inputs.hear), ("image", _inputs.see)):
-        if name in named:
-            given |= read_file(chain, bundle, [folder / str(named[name])])
+    if "audio" in named:
+        (heard,) = _inputs.hear(chain, bundle, [folder / str(named["audio"])])
+        given |= heard
+    if "image" in named:
+        given |= _inputs.see(chain, bundle, [folder / str(named["image"])])
     if "text" in row:
         pairs = [str(row["pair"])] if "pair" in row else []
         sizes = _inputs.sizes(chain, {name: np.asarray(value) for name, value in given.items()})
@@ -140,14 +142,19 @@ def _read(
 
 
 def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:
-    """A class id, or for a generation the reference's token ids, the mark of the end behind them."""
+    """A class id, by its name too, or for a generation the reference's token ids, the mark of the end behind them."""
     import numpy as np
 
     if chain.generates is None:
+        known = {name: at for names in chain.manifest.labels.values() for at, name in enumerate(names)}
         try:
-            return np.asarray(label, np.int64)
+            return np.asarray(known.get(label, label) if isinstance(label, str) else label, np.int64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"label {label!r} is no class id") from error
+            few = ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
+            raise InputError(
+                f"label {label!r} is no class id" + (f" and none of {few}" if known else ""),
+                hint="examples without labels, which are compared with the answers at full depth",
+            ) from error
     if isinstance(label, str) and tokenizer is not None:
         ids = tokenizer.encode(label, add_special_tokens=False).ids
         return np.array([*ids, *chain.manifest.generation.stop[:1]], np.int64)

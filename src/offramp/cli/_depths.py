@@ -81,7 +81,7 @@ def given(chain: Chain, args: argparse.Namespace, tokens: int, whose: str) -> _i
     cache = chain.manifest.cache
     assert cache is not None
     args.raw = False
-    given = _inputs.one(_generate.prompted(chain, args))
+    given = _inputs.one(chain, _generate.prompted(chain, args))
     length = args.tokens if cache.limit is None else min(args.tokens, cache.limit - tokens - _WARM_UP)
     if length < 1:
         raise InputError(f"the model takes {cache.limit} tokens, which leaves no room for {tokens} and a prompt")

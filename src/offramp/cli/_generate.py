@@ -170,7 +170,7 @@ def prompted(chain: Chain, args: argparse.Namespace) -> list[_inputs.Inputs]:
             "--truncate: a prompt is not cut, for the model would answer another one", hint="a shorter --text"
         )
     _inputs.check_rows(chain, args.text, args.audio, args.image)
-    (others,) = _inputs.given(chain, args.bundle, args.input, (), args.audio, (), args.image)
+    others = _inputs.one(chain, _inputs.given(chain, args.bundle, args.input, (), args.audio, (), args.image))
     sizes = _inputs.sizes(chain, others)
     return [{tokens: [prompt(chain, args.bundle, text, sizes, raw=args.raw) for text in args.text]} | others]
 

@@ -31,15 +31,15 @@ def given(
 ) -> list[Inputs]:
     """What ``--text``, ``--pair``, ``--audio``, ``--image`` and ``--input name=file.npy`` say, the last on top.
 
-    One batch; or one for each row, where texts have different lengths and it is not known how the model takes padding.
+    One batch; or one for each row, where sounds have different lengths, or texts do and it is not known how the model
+    takes padding.
     """
     import numpy as np
 
     if texts:
         check_rows(chain, texts, sounds, images)
     others: Inputs = {}
-    if sounds:
-        others |= hear(chain, bundle, sounds)
+    heard = hear(chain, bundle, sounds) if sounds else [{}]
     if images:
         others |= see(chain, bundle, images)
     for item in files:
@@ -50,11 +50,16 @@ def given(
             others[name] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"input {name!r}: {file} cannot be read: {error}", hint="numpy.save writes one") from error
+    if len(heard) > 1:
+        if texts or others:
+            raise _different(heard)
+        return heard
+    others = heard[0] | others
     batches: list[Inputs] = [{}]
     if texts or pairs:
         batches = _text.encode(chain, bundle, texts, pairs=pairs, truncate=truncate, sizes=sizes(chain, others))
     if len(batches) == 1 or chain.manifest.batch is None:  # rows that mix cannot run apart
-        return [one(batches) | others]
+        return [one(chain, batches) | others]
     return [batch | _row(chain, others, at) for at, batch in enumerate(batches)]
 
 
@@ -100,14 +105,16 @@ def asked(chain: Chain, args: argparse.Namespace) -> list[Inputs]:
     return given(chain, args.bundle, args.input, args.text, args.audio, args.pair, args.image, truncate=args.truncate)
 
 
-def one(batches: Sequence[Inputs]) -> Inputs:
+def one(chain: Chain, batches: Sequence[Inputs]) -> Inputs:
     """The only batch; InputError where rows have to run apart."""
     if len(batches) == 1:
         return batches[0]
-    raise InputError(
-        f"the {len(batches)} texts have different lengths, and it is not known how the model takes padding",
-        hint="one --text, or texts of as many tokens",
-    )
+    if _text.text_input(chain) in batches[0]:
+        raise InputError(
+            f"the {len(batches)} texts have different lengths, and it is not known how the model takes padding",
+            hint="one --text, or texts of as many tokens",
+        )
+    raise _different(batches)
 
 
 def rows(chain: Chain, batches: Sequence[Inputs]) -> int:
@@ -136,12 +143,14 @@ def _row(chain: Chain, inputs: Inputs, at: int) -> Inputs:
     return found
 
 
-def hear(chain: Chain, bundle: Path, sounds: Sequence[Path]) -> Inputs:
+def hear(chain: Chain, bundle: Path, sounds: Sequence[Path]) -> list[Inputs]:
     """Wav files as the bundle's ``preprocessing.audio`` has them, and a mask of ones where the bundle takes one.
 
+    One batch; or one for each sound, where their features have different lengths.
+
     Raises:
-        InputError: the bundle hears nothing, a file cannot be read, or lasts longer than the model's window; or the
-            features of several have different lengths.
+        InputError: the bundle hears nothing, a file cannot be read, or lasts longer than the model's window; or rows of
+            different lengths cannot run apart.
     """
     import numpy as np
 
@@ -151,15 +160,21 @@ def hear(chain: Chain, bundle: Path, sounds: Sequence[Path]) -> Inputs:
     name = _input_of(chain, bundle, "audio", "sound", settings)
     assert settings is not None
     rows = [features(resample(*read_wav(sound), settings.rate), settings) for sound in sounds]
-    if len({row.shape for row in rows}) > 1:
-        raise InputError(
-            f"the {len(rows)} sounds have different lengths, {[row.shape[-1] for row in rows]}",
-            hint="one --audio, or sounds of one length",
-        )
-    inputs = {name: np.concatenate(rows)}
+    apart = len({row.shape for row in rows}) > 1
+    batches: list[Inputs] = [{name: row} for row in rows] if apart else [{name: np.concatenate(rows)}]
     if MASK in chain.inputs and _text.text_input(chain) is None:
-        inputs[MASK] = np.ones((len(rows), inputs[name].shape[-1]), chain.inputs[MASK].dtype)
-    return inputs
+        for batch in batches:
+            batch[MASK] = np.ones((len(batch[name]), batch[name].shape[-1]), chain.inputs[MASK].dtype)
+    if apart and chain.manifest.batch is None:
+        raise _different(batches)
+    return batches
+
+
+def _different(batches: Sequence[Inputs]) -> InputError:
+    lengths = [next(iter(batch.values())).shape[-1] for batch in batches]
+    return InputError(
+        f"the {len(batches)} sounds have different lengths, {lengths}", hint="one --audio, or sounds of one length"
+    )
 
 
 def see(chain: Chain, bundle: Path, images: Sequence[Path]) -> Inputs:

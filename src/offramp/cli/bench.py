@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
         return _against_generation.run(chain, args)
     if args.input or args.text or args.pair or args.audio or args.image:
-        inputs = _inputs.one(_inputs.asked(chain, args))
+        inputs = _inputs.one(chain, _inputs.asked(chain, args))
     else:
         inputs = _inputs.made_up(chain, args.batch, args.tokens)
     print(", ".join(f"{name} {list(array.shape)}" for name, array in inputs.items()))

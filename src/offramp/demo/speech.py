@@ -39,7 +39,7 @@ def show(path: Path, words: Sequence[str]) -> None:
         raise InputError(f"one recording at a time, these are {len(words)}", hint="offramp demo speech FILE.wav")
     sound = Path(words[0]) if words else recording()
     both = quick, _ = _two_ways.ways(path, Never())
-    inputs = _inputs.hear(quick.chain, path, [sound])
+    (inputs,) = _inputs.hear(quick.chain, path, [sound])
     screened, full = _two_ways.in_turns(both, inputs)
     decode = _words.decoder_of(_text.tokenizer_of(quick.chain, path))
     whole, classes = quick.chain.stacks["decoder"].exits[-1].segments, quick.chain.outputs["logits"].shape[-1]
