@@ -26,6 +26,7 @@ from offramp.training.learner_sites import (
     check_teacher,
     counting,
     learner_sites,
+    require_teacher,
     rest_of,
     width,
 )
@@ -190,6 +191,8 @@ class WidthBudget(Objective):
         learner_sites(program)
         if self.task is None and self.teacher is None:
             raise SpecError("neither task nor teacher: nothing to be good at", hint="task=CrossEntropy()")
+        if self.teacher is not None:
+            require_teacher(self.teacher)
         if self.task is not None:
             require_one_run(self.task)
             self.task.check(program)
