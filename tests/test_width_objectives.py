@@ -30,7 +30,9 @@ from offramp.program import Program, capture
 from offramp.program.learners import WIDTH
 from offramp.training import (
     CrossEntropy,
+    DeepSupervision,
     GateDistillation,
+    LearnedGates,
     LearnerDistillation,
     Objective,
     SelfDistillation,
@@ -529,6 +531,25 @@ def test_following_the_teacher_at_any_width(train: Any) -> None:
     found = fit(program, given, WidthBudget(teacher=teacher), steps=1)
     assert set(found[0].losses) == {"teacher", "budget", "entropy", "diversity"}
     assert found[0].losses["teacher"] >= 0
+
+
+@pytest.mark.parametrize("objective", [SelfDistillation(), DeepSupervision(), LearnedGates()])
+def test_exits_are_trained_and_learners_are_not(objective: Objective) -> None:
+    """Full depth is what it was, at each width."""
+    _, program = pair("{learners=3}")
+    program = offramp.apply(undecided(program), "insert-exits{after=2,head=own},insert-scores{measure=learned}")
+    given = batch()
+    before = program.module(**given)["logits"]
+    fit(program, [{**given, "labels": torch.zeros(8, dtype=torch.int64)}], objective, steps=2)
+    assert torch.equal(program.module(**given)["logits"], before)
+    fit(program, [given], WidthBudget(SelfDistillation()), steps=2)
+    assert not torch.equal(program.module(**given)["logits"], before)
+
+
+def test_learners_are_no_part_that_any_objective_trains() -> None:
+    _, program = pair()
+    with pytest.raises(SpecError, match=r"nothing but learners, which CrossEntropy leaves .*\n  try: WidthBudget\(obj"):
+        fit(program, batches(), CrossEntropy())
 
 
 def test_an_output_without_a_name_is_followed() -> None:

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class LearnerDistillation(Objective):
     each other, and gates learn nothing.
     """
 
+    learners: ClassVar[bool] = True
     teacher: Program = field(repr=False)
     mask: str | None = MASK
 
@@ -82,6 +83,7 @@ class GateDistillation(Objective):
     the mean over ``draws`` widths a step between ``low`` and ``high``. Learners get no gradient.
     """
 
+    learners: ClassVar[bool] = True
     teacher: Program = field(repr=False)
     low: float = 0.25
     high: float = 1.0
@@ -174,6 +176,7 @@ class WidthBudget(Objective):
     ``4 b (1 - b)``: at the ends of the range nothing is left to distribute, and they would pull the width away.
     """
 
+    learners: ClassVar[bool] = True
     task: Objective | None = None
     teacher: Program | None = field(default=None, repr=False)
     output: str = "logits"
