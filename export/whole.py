@@ -141,6 +141,8 @@ def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> 
 
     It makes the ``wanted`` values; of a weight that several have it has one. The models are taken apart.
     """
+    for at, (_, model) in enumerate(parts):
+        _own_sizes(model, f"_{at}")
     values: dict[str, ir.Value] = {}
     inputs: list[ir.Value] = []
     weights: dict[Any, ir.Value] = {}
@@ -187,6 +189,21 @@ def joined(parts: Sequence[tuple[Segment, ir.Model]], wanted: Sequence[str]) -> 
     for unused in [item for item in graph.inputs if not item.uses()]:
         graph.inputs.remove(unused)
     return whole
+
+
+def _own_sizes(model: ir.Model, suffix: str) -> None:
+    """Give a part's sizes names that no other part has; inside of it they go without.
+
+    ONNX Runtime lets values of sizes of one name use the same memory.
+    """
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None:
+            names = [size if isinstance(size, int) else size.value for size in value.shape]
+            value.shape = ir.Shape([f"{name}{suffix}" if isinstance(name, str) else name for name in names])
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
 
 
 def _identity(weight: ir.Value) -> Any:

@@ -20,7 +20,7 @@ from offramp.program.analysis.sites import KINDS, Site, attentions, find_sites
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import aten, shape
-from offramp.program.learners import WIDTH, Learners
+from offramp.program.learners import WEIGHTS, WIDTH, Learners
 from offramp.program.ops import FIRST_LEARNERS
 from offramp.program.program import Program, evaluate
 
@@ -137,7 +137,7 @@ class InsertAcm(Pass):
             for site in sites:
                 known[site.kind] += 1
                 kind = site.kind if known[site.kind] == 1 else f"{site.kind}{known[site.kind]}"
-                prefix = f"learners.{name}.{block}.{kind}"
+                prefix = f"{WEIGHTS}.{name}.{block}.{kind}"
                 hidden, output = self._split(editor, site, prefix, examples.get(_weights(site)), copies)
                 least = self.least if self.least is not None else int(not site.residual)
                 gated = self._gated(editor, site, hidden, least, f"{prefix}.gate")

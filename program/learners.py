@@ -12,7 +12,10 @@ from offramp.program.record import Record
 if TYPE_CHECKING:
     from offramp.program.program import Program
 
-__all__ = ["FORMS", "WIDTH", "Learners"]
+__all__ = ["FORMS", "WEIGHTS", "WIDTH", "Learners"]
+
+WEIGHTS = "learners"
+"""What the names of all their weights begin with."""
 
 
 @dataclass(frozen=True)

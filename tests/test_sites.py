@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import architectures
@@ -12,12 +13,15 @@ import pytest
 import shared
 import tiny
 import torch
+from test_insert_acm import undecided
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import offramp
 from offramp.passes import apply
 from offramp.program import Program, capture
 from offramp.program.analysis.sites import Site, attentions, block_flops, find_sites
+from offramp.program.compare import TOLERANCE
 
 QKVO = ("query", "key", "value", "output")
 FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **decoders.REQUIRED, **decoders.OTHERS}
@@ -214,6 +218,18 @@ class _Folded(nn.Module):
         return self.down(F.gelu(self.up(x)) * self.scale.reshape(24))
 
 
+class _Row(nn.Module):
+    """Factors of hidden units lie along the last of three axes; of others the program makes that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(16, 24), nn.Linear(24, 16), nn.Parameter(torch.rand(24))
+        self.row = nn.Buffer(torch.rand(1, 1, 24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)) * self.row * self.scale.view(1, 1, 24))
+
+
 class _Read(nn.Module):
     """What the hidden units are is used twice."""
 
@@ -255,6 +271,7 @@ MADE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "low rank": (lambda: nn.Sequential(nn.Linear(16, 4, bias=False), nn.Linear(4, 16)), 0),
     "normed": (_Normed, 0),
     "folded": (_Folded, 0),
+    "a row": (_Row, 1),
     "read twice": (_Read, 0),
     "two inputs": (_TwoInputs, 0),
 }
@@ -278,3 +295,9 @@ def test_what_is_an_mlp(name: str) -> None:
         assert all(site.importance(program.graph_module).shape == (24,) for site in found)
     if count == 1:  # every copy of a weight is in the order of the learners, or the pass refuses its own result
         assert len(apply(program, "insert-acm{learners=5}").records) == 2
+
+
+def test_learners_that_run_grouped_have_their_own_factors(tmp_path: Path) -> None:
+    program = undecided(apply(of(_Row), "insert-acm"))
+    figures = offramp.save(program, tmp_path / "m.offramp", learners="grouped")
+    assert max(value for key, value in figures.items() if key != "tolerance") <= TOLERANCE

@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import tiny
 from hypothesis import given
@@ -17,12 +21,13 @@ from hypothesis import strategies as st
 
 import offramp
 from offramp.bundle.json_text import from_json, to_json
-from offramp.bundle.manifest import Part
+from offramp.bundle.manifest import Part, Segment
 from offramp.bundle.whole import divided
 from offramp.errors import BundleError
 from offramp.export import whole
 from offramp.passes import apply
 from offramp.runtime import Chain
+from offramp.runtime.engine.sessions import session_options
 
 EXITS = "insert-exits{after=1|2},insert-scores{measure=top1}"
 SHORT = "insert-scores{measure=top1-short|prediction-short,ids=1|3|6|8}"
@@ -114,6 +119,29 @@ def test_the_token_that_is_exact_is_full_depth_s(translator: Path) -> None:
     assert decoding.count("tail") < len(steps)
     parts = by_parts(chain).stream({k: v.numpy() for k, v in tiny.two_texts().items()}, max_new_tokens=4)
     assert [step.token for step in steps] == [step.token for step in parts]
+
+
+#: Each part calls a size ``n`` that is its own, here also of a value inside, as ONNX Runtime's quantizer leaves them.
+PARTS = (
+    """<ir_version: 10, opset_import: ["": 21]> part (float[n, 2] x) => (float[1, 2] total) <float[n, 2] h>
+    { h = Neg(x) g = Exp(h) total = ReduceSum(g) }""",
+    """<ir_version: 10, opset_import: ["": 21]> part (float[1, 2] total, int64[2] to) => (float[n, 2] y)
+    <float[n, 2] h, float[n, 2] g> { h = Expand(total, to) g = Neg(h) y = Exp(g) }""",
+)
+
+
+def test_sizes_of_one_name_in_two_parts_are_two() -> None:
+    parts = [
+        (Segment("a", "", {"x": "x"}, {"total": "total"}), ir.from_proto(onnx.parser.parse_model(PARTS[0]))),
+        (
+            Segment("b", "", {"total": "total", "to": "to"}, {"y": "y"}),
+            ir.from_proto(onnx.parser.parse_model(PARTS[1])),
+        ),
+    ]
+    model = ir.to_proto(whole.joined(parts, ["y"]))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options())
+    (found,) = session.run(None, {"x": np.zeros((1, 2), np.float32), "to": np.array([5, 2])})
+    np.testing.assert_allclose(found, np.full((5, 2), np.exp(-2)), rtol=1e-6)
 
 
 def test_sessions_are_opened_for_what_runs(classifier: Path, encoder: tiny.Captured, tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ from offramp.program import Program, capture
 from offramp.program.learners import WIDTH
 from offramp.training import (
     CrossEntropy,
+    DeepSupervision,
     GateDistillation,
+    LearnedGates,
     LearnerDistillation,
     Objective,
     SelfDistillation,
@@ -40,7 +42,7 @@ from offramp.training import (
     width_objectives,
 )
 from offramp.training.allocation import Allocation, allocate
-from offramp.training.learner_sites import check_teacher, learner_sites, rest_of, width
+from offramp.training.learner_sites import check_teacher, counting, learner_sites, rest_of, width
 from offramp.training.objective_module import ObjectiveModule
 
 FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
@@ -228,6 +230,36 @@ def test_a_mask_that_no_batch_has_is_refused(labeller: tiny.Captured) -> None:
     program = offramp.apply(labeller.program, "insert-acm")
     with pytest.raises(SpecError, match=r"mask='atention_mask': a batch has attention_mask, input_ids\n  try: one of"):
         losses(program, LearnerDistillation(labeller.program, mask="atention_mask"), labeller.inputs)
+
+
+@pytest.mark.parametrize("rows", [4, 7])
+def test_a_mask_by_rows_of_tokens_that_lie_time_first(rows: int) -> None:
+    """Also where there are as many rows as tokens."""
+
+    class Masked(tiny.TimeFirst):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x * attention_mask.T[..., None])
+
+    example = {"x": torch.randn(7, 5, 16), "attention_mask": torch.ones(5, 7, dtype=torch.int64)}
+    program = capture(
+        tiny.seeded(Masked),
+        example,
+        dynamic={"x": {0: "tokens", 1: "batch"}, "attention_mask": {0: "batch", 1: "tokens"}},
+    )
+    mask = torch.ones(rows, 7, dtype=torch.int64)
+    mask[0, 3:] = 0
+    name = next(iter(program.stacks["encoder"].cuts[1:]))
+    found = counting(program, {"attention_mask": mask}, "attention_mask", name, torch.randn(7, rows, 16))
+    assert torch.equal(found, mask.T.bool())
+
+
+def test_a_mask_that_hides_all_is_refused(labeller: tiny.Captured) -> None:
+    """One of padding, say, which is True where there is some."""
+    program = offramp.apply(labeller.program, "insert-acm")
+    given = {**labeller.inputs, "padding": torch.zeros(tiny.ROWS, tiny.TOKENS, dtype=torch.bool)}
+    for kind in (LearnerDistillation, GateDistillation):
+        with pytest.raises(SpecError, match=r"padding is 0 everywhere.*\n  try: .*batch\['padding'\] == 0"):
+            losses(program, kind(labeller.program, mask="padding"), given)
 
 
 def test_batches_are_not_kept() -> None:
@@ -501,6 +533,25 @@ def test_following_the_teacher_at_any_width(train: Any) -> None:
     assert found[0].losses["teacher"] >= 0
 
 
+@pytest.mark.parametrize("objective", [SelfDistillation(), DeepSupervision(), LearnedGates()])
+def test_exits_are_trained_and_learners_are_not(objective: Objective) -> None:
+    """Full depth is what it was, at each width."""
+    _, program = pair("{learners=3}")
+    program = offramp.apply(undecided(program), "insert-exits{after=2,head=own},insert-scores{measure=learned}")
+    given = batch()
+    before = program.module(**given)["logits"]
+    fit(program, [{**given, "labels": torch.zeros(8, dtype=torch.int64)}], objective, steps=2)
+    assert torch.equal(program.module(**given)["logits"], before)
+    fit(program, [given], WidthBudget(SelfDistillation()), steps=2)
+    assert not torch.equal(program.module(**given)["logits"], before)
+
+
+def test_learners_are_no_part_that_any_objective_trains() -> None:
+    _, program = pair()
+    with pytest.raises(SpecError, match=r"nothing but learners, which CrossEntropy leaves .*\n  try: WidthBudget\(obj"):
+        fit(program, batches(), CrossEntropy())
+
+
 def test_an_output_without_a_name_is_followed() -> None:
     """Which is called as the node that returns it."""
 
@@ -635,6 +686,13 @@ def test_teachers_that_do_not_fit(kind: Any) -> None:
         fit(program, batches(), kind(short))
     with pytest.raises(SpecError, match=r"the teacher has no mlp of block 4|the teacher's mlp of block 1 .* no value"):
         fit(program, batches(), kind(captured(tiny.TimeFirst)))
+
+
+@pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation, WidthBudget])
+def test_a_teacher_that_is_no_program(kind: Any) -> None:
+    _, program = pair()
+    with pytest.raises(SpecError, match=r"the teacher is a Encoder; a program is needed\n  try: the program before"):
+        fit(program, batches(), kind(teacher=tiny.Encoder()))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from offramp.training.fit_options import check_options
 from offramp.training.objective_module import ObjectiveModule
 from offramp.training.objectives import Objective, require_objective
 from offramp.training.training_run import CurvePoint, TrainingRun
-from offramp.training.weights import added
+from offramp.training.weights import trained
 
 
 def fit(
@@ -60,7 +60,8 @@ def fit(
         objective: what is minimised, an instance; see ``offramp.training.objectives``.
         epochs: how often to go through the batches; may be a fraction.
         steps: stop after so many steps of the optimizer, whatever ``epochs`` says; needed where batches have no length.
-        train: "added" trains only what passes have added, and no bit of the model; "all" trains everything that is not
+        train: "added" trains only what passes have added, and no bit of the model, to which learners belong where the
+            objective is none of adaptive width; "all" trains everything that is not
             frozen (``requires_grad=False``): of a model with LoRA what that has added, say, beside what passes have.
         rate: the greatest learning rate; it falls to zero along a cosine. With ``optimizer`` its own counts.
         warmup: steps in which the learning rate rises to it.
@@ -106,7 +107,7 @@ def fit(
     asked = [(weight, weight.requires_grad) for weight in model.parameters()]
     home = next(model.parameters()).device
     try:
-        weights = _chosen(program, model, train)
+        weights = _chosen(program, model, objective, train)
         made = _optimizer(optimizer, list(weights.values()), rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(made, lambda step: _schedule(step, warmup, total))
         checkpoints = Checkpoints(Path(folder), accelerator, weights, type(objective).__name__) if folder else None
@@ -170,12 +171,21 @@ def _schedule(step: int, warmup: int, total: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
-def _chosen(program: Program, model: ObjectiveModule, train: str) -> dict[str, torch.nn.Parameter]:
+def _chosen(
+    program: Program, model: ObjectiveModule, objective: Objective, train: str
+) -> dict[str, torch.nn.Parameter]:
     """The weights that are trained; no other gets a gradient."""
     every = dict(model.module.named_parameters())
-    chosen = added(program) if train == "added" else {name: one for name, one in every.items() if one.requires_grad}
+    chosen = {name: one for name, one in every.items() if one.requires_grad}
+    if train == "added":
+        chosen = trained(program, objective.learners)
     if not chosen and train == "all":
         raise SpecError("all weights are frozen (requires_grad=False)", hint="program.module.requires_grad_(True)")
+    if not chosen and program.learners:
+        raise SpecError(
+            f"the passes have added nothing but learners, which {type(objective).__name__} leaves as they are",
+            hint="WidthBudget(objective) trains them; or train='all'",
+        )
     if not chosen:
         raise SpecError(
             "the passes have added no weights to train",

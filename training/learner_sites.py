@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ from offramp.program.ops import learner_bounds
 from offramp.program.program import Program
 from offramp.training.losses import Values
 
+_TEACHER = "the program before insert-acm"
 MASK = "attention_mask"  # what most models call it; those without go without
 
 
@@ -130,13 +131,20 @@ def rest_of(teacher: Program, site: LearnerSite) -> Rest:
     return Rest(end.name, tuple(sorted(node.name for node in kept if node.name != site.output)))
 
 
+def require_teacher(teacher: Any) -> None:
+    """Raise a SpecError where this is no program."""
+    if not isinstance(teacher, Program):
+        raise SpecError(f"the teacher is a {type(teacher).__name__}; a program is needed", hint=_TEACHER)
+
+
 def check_teacher(program: Program, teacher: Program) -> None:
     """Raise a SpecError where the teacher has no values for the program's sites, or has learners there itself."""
+    require_teacher(teacher)
     split = {(item.stack, item.block) for item in teacher.learners}
     for site in learner_sites(program):
         item, stack = site.learners, teacher.stacks.get(site.learners.stack)
         where = f"{item.site} of block {item.block} of stack {item.stack!r}"
-        hint = "the program before insert-acm"
+        hint = _TEACHER
         if (item.stack, item.block) in split:
             raise SpecError(f"the teacher has learners itself: {where}", hint=hint)
         if stack is None or item.block >= len(stack.cuts):
@@ -163,25 +171,38 @@ def width(program: Program, share: float, like: Tensor) -> dict[str, Tensor]:
 def counting(program: Program, batch: Values, mask: str | None, name: str, tokens: Tensor) -> Tensor:
     """Which tokens of a node's (or output's) value ``[..., features]`` count, ``bool [...]``: not where the mask is 0.
 
-    A mask of other places than the tokens' (samples of a signal, tokens of another stack) is not read. Some models
-    (GPT-2) have the tokens of all rows one after another.
+    A mask of other places than the tokens' (samples of a signal, tokens of another stack) is not read. Tokens may lie
+    time first, and some models (GPT-2) have those of all rows one after another.
+
+    Raises:
+        SpecError: the batch has no such mask, or no token counts.
     """
     found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
     if found is None and mask not in (None, MASK):
         raise SpecError(
             f"mask={mask!r}: a batch has {', '.join(sorted(batch))}", hint="one of these, or None for all tokens"
         )
+    if found is not None and not found.any():
+        raise SpecError(
+            f"{mask} is 0 everywhere: no token of the batch counts",
+            hint="1 for tokens that count, 0 for padding; a mask the other way round can stand beside the model's own: "
+            f"batch['counts'] = batch[{mask!r}] == 0, and mask='counts'",
+        )
     known = placeholders(program.graph).get(mask or "")
-    node = results(program.graph).get(name) or program.nodes[name]  # torch calls what returns them all "output"
-    apart = known is not None and _count(shape(known)) != _count(shape(node)[:-1])  # in other sizes than the batch's
-    same = found is not None and (found.shape == places or (len(places) == 1 and found.numel() == places[0]))
-    if found is None or apart or not same:
+    if found is not None and known is not None:
+        node = results(program.graph).get(name) or program.nodes[name]  # torch calls what returns them all "output"
+        found = _along(found, *([*map(expression, shape(each))] for each in (known, node)))
+    if found is None or not (found.shape == places or (len(places) == 1 and found.numel() == places[0])):
         return torch.ones(places, dtype=torch.bool, device=tokens.device)
     return found.reshape(places) != 0
 
 
-def _count(sizes: Sequence[Any]) -> Any:
-    return math.prod(map(expression, sizes))
+def _along(mask: Tensor, its: list[Any], sizes: list[Any]) -> Tensor | None:
+    """A mask of sizes ``its`` with axes in the order of a value's, ``sizes`` and features; None if of other places."""
+    if math.prod(its) != math.prod(sizes[:-1]):
+        return None
+    apart = len({*its}) == len(its) and {*its} == {*sizes[:-1]}
+    return mask.permute([its.index(size) for size in sizes[:-1]]) if apart else mask
 
 
 def by_row(program: Program, batch: Values, name: str, value: Tensor) -> Tensor:

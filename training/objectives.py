@@ -13,7 +13,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,10 +33,12 @@ class Objective:
     """Base of all: stateless, and the same for every process of a run.
 
     ``wants`` and ``losses`` do for one run of the program on the batch's inputs. Where values of nodes are to be given,
-    or a ``teacher`` is asked, ``compute`` says what runs.
+    or a ``teacher`` is asked, ``compute`` says what runs. Where ``learners`` is True, ``train="added"`` trains those of
+    ``insert-acm`` and their gates, too; to other objectives they are part of the model.
     """
 
     teacher: Program | None = None  # frozen
+    learners: ClassVar[bool] = False
 
     def check(self, program: Program) -> None:
         """Raise a SpecError where the program lacks what this needs."""

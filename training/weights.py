@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from offramp.errors import SpecError
+from offramp.program.learners import WEIGHTS
 from offramp.program.program import Program
 
 
@@ -18,6 +19,11 @@ def added(program: Program) -> dict[str, torch.nn.Parameter]:
     """The weights that passes have added to the captured model, by name."""
     mine = {str(node.target) for node in program.graph.nodes if node.op == "get_attr" and "provenance" in node.meta}
     return {name: weight for name, weight in program.graph_module.named_parameters() if name in mine}
+
+
+def trained(program: Program, learners: bool) -> dict[str, torch.nn.Parameter]:
+    """The `added` weights that are trained where the model is not; without ``learners`` those are part of it."""
+    return {name: one for name, one in added(program).items() if learners or not name.startswith(f"{WEIGHTS}.")}
 
 
 def save_weights(

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from offramp.training.learner_sites import (
     check_teacher,
     counting,
     learner_sites,
+    require_teacher,
     rest_of,
     width,
 )
@@ -45,6 +46,7 @@ class LearnerDistillation(Objective):
     each other, and gates learn nothing.
     """
 
+    learners: ClassVar[bool] = True
     teacher: Program = field(repr=False)
     mask: str | None = MASK
 
@@ -81,6 +83,7 @@ class GateDistillation(Objective):
     the mean over ``draws`` widths a step between ``low`` and ``high``. Learners get no gradient.
     """
 
+    learners: ClassVar[bool] = True
     teacher: Program = field(repr=False)
     low: float = 0.25
     high: float = 1.0
@@ -173,6 +176,7 @@ class WidthBudget(Objective):
     ``4 b (1 - b)``: at the ends of the range nothing is left to distribute, and they would pull the width away.
     """
 
+    learners: ClassVar[bool] = True
     task: Objective | None = None
     teacher: Program | None = field(default=None, repr=False)
     output: str = "logits"
@@ -190,6 +194,8 @@ class WidthBudget(Objective):
         learner_sites(program)
         if self.task is None and self.teacher is None:
             raise SpecError("neither task nor teacher: nothing to be good at", hint="task=CrossEntropy()")
+        if self.teacher is not None:
+            require_teacher(self.teacher)
         if self.task is not None:
             require_one_run(self.task)
             self.task.check(program)

@@ -104,7 +104,7 @@ def _part(b: Builder, site: Site, x: fx.Node, start: int, stop: int) -> fx.Node:
             item, at = products[halved[0]], _half_of(node, units) * units
             env[node] = _product(b, item, x, item.units_axis, at + start, at + stop)
         elif node.target in (FIRST_LEARNERS, aten.reshape.default):
-            env[node] = env[node.args[0]]
+            env[node] = _given(b, env, node.all_input_nodes[0], units, start, stop)
         elif is_tensor(node):
             args, kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda arg: _given(b, env, arg, units, start, stop)
@@ -123,8 +123,10 @@ def _given(b: Builder, env: dict[Any, Any], arg: fx.Node, units: int, start: int
     """An argument of a call between the products, for some of the hidden units."""
     if arg in env:
         return env[arg]  # type: ignore[no-any-return]
-    by_unit = is_tensor(arg) and bool(shape(arg)) and expression(shape(arg)[-1]) == units
-    return b.call(aten.slice.Tensor, arg, -1, start, stop) if by_unit else arg
+    if not is_tensor(arg) or not shape(arg) or expression(shape(arg)[-1]) != units:
+        return arg
+    flat = b.call(aten.reshape.default, arg, [units]) if len(shape(arg)) > 1 else arg
+    return b.call(aten.slice.Tensor, flat, 0, start, stop)
 
 
 def _product(

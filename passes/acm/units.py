@@ -39,7 +39,7 @@ def reorder(editor: Editor, site: Site, prefix: str, order: Tensor, copies: dict
     changed = [(item.reader, item.weight, item.units_axis) for item in site.first]
     changed += [(item.node, item.bias, 0) for item in site.first if item.bias is not None]
     for node in site.inner:
-        changed += [(node, weight, 0) for weight in weights(node) if shape(weight) == (units,)]
+        changed += [(node, each, len(shape(each)) - 1) for each in weights(node) if shape(each)[-1:] == (units,)]
     changed.append((site.last.reader, site.last.weight, 1 - site.last.units_axis))
     for node, weight, axis in changed:
         target, key = str(weight.target), (weight.target, axis, *order.tolist())

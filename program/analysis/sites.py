@@ -220,7 +220,7 @@ def _by_unit(node: fx.Node, units: int) -> bool:
     """Whether a call changes values along the last axis one by one."""
     if node.op != "call_function" or not is_tensor(node) or not shape(node) or expression(shape(node)[-1]) != units:
         return False
-    if any(len(shape(weight)) > 1 for weight in weights(node)):
+    if any(numel(weight) not in (1, shape(weight)[-1]) for weight in weights(node) if shape(weight)):
         return False
     if node.target in _SAME_FEATURES:
         return all(expression(shape(arg)[-1]) == units for arg in data_inputs(node))
