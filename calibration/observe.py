@@ -22,7 +22,7 @@ from offramp.bundle.manifest import Exit, GroupStack, Stack
 from offramp.bundle.measures import measure_named
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Example, Examples, together
-from offramp.calibration.quality import Quality, answers_of, graded, same_class
+from offramp.calibration.quality import Quality, by_row, graded, same_class
 from offramp.errors import InputError
 from offramp.runtime import Chain, Depth, Each, Never, Policy, State, Width
 from offramp.runtime.generation.decision import Wanted
@@ -222,7 +222,7 @@ def within(policy: Policy, stack: str, beside: Policy | None) -> Policy:
 
 def answered(
     chain: Chain, inputs: Example, policy: Policy, options: Mapping[str, Any]
-) -> tuple[list[NDArray[Any]], Mapping[str, Any]]:
+) -> tuple[list[Any], Mapping[str, Any]]:
     """What each row of a batch is answered, and the scores of stacks that run once for it."""
     if chain.generates is not None:
         made = chain.generator(inputs, policy, **{**options, **GREEDY})
@@ -232,9 +232,8 @@ def answered(
                 tokens[token.row].append(token.token)
         made.end()
         return [np.array(row, np.int64) for row in tokens.values()], made.scores
-    result, answer = chain.run(inputs, policy), answers_of(chain)
-    output, place = result.outputs[answer], chain.rows_of(answer)
-    return [output] if place is None else list(np.moveaxis(output, place[0], 0)), result.scores
+    result = chain.run(inputs, policy)
+    return by_row(chain, result.outputs), result.scores
 
 
 def traced(chain: Chain, inputs: Example, policy: Policy, options: Mapping[str, Any]) -> tuple[Sequence[Timing], float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,8 +14,8 @@ from offramp.runtime import Chain
 
 IGNORED = -100  # the label of a place that does not count, as in training
 Quality: TypeAlias = Callable[[Any, Any], float]
-"""``(answer, reference) -> [0, 1]``: a row's logits, or the token ids of a generation; and its label, or where there
-are no labels the answer at full depth."""
+"""``(answer, reference) -> [0, 1]``: a row's logits (where there are none and several outputs, a mapping of these), or
+the token ids of a generation; and its label, or where there are no labels the answer at full depth."""
 
 
 def same_class(logits: NDArray[Any], reference: Any) -> float:
@@ -86,12 +86,28 @@ def answers_of(chain: Chain) -> str:
     """The output that is the answer: "logits", or the only one.
 
     Raises:
-        InputError: there are several others, so that a quality has to be given.
+        InputError: there are several others, for which a quality has to be given.
     """
     outputs = list(chain.outputs)
     if "logits" in outputs or len(outputs) == 1:
         return "logits" if "logits" in outputs else outputs[0]
-    raise InputError(f"which of the outputs {outputs} is the answer?", hint='export a model with the output "logits"')
+    raise InputError(
+        f"which of the outputs {outputs} is the answer?",
+        hint="offramp.calibrate(..., quality=function of answer and reference), where an answer is a mapping of them; "
+        'or a model with the output "logits"',
+    )
+
+
+def by_row(chain: Chain, outputs: Mapping[str, NDArray[Any]]) -> list[Any]:
+    """What each row is answered: "logits" or the only output, of several others a mapping."""
+    names = [answers_of(chain)] if "logits" in outputs or len(outputs) == 1 else list(outputs)
+    parts, places = dict[str, Any](), {name: chain.rows_of(name) for name in names}
+    for name, place in places.items():
+        parts[name] = [outputs[name]] if place is None else list(np.moveaxis(outputs[name], place[0], 0))
+    if len(names) == 1:
+        return list(parts[names[0]])
+    rows = max(map(len, parts.values()))
+    return [{name: each[row if places[name] else 0] for name, each in parts.items()} for row in range(rows)]
 
 
 def classes_of(chain: Chain) -> None:

@@ -30,7 +30,7 @@ from offramp.calibration.observe import (
     stack_of,
     time_rows,
 )
-from offramp.calibration.quality import Quality, answers_of, classes_of, graded, same_class, same_tokens
+from offramp.calibration.quality import Quality, by_row, classes_of, graded, same_class, same_tokens
 from offramp.calibration.sequence import Asked, nothing_right
 from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
 from offramp.calibration.widths import ALL, time_widths
@@ -128,10 +128,7 @@ class _Bench:
         started = perf_counter()
         result = self.chain.run(example, policy)
         elapsed = (perf_counter() - started) * 1e3
-        name = answers_of(self.chain)
-        place = self.chain.rows_of(name)
-        answer = result.outputs[name] if place is None else result.outputs[name].take(0, place[0])
-        return answer, elapsed, result.exits[self.stack.name].tolist()
+        return by_row(self.chain, result.outputs)[0], elapsed, result.exits[self.stack.name].tolist()
 
     def points(self, examples: Examples, ways: Mapping[str, Policy]) -> list[Point]:
         """Every policy on every example, in turns; the first is full depth."""

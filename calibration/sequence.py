@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from offramp.calibration.examples import FIT_SHARE, Examples, together
 from offramp.calibration.observe import generate
-from offramp.calibration.quality import Quality, answers_of, graded, same_class, short
+from offramp.calibration.quality import Quality, by_row, graded, same_class, short
 from offramp.calibration.risk import accepted, least_examples, losses_of, p_value
 from offramp.runtime import Chain, Never, Policy
 
@@ -162,8 +162,5 @@ def _answers(asked: Asked, examples: Examples, policy: Policy) -> Iterable[tuple
         for row, example in enumerate(examples.inputs):
             yield [row], [generate(chain, example, policy, asked.options)[0]]
         return
-    name = answers_of(chain)
-    place = chain.rows_of(name)
     for rows, inputs in together(chain, examples.inputs):
-        output = chain.run(inputs, policy).outputs[name]
-        yield rows, [output] if place is None else list(np.moveaxis(output, place[0], 0))
+        yield rows, by_row(chain, chain.run(inputs, policy).outputs)

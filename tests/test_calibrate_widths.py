@@ -19,13 +19,14 @@ from test_insert_acm import weights
 
 import offramp
 from offramp.bundle.manifest import MANIFEST_FILE
-from offramp.calibration import calibrator, exits, reporting, sequence, widths
+from offramp.calibration import calibrator, exits, report, reporting, sequence, widths
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Examples, read
 from offramp.calibration.sequence import Asked, Full
 from offramp.calibration.verdicts import Point, verdict_of_widths
 from offramp.errors import InputError
 from offramp.passes import apply
+from offramp.program import capture
 from offramp.runtime import Chain, Confidence, Entropy, Never, Policy, Width
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -391,3 +392,30 @@ def test_the_report_on_the_command_line(wide: Path, tmp_path: Path, capsys: pyte
     assert "saves" in said
     assert picture.stat().st_size > 5000
     assert "cannot say without examples: width" in run(capsys, "report", str(wide))
+
+
+class _Embedding(tiny.Encoder):
+    """Its answers are the states of tokens, and their mean."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.run(self.embed(input_ids), attention_mask.bool()[:, None, None])
+        return {"tokens": x, "pooled": x.mean(1)}
+
+
+def test_of_several_outputs_a_quality_is_given_all(tmp_path: Path) -> None:
+    program = capture(tiny.seeded(_Embedding), tiny.text())
+    offramp.save(apply(program, "insert-acm"), tmp_path / "m.offramp", learners="dense")
+    with pytest.raises(InputError, match=r"which of the outputs \['tokens', 'pooled'\] .*\n  try: .*quality=function"):
+        offramp.calibrate(tmp_path / "m.offramp", texts(4))
+    seen = []
+
+    def same(answer: Any, reference: Any) -> float:
+        seen.append({name: array.shape for name, array in answer.items()})
+        return exact(answer["pooled"], reference["pooled"])
+
+    found = offramp.calibrate(tmp_path / "m.offramp", texts(4), quality=same)
+    assert seen == [{"tokens": (tiny.TOKENS, tiny.WIDTH), "pooled": (tiny.WIDTH,)}] * 4
+    assert "4 examples are too few" in str(found.record["reason"])
+    point = report(offramp.load(tmp_path / "m.offramp"), texts(4), quality=same).full
+    assert point is not None
+    assert point.quality == 1.0
