@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def in_fewer_bits(
     if not isinstance(precision, str):
         check_patterns(precision, list(manifest.segments))
     for name, value in (("loss", loss), ("agreement", agreement)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
             raise ExportError(f"{name}={value!r}: a number", hint=f"{name}=0.05")
     bounds = Bounds(loss if loss is not None else LOSS_INT4 if "int4" in precisions(precision) else LOSS, agreement)
     made = Path(tempfile.mkdtemp(prefix=f"{directory.name}-", dir=directory.parent))

@@ -111,24 +111,24 @@ def _looped(manifest: Manifest, directory: Path, full: bool) -> Manifest | None:
     stack, span, branch = step.stack, step.spans[0], step.spans[0].branch
     if stack is None or len(span.segments) != 1 or branch is None or branch.full != full or manifest.learners:
         return None
-    (name,), picks = span.segments, branch.next != NEXT
-    gates = [] if full else [measure for measure in sorted(branch.free) if measure_named(measure).gates]
-    made = _made(manifest, manifest.segments[name])
-    logits = branch.results.get(manifest.outputs[cache.logits], "")
-    if made is None or (not (picks and gates) if not full else not (picks or _of_each(manifest, [logits]))):
+    (name,), pick = span.segments, None if branch.next == NEXT else branch.pick
+    free = () if full else sorted(branch.free)
+    gates = {measure: branch.scores[measure] for measure in free if measure_named(measure).gates}
+    values = [*manifest.segments[name].outputs.values()]
+    made = [value for value in values if value not in cache.buffers.values()]
+    behind = [] if pick else [branch.results.get(manifest.outputs[cache.logits], "")]
+    if not _of_each(manifest, [*made, *behind]) or not (full or (pick and gates)):
         return None
-    parts = [manifest.segments[each] for each in (name, *(() if picks else branch.segments))]
-    known = [*manifest.segments[name].outputs.values()]
-    whole = joined([(part, ir.load(directory / part.file)) for part in parts], [*known, *(() if picks else [logits])])
-    model = ir.to_proto(whole)
+    parts = [manifest.segments[each] for each in (name, *(branch.segments if behind else ()))]
+    wanted = [*dict.fromkeys([*values, *behind])]
+    model = ir.to_proto(joined([(part, ir.load(directory / part.file)) for part in parts], wanted))
     given = [item.name for item in model.graph.input]
     if _read(model) > LARGEST or cache.tokens[0] not in given:
         return None
-    loop = _Loop(manifest, given, branch.pick if picks else None, logits, {m: branch.scores[m] for m in gates}, made)
+    loop = _Loop(manifest, given, pick, *behind, scores=gates, made=made)
     steps, file = f"{name}-steps", f"{Path(parts[0].file).stem}-steps.onnx"
     (directory / file).write_bytes(loop.model(model).SerializeToString(deterministic=True))
-    one = stack.parts[0]
-    own = manifest.stacks[stack.name]
+    own, one = manifest.stacks[stack.name], stack.parts[0]
     if own.whole == one:
         own = replace(own, whole=replace(one, steps=steps))
     else:
@@ -141,13 +141,6 @@ def _looped(manifest: Manifest, directory: Path, full: bool) -> Manifest | None:
         stacks={**manifest.stacks, stack.name: own},
         files={**manifest.files, file: hashed(directory / file)},
     )
-
-
-def _made(manifest: Manifest, segment: Segment) -> list[str] | None:
-    """The values that the segment makes of each token; None where some is not of one token."""
-    assert manifest.cache is not None
-    made = [name for name in segment.outputs.values() if name not in manifest.cache.buffers.values()]
-    return made if _of_each(manifest, made) else None
 
 
 def _of_each(manifest: Manifest, names: Sequence[str]) -> bool:
@@ -178,7 +171,8 @@ class _Loop:
         manifest: Manifest,
         given: Sequence[str],
         pick: str | None,
-        logits: str,
+        logits: str = "",
+        *,
         scores: Mapping[str, str],
         made: Sequence[str],
     ) -> None:
@@ -232,9 +226,9 @@ class _Loop:
         )
         kept = [item for item in last if item.name in self.outputs]
         whole = helper.make_graph([loop], graph.name, given, [*kept, *several], list(graph.initializer))
-        made_ = helper.make_model(whole, opset_imports=one.opset_import, ir_version=one.ir_version)
-        made_.functions.extend(one.functions)
-        return made_
+        found = helper.make_model(whole, opset_imports=one.opset_import, ir_version=one.ir_version)
+        found.functions.extend(one.functions)
+        return found
 
     def _again(self) -> tuple[list[onnx.NodeProto], dict[str, str]]:
         """What decides whether the loop goes on, and makes the next token's inputs, which are named."""

@@ -78,7 +78,7 @@ def partition(program: Program, segments: int | None = None) -> Plan:
         ExportError: it cannot be cut, for a reason that the message gives.
     """
     if segments is not None and (not isinstance(segments, int) or segments < 1):
-        raise SpecError(f"segments={segments!r}: a whole number, at least 1")
+        raise SpecError(f"segments={segments!r}: at least one")
     program.require_stacks()
     returned = results(program.graph)
     if fixed := [name for name in program.outputs if returned[name].op == "get_attr"]:
