@@ -205,11 +205,12 @@ def packed_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[
 
     Its ``width`` is a multiple of 16; a weight is its byte less 128, times its block's scale.
     """
-    from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, DefaultWeightOnlyQuantizer
+    with _quiet():
+        from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
 
-    config = DefaultWeightOnlyQuantConfig(block_size=_block_of(table.shape[1]), is_symmetric=True, bits=8)
-    packed, scales, _ = DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
-    return packed, scales
+        config = quantizer.DefaultWeightOnlyQuantConfig(_block_of(table.shape[1]), is_symmetric=True, bits=8)
+        made = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
+    return made[0], made[1]
 
 
 def _into_ranges(model: onnx.ModelProto, within: Within) -> None:

@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -421,3 +423,13 @@ def test_a_head_that_does_not_know_is_asked_by_logits(
     for policy in (offramp.Never(), offramp.Confidence(0.5, measure="top1-short"), Compared(2.0)):
         assert _tails(chain, policy, PROMPTS) == {True}
         assert _said(chain, policy, PROMPTS) == _said(talker[1], policy, PROMPTS)
+
+
+def test_the_root_logger_stays_as_it_is() -> None:
+    """ONNX Runtime's quantizer sets it when it is imported."""
+    code = (
+        "import logging, numpy; from offramp.export.quantize import packed_rows; "
+        "packed_rows(numpy.ones((2, 32), 'f4')); print(logging.root.handlers, logging.root.level)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[] 30\n"
