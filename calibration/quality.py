@@ -88,19 +88,24 @@ def answers_of(chain: Chain) -> str:
     Raises:
         InputError: there are several others, for which a quality has to be given.
     """
-    outputs = list(chain.outputs)
-    if "logits" in outputs or len(outputs) == 1:
-        return "logits" if "logits" in outputs else outputs[0]
+    names = _names(chain)
+    if len(names) == 1:
+        return names[0]
     raise InputError(
-        f"which of the outputs {outputs} is the answer?",
+        f"which of the outputs {names} is the answer?",
         hint="offramp.calibrate(..., quality=function of answer and reference), where an answer is a mapping of them; "
         'or a model with the output "logits"',
     )
 
 
+def _names(chain: Chain) -> list[str]:
+    """The outputs that an answer is made of."""
+    return ["logits"] if "logits" in chain.outputs else list(chain.outputs)
+
+
 def by_row(chain: Chain, outputs: Mapping[str, NDArray[Any]]) -> list[Any]:
     """What each row is answered: "logits" or the only output, of several others a mapping."""
-    names = [answers_of(chain)] if "logits" in outputs or len(outputs) == 1 else list(outputs)
+    names = _names(chain)
     parts, places = dict[str, Any](), {name: chain.rows_of(name) for name in names}
     for name, place in places.items():
         parts[name] = [outputs[name]] if place is None else list(np.moveaxis(outputs[name], place[0], 0))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from offramp.errors import OfframpError
+from offramp.pretrained.masks import Capture, Inputs
 from offramp.program.capture import fixes_rows
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from offramp.program.program import Program
-
-Inputs = Mapping[str, "Tensor"]
-Capture = Callable[["nn.Module", Inputs], "Program"]
 
 
 def one_by_one(
