@@ -83,7 +83,9 @@ def build(path: Path, *parts: Saves, precision: str = "fp32", options: Sequence[
         command = [_python(), "-m", f"{PACKAGE}.models.builder", "-p", precision, "-e", "cpu"]
         command += ["-i", str(source), "-o", str(target), "-c", f"{scratch}/cache"]
         command += ["--extra_options", "hf_token=false", *options]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        ran = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if ran.returncode:
+            raise SystemExit(f"{' '.join(command)}\n{ran.stderr}")
         target.rename(path)
     return path
 
