@@ -21,6 +21,7 @@ from offramp.errors import CaptureError
 from offramp.program.forward import eager
 from offramp.program.functional import functional
 from offramp.program.listed_rows import Lists, RowAloneError
+from offramp.program.ops import TAKE_TOKENS
 from offramp.program.silence import quiet
 from offramp.program.unwrap import unchanged
 
@@ -86,18 +87,32 @@ class _Tracing(TorchFunctionMode):
     """What torch.export would take for a constant, or make one of.
 
     ``x.data`` is ``x.detach()``, which torch.export takes for something that nothing made. With ``lists`` the rows of a
-    batch may be listed, ``torch.cat(list(x))``, without fixing how many there are.
+    batch may be listed, ``torch.cat(list(x))``, without fixing how many there are. With ``kept`` a mask of rows (images
+    that are no padding, say) drops none: one that does is an error.
     """
 
-    def __init__(self, lists: bool) -> None:
+    def __init__(self, lists: bool, kept: bool) -> None:
         super().__init__()
-        self._lists = Lists() if lists else None
+        self._lists, self._kept = Lists() if lists else None, kept
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
+        if self._kept and func is torch.Tensor.__getitem__ and _drops_rows(*args):
+            return _all_kept(*args)
         found = self._lists(func, args, kwargs or {}) if self._lists else NotImplemented
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _drops_rows(_: torch.Tensor, index: Any) -> bool:
+    """Whether a tensor's index is a mask of its rows."""
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.dim() == 1
+
+
+def _all_kept(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The rows, of which each that the mask drops is one that is not there, which is an error."""
+    taken: torch.Tensor = TAKE_TOKENS(tensor.unsqueeze(1), (~mask).long().unsqueeze(1), 1)
+    return taken.squeeze(1)
 
 
 @contextmanager
@@ -119,17 +134,33 @@ def _constants() -> Iterator[None]:
 
 
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
+    lists = True
     try:
-        traced = _traced(module, inputs, dims, lists=True)
+        traced = _traced(module, inputs, dims)
     except RowAloneError:
+        lists = False
         traced = _traced(module, inputs, dims, lists=False)
+    if traced.graph.find_nodes(op="call_function", target=TAKE_TOKENS) and not _runs(traced, inputs):
+        traced = _traced(module, inputs, dims, lists, kept=False)
     return functional(traced)
 
 
-def _traced(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool) -> ExportedProgram:
+@torch.no_grad()
+def _runs(traced: ExportedProgram, inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether all rows are kept of these inputs."""
+    try:
+        traced.module()(**inputs)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _traced(
+    module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool = True, kept: bool = True
+) -> ExportedProgram:
     # torch's table of fake results pays where blocks are many: to keep one takes longer than to compute it
-    kept = {"fake_tensor_cache_enabled": dynamo_config.fake_tensor_cache_enabled and _longest(module) >= _MANY}
-    with _Tracing(lists), _constants(), dynamo_config.patch(kept):
+    table = {"fake_tensor_cache_enabled": dynamo_config.fake_tensor_cache_enabled and _longest(module) >= _MANY}
+    with _Tracing(lists, kept), _constants(), dynamo_config.patch(table):
         found: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
     return found
 

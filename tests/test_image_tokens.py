@@ -502,6 +502,27 @@ def test_tokens_are_those_of_transformers(make: Callable[[], Any], tmp_path: Pat
         assert found.tokens[at].tolist() == wanted[0, -8:].tolist()
 
 
+@pytest.mark.slow
+def test_a_model_that_drops_images_of_padding_has_none(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vision = {**_VISION, "patch_size": 4}
+    config = transformers.SmolVLMConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**_TEXT), image_token_id=_PLACE, scale_factor=2
+    )
+    model = transformers.SmolVLMForConditionalGeneration(config).eval()
+    ids = torch.randint(5, 95, (1, 17))
+    ids[:, 1:9] = _PLACE
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 2, 3, 16, 16)}
+    program = offramp.capture(model, inputs)
+    offramp.save(offramp.apply(program, "insert-exits{stack=decoder},insert-cache"), tmp_path / "model.offramp")
+    chain = offramp.load(tmp_path / "model.offramp")
+    given = {name: value.numpy() for name, value in inputs.items()}
+    found = chain.generate(given, offramp.Never(), max_new_tokens=8).tokens[0]
+    with torch.no_grad():
+        wanted = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0]
+    assert found.tolist() == wanted[-8:].tolist()
+
+
 def _florence() -> tuple[nn.Module, dict[str, Tensor]]:
     """Its image's features take places of the encoder's text; the decoder's tokens are its own."""
     text = transformers.BartConfig(

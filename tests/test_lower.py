@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound
 
-from offramp.errors import ExportError
-from offramp.export import partition, translations, write
+from offramp.errors import ExecutionError, ExportError
+from offramp.export import partition, save, translations, write
 from offramp.export.lowering import lower as lowering
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.lower import lower, translate
@@ -34,6 +34,7 @@ from offramp.program import Program
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
 from offramp.program.sizes import other_sizes
+from offramp.runtime.chain import load
 from offramp.runtime.engine.sessions import session_options
 
 
@@ -326,16 +327,34 @@ def test_a_size_that_depends_on_data_is_named_where_it_is_made(monkeypatch: pyte
     def fails(*_: object, **__: object) -> None:
         raise PendingUnbackedSymbolNotFound("Pending unbacked symbols {u0}")
 
-    program = tiny.captured(_Selecting, tiny.text()).program
+    text = tiny.text()
+    text["attention_mask"][1] = 0  # a row is dropped
+    program = tiny.captured(_Selecting, text).program
     assert "encoder" in str(program)  # though some sizes only a run tells
     monkeypatch.setattr(lowering, "to_onnx", fails)
     with pytest.raises(ExportError) as caught:
         translate(lower(piece(program, "before-encoder")), "before-encoder")
     line = inspect.getsourcelines(_Selecting.forward)[1] + 2
-    text = caught.value.reason
-    assert text.startswith("segment before-encoder: how much aten.index.Tensor gives depends on its data")
-    assert f"test_lower.py:{line})" in text
+    reason = caught.value.reason
+    assert reason.startswith("segment before-encoder: how much aten.index.Tensor gives depends on its data")
+    assert f"test_lower.py:{line})" in reason
     assert caught.value.hint is not None
+
+
+def test_rows_that_are_all_kept_stay_rows(tmp_path: Path) -> None:
+    captured = tiny.captured(_Selecting, tiny.text())
+    save(captured.program, tmp_path / "model.offramp")
+    chain = load(tmp_path / "model.offramp")
+    more = tiny.text(3, 7)
+    found = chain.run({name: value.numpy() for name, value in more.items()}).outputs
+    tiny.assert_same({name: torch.from_numpy(value) for name, value in found.items()}, captured.eager(more))
+
+    more["attention_mask"][1] = 0  # the model makes two rows of these three
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        captured.program.module(**more)
+    with pytest.raises(ExecutionError, match="invalid index found") as caught:
+        chain.run({name: value.numpy() for name, value in more.items()})
+    assert "padding images" in str(caught.value.hint)
 
 
 def _swapped(function: Computation, old: Any, new: Callable[..., Any]) -> Computation:

@@ -135,8 +135,8 @@ def _is_list(value: Any) -> bool:
 def failed(segment: str, shapes: str, error: Exception) -> ExecutionError:
     """What is to be raised where ONNX Runtime raised an error in a segment."""
     beyond = any(text in str(error) for text in ("out of data bounds", "invalid index found"))
-    hint = "ids that the model has, and no more places than it has positions for" if beyond else None
-    return ExecutionError(f"segment {segment!r} failed with {shapes}: {error}", hint=hint)
+    hint = "ids that the model has, no more places than it has positions for, and no row that it drops (padding images)"
+    return ExecutionError(f"segment {segment!r} failed with {shapes}: {error}", hint=hint if beyond else None)
 
 
 class _OtherPoolError(ExecutionError):
