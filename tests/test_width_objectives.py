@@ -688,6 +688,15 @@ def test_teachers_that_do_not_fit(kind: Any) -> None:
         fit(program, batches(), kind(captured(tiny.TimeFirst)))
 
 
+def test_a_teacher_of_other_classes() -> None:
+    _, program = pair()
+    model = tiny.seeded(tiny.Encoder)
+    model.head = torch.nn.Linear(tiny.WIDTH, 9)
+    other = capture(model, tiny.text())
+    with pytest.raises(SpecError, match=r"the program's 'logits' has 3 places on its last axis, the teacher's 9"):
+        fit(program, batches(), WidthBudget(teacher=other))
+
+
 @pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation, WidthBudget])
 def test_a_teacher_that_is_no_program(kind: Any) -> None:
     _, program = pair()

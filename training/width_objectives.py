@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offramp.errors import SpecError
+from offramp.program.graph import expression, is_tensor, results, shape
 from offramp.program.program import Program
 from offramp.training.allocation import allocate
 from offramp.training.learner_sites import (
@@ -201,10 +202,8 @@ class WidthBudget(Objective):
             self.task.check(program)
         if self.distance not in ("kl", "mse"):
             raise SpecError(f"distance={self.distance!r}: there are kl and mse")
-        for who, each in (("program", program), ("teacher", self.teacher)):
-            known = each is None or self.teacher is None or self.output in {*each.outputs, *each.nodes}
-            if each is not None and not known:
-                raise SpecError(f"the {who} has no output {self.output!r}; there are {list(each.outputs)}")
+        if self.teacher is not None:
+            _check_output(program, self.teacher, self.output)
 
     def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
         program, sites = model.program, _sites(model)
@@ -278,6 +277,22 @@ def _made(logits: Tensor) -> Tensor:
 def _mean(value: Tensor, counts: Tensor) -> Tensor:
     """Over the places that count; 0 where none does."""
     return value.where(counts, 0).sum() / counts.sum().clamp(min=1)
+
+
+def _check_output(program: Program, teacher: Program, output: str) -> None:
+    """Raise a SpecError where one of the two lacks the output, or has other features (classes, say) than the other."""
+    sizes = {}
+    for who, each in (("program", program), ("teacher", teacher)):
+        node = results(each.graph).get(output) or each.nodes.get(output)
+        if node is None or not is_tensor(node):
+            raise SpecError(f"the {who} has no output {output!r}; there are {list(each.outputs)}")
+        sizes[who] = expression(shape(node)[-1])
+    if all(isinstance(size, int) for size in sizes.values()) and sizes["program"] != sizes["teacher"]:
+        raise SpecError(
+            f"the program's {output!r} has {sizes['program']} places on its last axis, the teacher's "
+            f"{sizes['teacher']}: nothing to follow",
+            hint="a teacher with the same classes; or output=NODE, a hidden state that both have, and distance='mse'",
+        )
 
 
 def _check_widths(low: float, high: float) -> None:
