@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -115,18 +115,25 @@ def by_row(chain: Chain, outputs: Mapping[str, NDArray[Any]]) -> list[Any]:
     return [{name: each[row if places[name] else 0] for name, each in parts.items()} for row in range(rows)]
 
 
-def classes_of(chain: Chain) -> None:
+def classes_of(chain: Chain, labels: Sequence[Any] | None) -> None:
     """Check that `same_class` makes sense: the answer's last axis has places for classes.
+
+    "logits" and an output without a name have them; of another (an embedding) labels that are class ids say so.
 
     Raises:
         InputError: it has not.
     """
-    value = chain.outputs[answers_of(chain)]
-    if not value.shape or (isinstance(value.shape[-1], int) and value.shape[-1] < 2):
-        raise InputError(
-            f"the output {answers_of(chain)!r} ({value}) has no classes, so what a good answer is has to be said",
-            hint="offramp.calibrate(..., quality=function of answer and reference)",
-        )
+    name = answers_of(chain)
+    value = chain.outputs[name]
+    named = name in ("logits", "output") or (labels is not None and np.asarray(labels[0]).dtype.kind != "f")
+    if named and value.shape and not (isinstance(value.shape[-1], int) and value.shape[-1] < 2):
+        return
+    raise InputError(
+        f"the output {name!r} ({value}) {'has' if named else 'is not said to have'} {'no ' if named else ''}classes, "
+        "so what a good answer is has to be said",
+        hint="offramp.calibrate(..., quality=function of answer and reference)"
+        + ("" if named else "; or labels that are class ids"),
+    )
 
 
 def graded(quality: Quality, answer: Any, reference: Any) -> float:

@@ -33,7 +33,7 @@ from offramp.calibration.observe import (
 from offramp.calibration.quality import Quality, by_row, classes_of, graded, same_class, same_tokens
 from offramp.calibration.sequence import Asked, nothing_right
 from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
-from offramp.calibration.widths import ALL, time_widths
+from offramp.calibration.widths import ALL, all_dense, time_widths
 from offramp.errors import InputError
 from offramp.runtime import Chain, Never, Policy, Width
 
@@ -57,7 +57,8 @@ class Report:
             is `Never`.
         oracle: The best there could be; its milliseconds are those of full depth times the reckoned share. None for
             widths alone.
-        widths: For each width, the share of a step's time that it saves, one row at a time.
+        widths: For each width, the share of a step's time that it saves, one row at a time; none where all learners
+            run dense.
         depths: For each exit, the share of a step's time that leaving there saves, no gate, no late computation.
         segments: Milliseconds of what each exit adds: ``blocks`` from the exit before, ``leave``, and ``gate`` by
             measure; ``around`` the stack under 0.
@@ -176,8 +177,9 @@ def report(
     if quality is not None and not callable(quality):
         raise InputError(f"quality={quality!r}: a function of answer and reference, or None")
     tokens = chain.generates is not None
+    examples = read(chain, data)
     if judge and not tokens and quality is None:
-        classes_of(chain)
+        classes_of(chain, examples.labels)
     wide = next((item.stack for item in chain.manifest.learners.values()), None)
     alone = wide if stack is None and not scored(chain) else None
     left = chain.stacks[alone] if alone else stack_of(chain, stack)
@@ -187,11 +189,10 @@ def report(
             hint="a stack that runs for each token; calibrate chooses the exits of the others",
         )
     bench = _Bench(chain, left, quality or (same_tokens if tokens else same_class), options)
-    examples = read(chain, data)
     if judge and (wrong := nothing_right(Asked(chain, KEEP, 0.5, bench.quality, options), examples)):
         raise InputError(wrong, hint="examples without labels, which are compared with the answers at full depth")
     fitting, held = examples.split(0) if judge and len(examples) > 1 else (examples, examples)
-    widths = bench.widths(held) if wide else {}
+    widths = bench.widths(held) if wide and not all_dense(chain) else {}
     if alone:
         return _of_widths(bench, held if judge else None, widths)
     if not judge:

@@ -49,6 +49,8 @@ def verdict(
 
 def verdict_of_widths(full: Point | None, frontier: Sequence[Point], widths: Mapping[float, float]) -> str:
     """Whether widths pay, in a sentence: "yes: ...", "no: ...", or that nobody can say."""
+    if not widths:
+        return "no: learners that run dense are all computed, so no width saves time; save them grouped"
     if full is None:
         budget, most = max(widths.items(), key=lambda item: item[1])
         return f"cannot say without examples: width {budget:g} saves {most:.0%} of the time"

@@ -62,7 +62,10 @@ def choose(
 
 
 def path_of(asked: Asked, fitting: Examples, budgets: Sequence[float]) -> Path:
-    """The budgets that are worth a test, by what the fitting part shows."""
+    """The budgets that are worth a test, by what the fitting part shows; none where no operation is ever left out."""
+    if all_dense(asked.chain):
+        times = time_widths(asked.chain, fitting.inputs, [ALL], asked.options)
+        return Path([], times, {budgets[0]: "it saves nothing"})
     compared = sequence.full(asked, fitting)
     good: list[float] = []
     dropped: dict[float, str] = {}
@@ -126,6 +129,11 @@ def _why_never(asked: Asked, path: Path, results: Tested) -> str:
     if path.budgets:
         return results.why_none(asked, f"width {path.budgets[0]:g}", "trained gates")
     budget, why = list(path.dropped.items())[-1]
-    dense = all(item.form == "dense" for item in asked.chain.manifest.learners.values())
-    form = "; learners that run dense are all computed: offramp.save(..., learners='grouped')" if dense else ""
+    dense = "; learners that run dense are all computed: offramp.save(..., learners='grouped')"
+    form = dense if all_dense(asked.chain) else ""
     return f"no width is worth a test: at {budget:g} {why}{form}"
+
+
+def all_dense(chain: Chain) -> bool:
+    """Whether all learners are computed at any width, so that times differ by noise alone."""
+    return all(item.form == "dense" for item in chain.manifest.learners.values())

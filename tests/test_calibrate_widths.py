@@ -146,6 +146,16 @@ def test_learners_that_are_all_computed(
     assert reason.endswith("learners that run dense are all computed: offramp.save(..., learners='grouped')")
 
 
+def test_no_width_is_chosen_out_of_noise(encoder: tiny.Captured, tmp_path: Path) -> None:
+    """Where all learners run at any width, times that say otherwise are noise."""
+    root = saved(encoder, tmp_path / "m.offramp", "insert-acm", form="dense")
+    found = offramp.calibrate(root, texts(120), keep=0.3)
+    assert found.policy == Never() == offramp.load(root).policy
+    assert found.record["milliseconds"] == {"full": 10.0, "expected": 10.0}
+    verdict = report(offramp.load(root), texts(12)).verdict
+    assert verdict == "no: learners that run dense are all computed, so no width saves time; save them grouped"
+
+
 def test_a_width_that_is_not_proven(wide: Path) -> None:
     """Nearly good enough on the fitting part; the test needs more."""
     random = np.random.default_rng(0)
@@ -419,3 +429,25 @@ def test_of_several_outputs_a_quality_is_given_all(tmp_path: Path) -> None:
     point = report(offramp.load(tmp_path / "m.offramp"), texts(4), quality=same).full
     assert point is not None
     assert point.quality == 1.0
+
+
+class _Pooled(_Embedding):
+    """Its answer is the mean of the states."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pooled": super().forward(input_ids, attention_mask)["pooled"]}
+
+
+def test_an_embedding_is_not_judged_by_its_greatest_number(tmp_path: Path) -> None:
+    program = capture(tiny.seeded(_Pooled), tiny.text())
+    offramp.save(apply(program, "insert-acm"), tmp_path / "m.offramp", learners="dense")
+    chain = offramp.load(tmp_path / "m.offramp")
+    for judge in (offramp.calibrate, report):
+        for labels in ({}, {"labels": np.zeros((4, tiny.WIDTH), np.float32)}):
+            with pytest.raises(
+                InputError, match=r"'pooled' .* is not said to have classes.*\n  try: .*quality=function"
+            ):
+                judge(chain, texts(4) | labels)
+        judge(chain, texts(4) | {"labels": np.arange(4)}, quality=lambda answer, reference: 1.0)
+        with pytest.raises(InputError, match="0 to 15"):
+            judge(chain, texts(4) | {"labels": np.full(4, 16)})
