@@ -1,10 +1,12 @@
 """Choose when a bundle's rows or tokens leave, or how wide it runs, so that it keeps its quality.
 
-The choice becomes the bundle's default. With the probability --confidence over the examples, the quality is at least
---keep times that at full depth with all learners. Exits and widths that cost more than they save on this machine are
-left out; where nothing can be proven, or nothing pays, the default is full depth, and the reason is printed. Quality
-is being right about the labels, or without labels agreement with full depth; of generated tokens, 1 less the
-normalised edit distance. Needs no torch.
+The choice becomes the bundle's default policy. With the probability --confidence, on data like the examples, the
+quality is at least --keep times that of the whole model: every block (full depth), and where insert-acm has split MLPs
+into learners, parts that a token may do without, all of them (width 1). Exits and widths that cost more than they save
+on this machine are left out; where nothing can be proven, or nothing pays, the default is the whole model, and the
+reason is printed. Quality is the share of classes that are those of the labels, or without labels those that the whole
+model gives; of generated tokens, 1 less the normalised edit distance. Other qualities, which models without classes
+need, are for offramp.calibrate(quality=...) in Python. Needs no torch.
 """
 
 from __future__ import annotations
@@ -28,19 +30,32 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--stack",
         metavar="NAME",
         action="append",
-        help="the stack that is left early; the last with scores if left out. Repeated, thresholds and fixed depths of "
-        "all are chosen together, which runs three in ten examples for each exit and for up to 64 combinations",
+        help="the stack (of blocks: encoder, decoder, ...) that is left early; if left out the last whose exits have "
+        "scores. Repeated, thresholds and fixed depths of all are chosen together, which runs three in ten examples for "
+        "each exit and for up to 64 combinations",
     )
-    parser.add_argument("--keep", metavar="SHARE", type=float, default=0.99, help="of the quality (default 0.99)")
-    parser.add_argument("--confidence", metavar="P", type=float, default=0.95, help="that it is kept (default 0.95)")
-    parser.add_argument("--measure", metavar="NAME", help="the score to go by; the fastest if left out")
+    parser.add_argument(
+        "--keep",
+        metavar="SHARE",
+        type=float,
+        default=0.99,
+        help="of the whole model's quality that is to be kept (default 0.99)",
+    )
+    parser.add_argument(
+        "--confidence", metavar="P", type=float, default=0.95, help="the probability that it is kept (default 0.95)"
+    )
+    parser.add_argument(
+        "--measure",
+        metavar="NAME",
+        help="the score that exits go by (top1, entropy, ...: offramp inspect lists them); the fastest if left out",
+    )
     parser.add_argument(
         "--width",
         metavar="SHARE",
         type=_width,
-        help='of a bundle with learners: "choose" chooses how many of them tokens take on average; a number, 0.5 for '
-        "half of them, is what exits are chosen at; if left out exits are chosen with all learners, or where no exit "
-        "has a score, the width",
+        help='of a bundle with learners, the share of them that tokens take on average: "choose" chooses it, and no '
+        "exits; with a number, 0.5 say, exits are chosen for a bundle that runs at that width. If left out, exits are "
+        "chosen at width 1, or where no exit has a score, the width",
     )
     parser.add_argument(
         "--others",
@@ -49,7 +64,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="what stacks other than --stack do: full depth (the default), or what the bundle's own policy says, from "
         "a calibration on other examples; so one stack, or one group of tokens, is chosen after the other",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the split into fitting and testing")
+    parser.add_argument(
+        "--seed",
+        metavar="N",
+        type=int,
+        default=0,
+        help="of the random split of the examples: three in ten to choose settings by, the others to test them "
+        "(default 0)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
