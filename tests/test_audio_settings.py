@@ -43,6 +43,13 @@ def test_extractors_that_do_something_else_are_refused_by_name() -> None:
             audio_settings(extractor())
 
 
+def test_a_refused_extractor_says_what_it_makes() -> None:
+    """Frames of features, here two of 80 bands side by side, are neither of the two."""
+    said = r"\(it makes float32 \[1, 10, 160\] of 3360 samples\); what it makes can be given as an array"
+    with pytest.raises(ValueError, match=said):
+        audio_settings(transformers.SeamlessM4TFeatureExtractor())
+
+
 def test_a_waveform_has_to_be_a_row_of_finite_floats() -> None:
     settings = Audio(kind="waveform", normalize=True)
     for samples in (np.zeros((1, 9), np.float32), np.zeros(0, np.float32), np.full(3, np.nan, np.float32)):

@@ -31,8 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         action="append",
         help="the stack (of blocks: encoder, decoder, ...) that is left early; if left out the last whose exits have "
-        "scores. Repeated, thresholds and fixed depths of all are chosen together, which runs three in ten examples for "
-        "each exit and for up to 64 combinations",
+        "scores. Repeated, thresholds and fixed depths of all are chosen together, which runs three in ten examples "
+        "for each exit and for up to 64 combinations",
     )
     parser.add_argument(
         "--keep",

@@ -32,8 +32,12 @@ def audio_settings(extractor: Any) -> Audio:
         if error <= _TOLERANCE:
             return settings
         least = min(least, error)
-    how = f"values differ by {least:.1e}" if np.isfinite(least) else "shapes differ"
-    raise ValueError(f"{type(extractor).__name__} makes neither a log-mel spectrogram nor the waveform ({how})")
+    made = f"{expected[0].dtype} {list(expected[0].shape)} of {sounds[0].size} samples"
+    how = f"values differ by {least:.1e}" if np.isfinite(least) else f"it makes {made}"
+    raise ValueError(
+        f"{type(extractor).__name__} makes neither Whisper's log-mel spectrogram nor the waveform ({how}); what it "
+        "makes can be given as an array"
+    )
 
 
 def _sound(rate: int, seconds: float) -> Any:
