@@ -38,7 +38,8 @@ def same_class(logits: NDArray[Any], reference: Any) -> float:
     if expected.shape != found.shape:
         raise InputError(
             f"a label has the shape {list(expected.shape)}, the answers have {list(found.shape)}",
-            hint="class ids, or quality=...",
+            hint="a class id for each place of the answers, which a transcript has not; or quality=function of answer "
+            "and label",
         )
     counts = expected != IGNORED
     if not counts.any():

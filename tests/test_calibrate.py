@@ -194,6 +194,15 @@ def test_labels_that_no_answer_agrees_with_are_said(root: Path) -> None:
     assert re.search(said, found.record["reason"])
 
 
+def test_a_transcript_is_no_label_of_frames() -> None:
+    with pytest.raises(
+        InputError, match=r"the shape \[2\], the answers have \[4\]\n  try: .* which a transcript has not"
+    ):
+        same_class(np.zeros((4, 3)), [1, 2])
+    with pytest.raises(InputError, match=r"a label is 'AB'; .*\n  try: .*quality=function of answer and label"):
+        same_class(np.zeros((4, 3)), "AB")
+
+
 def test_places_that_do_not_count_are_left_out() -> None:
     logits = np.eye(3)[[0, 1, 2]]
     assert same_class(logits, [0, 1, -100]) == 1.0
