@@ -75,15 +75,16 @@ class InsertAcm(Pass):
             raise SpecError(f"least={self.least}: from 0 to {self.learners - 1}, one less than there are learners")
         if self.order not in _ORDERS:
             raise SpecError(f"order={self.order!r}: there are {', '.join(_ORDERS)}")
-        if unknown := [kind for kind in self._named if kind not in _SITES]:
-            raise SpecError(f"sites={'|'.join(unknown)}: there are {', '.join(_SITES)}")
+        unknown = [kind for kind in self._named if not isinstance(kind, str) or kind not in _SITES]
+        if unknown or not self._named:
+            raise SpecError(f"sites={'|'.join(map(str, unknown)) or '()'}: there are {', '.join(_SITES)}")
         for block, found in self._found(program, name):
             for site in found:
                 self._fits(program.axes, site, f"the {_word(site)} of block {block} of stack {name!r}")
 
     @property
     def _named(self) -> tuple[str, ...]:
-        return (self.sites,) if isinstance(self.sites, str) else tuple(self.sites)
+        return tuple(self.sites) if isinstance(self.sites, (tuple, list)) else (self.sites,)
 
     def _fits(self, axes: Axes, site: Site, where: str) -> None:
         units = site.last.features if site.inner else rank(site.last)

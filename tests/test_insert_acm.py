@@ -412,6 +412,19 @@ def test_options_that_do_not_fit(encoder: tiny.Captured, options: str, reason: s
         apply(encoder.program, f"insert-acm{{{options}}}")
 
 
+@pytest.mark.parametrize(
+    ("sites", "reason"),
+    [
+        ((), r"sites=\(\): there are projections, mlp, query"),
+        (None, "sites=None: there are projections, mlp, query"),
+        (("mlp", None), "sites=None: there are projections, mlp, query"),
+    ],
+)
+def test_sites_that_are_none(encoder: tiny.Captured, sites: Any, reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        apply(encoder.program, [offramp.InsertAcm(sites=sites)])
+
+
 def test_a_block_without_an_mlp() -> None:
     pytest.importorskip("transformers")
     program = capture(*FACTORIES["mixtral"](), dynamic={})

@@ -253,6 +253,20 @@ def test_a_model_that_does_not_run_on_what_was_made_up_says_why() -> None:
     assert caught.value.stage == "model"
 
 
+def test_a_sound_beside_a_text_is_named() -> None:
+    model = made("LlamaForCausalLM", **LLAMA)
+
+    def forward(input_ids: torch.Tensor, input_features: torch.Tensor | None = None) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'transpose'")
+
+    model.forward = forward
+    with pytest.raises(
+        errors.PretrainedModelError,
+        match=r"(?s)none is known for input_features\): AttributeError.*\(module, example_inputs\), with input_features",
+    ):
+        example_inputs(model)
+
+
 def test_a_main_input_of_an_unknown_kind() -> None:
     model = made("PatchTSTModel", d_model=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32)
     with pytest.raises(errors.PretrainedModelError, match="no example is known for 'past_values'"):

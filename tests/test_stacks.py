@@ -465,6 +465,37 @@ def test_the_hint_names_the_output_behind_all_blocks() -> None:
     assert "returns 'output3' only" in str(caught.value.hint)
 
 
+class Weighted(Encoder):
+    """The head reads a sum of the states behind all blocks."""
+
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        states = []
+        for block in self.blocks:
+            x = block(x, mask)
+            states.append(x)
+        return torch.stack(states).mean(0)
+
+
+class WeightedNorms(Encoder):
+    """The same, where each block ends in a norm."""
+
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        states = []
+        for block in self.blocks:
+            x = nn.functional.layer_norm(block(x, mask), (WIDTH,), block.norms[0].weight)
+            states.append(x)
+        return torch.stack(states).mean(0)
+
+
+@pytest.mark.parametrize("make", [Weighted, WeightedNorms])
+def test_where_the_head_reads_the_states_between_blocks_the_reason_names_it(make: Callable[[], nn.Module]) -> None:
+    program = capture(tiny.seeded(make), tiny.text(), dynamic={})
+    reason = r"no stack: 4 blocks repeat, but .* reads states between them, first in stack \(the model .*:\d+\)"
+    with pytest.raises(StructureError, match=reason) as caught:
+        program.require_stacks()
+    assert "the state behind the last block alone" in str(caught.value.hint)
+
+
 # Blocks and tails
 
 

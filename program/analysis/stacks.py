@@ -15,7 +15,17 @@ from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.tree_paths import TreePath, tree_paths
-from offramp.program.graph import is_tensor, results, shape, shape_key, weights
+from offramp.program.graph import (
+    data_inputs,
+    dependents,
+    is_tensor,
+    read_by,
+    results,
+    shape,
+    shape_key,
+    source,
+    weights,
+)
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,31 @@ def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]
             f"no stack: with the outputs {inner} the model returns values from between its blocks",
             f"wrap the model so that it returns {deepest!r} only (output_hidden_states=False, say)",
         )
+    if (between := _read_between(graph, sites)) is not None:
+        blocks, reader = between
+        where = f"first in {reader.name} ({source(reader)})"
+        return (
+            f"no stack: {blocks} blocks repeat, but the model's head reads states between them, {where}",
+            "a head that reads the state behind the last block alone; some models have an option for that",
+        )
     return (
         f"no stack: the model has {len(sites)} attentions, but the pieces between its residual joins do not repeat",
         "blocks whose weights have equal shapes, each reading the hidden state that the one before made",
     )
+
+
+def _read_between(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[int, fx.Node] | None:
+    """How many blocks repeat up to some value behind the last attention, and the first that reads earlier ones too."""
+    behind = dependents([sites[-1].weights], graph)
+    deepest, own = list[list[fx.Node]](), set[fx.Node]()
+    for node in (node for node in graph.nodes if node in behind):
+        found = find_stacks(graph, sites, [node])
+        blocks = max((stack.blocks for stack in found), key=len, default=[])
+        if len(blocks) < len(deepest):
+            break  # it reads the others' states
+        if len(blocks) > len(deepest):
+            deepest, own = blocks, read_by([node])
+    inside = {node for block in deepest[:-1] for node in block}
+    readers = (node for node in graph.nodes if node not in own and not inside.isdisjoint(data_inputs(node)))
+    reader = next(readers, None)
+    return None if reader is None else (len(deepest), reader)

@@ -63,10 +63,12 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
         else:
             return candidate
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+    missing = " and ".join(left_out(model, inputs))
     raise PretrainedModelError(
-        f"{type(model).__name__} does not run on the inputs that were made up for it ({shapes}): "
-        f"{type(first).__name__}: {first}",
-        hint="a file.py:factory that returns (module, example_inputs), with inputs that the model takes",
+        f"{type(model).__name__} does not run on the inputs that were made up for it "
+        f"({shapes}{missing and f'; none is known for {missing}'}): {type(first).__name__}: {first}",
+        hint="a file.py:factory that returns (module, example_inputs), with "
+        + (missing or "inputs that the model takes"),
     ) from first
 
 
