@@ -16,10 +16,10 @@ from offramp.passes.acm.rows import by_row
 from offramp.passes.acm.units import ranked, reorder
 from offramp.passes.infra.contract import Pass, PassResult, numbers, stack_named
 from offramp.passes.infra.editor import Editor
-from offramp.program.analysis.sites import KINDS, Site, attentions, find_sites
+from offramp.program.analysis.sites import KINDS, Site, attentions, computed_apart, find_sites
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.compare import TOLERANCE, relative_error
-from offramp.program.graph import aten, shape
+from offramp.program.graph import aten, shape, source
 from offramp.program.learners import WEIGHTS, WIDTH, Learners
 from offramp.program.ops import FIRST_LEARNERS
 from offramp.program.program import Program, evaluate
@@ -110,16 +110,23 @@ class InsertAcm(Pass):
         if wrong or not blocks:
             raise SpecError(f"blocks={'|'.join(map(str, wrong))}: stack {stack!r} has the blocks 1 to {last}")
         for block in blocks:
-            every = find_sites(program.own_nodes(program.stacks[stack], block - 1), mixing)
+            own = program.own_nodes(program.stacks[stack], block - 1)
+            every = find_sites(own, mixing)
             whole = [site for site in every if not site.split]
             known = [site.rstrip("0123456789") for site in _known(program, stack, block)]
             for name in self._named:
                 if not {site.kind for site in whole}.union(known).intersection(_SITES[name]):
+                    apart = computed_apart(own) if name == "mlp" else None
+                    why = (
+                        f"{apart} ({source(apart)}) meets hidden units and is computed apart from them; "
+                        if apart
+                        else ""
+                    )
                     raise SpecError(
                         f"block {block} of stack {stack!r} has no {'MLP' if name == 'mlp' else name}: "
                         f"{', '.join(site.kind for site in every) or 'no products'}",
-                        hint=f"{_MLP if name == 'mlp' else _PROJECTION}; adapters (LoRA) and parametrizations (weight "
-                        "norm) have to be merged into the weights first; `offramp inspect` shows what is there",
+                        hint=f"{why}{_MLP if name == 'mlp' else _PROJECTION}; adapters (LoRA) and parametrizations "
+                        "(weight norm) have to be merged into the weights first; `offramp inspect` shows what is there",
                     )
             kinds = {kind for name in self._named for kind in _SITES[name]}
             yield block, [site for site in whole if site.kind in kinds]

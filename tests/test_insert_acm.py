@@ -425,6 +425,35 @@ def test_sites_that_are_none(encoder: tiny.Captured, sites: Any, reason: str) ->
         apply(encoder.program, [offramp.InsertAcm(sites=sites)])
 
 
+class _Apart(nn.Module):
+    """An MLP whose units are scaled by a softmax of a weight, or by a gate of all tokens' mean."""
+
+    def __init__(self, gated: bool) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(tiny.WIDTH, 24), nn.Linear(24, tiny.WIDTH)
+        self.scale = nn.Linear(tiny.WIDTH, 24) if gated else nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        scale = self.scale(mean) if isinstance(self.scale, nn.Linear) else self.scale.softmax(-1)
+        return torch.as_tensor(self.down(nn.functional.gelu(self.up(x)) * scale))
+
+
+@pytest.mark.parametrize(
+    ("gated", "reason"),
+    [(False, r"try: softmax \(blocks.0.mlp \(_Apart\), .*\) meets hidden units"), (True, r"\(blocks.0.mlp.scale ")],
+)
+def test_what_hidden_units_meet_is_named_where_it_is_computed_apart(gated: bool, reason: str) -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        for block in module.blocks:
+            block.mlp = _Apart(gated)
+        return module
+
+    with pytest.raises(SpecError, match=f"(?s)has no MLP: query, kv, output.*{reason}"):
+        apply(capture(tiny.seeded(make), tiny.text(), dynamic={}), "insert-acm")
+
+
 def test_a_block_without_an_mlp() -> None:
     pytest.importorskip("transformers")
     program = capture(*FACTORIES["mixtral"](), dynamic={})

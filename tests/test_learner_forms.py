@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_insert_acm import undecided
+from torch import nn
 
 import offramp
 from offramp.bundle import directory
@@ -255,3 +256,28 @@ def test_a_manifest_without_a_width(chains: dict[str, offramp.Chain]) -> None:
     assert problems_of(replace(manifest, values=values)) == [
         "learners: there is no value 'learners_width', float32 [1]"
     ]
+
+
+class _Lerp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(tiny.WIDTH, 24), nn.Linear(24, tiny.WIDTH)
+        self.share = nn.Parameter(torch.rand(24))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.up(x)
+        return torch.as_tensor(self.down(torch.lerp(hidden, hidden.tanh(), self.share)))
+
+
+def test_units_that_a_weight_and_two_values_make_are_grouped(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        module.blocks = module.blocks[:2]
+        for block in module.blocks:
+            block.mlp = _Lerp()
+        return module
+
+    program = undecided(apply(tiny.captured(make, tiny.text()).program, "insert-acm"))
+    figures = offramp.save(program, tmp_path / "m.offramp", learners="grouped")
+    assert max(value for key, value in figures.items() if key != "tolerance") <= figures["tolerance"]
+    assert "TopK" in operators(tmp_path / "m.offramp")

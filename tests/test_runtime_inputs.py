@@ -57,7 +57,8 @@ def test_arrays_are_made_contiguous() -> None:
 
 
 WRONG = [
-    ({"ids": None}, "'ids' is object, expected int64"),
+    ({"ids": None}, "'ids' is None, expected int64 [batch, tokens]"),
+    ({"ids": np.array([["a", "b"]])}, "'ids' is <U1, expected int64\n"),
     ({"extra": 1}, "'extra' is not an input"),
     ({"ids": np.zeros((2, 3), np.int32)}, "'ids' is int32, expected int64: use .astype(np.int64)"),
     ({"audio": np.zeros((6, 7, 4))}, "'audio' is float64, expected float32: use .astype(np.float32)"),

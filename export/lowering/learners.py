@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from offramp.errors import ExportError
 from offramp.export.lowering.node_builder import Builder
@@ -109,7 +110,8 @@ def _part(b: Builder, site: Site, x: fx.Node, start: int, stop: int) -> fx.Node:
             args, kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda arg: _given(b, env, arg, units, start, stop)
             )
-            env[node] = b.call(node.target, *args, **kwargs)
+            with enable_python_dispatcher():  # torch's C++ cannot expand to a number of rows that the data decide
+                env[node] = b.call(node.target, *args, **kwargs)
     return _product(b, site.last, env[site.last.data], 1 - site.last.units_axis, start, stop, biased=False)
 
 

@@ -164,6 +164,28 @@ def mlp(last: fx.Node) -> Site | None:
     return _mlp(products[last], products) if last in products else None
 
 
+def computed_apart(block: Sequence[fx.Node]) -> fx.Node | None:
+    """What meets hidden units of a block and is not made as they are: why products are no MLP; None if nothing does."""
+    products = {node: found for node in block if (found := product(node)) is not None}
+    for item in reversed(products.values()):
+        first, odd = list[Product](), list[fx.Node]()
+        todo, seen = [item.data], set[fx.Node]()
+        while todo:
+            node = todo.pop()
+            if node in products and node not in seen:
+                first.append(products[node])
+            elif node not in seen and not _by_unit(node, item.features):
+                odd.append(node)
+            elif node not in seen:
+                todo += _hidden(node)
+            seen.add(node)
+        first.sort(key=lambda each: (-numel(each.data), block.index(each.node)))
+        odd += [each.node for each in first if each.data is not first[0].data or each.units != item.features]
+        if odd and any(each.units == item.features for each in first):
+            return odd[0]
+    return None
+
+
 def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> int:
     """Floating-point operations of a block's products and attentions on the example inputs; the rest is small."""
     total = sum(2 * numel(node) * item.features for node in block if (item := product(node)) is not None)

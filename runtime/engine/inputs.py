@@ -184,6 +184,8 @@ def _shape(given: Any) -> Sequence[int]:
 
 def _array(name: str, value: Value, given: Any) -> NDArray[Any]:
     wanted = np.dtype(value.dtype)
+    if given is None:
+        raise InputError(f"{name!r} is None, expected {value}")
     try:
         array = np.asarray(given)
         if isinstance(given, list | tuple | bool | int | float):
@@ -192,7 +194,8 @@ def _array(name: str, value: Value, given: Any) -> NDArray[Any]:
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{name!r} cannot be an array of {wanted}: {error}") from error
     if array.dtype != wanted:
-        raise InputError(f"{name!r} is {array.dtype}, expected {wanted}: use .astype(np.{wanted})")
+        cast = f": use .astype(np.{wanted})" if array.dtype.kind in "biufc" else ""  # objects and texts are no numbers
+        raise InputError(f"{name!r} is {array.dtype}, expected {wanted}{cast}")
     if array.ndim != len(value.shape):
         raise InputError(f"{name!r} has the shape {list(array.shape)}, expected {value}")
     for axis, size in enumerate(value.shape):
