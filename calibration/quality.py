@@ -119,14 +119,14 @@ def by_row(chain: Chain, outputs: Mapping[str, NDArray[Any]]) -> list[Any]:
 def classes_of(chain: Chain, labels: Sequence[Any] | None) -> None:
     """Check that `same_class` makes sense: the answer's last axis has places for classes.
 
-    "logits" and an output without a name have them; of another (an embedding) labels that are class ids say so.
+    Logits and an output without a name have them; of another (an embedding) labels that are class ids say so.
 
     Raises:
         InputError: it has not.
     """
     name = answers_of(chain)
     value = chain.outputs[name]
-    named = name in ("logits", "output") or (labels is not None and np.asarray(labels[0]).dtype.kind != "f")
+    named = "logits" in name or name == "output" or (labels is not None and np.asarray(labels[0]).dtype.kind != "f")
     if named and value.shape and not (isinstance(value.shape[-1], int) and value.shape[-1] < 2):
         return
     raise InputError(

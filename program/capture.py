@@ -13,12 +13,12 @@ from offramp.program.canonical.complex_pairs import made_real
 from offramp.program.canonical.equal_lengths import equal_lengths
 from offramp.program.canonical.simplify import canonicalize
 from offramp.program.canonical.wide import made_wide
-from offramp.program.compare import TOLERANCE, relative_error
+from offramp.program.compare import differences
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.forward import ExampleInputs, doubled, eager, named_inputs, returning_tensors
 from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, analyse
-from offramp.program.sizes import with_limits
+from offramp.program.sizes import where_the_same, with_limits
 from offramp.program.tracing import Dynamic, exported, flattened
 from offramp.program.unwrap import as_captured, plain
 
@@ -63,21 +63,27 @@ def capture(
         if inputs is not given and fixes_rows(traced.graph, inputs):
             inputs, traced = given, exported(module, given, dynamic)
         module.eval()
-        expected = {name: value for name, value in eager(module, inputs).items() if name not in left_out}
-    graph_module = flattened(traced, inputs, list(expected))
-    if training:
-        switch_off(graph_module.graph)
-    canonicalize(graph_module)
-    if made_real(graph_module) | made_wide(graph_module.graph) | equal_lengths(graph_module.graph):
+
+        def answers(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {name: value for name, value in eager(module, inputs).items() if name not in left_out}
+
+        expected = answers(inputs)
+        graph_module = flattened(traced, inputs, list(expected))
+        if training:
+            switch_off(graph_module.graph)
         canonicalize(graph_module)
-    _rename_like_outputs(graph_module)
-    if training:
-        same_as_eval(graph_module, inputs, expected)
-    else:
-        _same_as_eager(graph_module, inputs, expected)
-    example = {name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]}
-    names = _axis_names(graph_module, dynamic)
-    return with_limits(analyse(graph_module, example, expected, names))
+        if made_real(graph_module) | made_wide(graph_module.graph) | equal_lengths(graph_module.graph):
+            canonicalize(graph_module)
+        _rename_like_outputs(graph_module)
+        if training:
+            same_as_eval(graph_module, inputs, expected)
+        else:
+            _same_as_eager(graph_module, inputs, expected)
+        example = {
+            name: inputs[name] for name in [str(n.target) for n in graph_module.graph.find_nodes(op="placeholder")]
+        }
+        names = _axis_names(graph_module, dynamic)
+        return where_the_same(with_limits(analyse(graph_module, example, expected, names)), answers)
 
 
 def fixes_rows(graph: fx.Graph, inputs: Mapping[str, torch.Tensor]) -> bool:
@@ -118,24 +124,14 @@ def _same_as_eager(
     """
     given = {str(n.target): inputs[str(n.target)] for n in graph_module.graph.find_nodes(op="placeholder")}
     with torch.no_grad():
-        errors = _errors(graph_module(**given), expected)
-        if not errors or _errors(graph_module(**given), graph_module(**given)):
+        errors = differences(graph_module(**given), expected)
+        if not errors or differences(graph_module(**given), graph_module(**given)):
             return
     raise CaptureError(
         f"the captured graph computes something else than the model: {', '.join(errors)}",
         hint="the model's code takes another way while it is traced, for masks that are left out for example: "
         "give every input that the model's own processor makes",
     )
-
-
-def _errors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
-    """The outputs that differ, and by how much of their greatest value (1, if that is more)."""
-    errors = {
-        name: relative_error(found[name], value, least=1.0)
-        for name, value in expected.items()
-        if value.is_floating_point()
-    }
-    return [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]
 
 
 def _axis_names(graph_module: fx.GraphModule, dynamic: Dynamic | None) -> dict[Any, str]:

@@ -41,3 +41,13 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest error over outputs by name."""
     return max((relative_error(found[name], value) for name, value in expected.items()), default=0.0)
+
+
+def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+    """The outputs that differ, and by how much of their greatest value (1, if that is more)."""
+    errors = {
+        name: relative_error(found[name], value, least=1.0)
+        for name, value in expected.items()
+        if value.is_floating_point()
+    }
+    return [f"{name} by {error:.1e}" for name, error in errors.items() if not error <= TOLERANCE]

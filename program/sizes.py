@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
-from offramp.program.graph import expression, placeholders, shape
+from offramp.errors import ForwardError
+from offramp.program.compare import differences
+from offramp.program.graph import expression, fake_mode, placeholders, shape
 from offramp.program.program import Program
 
 log = logging.getLogger(__name__)
 
 _SMALL = 2  # of anything torch takes no less
+_NEAR = 16  # places
 
 
 def resized(program: Program, sizes: Mapping[Any, int]) -> dict[str, torch.Tensor]:
@@ -102,6 +106,56 @@ def with_limits(program: Program) -> Program:
                     at,
                 )
     return replace(program, axes=replace(axes, ranges=ranges))
+
+
+def where_the_same(program: Program, answers: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Program:
+    """The program, whose axes have one size where the model's code takes another way at the next (an odd one, say).
+
+    Torch has noted what the code asked of sizes. ``answers`` gives the model's own outputs for inputs; where it takes
+    none of other sizes, nor does the program, nothing is wrong.
+    """
+    ranges, nodes = dict(program.axes.ranges), placeholders(program.graph)
+    sizes = {
+        expression(size): (program.example_inputs[name].shape[at], name, at)
+        for name in reversed(program.inputs)
+        for at, size in enumerate(shape(nodes[name]))
+        if not isinstance(expression(size), int)
+    }
+    known = {symbol: size for symbol, (size, _, _) in sizes.items()}
+    for symbol in sizes.keys() - {program.axes.batch}:
+        size, name, at = sizes[symbol]
+        other = _other_way(program, symbol, known)
+        if other is None:
+            continue
+        inputs = resized(program, {symbol: other})
+        found = _outputs(program, inputs)
+        if found is None:
+            continue
+        try:
+            expected = answers(inputs)
+        except ForwardError:
+            continue
+        if differences(found, expected) and not differences(found, _outputs(program, inputs) or {}):
+            ranges[symbol] = (size, size)
+            log.warning(
+                "%r is for %d places on axis %d alone: at %d the model's code takes another way", name, size, at, other
+            )
+    return replace(program, axes=replace(program.axes, ranges=ranges))
+
+
+def _other_way(program: Program, symbol: Any, sizes: Mapping[Any, int]) -> int | None:
+    """A size near an axis's at which something is not so that the model's code has asked, and found so; None: none."""
+    env = fake_mode(program.graph).shape_env
+    asked = {env.replace(guard.expr) for guard in env.guards} if env is not None else set()
+    of_it = [expr for expr in asked if symbol in expr.free_symbols and expr.has(FloorDiv, Mod, PythonMod)]
+    _, high = program.axes.ranges.get(symbol, (1, None))
+    far = (1 << k for k in range(_NEAR.bit_length(), sizes[symbol].bit_length()))  # a convolution's steps are wide
+    steps: list[int] = [*range(1, _NEAR + 1), *far]
+    for other in (sizes[symbol] + step for step in steps):
+        within = high is None or other <= high
+        if within and any(expr.subs({**sizes, symbol: other}) == False for expr in of_it):  # noqa: E712 (sympy's)
+            return other
+    return None
 
 
 def _outputs(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

@@ -117,3 +117,34 @@ def test_a_length_that_became_a_number_is_fixed_and_said(caplog: pytest.LogCaptu
     symbol = expression(shape(placeholders(fixed.graph)["signal"])[1])
     assert fixed.axes.ranges[symbol] == (40, 40)
     assert "'signal' is for 40 places on axis 1 alone" in caplog.text
+
+
+class Odd(tiny.Encoder):
+    """Odd lengths are computed another way; others than multiples of four are filled up, which changes nothing."""
+
+    filled = False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        if self.filled and (lacking := -input_ids.shape[1] % 4):
+            input_ids, attention_mask = (
+                nn.functional.pad(value, (0, lacking)) for value in (input_ids, attention_mask)
+            )
+        outputs = super().forward(input_ids, attention_mask)
+        if not self.filled and input_ids.shape[1] // 2 * 2 < input_ids.shape[1]:
+            outputs = {name: value * 2 for name, value in outputs.items()}
+        return outputs
+
+
+class Filled(Odd):
+    filled = True
+
+
+@pytest.mark.parametrize(("module", "tokens", "other"), [(Odd, 6, 7), (Odd, 7, 8), (Filled, 8, None)])
+def test_a_length_has_the_models_other_way_nowhere(
+    module: type[nn.Module], tokens: int, other: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = capture(tiny.seeded(module), tiny.text(tokens))
+    symbol = expression(shape(placeholders(program.graph)["input_ids"])[1])
+    assert (program.axes.ranges[symbol] == (tokens, tokens)) == (other is not None)
+    said = f"'input_ids' is for {tokens} places on axis 1 alone: at {other} the model's code takes another way"
+    assert (said in caplog.text) == (other is not None)
