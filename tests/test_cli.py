@@ -258,6 +258,7 @@ def test_progress_bars_of_transformers_are_as_before_afterwards(tmp_path: Path) 
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
+@pytest.mark.slow
 def test_progress_bars_of_transformers_are_shown_afterwards_where_it_was_imported_meanwhile(tmp_path: Path) -> None:
     (tmp_path / "quiet.py").write_text("import transformers.utils.logging\n")
     script = """

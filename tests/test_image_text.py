@@ -82,7 +82,7 @@ def _exported(name: str, root: Path, capsys: Any = None) -> tuple[Path, Path]:
     return root / "saved", root / "bundle"
 
 
-KINDS = {"llava", "gemma3", "blip"}  # a mark in the text, types of tokens, a generate of the model's own
+KINDS = {"llava", "blip"}  # a mark in the text, a generate of the model's own; types of tokens are below
 
 
 @pytest.fixture(
@@ -197,7 +197,7 @@ def test_types_follow_from_the_ids_in_python_too(reader: Reader) -> None:
     np.testing.assert_array_equal(logits, same)
 
 
-@pytest.mark.parametrize("reader", ["llava_chat", "gemma3_chat"], indirect=True)
+@pytest.mark.parametrize("reader", ["llava_chat", pytest.param("gemma3_chat", marks=pytest.mark.slow)], indirect=True)
 def test_a_chat_says_where_the_image_goes(reader: Reader) -> None:
     mark = reader.settings.mark
     image = {"type": "image", "image": picture(0)}
@@ -233,6 +233,7 @@ def test_a_processor_that_cannot_be_loaded_is_said(tmp_path: Path, capsys: pytes
     assert "torchvision" in manifest.preprocessing.refused["image_text"]
 
 
+@pytest.mark.slow
 def test_types_that_do_not_follow_from_the_ids_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

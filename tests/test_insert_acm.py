@@ -319,7 +319,9 @@ def test_a_projection_of_low_rank_is_what_it_was(encoder: tiny.Captured) -> None
 
 
 @pytest.mark.parametrize("form", ["dense", "grouped"])
-@pytest.mark.parametrize("name", ["encoder", "decoder", "two_stacks"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("encoder", "decoder")), "two_stacks"]
+)
 def test_a_bundle_with_learners_everywhere(
     name: str, form: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

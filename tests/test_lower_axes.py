@@ -94,6 +94,7 @@ def test_blocks_of_other_weights_are_translated_once(tmp_path: Path) -> None:
     assert {first, *others, *second} == {first}
 
 
+@pytest.mark.slow
 def test_the_sizes_of_examples_do_not_matter() -> None:
     module = tiny.seeded(Towers)
     found = {keys(capture(module, inputs(*sizes)))[0][0] for sizes in ((9, 6, 2), (5, 8, 2), (4, 7, 3))}

@@ -78,7 +78,12 @@ def naive(model: nn.Module, name: str, prompt: list[int], others: Any = lambda s
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention"), [pytest.param("gpt2", "sdpa", marks=pytest.mark.slow), ("llama", "sdpa"), ("llama", "eager")]
+    ("kind", "attention"),
+    [
+        pytest.param("gpt2", "sdpa", marks=pytest.mark.slow),
+        ("llama", "sdpa"),
+        pytest.param("llama", "eager", marks=pytest.mark.slow),
+    ],
 )
 def test_a_mask_made_around_a_model_of_transformers(kind: str, attention: str, tmp_path: Path) -> None:
     ids = tiny.ids(9, 3).clamp(min=1)
@@ -91,6 +96,7 @@ def test_a_mask_made_around_a_model_of_transformers(kind: str, attention: str, t
     assert [row.tolist() for row in made.tokens] == [naive(captured.model, "ids", prompt) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_a_translator_with_padding_masks_of_its_own(tmp_path: Path) -> None:
     padding = torch.zeros(2, 8, dtype=torch.bool)
     padding[1, -3:] = True

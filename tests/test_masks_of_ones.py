@@ -37,6 +37,7 @@ def moonshine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sounds_of_any_length_give_what_they_give_with_the_mask(
     moonshine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

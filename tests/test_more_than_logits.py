@@ -155,7 +155,10 @@ def prompts(inputs: tiny.Inputs) -> dict[str, Any]:
     return {**around, "input_ids": PROMPTS}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [*("everything", "last", "memory"), *(pytest.param(n, marks=pytest.mark.slow) for n in ("as long", "convolved"))],
+)
 def test_run_gives_what_the_model_gives(made: Callable[[str], Made], name: str) -> None:
     module, inputs, chain = made(name)
     for rows, more in ((1, 0), (3, 4)):

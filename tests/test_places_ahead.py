@@ -102,7 +102,7 @@ def greedy(model: Callable[..., Any], inputs: dict[str, Tensor], name: str, coun
 
 
 #: "several parts" has what the two between have.
-MARKED = [pytest.param(kind, marks=() if kind in ("causal", "several parts") else pytest.mark.slow) for kind in KINDS]
+MARKED = [pytest.param(kind, marks=() if kind == "causal" else pytest.mark.slow) for kind in KINDS]
 
 
 @pytest.fixture(scope="module", params=MARKED)

@@ -79,7 +79,8 @@ class Case:
             model.encoder = torch.nn.ModuleList(blocks)
 
 
-MARKED = [pytest.param(kind, marks=pytest.mark.slow if kind in ("text first", "norm behind") else ()) for kind in KINDS]
+BREADTH = ("text first", "norm behind", "bias of pairs")
+MARKED = [pytest.param(kind, marks=pytest.mark.slow if kind in BREADTH else ()) for kind in KINDS]
 
 
 @pytest.fixture(scope="module", params=MARKED)
@@ -502,6 +503,7 @@ class TwoEncoders(torch.nn.Module):
         return self.second.head(x[:, 0])
 
 
+@pytest.mark.slow
 def test_groups_of_several_stacks(tmp_path: Path) -> None:
     given_ = {name: inputs()[name] for name in ("pixel_values", "input_ids")}
     program = offramp.capture(TwoEncoders().eval(), {**given_, "other_ids": torch.randint(1, 9, (3, 4))})
