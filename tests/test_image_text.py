@@ -258,6 +258,7 @@ def test_types_that_do_not_follow_from_the_ids_are_said(
         offramp.load(bundle).generate(given)
 
 
+@pytest.mark.slow
 def test_a_generate_with_an_end_of_its_own_is_followed_without_a_note(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -267,6 +268,7 @@ def test_a_generate_with_an_end_of_its_own_is_followed_without_a_note(
     assert "generate of its own" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_forward_without_what_generates_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _exported("blip_answers", tmp_path)
     said = capsys.readouterr().err

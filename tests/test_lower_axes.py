@@ -113,6 +113,7 @@ class Few(tiny.Encoder):
         return words + self.places.weight[: input_ids.shape[1]]
 
 
+@pytest.mark.slow
 def test_shapes_that_follow_from_the_example_keep_its_sizes(tmp_path: Path) -> None:
     programs = [tiny.captured(Few, tiny.text(tokens)).program for tokens in (7, 8)]
     entries = [lower(entry) for program in programs for entry in partition(program).before if entry]

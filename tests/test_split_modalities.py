@@ -79,7 +79,7 @@ class Case:
             model.encoder = torch.nn.ModuleList(blocks)
 
 
-BREADTH = ("text first", "norm behind", "bias of pairs")
+BREADTH = ("text first", "norm behind", "bias of pairs", "written out")
 MARKED = [pytest.param(kind, marks=pytest.mark.slow if kind in BREADTH else ()) for kind in KINDS]
 
 
@@ -379,7 +379,7 @@ def test_taken_tokens_are_put_back(batch: int, heads: int | str, axis: int, seed
         assert torch.equal(take_tokens(changed, places, axis), found + 1)
 
 
-@pytest.fixture(scope="module", params=["joined", "written out", "one input"])
+@pytest.fixture(scope="module", params=["joined", pytest.param("written out", marks=pytest.mark.slow), "one input"])
 def alone(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Chain]:
     program = captured(**KINDS["written out" if request.param == "written out" else "plain"])
     if request.param == "one input":

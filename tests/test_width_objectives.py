@@ -339,6 +339,7 @@ def test_labels_meet_the_share_where_more_learners_do_worse() -> None:
     assert float(found.float().mean()) / 4 == pytest.approx(0.6, abs=0.01)
 
 
+@pytest.mark.slow
 def test_gates_keep_the_width_and_choose_better_than_all_alike() -> None:
     teacher, program = pair()
     given = batches()
