@@ -1,7 +1,11 @@
-"""How much memory does a run take? Peak of a process that runs the chain, against one session's."""
+"""How much memory does a run take? A process that runs the chain, against one that runs one session.
+
+The peak is while it is loaded, or runs; ``held`` is what the process has after five runs.
+"""
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 
@@ -34,16 +38,17 @@ else:
     run = lambda: session.run(None, feed)
 for _ in range(5):
     run()
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(int(peak.split()[1]) / 1024)
+sizes = dict(line.split(":") for line in open("/proc/self/status"))
+print(*(int(sizes[name].split()[0]) / 1024 for name in ("VmHWM", "VmRSS")))
 """
 
 
-def peak(kind: str, path: str, name: str, batch: int, tokens: int) -> float:
-    """Peak resident memory in MiB of a fresh process that loads and runs; the median of three."""
+def resident(kind: str, path: str, name: str, batch: int, tokens: int) -> tuple[float, float]:
+    """Peak and final resident memory in MiB of a fresh process that loads and runs; the medians of three."""
     command = [sys.executable, "-c", _RUN, kind, path, name, str(batch), str(tokens)]
-    found = [float(subprocess.run(command, check=True, capture_output=True, text=True).stdout) for _ in range(3)]
-    return sorted(found)[1]
+    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() for _ in range(3)]
+    peak, held = (statistics.median(map(float, values)) for values in zip(*said, strict=True))
+    return peak, held
 
 
 def main() -> None:
@@ -55,11 +60,17 @@ def main() -> None:
         path = BUILD / f"{name}-blocks.offramp"
         offramp.save(program, path)
         for batch, tokens in (cases[0], cases[-1]):
-            one = peak("one", str(BUILD / f"{name}-one" / "model.onnx"), name, batch, tokens)
-            chain = peak("chain", str(path), name, batch, tokens)
-            size = {"model": name, "batch": batch, "tokens": tokens or 257}
-            rows.append({**size, "one session MiB": one, "chain MiB": chain, "ratio": round(chain / one, 3)})
-    report("memory", "peak memory of a process: every block a segment, against one session", rows)
+            one = resident("one", str(BUILD / f"{name}-one" / "model.onnx"), name, batch, tokens)
+            chain = resident("chain", str(path), name, batch, tokens)
+            row = {"model": name, "batch": batch, "tokens": tokens or 257}
+            for what, theirs, ours in zip(("peak", "held"), one, chain, strict=True):
+                row |= {
+                    f"one session, {what}": theirs,
+                    f"chain, {what}": ours,
+                    f"of it, {what}": round(ours / theirs, 3),
+                }
+            rows.append(row)
+    report("memory", "MiB of a process: every block a segment, against one session", rows)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from offramp.zoo.translator import BEGIN
 
 CONTEXTS, NEW = (64, 1024), 128
 TEXTS, LENGTH = 24, 512  # of WikiText-2, for perplexity
-SENTENCES = 100  # to translate
+SENTENCES = 300  # to translate
 KEEP = 0.99
 PAUSE = 0.3  # seconds
 SCREENED = "insert-scores{stack=decoder,measure=prediction-screened},insert-cache"
