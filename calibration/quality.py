@@ -129,11 +129,10 @@ def classes_of(chain: Chain, labels: Sequence[Any] | None) -> None:
     named = "logits" in name or name == "output" or (labels is not None and np.asarray(labels[0]).dtype.kind != "f")
     if named and value.shape and not (isinstance(value.shape[-1], int) and value.shape[-1] < 2):
         return
+    what, more = ("has no classes", "") if named else ("is not said to have classes", "; or labels that are class ids")
     raise InputError(
-        f"the output {name!r} ({value}) {'has' if named else 'is not said to have'} {'no ' if named else ''}classes, "
-        "so what a good answer is has to be said",
-        hint="offramp.calibrate(..., quality=function of answer and reference)"
-        + ("" if named else "; or labels that are class ids"),
+        f"the output {name!r} ({value}) {what}, so what a good answer is has to be said",
+        hint=f"offramp.calibrate(..., quality=function of answer and reference){more}",
     )
 
 

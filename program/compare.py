@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -41,6 +41,14 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
 def largest_error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """The largest error over outputs by name."""
     return max((relative_error(found[name], value) for name, value in expected.items()), default=0.0)
+
+
+def unlike(
+    found: Mapping[str, Tensor], again: Callable[[], Mapping[str, Tensor]], expected: Mapping[str, Tensor]
+) -> list[str]:
+    """The `differences`; none where what gave ``found`` gives something else ``again``: it draws random numbers."""
+    errors = differences(found, expected)
+    return [] if errors and differences(found, again()) else errors
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

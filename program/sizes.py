@@ -11,11 +11,13 @@ import torch
 from torch.utils._sympy.functions import FloorDiv, Mod, PythonMod
 
 from offramp.errors import ForwardError
-from offramp.program.compare import differences
+from offramp.program.compare import unlike
 from offramp.program.graph import expression, fake_mode, placeholders, shape
 from offramp.program.program import Program
 
 log = logging.getLogger(__name__)
+
+Answers = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 _SMALL = 2  # of anything torch takes no less
 _NEAR = 16  # places
@@ -49,12 +51,7 @@ def other_sizes(program: Program) -> list[dict[str, torch.Tensor]]:
 def at_other_sizes(program: Program) -> list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
     """The inputs of `other_sizes`, each with the model's outputs that the graph gives for them in torch."""
     axes = program.axes
-    example: dict[Any, int] = {}
-    nodes = placeholders(program.graph)
-    for name in program.inputs:
-        for axis, size in enumerate(shape(nodes[name])):
-            if not isinstance(expression(size), int):
-                example.setdefault(expression(size), program.example_inputs[name].shape[axis])
+    example = {symbol: program.example_inputs[name].shape[axis] for symbol, (name, axis) in _free(program).items()}
     longer = {symbol: _within(axes.ranges.get(symbol), size + size // 2 + 1) for symbol, size in example.items()}
     shorter = {symbol: _within(axes.ranges.get(symbol), size * 2 // 3) for symbol, size in example.items()}
     if axes.batch in example:
@@ -79,8 +76,7 @@ def with_limits(program: Program) -> Program:
     made a number of it. Batch and tokens are known to vary, these if torch has found no least number of them; so is
     an axis without which the others do not vary (lengths that go together).
     """
-    axes, nodes = program.axes, placeholders(program.graph)
-    free = {expression(size): (name, at) for name in program.inputs for at, size in enumerate(shape(nodes[name]))}
+    axes, free = program.axes, _free(program)
     sizes = {
         symbol: program.example_inputs[name].shape[at] for symbol, (name, at) in free.items() if symbol in axes.names
     }
@@ -108,39 +104,35 @@ def with_limits(program: Program) -> Program:
     return replace(program, axes=replace(axes, ranges=ranges))
 
 
-def where_the_same(program: Program, answers: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Program:
+def where_the_same(program: Program, answers: Answers) -> Program:
     """The program, whose axes have one size where the model's code takes another way at the next (an odd one, say).
 
     Torch has noted what the code asked of sizes. ``answers`` gives the model's own outputs for inputs; where it takes
     none of other sizes, nor does the program, nothing is wrong.
     """
-    ranges, nodes = dict(program.axes.ranges), placeholders(program.graph)
-    sizes = {
-        expression(size): (program.example_inputs[name].shape[at], name, at)
-        for name in reversed(program.inputs)
-        for at, size in enumerate(shape(nodes[name]))
-        if not isinstance(expression(size), int)
-    }
-    known = {symbol: size for symbol, (size, _, _) in sizes.items()}
-    for symbol in sizes.keys() - {program.axes.batch}:
-        size, name, at = sizes[symbol]
-        other = _other_way(program, symbol, known)
-        if other is None:
+    ranges, free = dict(program.axes.ranges), _free(program)
+    sizes = {symbol: program.example_inputs[name].shape[axis] for symbol, (name, axis) in free.items()}
+    for symbol in free.keys() - {program.axes.batch}:
+        other = _other_way(program, symbol, sizes)
+        if other is None or _same_at(program, resized(program, {symbol: other}), answers):
             continue
-        inputs = resized(program, {symbol: other})
-        found = _outputs(program, inputs)
-        if found is None:
-            continue
-        try:
-            expected = answers(inputs)
-        except ForwardError:
-            continue
-        if differences(found, expected) and not differences(found, _outputs(program, inputs) or {}):
-            ranges[symbol] = (size, size)
-            log.warning(
-                "%r is for %d places on axis %d alone: at %d the model's code takes another way", name, size, at, other
-            )
+        (name, at), size = free[symbol], sizes[symbol]
+        ranges[symbol] = (size, size)
+        log.warning(
+            "%r is for %d places on axis %d alone: at %d the model's code takes another way", name, size, at, other
+        )
     return replace(program, axes=replace(program.axes, ranges=ranges))
+
+
+def _same_at(program: Program, inputs: dict[str, torch.Tensor], answers: Answers) -> bool:
+    found = _outputs(program, inputs)
+    if found is None:
+        return True
+    try:
+        expected = answers(inputs)
+    except ForwardError:
+        return True
+    return not unlike(found, lambda: _outputs(program, inputs) or {}, expected)
 
 
 def _other_way(program: Program, symbol: Any, sizes: Mapping[Any, int]) -> int | None:
@@ -156,6 +148,16 @@ def _other_way(program: Program, symbol: Any, sizes: Mapping[Any, int]) -> int |
         if within and any(expr.subs({**sizes, symbol: other}) == False for expr in of_it):  # noqa: E712 (sympy's)
             return other
     return None
+
+
+def _free(program: Program) -> dict[Any, tuple[str, int]]:
+    """The symbols of sizes that may vary, each with the first input, and its axis, that has it."""
+    nodes, found = placeholders(program.graph), dict[Any, tuple[str, int]]()
+    for name in program.inputs:
+        for axis, size in enumerate(shape(nodes[name])):
+            if not isinstance(expression(size), int):
+                found.setdefault(expression(size), (name, axis))
+    return found
 
 
 def _outputs(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:

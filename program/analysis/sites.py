@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -143,7 +143,7 @@ def attentions(graph: fx.Graph) -> list[AttentionSite]:
 
 def find_sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> list[Site]:
     """The sites among the nodes of a block, in graph order; products that belong to none are left out."""
-    products = {node: found for node in block if (found := product(node)) is not None}
+    products = _products(block)
     sites, taken = list[Site](), set[fx.Node]()
     for item in products.values():
         mlp = _mlp(item, products)
@@ -160,25 +160,15 @@ def find_sites(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> lis
 
 def mlp(last: fx.Node) -> Site | None:
     """The MLP that ends in a product, None if it ends none."""
-    products = {node: found for node in last.graph.nodes if (found := product(node)) is not None}
+    products = _products(last.graph.nodes)
     return _mlp(products[last], products) if last in products else None
 
 
 def computed_apart(block: Sequence[fx.Node]) -> fx.Node | None:
     """What meets hidden units of a block and is not made as they are: why products are no MLP; None if nothing does."""
-    products = {node: found for node in block if (found := product(node)) is not None}
+    products = _products(block)
     for item in reversed(products.values()):
-        first, odd = list[Product](), list[fx.Node]()
-        todo, seen = [item.data], set[fx.Node]()
-        while todo:
-            node = todo.pop()
-            if node in products and node not in seen:
-                first.append(products[node])
-            elif node not in seen and not _by_unit(node, item.features):
-                odd.append(node)
-            elif node not in seen:
-                todo += _hidden(node)
-            seen.add(node)
+        first, _, odd = _reached(item, products)
         first.sort(key=lambda each: (-numel(each.data), block.index(each.node)))
         odd += [each.node for each in first if each.data is not first[0].data or each.units != item.features]
         if odd and any(each.units == item.features for each in first):
@@ -198,6 +188,10 @@ def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> in
     return total
 
 
+def _products(nodes: Iterable[fx.Node]) -> dict[fx.Node, Product]:
+    return {node: found for node in nodes if (found := product(node)) is not None}
+
+
 def _mlp(last: Product, products: dict[fx.Node, Product]) -> Site | None:
     """The MLP that ends in a product."""
     found = _units(last, products)
@@ -213,8 +207,17 @@ def _mlp(last: Product, products: dict[fx.Node, Product]) -> Site | None:
 
 def _units(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Product], list[fx.Node]] | None:
     """The products whose values become what ``last`` reads, unit by unit, and the nodes on the way; None if any mix."""
-    first: list[Product] = []
-    inner: list[fx.Node] = []
+    first, inner, odd = _reached(last, products)
+    inside = {*inner, *(item.node for item in first)}
+    if odd or any(user not in inside and user is not last.node for node in inside for user in node.users):
+        return None
+    order = {node: place for place, node in enumerate(last.node.graph.nodes)}
+    return sorted(first, key=lambda item: order[item.node]), sorted(inner, key=order.__getitem__)
+
+
+def _reached(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Product], list[fx.Node], list[fx.Node]]:
+    """From what ``last`` reads back to other products: these, the nodes on the way, and those that mix units."""
+    first, inner, odd = list[Product](), list[fx.Node](), list[fx.Node]()
     todo, seen = [last.data], set[fx.Node]()
     while todo:
         node = todo.pop()
@@ -227,15 +230,11 @@ def _units(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Produc
             inner += halved[1:]
             todo.append(halved[0])
         elif not _by_unit(node, last.features):
-            return None
+            odd.append(node)
         else:
             inner.append(node)
             todo += _hidden(node)
-    inside = {*inner, *(item.node for item in first)}
-    if any(user not in inside and user is not last.node for node in inside for user in node.users):
-        return None
-    order = {node: place for place, node in enumerate(last.node.graph.nodes)}
-    return sorted(first, key=lambda item: order[item.node]), sorted(inner, key=order.__getitem__)
+    return first, inner, odd
 
 
 def _by_unit(node: fx.Node, units: int) -> bool:
