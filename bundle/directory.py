@@ -14,7 +14,7 @@ from offramp.bundle.json_text import from_json
 from offramp.bundle.manifest import MANIFEST_FILE, File, Manifest
 from offramp.errors import BundleError
 
-_MAPPED = 1 << 25  # bytes of a file that are hashed in one call
+_CALLS = 64  # about so many calls hash a file, each a part that is mapped meanwhile
 
 
 def read(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Manifest, Path]:
@@ -102,12 +102,13 @@ def _altered(path: Path, file: File) -> str | None:
 def _sha256(path: Path) -> str:
     """In few calls, during which other threads run, even while ONNX Runtime keeps Python's lock for itself.
 
-    What a call reads counts as the process's memory until it is unmapped.
+    What a call reads counts as the process's memory until it is unmapped: a small part of the file.
     """
     found, size = hashlib.sha256(), path.stat().st_size
+    most = -(-size // (_CALLS * mmap.ALLOCATIONGRANULARITY)) * mmap.ALLOCATIONGRANULARITY
     with path.open("rb") as stream:
-        for start in range(0, size, _MAPPED):
-            length = min(_MAPPED, size - start)
+        for start in range(0, size, most):
+            length = min(most, size - start)
             with mmap.mmap(stream.fileno(), length, access=mmap.ACCESS_READ, offset=start) as content:
                 found.update(content)
     return found.hexdigest()

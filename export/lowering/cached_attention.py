@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from offramp.export.lowering.last_axis import part
-from offramp.export.lowering.layouts import same_shape
+from offramp.export.lowering.layouts import heads_beside
 from offramp.export.lowering.node_builder import Builder
 from offramp.export.lowering.rotary import ROTARY
 from offramp.export.lowering.table import lowering
@@ -93,7 +93,7 @@ def _grouped(
     attributes: dict[str, Any] = {"num_heads": heads, "kv_num_heads": int(shape(key)[1]), "scale": float(scale)}
     if rotates:
         attributes["do_rotary"] = 1
-    given: list[fx.Node | None] = [_beside(b, node) for node in (query, key, value)]
+    given: list[fx.Node | None] = [heads_beside(b, node) for node in (query, key, value)]
     whole = _packed(given)
     if whole is not None:
         given = [whole, None, None]
@@ -133,20 +133,6 @@ def _rotates(query: fx.Node, key: fx.Node, lengths: fx.Node) -> bool:
         return False
     half = expression(shape(query.args[1])[-1])  # type: ignore[arg-type]
     return bool(expression(shape(query)[-1]) % 16 == 0 and half % 8 == 0)
-
-
-def _beside(b: Builder, node: fx.Node) -> fx.Node:
-    """``[rows, heads, chunk, features]`` as ``[rows, chunk, heads * features]``, as it was before if it was that."""
-    rows, heads, chunk, features = b.sizes(node)
-    turned: Any = node.args[0] if node.target is aten.transpose.int and set(node.args[1:]) == {1, 2} else None
-    if turned is None:
-        turned = b.call(aten.transpose.int, node, 1, 2)
-    wanted = b.call(aten.reshape.default, turned, [rows, chunk, heads * features])
-    while turned.target is aten.reshape.default:
-        turned = turned.args[0]
-        if same_shape(turned, wanted):
-            return turned  # type: ignore[no-any-return]
-    return wanted
 
 
 def _packed(given: Sequence[Any]) -> fx.Node | None:

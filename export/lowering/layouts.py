@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from offramp.export.lowering.node_builder import Builder
 from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.canonical.simplify import sizes_from_inputs
 from offramp.program.graph import aten, expression, shape
@@ -36,6 +37,23 @@ def _axes(node: fx.Node) -> set[Any]:
 def same_shape(first: fx.Node, second: fx.Node) -> bool:
     """Whether two values are known to have equal sizes."""
     return [expression(size) for size in shape(first)] == [expression(size) for size in shape(second)]
+
+
+def heads_beside(b: Builder, node: fx.Node) -> fx.Node:
+    """``[rows, heads, chunk, features]`` as ``[rows, chunk, heads * features]``, as it was before if it was that."""
+    rows, heads, chunk, features = b.sizes(node)
+    turned: Any = node.args[0] if is_turned(node) else b.call(aten.transpose.int, node, 1, 2)
+    wanted = b.call(aten.reshape.default, turned, [rows, chunk, b.product(heads, features)])
+    while turned.target is aten.reshape.default:
+        turned = turned.args[0]
+        if same_shape(turned, wanted):
+            return turned  # type: ignore[no-any-return]
+    return wanted
+
+
+def is_turned(node: Any) -> bool:
+    """Whether a node exchanges axes 1 and 2: heads and tokens."""
+    return node.target is aten.transpose.int and set(node.args[1:]) == {1, 2}
 
 
 def plain_reshapes(graph: fx.Graph) -> None:

@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import PendingUnbackedSymbolNotFound,
 
 from offramp.errors import ExportError
 from offramp.export.lowering import cached_attention, cleanup, learners, operators
+from offramp.export.lowering.attention import keep_heads_beside
 from offramp.export.lowering.axes import generic_axes
 from offramp.export.lowering.exporter import OPSET, to_onnx
 from offramp.export.lowering.layouts import cancel_layout, merge_calls, plain_reshapes, read_sizes
@@ -48,9 +49,10 @@ def _steps(target: Target) -> dict[str, Step[fx.Graph]]:
     return {
         "lower-operators": partial(lower_operators, target=target),
         "merge-equal": merge_calls,
+        "widen-masks": widen_masks,
+        "keep-heads-beside": keep_heads_beside,
         "cancel-layout": cancel_layout,
         "fuse-norms": fuse_norms,
-        "widen-masks": widen_masks,
         "plain-reshapes": plain_reshapes,
         "read-sizes": read_sizes,
     }

@@ -27,6 +27,8 @@ Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 log = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
+_CPU = "CPUExecutionProvider"
+_SLOWER = ["SkipLayerNormFusion"]  # on the CPU its operator takes several times as long as the sum and the norm apart
 _lock = threading.Lock()
 _pool: int | None = None  # threads of the process's pool; None: there is none yet, 0: it is somebody else's
 
@@ -92,7 +94,7 @@ def open_sessions(
         ExecutionError: a provider is not available or could not be set up, or see `session_options`.
         BundleError: ONNX Runtime cannot load a file.
     """
-    wanted = list(providers or ["CPUExecutionProvider"])
+    wanted = list(providers or [_CPU])
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
     available = ort.get_available_providers()
     missing = [name for name in names if name not in available]
@@ -158,8 +160,11 @@ def _trim() -> None:
 
 
 def _open(path: Path, options: ort.SessionOptions, providers: list[Any], first: str) -> ort.InferenceSession:
+    without = _SLOWER if first == _CPU else None
     try:
-        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(
+            path, options, providers=providers, disabled_optimizers=without, enable_fallback=0
+        )
     except Exception as error:
         if "use_per_session_threads must be false" in str(error):
             raise _OtherPoolError(
