@@ -73,6 +73,7 @@ def read(chain: Chain, data: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
                 f"data has a {type(batch).__name__}; a mapping of arrays by input name is needed, or several",
                 hint="{" + ", ".join(f"{name!r}: ..." for name in chain.inputs) + f", {LABELS!r}: ...}}",
             )
+        batch = {name: value for name, value in batch.items() if value is not None or name == LABELS}
         if LABELS in batch and not hasattr(batch[LABELS], "__len__"):
             raise InputError(f"the labels are {batch[LABELS]!r}; one for each row is needed", hint="or leave them out")
         rows = _rows(chain, {name: value for name, value in batch.items() if name != LABELS})

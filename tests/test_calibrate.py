@@ -235,6 +235,7 @@ def test_the_fingerprint_is_of_the_examples_not_of_their_batches(root: Path) -> 
     chain, all_ = offramp.load(root), ids(10)
     whole = read(chain, {"ids": all_})
     parts = read(chain, [{"ids": all_[:3]}, {"ids": all_[3:].tolist()}])
+    assert read(chain, {"ids": all_, "token_type_ids": None}).sha256 == whole.sha256
     labelled = read(chain, {"ids": all_, "labels": np.arange(10)})
     assert len(whole) == len(parts) == 10
     assert whole.sha256 == parts.sha256

@@ -154,7 +154,7 @@ def test_text_files(tmp_path: Path) -> None:
         "a.txt": "w5 w6\n\nw7\n",
         "a.tsv": "text\tlabel\nw5 w6\t1\nw7\t0\n",
         "b.tsv": "w5 w6\nw7\n",
-        "a.jsonl": '{"text": "w5 w6", "label": 1}\n{"input_ids": [7]}\n',
+        "a.jsonl": '{"text": "w5 w6", "label": 1}\n{"input_ids": [7], "text": null}\n',
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)

@@ -97,7 +97,7 @@ def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError(f"line {at + 1} is no object")
-        yield row
+        yield {name: value for name, value in row.items() if value is not None or name == "label"}
 
 
 def _example(
