@@ -173,6 +173,7 @@ def test_text_files(tmp_path: Path) -> None:
         ("a.tsv", "w5\tgood\n", "label 'good' is no class id"),
         ("a.jsonl", '{"text": "w5", "label": 0.7}\n', "label 0.7 is no class id"),
         ("a.jsonl", '{"text": "w5", "label": [0.1, 0.9]}\n', "label .0.1, 0.9. is no class id"),
+        ("a.jsonl", '{"text": ["w5", "w6"]}\n', "text is .'w5', 'w6'., expected a text"),
         ("a.jsonl", "[1]\n", "line 1 is no object"),
         ("a.jsonl", "{\n", "cannot be read"),
         ("a.jsonl", '{"audio": "a.wav"}\n', "does not turn sound into inputs"),

@@ -113,6 +113,8 @@ def _example(
         given |= heard
     if "image" in named:
         given |= _inputs.see(chain, bundle, [folder / str(named["image"])])
+    if wrong := [name for name in ("text", "pair") if isinstance(row.get(name), list | dict)]:
+        raise InputError(f"{wrong[0]} is {row[wrong[0]]!r}, expected a text", hint="a line for each example")
     if "text" in row:
         pairs = [str(row["pair"])] if "pair" in row else []
         sizes = _inputs.sizes(chain, {name: np.asarray(value) for name, value in given.items()})
