@@ -27,6 +27,8 @@ def read(path: str | os.PathLike[str], *, verify: bool = True) -> tuple[Manifest
         BundleError: there is no bundle; its manifest is wrong or too new; a file has an unsafe name, is a
             link, is missing, or is not what the manifest says.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise BundleError(f"a {type(path).__name__} is no path of a bundle", hint="offramp.save writes one")
     root = Path(path).resolve()
     if not root.is_dir():
         raise BundleError(f"{os.fspath(path)} is not a directory", hint="offramp.save writes a bundle")

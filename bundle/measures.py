@@ -41,6 +41,11 @@ class Measure:
         return self.surer is not None
 
     @property
+    def of_classes(self) -> bool:
+        """Whether its source has a number for each class."""
+        return self.source in ("logits", "short head", "screened head")
+
+    @property
     def bounded(self) -> bool:
         """Whether it goes from 0, unsure, to 1."""
         return self.surer == "greater"

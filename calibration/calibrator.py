@@ -133,7 +133,7 @@ def calibrate(
     asked = Asked(chain, keep, confidence, judged, options)
     chosen, budgets = _exits(asked, stack, measure, width, others), _budgets(width)
     if quality is None and chain.generates is None:
-        classes_of(chain, examples.labels)
+        classes_of(chain, examples)
     fitting, testing = examples.split(seed)
     policy: Policy = Never()
     found: dict[str, Any] = {"reason": asked.too_few(fitting, testing)}

@@ -73,7 +73,8 @@ def read(chain: Chain, data: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
                 f"data has a {type(batch).__name__}; a mapping of arrays by input name is needed, or several",
                 hint="{" + ", ".join(f"{name!r}: ..." for name in chain.inputs) + f", {LABELS!r}: ...}}",
             )
-        if LABELS in batch and not hasattr(batch[LABELS], "__len__"):
+        batch = {name: value for name, value in batch.items() if value is not None or name == LABELS}
+        if LABELS in batch and not np.iterable(batch[LABELS]):
             raise InputError(f"the labels are {batch[LABELS]!r}; one for each row is needed", hint="or leave them out")
         rows = _rows(chain, {name: value for name, value in batch.items() if name != LABELS})
         if LABELS in batch and len(batch[LABELS]) != len(rows):
@@ -102,8 +103,8 @@ def _rows(chain: Chain, batch: Mapping[str, Any]) -> list[Example]:
 
 
 def _count(chain: Chain, name: str, value: Any) -> int:
-    if name == chain.generates:
-        return len(value)
+    if name == chain.generates and np.iterable(value):
+        return len([*value])
     axis, factor = chain.rows_of(name) or (0, 1)
     try:
         shape = np.shape(value)
@@ -118,10 +119,20 @@ def _count(chain: Chain, name: str, value: Any) -> int:
 
 def _row(chain: Chain, name: str, value: Any, row: int) -> Any:
     if name == chain.generates:
-        return [np.asarray(value[row], np.int64)]
+        return [_array(name, value[row], "int64")]
     axis, factor = chain.rows_of(name) or (None, 1)
-    array = np.asarray(value, chain.inputs[name].dtype if not isinstance(value, np.ndarray) else None)
+    array = value if isinstance(value, np.ndarray) else _array(name, value, chain.inputs[name].dtype)
     return array if axis is None else array.take(range(row * factor, (row + 1) * factor), axis)
+
+
+def _array(name: str, value: Any, dtype: str) -> NDArray[Any]:
+    """Lists and numbers in the dtype of an input; what would lose something by that is left for a run to refuse."""
+    try:
+        found = np.asarray(value)
+        exact = not found.size or np.can_cast(found.dtype, dtype, "same_kind")
+        return np.asarray(value, dtype) if exact else found
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{name!r} has a row that cannot be an array of {dtype}: {error}") from error
 
 
 def together(chain: Chain, examples: Sequence[Example]) -> Iterator[tuple[list[int], Example]]:

@@ -9,10 +9,13 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.bundle.measures import measure_named
+from offramp.calibration.examples import Examples
 from offramp.errors import InputError
 from offramp.runtime import Chain
 
 IGNORED = -100  # the label of a place that does not count, as in training
+_OWN = "offramp.calibrate(..., quality=function of answer and reference)"
 Quality: TypeAlias = Callable[[Any, Any], float]
 """``(answer, reference) -> [0, 1]``: a row's logits (where there are none and several outputs, a mapping of these), or
 the token ids of a generation; and its label, or where there are no labels the answer at full depth."""
@@ -94,8 +97,7 @@ def answers_of(chain: Chain) -> str:
         return names[0]
     raise InputError(
         f"which of the outputs {names} is the answer?",
-        hint="offramp.calibrate(..., quality=function of answer and reference), where an answer is a mapping of them; "
-        'or a model with the output "logits"',
+        hint=f'{_OWN}, where an answer is a mapping of them; or a model with the output "logits"',
     )
 
 
@@ -116,24 +118,51 @@ def by_row(chain: Chain, outputs: Mapping[str, NDArray[Any]]) -> list[Any]:
     return [{name: each[row if places[name] else 0] for name, each in parts.items()} for row in range(rows)]
 
 
-def classes_of(chain: Chain, labels: Sequence[Any] | None) -> None:
-    """Check that `same_class` makes sense: the answer's last axis has places for classes.
+def classes_of(chain: Chain, examples: Examples) -> None:
+    """Check that `same_class` makes sense: the answer's last axis has places for classes, and labels are ids of these.
 
-    Logits and an output without a name have them; of another (an embedding) labels that are class ids say so.
+    Logits have such places, and what exits score as classes; of another output (an embedding) labels that are class ids
+    say so.
 
     Raises:
-        InputError: it has not.
+        InputError: it has not, or labels are others.
     """
-    name = answers_of(chain)
+    name, labels = answers_of(chain), [np.asarray(label) for label in examples.labels or ()]
     value = chain.outputs[name]
-    named = "logits" in name or name == "output" or (labels is not None and np.asarray(labels[0]).dtype.kind != "f")
-    if named and value.shape and not (isinstance(value.shape[-1], int) and value.shape[-1] < 2):
-        return
-    what, more = ("has no classes", "") if named else ("is not said to have classes", "; or labels that are class ids")
-    raise InputError(
-        f"the output {name!r} ({value}) {what}, so what a good answer is has to be said",
-        hint=f"offramp.calibrate(..., quality=function of answer and reference){more}",
-    )
+    scores = {score for stack in chain.stacks.values() for exit_ in stack.exits for score in exit_.scores}
+    named = "logits" in name or any(measure_named(score).of_classes for score in scores)
+    named = named or (bool(labels) and labels[0].dtype.kind != "f")
+    if not named or not value.shape or (isinstance(value.shape[-1], int) and value.shape[-1] < 2):
+        raise InputError(
+            f"the output {name!r} ({value}) {'has no' if named else 'is not said to have'} classes, so what a good "
+            "answer is has to be said",
+            hint=_OWN if named else f"{_OWN}; or labels that are class ids",
+        )
+    axes = len(value.shape) - (chain.rows_of(name) is not None)
+    for label in labels:
+        if label.dtype.kind == "f" and label.ndim == axes and label.shape[-1] == value.shape[-1]:
+            raise InputError(
+                f"a label is {short(label)}, a number for each class; an answer is compared by its greatest alone",
+                hint=f"class ids; or, of a regression or of classes that do not exclude each other, {_OWN}",
+            )
+    if (copied := _copied(examples.inputs, labels)) is not None:
+        raise InputError(
+            f"each label is what {copied!r} has at the same place, so there is nothing to predict",
+            hint=f"where a model predicts the next token, the one that follows, and {IGNORED} at the end; or {_OWN}",
+        )
+
+
+def _copied(inputs: Sequence[Mapping[str, Any]], labels: Sequence[NDArray[Any]]) -> str | None:
+    """The input that labels of each place repeat wherever they count; None where there is none."""
+    places = [label.ravel() for label in labels if label.ndim]
+    if len(places) < len(inputs) or np.setdiff1d(np.concatenate(places), IGNORED).size < 2:
+        return None
+
+    def same(name: str) -> bool:
+        pairs = [(label, np.ravel(given.get(name, ()))) for label, given in zip(places, inputs, strict=True)]
+        return all(label.size == ids.size and ((label == ids) | (label == IGNORED)).all() for label, ids in pairs)
+
+    return next(filter(same, inputs[0]), None)
 
 
 def graded(quality: Quality, answer: Any, reference: Any) -> float:

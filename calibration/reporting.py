@@ -179,7 +179,7 @@ def report(
     tokens = chain.generates is not None
     examples = read(chain, data)
     if judge and not tokens and quality is None:
-        classes_of(chain, examples.labels)
+        classes_of(chain, examples)
     wide = next((item.stack for item in chain.manifest.learners.values()), None)
     alone = wide if stack is None and not scored(chain) else None
     left = chain.stacks[alone] if alone else stack_of(chain, stack)

@@ -16,7 +16,7 @@ from offramp.passes.acm.rows import by_row
 from offramp.passes.acm.units import ranked, reorder
 from offramp.passes.infra.contract import Pass, PassResult, numbers, stack_named
 from offramp.passes.infra.editor import Editor
-from offramp.program.analysis.sites import KINDS, Site, attentions, computed_apart, find_sites
+from offramp.program.analysis.sites import KINDS, Site, attentions, find_sites, unmatched
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.compare import TOLERANCE, relative_error
 from offramp.program.graph import aten, shape, source
@@ -78,7 +78,7 @@ class InsertAcm(Pass):
         unknown = [kind for kind in self._named if not isinstance(kind, str) or kind not in _SITES]
         if unknown or not self._named:
             raise SpecError(f"sites={'|'.join(map(str, unknown)) or '()'}: there are {', '.join(_SITES)}")
-        for block, found in self._found(program, name):
+        for block, found, _ in self._found(program, name):
             for site in found:
                 self._fits(program.axes, site, f"the {_word(site)} of block {block} of stack {name!r}")
 
@@ -99,8 +99,8 @@ class InsertAcm(Pass):
         if self.least == 0 and not site.residual:
             raise SpecError(f"least=0: no residual goes around {where}", hint="least=1")
 
-    def _found(self, program: Program, stack: str) -> Iterator[tuple[int, list[Site]]]:
-        """The sites of each block that are named and have no learners yet.
+    def _found(self, program: Program, stack: str) -> Iterator[tuple[int, list[Site], list[str]]]:
+        """The sites of each block that are named and have no learners yet, and why other products are no MLP.
 
         Raises:
             SpecError: a block is not there, or has no such site; the message says what is there.
@@ -112,16 +112,13 @@ class InsertAcm(Pass):
         for block in blocks:
             own = program.own_nodes(program.stacks[stack], block - 1)
             every = find_sites(own, mixing)
+            state = program.nodes[program.stacks[stack].cuts[block - 1]]
+            others = [_why(*pair) for pair in unmatched(own, state, every)] if "mlp" in self._named else []
             whole = [site for site in every if not site.split]
             known = [site.rstrip("0123456789") for site in _known(program, stack, block)]
             for name in self._named:
                 if not {site.kind for site in whole}.union(known).intersection(_SITES[name]):
-                    apart = computed_apart(own) if name == "mlp" else None
-                    why = (
-                        f"{apart} ({source(apart)}) meets hidden units and is computed apart from them; "
-                        if apart
-                        else ""
-                    )
+                    why = "".join(f"{text}; " for text in others[-1:] if name == "mlp")
                     raise SpecError(
                         f"block {block} of stack {stack!r} has no {'MLP' if name == 'mlp' else name}: "
                         f"{', '.join(site.kind for site in every) or 'no products'}",
@@ -129,16 +126,17 @@ class InsertAcm(Pass):
                         "(weight norm) have to be merged into the weights first; `offramp inspect` shows what is there",
                     )
             kinds = {kind for name in self._named for kind in _SITES[name]}
-            yield block, [site for site in whole if site.kind in kinds]
+            yield block, [site for site in whole if site.kind in kinds], others
 
     def run(self, program: Program) -> PassResult:
         """Split the sites that are whole."""
         name = stack_named(program, self.stack)
-        found = dict(self._found(program, name))
-        examples = self._examples(program, [site for sites in found.values() for site in sites])
+        found = list(self._found(program, name))
+        examples = self._examples(program, [site for _, sites, _ in found for site in sites])
         editor, copies = Editor(program, repr(self)), dict[Any, fx.Node]()
         added, notes = list[Learners](), list[str]()
-        for block, sites in found.items():
+        for block, sites, others in found:
+            notes += [f"block {block} of stack {name!r} has products that are no MLP: {text}" for text in others]
             known = Counter(site.rstrip("0123456789") for site in _known(program, name, block))
             if not sites:
                 notes.append(f"block {block} of stack {name!r} has learners already")
@@ -231,6 +229,14 @@ def _known(program: Program, stack: str, block: int) -> list[str]:
 
 def _weights(site: Site) -> tuple[str, ...]:
     return tuple(str(item.weight.target) for item in site.products)
+
+
+def _why(last: fx.Node, between: fx.Node | None) -> str:
+    """Why a product makes no MLP with those whose values it reads."""
+    if between is None:
+        return f"nothing changes what {last} ({source(last)}) reads of another product one by one"
+    where = f"{last} ({source(last)})"
+    return f"{between} ({source(between)}) meets hidden units of {where} and does not change them one by one"
 
 
 def _word(site: Site) -> str:

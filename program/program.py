@@ -336,6 +336,6 @@ def as_program(given: Any) -> Program:
     if not isinstance(given, Program):
         raise SpecError(
             f"a {type(given).__name__} is no program",
-            hint="offramp.capture(module, example_inputs) makes one of a model",
+            hint="offramp.apply(offramp.capture(module, example_inputs), passes)",
         )
     return given

@@ -20,7 +20,7 @@ from offramp.bundle.options import Sampling
 from offramp.bundle.precision import against_fp32
 from offramp.errors import InputError
 from offramp.runtime.engine import widths
-from offramp.runtime.engine.inputs import Inputs
+from offramp.runtime.engine.inputs import Inputs, present
 from offramp.runtime.engine.sessions import Providers
 from offramp.runtime.generation.beams import search
 from offramp.runtime.generation.cache_memory import fresh
@@ -119,7 +119,7 @@ class Chain:
         Args:
             inputs: Arrays by name, as in ``self.inputs``; Python lists are converted. Inputs that ``insert-cache`` made
                 part of the graph (``manifest.cache.implied``: padding masks, positions) may be given as they are made
-                there: nothing is padding.
+                there: nothing is padding. None is as if it were left out.
             policy: Who decides which rows leave where: a policy, a function of a `State` that returns bool
                 [rows], or None for ``self.policy``.
 
@@ -130,6 +130,7 @@ class Chain:
         """
         policy, width = self._asked(policy)
         refuse(policy, "run() generates nothing")
+        inputs = present(self.manifest, inputs)
         arrays, batch, sizes = self._inputs.check(completed(self.manifest, inputs))
         arrays |= {**fresh(self.manifest, arrays, batch), **width}
         engine = self._loader.loaded(self._leaves(policy)).engine
@@ -272,6 +273,7 @@ class Chain:
         plan = self._loader.loaded(self._leaves(policy)).plan
         assert plan is not None
         policy, drafts = in_last(policy, plan.stacks[-1])
+        inputs = present(self.manifest, inputs)
         prompts = plan.prompts(inputs)
         sampling = (
             Sampling()

@@ -61,6 +61,8 @@ def test_the_directory_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
 def test_no_bundle(tmp_path: Path, root: Path) -> None:
     assert "is not a directory" in _refused(tmp_path / "nothing")
     assert "is not a directory" in _refused(root / "tail.onnx")
+    nothing: Any = None
+    assert "a NoneType is no path of a bundle" in _refused(nothing)
     (tmp_path / "empty").mkdir()
     assert "manifest.json is missing" in _refused(tmp_path / "empty")
 

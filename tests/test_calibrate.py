@@ -235,6 +235,7 @@ def test_the_fingerprint_is_of_the_examples_not_of_their_batches(root: Path) -> 
     chain, all_ = offramp.load(root), ids(10)
     whole = read(chain, {"ids": all_})
     parts = read(chain, [{"ids": all_[:3]}, {"ids": all_[3:].tolist()}])
+    assert read(chain, {"ids": all_, "token_type_ids": None}).sha256 == whole.sha256
     labelled = read(chain, {"ids": all_, "labels": np.arange(10)})
     assert len(whole) == len(parts) == 10
     assert whole.sha256 == parts.sha256
@@ -279,6 +280,9 @@ def test_wherever_rows_lie(layout: str, tmp_path: Path) -> None:
         ({"ids": ids(99), "labels": [-100] * 99}, {}, "-100 everywhere, which counts nowhere"),
         ({"ids": ids(99), "labels": None}, {}, "the labels are None; one for each row"),
         ({"ids": ids(99), "labels": 3}, {}, "the labels are 3; one for each row"),
+        ({"ids": ids(99), "labels": np.array(3)}, {}, r"the labels are array\(3\); one for each row"),
+        ({"ids": [["a", "b"]]}, {}, "'ids' is <U1, expected int64"),
+        ({"ids": [[0.5, 1.0]]}, {}, "'ids' is float64, expected int64"),
         (ids(99), {}, r"data has a ndarray; a mapping .*\n  try: \{'ids': ..., 'labels': ...\}"),
         (None, {}, "data has a NoneType"),
         ({"ids": [[1, 2], [3]]}, {}, "'ids' has rows of different lengths"),
@@ -391,6 +395,15 @@ def test_one_token_leaves_early_behind_a_prompt_of_one(talker: Chain) -> None:
     data = {"input_ids": [prompt[:1] for prompt in prompts(80)]}
     found = offramp.calibrate(talker, data, keep=0.5, max_new_tokens=1, quality=lambda *_: 1.0, measure="margin")
     assert found.record["settings"]["passed"] == found.record["settings"]["of"] > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [("abc", "not rows of whole numbers"), ([1, [2]], "has a row that cannot be an array"), ([0.5], "whole numbers")],
+)
+def test_prompts_that_are_no_token_ids(talker: Chain, prompt: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"'input_ids' .*{said}"):
+        offramp.calibrate(talker, {"input_ids": [prompt]}, max_new_tokens=2)
 
 
 def test_texts_are_greedy(talker: Chain) -> None:

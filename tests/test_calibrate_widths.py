@@ -451,3 +451,48 @@ def test_an_embedding_is_not_judged_by_its_greatest_number(tmp_path: Path) -> No
         judge(chain, texts(4) | {"labels": np.arange(4)}, quality=lambda answer, reference: 1.0)
         with pytest.raises(InputError, match="0 to 15"):
             judge(chain, texts(4) | {"labels": np.full(4, 16)})
+
+
+class _Unnamed(_Pooled):
+    """Its answer has no name."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return super().forward(input_ids, attention_mask)["pooled"]
+
+
+def test_an_output_without_a_name_has_classes_where_exits_score_them_or_labels_are_some(tmp_path: Path) -> None:
+    program = capture(tiny.seeded(_Unnamed), tiny.text())
+    offramp.save(apply(program, "insert-exits{after=1},insert-scores{measure=cosine}"), tmp_path / "states")
+    offramp.save(apply(program, "insert-exits{after=1},insert-scores{measure=top1}"), tmp_path / "classes")
+    for judge in (offramp.calibrate, report):
+        states, classes = offramp.load(tmp_path / "states"), offramp.load(tmp_path / "classes")
+        with pytest.raises(InputError, match=r"'output' .* is not said to have classes"):
+            judge(states, texts(4))
+        judge(states, texts(4) | {"labels": states.run(texts(4)).outputs["output"].argmax(1)})
+        judge(classes, texts(4))
+
+
+class _Tagger(tiny.Encoder):
+    """Its answers are logits of each token."""
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.run(self.embed(input_ids), attention_mask.bool()[:, None, None])}
+
+
+def test_labels_that_are_no_classes_of_the_places(tmp_path: Path) -> None:
+    """Numbers for each class are a regression's, and what an input repeats was not shifted to the next token."""
+    program = capture(tiny.seeded(_Tagger), tiny.text())
+    offramp.save(apply(program, "insert-acm"), tmp_path / "m.offramp", learners="dense")
+    chain, data = offramp.load(tmp_path / "m.offramp"), texts(4)
+    data["input_ids"] %= tiny.WIDTH
+    padded = np.where(np.arange(tiny.TOKENS) < 2, -100, data["input_ids"])
+    shifted = np.concatenate([data["input_ids"][:, 1:], np.full((4, 1), -100)], 1)
+    for judge in (offramp.calibrate, report):
+        for labels in (data["input_ids"], padded):
+            with pytest.raises(InputError, match="each label is what 'input_ids' has at the same place") as caught:
+                judge(chain, data | {"labels": labels})
+            assert "predicts the next token, the one that follows, and -100 at the end" in str(caught.value.hint)
+        with pytest.raises(InputError, match=r"a label is \[.*, a number for each class") as caught:
+            judge(chain, data | {"labels": np.ones((4, tiny.TOKENS, tiny.WIDTH), np.float32)})
+        assert "of a regression" in str(caught.value.hint)
+    assert "4 examples are too few" in offramp.calibrate(chain, data | {"labels": shifted}).record["reason"]

@@ -353,6 +353,8 @@ def test_run_needs_no_torch(bundle: Path, ids: Path) -> None:
         ((), "run: 'ids' is missing"),
         (("-i", "ids"), "run: cannot read the input 'ids'"),
         (("-i", "ids=gone.npy"), "run: input 'ids': gone.npy cannot be read"),
+        (("-i", "ids=SEVERAL"), "several.npz has several arrays"),
+        (("-i", "ids=IDS", "-o", "IDS"), "cannot be written"),
         (("-t", "a text"), "has no tokenizer.json"),
         (("--policy", "patience:x"), "'x' is no number"),
         (("--provider", "NoSuchProvider"), "no provider NoSuchProvider"),
@@ -360,9 +362,11 @@ def test_run_needs_no_torch(bundle: Path, ids: Path) -> None:
     ],
 )
 def test_run_refuses(
-    argv: tuple[str, ...], said: str, bundle: Path, ids: Path, capsys: pytest.CaptureFixture[str]
+    argv: tuple[str, ...], said: str, bundle: Path, ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert said in refused(capsys, "run", bundle, *(item.replace("IDS", str(ids)) for item in argv))
+    np.savez(tmp_path / "several.npz", ids=np.load(ids), more=np.load(ids))
+    given = [item.replace("IDS", str(ids)).replace("SEVERAL", str(tmp_path / "several.npz")) for item in argv]
+    assert said in refused(capsys, "run", bundle, *given)
 
 
 def test_run_of_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -154,7 +154,7 @@ def test_text_files(tmp_path: Path) -> None:
         "a.txt": "w5 w6\n\nw7\n",
         "a.tsv": "text\tlabel\nw5 w6\t1\nw7\t0\n",
         "b.tsv": "w5 w6\nw7\n",
-        "a.jsonl": '{"text": "w5 w6", "label": 1}\n{"input_ids": [7]}\n',
+        "a.jsonl": '{"text": "w5 w6", "label": 1}\n{"input_ids": [7], "text": null}\n',
     }
     for name, content in contents.items():
         (tmp_path / name).write_text(content)
@@ -171,6 +171,9 @@ def test_text_files(tmp_path: Path) -> None:
     [
         ("a.tsv", "one\t1\t2\n", "line 1 has 3 columns"),
         ("a.tsv", "w5\tgood\n", "label 'good' is no class id"),
+        ("a.jsonl", '{"text": "w5", "label": 0.7}\n', "label 0.7 is no class id"),
+        ("a.jsonl", '{"text": "w5", "label": [0.1, 0.9]}\n', "label .0.1, 0.9. is no class id"),
+        ("a.jsonl", '{"text": ["w5", "w6"]}\n', "text is .'w5', 'w6'., expected a text"),
         ("a.jsonl", "[1]\n", "line 1 is no object"),
         ("a.jsonl", "{\n", "cannot be read"),
         ("a.jsonl", '{"audio": "a.wav"}\n', "does not turn sound into inputs"),

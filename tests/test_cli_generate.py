@@ -304,6 +304,7 @@ def test_run_once_is_one_pass(writer: Path, tmp_path: Path, capsys: pytest.Captu
         (("-t", "a", "--once", "--raw", "--top-k", "3"), "--top-k, --raw: with --once nothing is generated"),
         (("-t", "a", "--temperature", "-1"), "temperature is -1.0, expected 0 (greedy) or a positive number"),
         (("-t", "a", "--max-new-tokens", "100"), "try: max_new_tokens=64"),
+        (("-i", "input_ids=NUMBER"), "'input_ids' has to be rows of token ids"),
         (("--audio", "x.wav"), "does not turn sound into inputs"),
         (("-t", "a", "--policy", "depth:3"), "has no exit after 3 blocks"),
     ],
@@ -312,7 +313,9 @@ def test_run_refuses_to_generate(
     argv: tuple[str, ...], said: str, writer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     raw = copied(writer, tmp_path / "raw.offramp", template="{text}")
-    assert said in refused(capsys, "run", raw, *argv)
+    np.save(tmp_path / "number.npy", np.int64(1))
+    given = [item.replace("NUMBER", str(tmp_path / "number.npy")) for item in argv]
+    assert said in refused(capsys, "run", raw, *given)
 
 
 def test_run_of_a_bundle_without_caches_refuses_what_is_about_generation(

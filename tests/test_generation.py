@@ -903,6 +903,10 @@ def test_the_bundles_own_prompt_and_way_of_choosing(bundles: Get) -> None:
     options: dict[str, Any] = {"stop": [1], "suppress_first": [2], "max_new_tokens": 7}
     expected = made.chain.generate({**around, "input_ids": [[2, 0]] * 3}, **options).tokens
     assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+    with pytest.raises(InputError, match="the batch is empty: 'source_ids' has no rows"):
+        chain.generate({key: value[:0] for key, value in around.items()})
+    with pytest.raises(InputError, match=r"^axis 0 of 'source_mask' has 3 places; batch is 2 .*\n  .this bundle takes"):
+        chain.generate({**around, "source_ids": around["source_ids"][:2]})
 
 
 def test_hidden_states_whose_rows_lie_elsewhere(bundles: Get) -> None:

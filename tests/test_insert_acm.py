@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -454,6 +455,43 @@ def test_what_hidden_units_meet_is_named_where_it_is_computed_apart(gated: bool,
 
     with pytest.raises(SpecError, match=f"(?s)has no MLP: query, kv, output.*{reason}"):
         apply(capture(tiny.seeded(make), tiny.text(), dynamic={}), "insert-acm")
+
+
+class _Beside(nn.Module):
+    """An MLP, and another one beside it that changes its hidden units in another way."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(tiny.WIDTH, 24), nn.GELU(), nn.Linear(24, tiny.WIDTH))
+        self.other = nn.Sequential(nn.Linear(tiny.WIDTH, 20), between, nn.Linear(20, tiny.WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.mlp(x) + self.other(x))
+
+
+@pytest.mark.parametrize(
+    ("between", "reason"),
+    [
+        (nn.LayerNorm(20), r"layer_norm\w* \(blocks.0.mlp.other.1 \(LayerNorm\), .* meets hidden units of linear\w* "),
+        (
+            nn.Identity(),
+            r"nothing changes what linear\w* \(blocks.0.mlp.other.2 .* reads of another product one by one",
+        ),
+        (nn.GELU(), None),
+    ],
+)
+def test_an_mlp_beside_one_that_has_learners_is_noted(between: nn.Module, reason: str | None) -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        for block in module.blocks:
+            block.mlp = _Beside(between)
+        return module
+
+    result = offramp.InsertAcm(blocks=1).run(capture(tiny.seeded(make), tiny.text()))
+    assert [item.site for item in result.program.learners] == (["mlp"] if reason else ["mlp", "mlp2"])
+    assert len(result.notes) == (reason is not None)
+    for note in result.notes:
+        assert re.match(f"block 1 of stack 'encoder' has products that are no MLP: {reason}", note)
 
 
 def test_a_block_without_an_mlp() -> None:

@@ -24,6 +24,7 @@ from offramp import cli, models
 from offramp.check import check
 from offramp.cli import _data, _text
 from offramp.errors import PretrainedModelError
+from offramp.pretrained import settings as directory_settings
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
 WORDS = [*SPECIAL, *"hello world a good movie this is test of longer text".split()]  # noqa: SIM905
@@ -101,6 +102,24 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     model = seeded(transformers.GPT2ForSequenceClassification, config)
     return saved(tmp_path_factory.mktemp("judge") / "judge", model, tokenizer(pad_token="</s>"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names", "found"),
+    [
+        (None, ["bad", "good"], {"logits": ["bad", "good"]}),
+        ("single_label_classification", ["bad", "good"], {"logits": ["bad", "good"]}),
+        ("multi_label_classification", ["loud", "long"], {}),
+        ("regression", ["price", "size"], {}),
+        (None, ["price"], {}),
+    ],
+)
+def test_only_classes_that_exclude_each_other_have_names(kind: Any, names: list[str], found: Any) -> None:
+    sizes = {"n_layer": 1, "n_embd": 8, "n_head": 1, "vocab_size": 5, "n_positions": 4, "pad_token_id": 0}
+    labels = {"id2label": dict(enumerate(names)), "label2id": {name: at for at, name in enumerate(names)}}
+    config = transformers.GPT2Config(**sizes, **labels, problem_type=kind)
+    model = transformers.GPT2ForSequenceClassification(config).eval()
+    assert directory_settings._labels(model, {"input_ids": torch.tensor([[1, 2]])}) == found
 
 
 def bundle_of(directory: Path) -> Path:

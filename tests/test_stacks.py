@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from offramp.errors import StructureError
 from offramp.passes import Truncate
 from offramp.program import Program, capture
+from offramp.program.analysis import stacks
+from offramp.program.analysis.attention_search import attention_sites
 from offramp.program.graph import results
 from offramp.program.program import evaluate
 
@@ -494,6 +496,32 @@ def test_where_the_head_reads_the_states_between_blocks_the_reason_names_it(make
     with pytest.raises(StructureError, match=reason) as caught:
         program.require_stacks()
     assert "the state behind the last block alone" in str(caught.value.hint)
+
+
+class LongHead(Encoder):
+    """Behind the last block come many steps, then the state behind the first one is read."""
+
+    def run(self, x: Tensor, mask: Tensor) -> Tensor:
+        first = x = self.blocks[0](x, mask)
+        for block in self.blocks[1:]:
+            x = block(x, mask)
+        for _ in range(20):
+            x = torch.tanh(x)
+        return x + first
+
+
+def test_the_reason_is_found_without_a_search_for_each_step_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, searches = capture(tiny.seeded(LongHead), tiny.text(), dynamic={}), list[Any]()
+
+    def counted(*args: Any) -> list[stacks.Found]:
+        searches.append(args)
+        return find(*args)
+
+    find = stacks.find_stacks
+    monkeypatch.setattr(stacks, "find_stacks", counted)
+    reason, _ = stacks.why_none(program.graph, attention_sites(program.graph))
+    assert reason.startswith("no stack: 4 blocks repeat, but the model's head reads states between them, first in add")
+    assert len(searches) <= 6
 
 
 # Blocks and tails

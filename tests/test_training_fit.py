@@ -473,8 +473,14 @@ def test_weights_go_through_a_file(tmp_path: Path) -> None:
 
 
 def test_what_is_no_program_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"a Talker is no program\n  try: offramp.apply"):
-        fit(tiny.Talker(), batches(), SelfDistillation())  # type: ignore[arg-type]
+    module: Any = tiny.Talker()
+    for call in (
+        lambda: fit(module, batches(), SelfDistillation()),
+        lambda: save_weights(module, "unwritten"),
+        lambda: load_weights(module, "unread"),
+    ):
+        with pytest.raises(SpecError, match=r"a Talker is no program\n  try: offramp.apply"):
+            call()
 
 
 def test_sizes_that_the_program_does_not_take_are_refused() -> None:

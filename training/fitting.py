@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from offramp.errors import SpecError
-from offramp.program.program import Program
+from offramp.program.program import Program, as_program
 from offramp.training.batches import Batches, length_of, require_batches
 from offramp.training.checkpoints import Checkpoints
 from offramp.training.fit_options import check_options
@@ -85,10 +85,7 @@ def fit(
             input, say, or the program does not run on it, or nothing that is trained changes the loss.
         TrainingError: a loss or a gradient is not finite; the last checkpoint is kept.
     """
-    if not isinstance(program, Program):
-        raise SpecError(
-            f"a {type(program).__name__} is no program", hint="offramp.apply(offramp.capture(module, inputs), passes)"
-        )
+    as_program(program)
     require_objective(objective)
     require_batches(batches)
     check_options(

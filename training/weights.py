@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from offramp.errors import SpecError
 from offramp.program.learners import WEIGHTS
-from offramp.program.program import Program
+from offramp.program.program import Program, as_program
 
 
 def added(program: Program) -> dict[str, torch.nn.Parameter]:
@@ -35,8 +35,10 @@ def save_weights(
     """Write a program's weights as safetensors: those that passes have added, or all; floats as ``dtype``.
 
     Raises:
-        SpecError: there are no such weights, ``which`` or ``dtype`` is something else, or the file cannot be written.
+        SpecError: there are no such weights, the program, ``which`` or ``dtype`` is something else, or the file cannot
+            be written.
     """
+    as_program(program)
     if which not in ("added", "all"):
         raise SpecError(f"which={which!r}: there are added and all")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -65,6 +67,7 @@ def load_weights(program: Program, path: str | os.PathLike[str], *, part: bool =
         SpecError: the file cannot be read, or holds weights that the program does not have in that shape; no weight
             is changed then.
     """
+    as_program(program)
     try:
         stored = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -164,16 +164,28 @@ def mlp(last: fx.Node) -> Site | None:
     return _mlp(products[last], products) if last in products else None
 
 
-def computed_apart(block: Sequence[fx.Node]) -> fx.Node | None:
-    """What meets hidden units of a block and is not made as they are: why products are no MLP; None if nothing does."""
+def unmatched(
+    block: Sequence[fx.Node], state: fx.Node, sites: Sequence[Site]
+) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """Products of a block that read hidden units of others and make no MLP with them, the sites being all it has.
+
+    With each comes what meets the units and does not change them one by one, or reads them beside the product; None
+    where nothing does. ``state`` is what enters the block: what reads that is no last product of an MLP.
+    """
     products = _products(block)
-    for item in reversed(products.values()):
-        first, _, odd = _reached(item, products)
+    left = products.keys() - {item.node for site in sites for item in site.products}
+    for item in (products[node] for node in products if node in left):
+        first, inner, odd = _reached(item, products)
+        if state in (*inner, *odd):
+            continue
         first.sort(key=lambda each: (-numel(each.data), block.index(each.node)))
         odd += [each.node for each in first if each.data is not first[0].data or each.units != item.features]
-        if odd and any(each.units == item.features for each in first):
-            return odd[0]
-    return None
+        seen = {node: ancestors([node], stop=products) for node in odd}
+        mixing = [node for node, made_of in seen.items() if state not in made_of and not left.isdisjoint(made_of)]
+        if mixing or any(each.node in left and each.units == item.features for each in first):
+            inside = {item.node, *inner, *(each.node for each in first)}
+            others = [user for node in inside - {item.node} for user in node.users if user not in inside]
+            yield item.node, next(iter([*odd, *others]), None)
 
 
 def block_flops(block: Sequence[fx.Node], mixing: Sequence[AttentionSite]) -> int:

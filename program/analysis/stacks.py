@@ -236,15 +236,16 @@ def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]
 def _read_between(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[int, fx.Node] | None:
     """How many blocks repeat up to some value behind the last attention, and the first that reads earlier ones too."""
     behind = dependents([sites[-1].weights], graph)
-    deepest, own = list[list[fx.Node]](), set[fx.Node]()
-    for node in (node for node in graph.nodes if node in behind):
-        found = find_stacks(graph, sites, [node])
-        blocks = max((stack.blocks for stack in found), key=len, default=[])
-        if len(blocks) < len(deepest):
-            break  # it reads the others' states
-        if len(blocks) > len(deepest):
-            deepest, own = blocks, read_by([node])
-    inside = {node for block in deepest[:-1] for node in block}
-    readers = (node for node in graph.nodes if node not in own and not inside.isdisjoint(data_inputs(node)))
-    reader = next(readers, None)
-    return None if reader is None else (len(deepest), reader)
+    earlier = dependents([site.weights for site in sites], graph) - behind
+
+    def blocks(node: fx.Node) -> list[list[fx.Node]]:
+        return max((stack.blocks for stack in find_stacks(graph, sites, [node])), key=len, default=[])
+
+    for node in (node for node in graph.nodes if node in behind and not earlier.isdisjoint(data_inputs(node))):
+        for last in behind.intersection(data_inputs(node)):
+            deepest, own = blocks(last), read_by([last])
+            if len(blocks(node)) < len(deepest):
+                inside = {node for block in deepest[:-1] for node in block}
+                readers = (node for node in graph.nodes if node not in own and not inside.isdisjoint(data_inputs(node)))
+                return len(deepest), next(readers, node)
+    return None

@@ -47,6 +47,15 @@ def placeholders_of(manifest: Manifest, name: str) -> tuple[int, ...]:
     return tuple(item.token for item in manifest.placeholders if item.input == name)
 
 
+def present(manifest: Manifest, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is given, without None for what may be left out: a tokenizer may say so of what it does not make."""
+    if not isinstance(given, Mapping):
+        return given
+    settings = manifest.preprocessing.image_text
+    needed = set(manifest.inputs) - set(settings.inputs if settings else ())  # None is left to `Inputs` to refuse
+    return {name: value for name, value in given.items() if value is not None or name in needed}
+
+
 class Inputs:
     """The inputs that a bundle takes.
 
@@ -80,7 +89,7 @@ class Inputs:
         sizes: dict[str, int] = {}
         for name, axis, size in self._dims:
             unknown = names(size) - sizes.keys()
-            found = [] if name in self._over_text or name not in given else _shape(given[name])
+            found = [] if name in self._over_text or name not in given else shape_of(given[name])
             if len(unknown) == 1 and axis < len(found):
                 (new,) = unknown
                 sizes[new] = solve(size, new, found[axis], sizes) or 0
@@ -93,7 +102,7 @@ class Inputs:
             return given
         found = dict(given)
         for name, filler in self._over_text.items():
-            if len(_shape(given.get(name, ()))) != 2:
+            if len(shape_of(given.get(name, ()))) != 2:
                 continue
             value = self._values.get(name)
             array = np.asarray(given[name]) if value is None else _array(name, value, given[name])
@@ -174,7 +183,7 @@ class Inputs:
                 yield f"{axis_name} is {length} in {source[axis_name]!r}; this bundle is for {limit}"
 
 
-def _shape(given: Any) -> Sequence[int]:
+def shape_of(given: Any) -> Sequence[int]:
     """The shape of what is given, none where it is no array."""
     try:
         return tuple(np.shape(given))

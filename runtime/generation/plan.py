@@ -14,7 +14,7 @@ from offramp.bundle.manifest import FREELY, WIDTH, Manifest
 from offramp.bundle.options import Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Engine, Ran
-from offramp.runtime.engine.inputs import Ids, Inputs, placeholders_of
+from offramp.runtime.engine.inputs import Ids, Inputs, placeholders_of, shape_of
 from offramp.runtime.engine.widths import Sites
 from offramp.runtime.generation.batching import padded
 from offramp.runtime.generation.buffers import Store
@@ -167,7 +167,7 @@ class GenerationPlan:
                 raise InputError(
                     f"{name!r} is missing, and the bundle has no prompt of its own", hint=self._prompt_hint(name)
                 )
-            given = [start] * max((len(value) for value in inputs.values() if hasattr(value, "__len__")), default=1)
+            given = [start] * self._rows(inputs)
         prompts = self.known(self._implied.kept(inputs, self.rows_of_ids(given)))
         if not prompts or any(row.size == 0 for row in prompts):
             raise InputError(f"{name!r}: every row needs at least one token")
@@ -180,6 +180,16 @@ class GenerationPlan:
         if limit is not None and longest > limit:
             raise InputError(f"the prompt has {longest} tokens; the model takes {limit}")
         return prompts
+
+    def _rows(self, inputs: Mapping[str, Any]) -> int:
+        """How many rows there are where no prompt is given: as many as the first of the other inputs has."""
+        for name in self.manifest.inputs:
+            place, shape = self.manifest.values[name].place(self.manifest.batch), shape_of(inputs.get(name, ()))
+            if name in inputs and place and place[0] < len(shape):
+                if shape[place[0]] < place[1]:
+                    raise InputError(f"the batch is empty: {name!r} has no rows")
+                return shape[place[0]] // place[1]
+        return 1
 
     def rows_of_ids(self, given: Any) -> Prompts:
         """Rows of token ids as arrays; InputError where they are none."""

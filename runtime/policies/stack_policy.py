@@ -1,4 +1,4 @@
-"""A policy at one stack in one run: which exits it is asked at, what it was told there, what it said."""
+"""A policy at one stack in one run: which exits it is asked at, what its scores were there, what it decided."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def _json(lines: list[str]) -> Iterator[dict[str, Any]]:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError(f"line {at + 1} is no object")
-        yield row
+        yield {name: value for name, value in row.items() if value is not None or name == "label"}
 
 
 def _example(
@@ -113,6 +113,8 @@ def _example(
         given |= heard
     if "image" in named:
         given |= _inputs.see(chain, bundle, [folder / str(named["image"])])
+    if wrong := [name for name in ("text", "pair") if isinstance(row.get(name), list | dict)]:
+        raise InputError(f"{wrong[0]} is {row[wrong[0]]!r}, expected a text", hint="a line for each example")
     if "text" in row:
         pairs = [str(row["pair"])] if "pair" in row else []
         sizes = _inputs.sizes(chain, {name: np.asarray(value) for name, value in given.items()})
@@ -147,15 +149,21 @@ def _label(chain: Chain, label: Any, tokenizer: Tokenizer | None) -> Any:
 
     if chain.generates is None:
         known = {name: at for names in chain.manifest.labels.values() for at, name in enumerate(names)}
-        try:
-            return np.asarray(known.get(label, label) if isinstance(label, str) else label, np.int64)
-        except (TypeError, ValueError) as error:
-            few = ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
-            raise InputError(
-                f"label {label!r} is no class id" + (f" and none of {few}" if known else ""),
-                hint="examples without labels, which are compared with the answers at full depth",
-            ) from error
-    if isinstance(label, str) and tokenizer is not None:
+        few = ", ".join([*known][:5]) + (", ..." if len(known) > 5 else "")
+        expected = "class id" + (f" and none of {few}" if known else "")
+        label = known.get(label, label) if isinstance(label, str) else label
+    elif isinstance(label, str) and tokenizer is not None:
         ids = tokenizer.encode(label, add_special_tokens=False).ids
         return np.array([*ids, *chain.manifest.generation.stop[:1]], np.int64)
-    return np.asarray(label, np.int64)
+    else:
+        expected = "text, and no token ids"
+    try:
+        found = np.asarray(int(label) if isinstance(label, str) else label)
+        if found.size and found.dtype.kind not in "iub":
+            raise TypeError(f"dtype {found.dtype}")
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"label {label!r} is no {expected}",
+            hint="examples without labels, which are compared with the answers at full depth",
+        ) from error
+    return found.astype(np.int64)

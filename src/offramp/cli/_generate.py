@@ -91,6 +91,8 @@ def wanted(chain: Chain, args: argparse.Namespace) -> bool:
 
 def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     """Generate and print."""
+    import numpy as np
+
     if args.output:
         raise InputError("--output writes the outputs of one pass, not text", hint="--once")
     if args.figure:
@@ -106,7 +108,7 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
     searches = (args.beams or chain.manifest.generation.beams or 1) > 1
     if args.show_exits:
         print(_words.legend(stack), end="")
-    sizes = [max((len(value) for value in inputs.values()), default=1) for inputs in batches]
+    sizes = [max((len([*value]) for value in inputs.values() if np.iterable(value)), default=1) for inputs in batches]
     if args.figure and sum(sizes) > 1:
         raise _learners_picture.several(sum(sizes))
     encoders: dict[str, NDArray[np.int64]] = {}

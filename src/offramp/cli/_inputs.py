@@ -50,6 +50,8 @@ def given(
             others[name] = np.load(file, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"input {name!r}: {file} cannot be read: {error}", hint="numpy.save writes one") from error
+        if not isinstance(others[name], np.ndarray):
+            raise InputError(f"input {name!r}: {file} has several arrays", hint="numpy.save writes one")
     if len(heard) > 1:
         if texts or others:
             raise _different(heard)

@@ -77,8 +77,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{_common.table(('left after', 'median ms', 'least ms', 'speed-up'), rows)}")
     if others:
         expected = chain.run(inputs, offramp.Never()).outputs
-        told = _against.differences(expected, {name: other() for name, other in others.items()})
-        print("\n" + "\n".join(told))
+        differences = _against.differences(expected, {name: other() for name, other in others.items()})
+        print("\n" + "\n".join(differences))
     parts = [(name, statistics.median(all_)) for name, all_ in segments.items()]
     print(f"\n{_common.table(('segment', 'median ms'), parts)}")
     return 0

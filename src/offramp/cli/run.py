@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offramp.cli import _common, _generate, _inputs, _results
+from offramp.errors import InputError
 
 if TYPE_CHECKING:
     from offramp.runtime import Chain, Result
@@ -64,9 +65,12 @@ def run(args: argparse.Namespace) -> int:
     parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts)]
     print(*parts, _exits(chain, results, texts), *_width(results), _trace(results), sep="\n\n")
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        for name, array in outputs.items():
-            np.save(args.output / f"{name}.npy", array)
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+            for name, array in outputs.items():
+                np.save(args.output / f"{name}.npy", array)
+        except OSError as error:
+            raise InputError(f"--output {args.output} cannot be written: {error}", hint="a directory") from error
     if args.figure and chain.manifest.learners:
         _learners_figure.write(chain, args.bundle, batches, results, args.figure)
     elif args.figure:

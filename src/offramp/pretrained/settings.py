@@ -157,11 +157,12 @@ def _started(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> own_genera
 
 
 def _labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """The names of a classifier's classes, where they are not just numbered and exclude each other."""
+    """The names of a classifier's classes, where they are not just numbered and exclude each other: no regression's."""
     config = model.config
     names = {int(place): str(name) for place, name in (getattr(config, "id2label", None) or {}).items()}
     ordinary = all(name == f"LABEL_{place}" for place, name in names.items())
-    if ordinary or sorted(names) != list(range(len(names))) or config.problem_type == "multi_label_classification":
+    exclusive = config.problem_type in (None, "single_label_classification") and len(names) > 1
+    if ordinary or sorted(names) != list(range(len(names))) or not exclusive:
         return {}
     with torch.no_grad(), unchanged(model):
         made = model(**inputs)
