@@ -30,7 +30,7 @@ from offramp.export.lowering.outline import Computation
 from offramp.export.partition import Plan
 from offramp.export.subgraph import Subgraph
 from offramp.export.translations import Translations
-from offramp.program import Program
+from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
 from offramp.program.sizes import other_sizes
@@ -185,6 +185,23 @@ def test_a_mask_of_one_row_gets_a_row_for_every_query(encoder: tiny.Captured, la
         assert expression(shape(mask)[-2]) == expression(shape(query)[-2])
         (before,) = (node for node in function.inputs if node.meta["val"].dtype == torch.bool)
         assert shape(before)[-2] == 1
+
+
+class Blind(tiny.Encoder):
+    """Padding sees nothing, by float32's lowest number, and counts in the mean."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        seen = attention_mask.bool()
+        mask = torch.zeros(1).masked_fill(~(seen[:, None, :, None] & seen[:, None, None, :]), torch.finfo().min)
+        return {"logits": self.head(self.leave(self.run(self.embed(input_ids), mask))).mean(1)}
+
+
+def test_a_query_that_sees_no_key_by_a_finite_number_gets_the_mean_of_all(tmp_path: Path) -> None:
+    model, inputs = tiny.seeded(Blind), {**tiny.text(), "attention_mask": torch.ones_like(tiny.ids())}
+    save(capture(model, inputs), tmp_path / "m.offramp")
+    inputs["attention_mask"] = tiny.padding()
+    found = load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in inputs.items()})
+    tiny.assert_same({"logits": torch.from_numpy(found.outputs["logits"])}, tiny.outputs(model, inputs))
 
 
 def test_the_order_of_inputs_does_not_matter() -> None:

@@ -18,7 +18,7 @@ from offramp.export.lowering import cached_attention, cleanup, learners, operato
 from offramp.export.lowering.axes import generic_axes
 from offramp.export.lowering.exporter import OPSET, to_onnx
 from offramp.export.lowering.layouts import cancel_layout, merge_calls, plain_reshapes, read_sizes
-from offramp.export.lowering.masks import widen_masks
+from offramp.export.lowering.masks import finite_fills, widen_masks
 from offramp.export.lowering.node_builder import Target
 from offramp.export.lowering.outline import Computation, fingerprint, outline
 from offramp.export.lowering.pipeline import GraphCheck, Step, rewrite
@@ -50,6 +50,7 @@ def _steps(target: Target) -> dict[str, Step[fx.Graph]]:
         "merge-equal": merge_calls,
         "cancel-layout": cancel_layout,
         "fuse-norms": fuse_norms,
+        "finite-fills": finite_fills,
         "widen-masks": widen_masks,
         "plain-reshapes": plain_reshapes,
         "read-sizes": read_sizes,
