@@ -459,5 +459,9 @@ def test_what_hidden_units_meet_is_named_where_it_is_computed_apart(gated: bool,
 def test_a_block_without_an_mlp() -> None:
     pytest.importorskip("transformers")
     program = capture(*FACTORIES["mixtral"](), dynamic={})
-    with pytest.raises(SpecError, match="block 1 of stack 'decoder' has no MLP: query, key, value, output"):
+    reason = (
+        r"block 1 of stack 'decoder' has no MLP: query, key, value, output\n.*try: topk \(model.layers.0.mlp.*experts"
+    )
+    with pytest.raises(SpecError, match=reason):
         apply(program, "insert-acm")
+    assert len(apply(program, "insert-acm{sites=projections}").learners) == 16

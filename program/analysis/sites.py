@@ -168,7 +168,10 @@ def computed_apart(block: Sequence[fx.Node]) -> fx.Node | None:
     """What meets hidden units of a block and is not made as they are: why products are no MLP; None if nothing does."""
     products = _products(block)
     for item in reversed(products.values()):
-        first, _, odd = _reached(item, products)
+        first, inner, odd = _reached(item, products)
+        made = {item.node, *inner, *(each.node for each in first)} | ancestors(odd)
+        if any(user not in made for node in inner for user in node.users):
+            continue  # a norm before the product, and a hidden state that others read too
         first.sort(key=lambda each: (-numel(each.data), block.index(each.node)))
         odd += [each.node for each in first if each.data is not first[0].data or each.units != item.features]
         if odd and any(each.units == item.features for each in first):
