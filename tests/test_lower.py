@@ -204,6 +204,29 @@ def test_a_query_that_sees_no_key_by_a_finite_number_gets_the_mean_of_all(tmp_pa
     tiny.assert_same({"logits": torch.from_numpy(found.outputs["logits"])}, tiny.outputs(model, inputs))
 
 
+class Ended(tiny.Encoder):
+    """As T5's classifier: a norm that becomes one operator, then the token of each row that a mask selects."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leave = nn.RMSNorm(tiny.WIDTH, eps=1e-6)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        x = self.leave(self.run(self.embed(input_ids), attention_mask.bool()[:, None, None]))
+        last = x[input_ids == 1].view(x.shape[0], -1, tiny.WIDTH)[:, -1]
+        return {"logits": self.head(last)}
+
+
+def test_what_a_mask_selects_may_lie_behind_a_norm(tmp_path: Path) -> None:
+    model, ids = tiny.seeded(Ended), tiny.ids().clamp(min=2)
+    ids[:, -1] = 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    save(capture(model, inputs), tmp_path / "m.offramp")
+    inputs = {"input_ids": ids[:1, 2:], "attention_mask": torch.ones_like(ids)[:1, 2:]}
+    found = load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in inputs.items()})
+    tiny.assert_same({"logits": torch.from_numpy(found.outputs["logits"])}, tiny.outputs(model, inputs))
+
+
 def test_the_order_of_inputs_does_not_matter() -> None:
     """torch gives one size two symbols where it learns late that they are equal."""
     program = shared.captured(architectures.OTHERS["dual_tower"])
