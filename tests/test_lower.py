@@ -209,7 +209,7 @@ class Ended(tiny.Encoder):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
         x = self.run(self.embed(input_ids), attention_mask.bool()[:, None, None])
-        x = self.leave.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        x = torch.as_tensor(self.leave.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
         ends = input_ids == 1
         torch._check(torch.unique_consecutive(ends.sum(1)).numel() == 1)
         last = x[ends, :].view(x.shape[0], -1, tiny.WIDTH)[:, -1]
