@@ -79,7 +79,15 @@ def test_every_step_is_shown(encoder: tiny.Captured, tmp_path: Path, monkeypatch
     monkeypatch.setenv("OFFRAMP_CACHE", "")
     offramp.save(encoder.program, tmp_path / "m")
     folder = tmp_path / "dump" / "lowering" / "encoder.1"
-    steps = ["lower-operators", "merge-equal", "cancel-layout", "fuse-norms", "widen-masks", "plain-reshapes"]
+    steps = [
+        "lower-operators",
+        "merge-equal",
+        "cancel-layout",
+        "fuse-norms",
+        "widen-masks",
+        "finite-fills",
+        "plain-reshapes",
+    ]
     names = [f"{i:02d}-{step}.before.txt" for i, step in enumerate([*steps, "read-sizes"], 1)]
     assert sorted(file.name for file in folder.glob("*.before.txt")) == names
     widened = (folder / "05-widen-masks.changes.txt").read_text().splitlines()

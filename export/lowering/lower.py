@@ -50,8 +50,8 @@ def _steps(target: Target) -> dict[str, Step[fx.Graph]]:
         "merge-equal": merge_calls,
         "cancel-layout": cancel_layout,
         "fuse-norms": fuse_norms,
-        "finite-fills": finite_fills,
         "widen-masks": widen_masks,
+        "finite-fills": finite_fills,
         "plain-reshapes": plain_reshapes,
         "read-sizes": read_sizes,
     }
