@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,16 @@ _ORDERS = ("activation", "importance", "given")
 _SITES: Mapping[str, tuple[str, ...]] = {"projections": KINDS[1:], **{kind: (kind,) for kind in KINDS}}
 _MLP = "an MLP is two products (three in a gated one) with hidden units between them that are changed one by one"
 _PROJECTION = "a projection is a product with a matrix next to an attention; one that makes several is qkv or kv"
+
+
+def _why_no_mlp(block: Sequence[fx.Node], others: Sequence[str]) -> str:
+    """What keeps a block's products from being an MLP, where that is known; ``others`` say why some make none."""
+    chosen = next((node for node in block if node.target is aten.topk.default), None)
+    if chosen is None:
+        return "".join(f"{text}; " for text in others[-1:])
+    return (
+        f"{chosen} ({source(chosen)}) chooses among experts, which have no learners: sites=projections has the others; "
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -118,7 +128,7 @@ class InsertAcm(Pass):
             known = [site.rstrip("0123456789") for site in _known(program, stack, block)]
             for name in self._named:
                 if not {site.kind for site in whole}.union(known).intersection(_SITES[name]):
-                    why = "".join(f"{text}; " for text in others[-1:] if name == "mlp")
+                    why = _why_no_mlp(own, others) if name == "mlp" else ""
                     raise SpecError(
                         f"block {block} of stack {stack!r} has no {'MLP' if name == 'mlp' else name}: "
                         f"{', '.join(site.kind for site in every) or 'no products'}",

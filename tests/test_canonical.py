@@ -167,6 +167,24 @@ def test_sizes_are_read_from_the_inputs() -> None:
         tiny.assert_same(program.module(x=x), Sizes()(x))
 
 
+class Looped(nn.Module):
+    """As in RecurrentGemma: a loop over the tokens fixes their number, which is read before and behind it."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = nn.functional.pad(x, (0, 0, 3, 0))[:, : x.shape[1]]
+        total = sum(y[:, i] for i in range(y.shape[1]))
+        return {"total": total, "z": x.cos().reshape(x.shape[0] * y.shape[1], 4)}  # type: ignore[dict-item]
+
+
+def test_a_size_that_is_fixed_is_a_number() -> None:
+    program = capture(Looped(), X)
+    sizes = program.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    assert [(str(node.args[0]), node.args[1]) for node in sizes] == [("x", 0)]
+    for rows in (1, 4):
+        x = torch.ones(rows, 5, 4)
+        tiny.assert_same(program.module(x=x), Looped()(x))
+
+
 class SizeInATensor(nn.Module):
     """As in DeBERTa, where a slice's bounds are tensors that are made of a length."""
 

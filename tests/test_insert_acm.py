@@ -494,8 +494,41 @@ def test_an_mlp_beside_one_that_has_learners_is_noted(between: nn.Module, reason
         assert re.match(f"block 1 of stack 'encoder' has products that are no MLP: {reason}", note)
 
 
+class _Sloped(nn.Module):
+    """As Apertus: the activation's slope is a number that is computed from a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(tiny.WIDTH, 24), nn.Linear(24, tiny.WIDTH)
+        self.slope = nn.Parameter(torch.tensor([0.3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        return torch.as_tensor(self.down(hidden.relu() + nn.functional.softplus(self.slope) * hidden.sigmoid()))
+
+
+@pytest.mark.parametrize("learners", ["dense", "grouped"])
+def test_a_number_that_is_made_of_weights_may_stand_between_the_products(learners: Any, tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        module = tiny.Encoder()
+        for block in module.blocks:
+            block.mlp = _Sloped()
+        return module
+
+    model, inputs = tiny.seeded(make), tiny.text()
+    program = apply(capture(model, inputs), "insert-acm")
+    assert {item.site for item in program.learners} == {"mlp"}
+    offramp.save(program, tmp_path / "m.offramp", learners=learners)
+    found = offramp.load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in inputs.items()})
+    tiny.assert_same({"logits": torch.from_numpy(found.outputs["logits"])}, tiny.outputs(model, inputs))
+
+
 def test_a_block_without_an_mlp() -> None:
     pytest.importorskip("transformers")
     program = capture(*FACTORIES["mixtral"](), dynamic={})
-    with pytest.raises(SpecError, match="block 1 of stack 'decoder' has no MLP: query, key, value, output"):
+    reason = (
+        r"block 1 of stack 'decoder' has no MLP: query, key, value, output\n.*try: topk \(model.layers.0.mlp.*experts"
+    )
+    with pytest.raises(SpecError, match=reason):
         apply(program, "insert-acm")
+    assert len(apply(program, "insert-acm{sites=projections}").learners) == 16

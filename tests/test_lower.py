@@ -30,7 +30,7 @@ from offramp.export.lowering.outline import Computation
 from offramp.export.partition import Plan
 from offramp.export.subgraph import Subgraph
 from offramp.export.translations import Translations
-from offramp.program import Program
+from offramp.program import Program, capture
 from offramp.program.graph import aten, attribute, expression, shape
 from offramp.program.program import evaluate
 from offramp.program.sizes import other_sizes
@@ -185,6 +185,45 @@ def test_a_mask_of_one_row_gets_a_row_for_every_query(encoder: tiny.Captured, la
         assert expression(shape(mask)[-2]) == expression(shape(query)[-2])
         (before,) = (node for node in function.inputs if node.meta["val"].dtype == torch.bool)
         assert shape(before)[-2] == 1
+
+
+class Blind(tiny.Encoder):
+    """Padding sees nothing, by float32's lowest number, and counts in the mean."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        seen = attention_mask.bool()
+        mask = torch.zeros(1).masked_fill(~(seen[:, None, :, None] & seen[:, None, None, :]), torch.finfo().min)
+        return {"logits": self.head(self.leave(self.run(self.embed(input_ids), mask))).mean(1)}
+
+
+def test_a_query_that_sees_no_key_by_a_finite_number_gets_the_mean_of_all(tmp_path: Path) -> None:
+    model, inputs = tiny.seeded(Blind), {**tiny.text(), "attention_mask": torch.ones_like(tiny.ids())}
+    save(capture(model, inputs), tmp_path / "m.offramp")
+    inputs["attention_mask"] = tiny.padding()
+    found = load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in inputs.items()})
+    tiny.assert_same({"logits": torch.from_numpy(found.outputs["logits"])}, tiny.outputs(model, inputs))
+
+
+class Ended(tiny.Encoder):
+    """As T5's classifier: a norm that becomes one operator, then the token of each row that a mask selects."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        x = self.run(self.embed(input_ids), attention_mask.bool()[:, None, None])
+        x = torch.as_tensor(self.leave.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        ends = input_ids == 1
+        torch._check(torch.unique_consecutive(ends.sum(1)).numel() == 1)
+        last = x[ends, :].view(x.shape[0], -1, tiny.WIDTH)[:, -1]
+        return {"logits": self.head(last)}
+
+
+def test_what_a_mask_selects_may_lie_behind_a_norm(tmp_path: Path) -> None:
+    model, ids = tiny.seeded(Ended), tiny.ids().clamp(min=2)
+    ids[:, -1] = 1
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    save(capture(model, inputs), tmp_path / "m.offramp")
+    inputs = {"input_ids": ids[:1, 2:], "attention_mask": torch.ones_like(ids)[:1, 2:]}
+    found = load(tmp_path / "m.offramp").run({name: value.numpy() for name, value in inputs.items()})
+    tiny.assert_same({"logits": torch.from_numpy(found.outputs["logits"])}, tiny.outputs(model, inputs))
 
 
 def test_the_order_of_inputs_does_not_matter() -> None:

@@ -79,8 +79,9 @@ def test_every_step_is_shown(encoder: tiny.Captured, tmp_path: Path, monkeypatch
     monkeypatch.setenv("OFFRAMP_CACHE", "")
     offramp.save(encoder.program, tmp_path / "m")
     folder = tmp_path / "dump" / "lowering" / "encoder.1"
-    steps = ["lower-operators", "merge-equal", "widen-masks", "keep-heads-beside", "cancel-layout", "fuse-norms"]
-    names = [f"{i:02d}-{step}.before.txt" for i, step in enumerate([*steps, "plain-reshapes", "read-sizes"], 1)]
+    steps = ["lower-operators", "merge-equal", "widen-masks", "finite-fills", "keep-heads-beside", "cancel-layout"]
+    steps += ["fuse-norms", "plain-reshapes", "read-sizes"]
+    names = [f"{i:02d}-{step}.before.txt" for i, step in enumerate(steps, 1)]
     assert sorted(file.name for file in folder.glob("*.before.txt")) == names
     widened = (folder / "03-widen-masks.changes.txt").read_text().splitlines()
     assert any("aten.expand" in line for line in widened if line.startswith("+"))

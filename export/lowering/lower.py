@@ -19,7 +19,7 @@ from offramp.export.lowering.attention import keep_heads_beside
 from offramp.export.lowering.axes import generic_axes
 from offramp.export.lowering.exporter import OPSET, to_onnx
 from offramp.export.lowering.layouts import cancel_layout, merge_calls, plain_reshapes, read_sizes
-from offramp.export.lowering.masks import widen_masks
+from offramp.export.lowering.masks import finite_fills, widen_masks
 from offramp.export.lowering.node_builder import Target
 from offramp.export.lowering.outline import Computation, fingerprint, outline
 from offramp.export.lowering.pipeline import GraphCheck, Step, rewrite
@@ -50,6 +50,7 @@ def _steps(target: Target) -> dict[str, Step[fx.Graph]]:
         "lower-operators": partial(lower_operators, target=target),
         "merge-equal": merge_calls,
         "widen-masks": widen_masks,
+        "finite-fills": finite_fills,
         "keep-heads-beside": keep_heads_beside,
         "cancel-layout": cancel_layout,
         "fuse-norms": fuse_norms,

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from offramp.program.graph import aten, expression, shape
+
+_LOWEST = torch.finfo(torch.float32).min
+_NEXT = float(torch.nextafter(torch.tensor(_LOWEST), torch.tensor(0.0)))
+_COMPARES = (aten.eq.Scalar, aten.ne.Scalar, aten.gt.Scalar, aten.le.Scalar)
+
+
+def finite_fills(graph: fx.Graph) -> None:
+    """ONNX Runtime's Attention takes float32's lowest number for -inf, and gives a query that sees no key zeros.
+
+    torch gives such a query (of padding) the mean of all values. The number next to the lowest hides keys as well.
+    Where something asks for the lowest number, all stays as it is.
+    """
+    nodes = graph.find_nodes
+    if any(_LOWEST in node.args for target in _COMPARES for node in nodes(op="call_function", target=target)):
+        return
+    for node in graph.nodes:
+        if node.op == "call_function" and any(isinstance(arg, float) and arg == _LOWEST for arg in node.args):
+            node.args = tuple(_NEXT if isinstance(arg, float) and arg == _LOWEST else arg for arg in node.args)
 
 
 def widen_masks(graph: fx.Graph) -> None:

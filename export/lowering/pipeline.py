@@ -13,6 +13,7 @@ import sympy
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from offramp.errors import ExportError
 from offramp.program.fake_values import fake_result
@@ -108,8 +109,11 @@ def _verify(node: fx.Node) -> None:
 
 
 def _alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    sizes = ([expression(size) for size in value.shape] for value in (one, other))
-    return one.dtype == other.dtype and len(one.shape) == len(other.shape) and all(map(equal_sizes, *sizes))
+    """Whether two values are of one kind; a size that depends on data is another symbol each time."""
+    if one.dtype != other.dtype or len(one.shape) != len(other.shape):
+        return False
+    pairs = zip(one.shape, other.shape, strict=True)
+    return all(equal_sizes(expression(a), expression(b)) or all(map(free_unbacked_symbols, (a, b))) for a, b in pairs)
 
 
 def equal_sizes(one: Any, other: Any) -> bool:

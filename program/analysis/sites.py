@@ -238,6 +238,8 @@ def _reached(last: Product, products: dict[fx.Node, Product]) -> tuple[list[Prod
         seen.add(node)
         if node in products:
             first.append(products[node])
+        elif is_tensor(node) and numel(node) == 1 and not _of_inputs(node):
+            continue  # a number that is made of weights, a slope say
         elif (halved := half(node, last.features)) is not None:
             inner += halved[1:]
             todo.append(halved[0])

@@ -243,7 +243,10 @@ def _drop_identities(graph: fx.Graph, protected: frozenset[str]) -> int:
 
 
 def sizes_from_inputs(graph: fx.Graph) -> int:
-    """Read every size that some input has from that input, so that blocks do not depend on each other."""
+    """Read every size that some input has from that input, so that blocks do not depend on each other.
+
+    A size that is one number, as a loop over the tokens fixes it, becomes that number.
+    """
     edits = 0
     inputs: dict[str, tuple[fx.Node, int]] = {}
     last = None
@@ -256,7 +259,11 @@ def sizes_from_inputs(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or not is_symint(node):
             continue
-        place = inputs.get(str(expression(node.meta["val"])))
+        size = expression(node.meta["val"])
+        if isinstance(size, int):
+            edits += _written_out(node, size)
+            continue
+        place = inputs.get(str(size))
         if place is None:
             continue
         if place not in readers:
@@ -274,6 +281,15 @@ def sizes_from_inputs(graph: fx.Graph) -> int:
         graph.erase_node(node)
         edits += 1
     return edits
+
+
+def _written_out(node: fx.Node, size: int) -> int:
+    """Readers of a size have the number itself."""
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda arg: size if arg is node else arg)
+        user.kwargs = fx.map_arg(user.kwargs, lambda arg: size if arg is node else arg)
+    node.graph.erase_node(node)
+    return 1
 
 
 def _value_key(module: fx.GraphModule, node: fx.Node) -> Hashable | None:

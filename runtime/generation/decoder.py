@@ -121,7 +121,7 @@ class Decoder:
         return step.results if self.max_pending is None else self._bounded(step.results, slots, wanted.whole)
 
     def _alone(self, slots: Index, values: Values, counts: Index, wanted: Wanted) -> RowResult | None:
-        """What `_stack` would find for one token, where a decoder is one segment that picks the next; None where it cannot.
+        """What `_stack` would find for a token, where the decoder is one segment that picks the next; None: ask that.
 
         The shorter way saves 2% of a large model's token: its weights have driven Python out of the processor's caches.
         """

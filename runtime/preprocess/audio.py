@@ -63,7 +63,10 @@ def read_wav(path: str | Path) -> tuple[NDArray[np.float32], int]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
     if len(data) < 12 or data[:4] != b"RIFF" or data[8:12] != b"WAVE":
-        raise InputError(f"{path} is no wav file: it does not start with RIFF and WAVE")
+        raise InputError(
+            f"{path} is no wav file: it does not start with RIFF and WAVE",
+            hint="write another format as wav first: ffmpeg -i FILE FILE.wav",
+        )
     chunks = _chunks(path, data)
     for name in ("fmt ", "data"):
         if name not in chunks:
