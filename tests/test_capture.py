@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -256,6 +257,26 @@ def test_a_model_that_takes_one_row_only_is_captured_with_one(caplog: pytest.Log
         program = capture(OneRow(), X[:1])
     assert program.example_inputs["x"].shape == (1, 4)
     assert "a batch of two rows does not run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "squeeze", [lambda x: x.squeeze(), lambda x: x.squeeze(0).squeeze(-1), lambda x: x.squeeze((0, -1))]
+)
+def test_squeeze_takes_away_no_axis_that_varies(squeeze: Callable[[Tensor], Tensor]) -> None:
+    """Where the only row's axis went away, rows could not be put together, and ONNX would refuse all others."""
+
+    class Squeezed(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return squeeze(self.layer(x)[..., None, None][..., 0])
+
+    model = Squeezed()
+    program = capture(model, X)
+    made = [program.module(x=X[:rows])["output"] for rows in (1, 2)]
+    assert [list(value.shape) for value in made] == [[1, 4], [2, 4]]
+    torch.testing.assert_close(made[1], model(X[:2]))
+    torch.testing.assert_close(made[0], model(X[:2])[:1])
+    fixed = capture(model, X[:1], dynamic={})
+    assert list(fixed.example_outputs["output"].shape) == [4]
 
 
 # Names of axes
