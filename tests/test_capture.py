@@ -13,8 +13,9 @@ import tiny
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import fake_tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from offramp.errors import CaptureError
+from offramp.errors import CaptureError, StructureError
 from offramp.program import capture
 from offramp.program.graph import results
 from offramp.program.program import Program
@@ -156,6 +157,50 @@ class Variadic(Layer):
 def test_inputs_of_a_variadic_forward_need_names() -> None:
     with pytest.raises(CaptureError, match=r"no parameter \['added'\]"):
         capture(Variadic(), {"x": X, "added": X + 1})
+
+
+def test_inputs_by_position_of_a_forward_that_takes_anything_need_names() -> None:
+    class Anything(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Identity()
+
+        def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+            return self.layer(named["x"])
+
+    assert capture(Anything(), {"x": X}).inputs == ("x",)
+    with pytest.raises(CaptureError, match=r"(?s)with parameters \[\].*try: a mapping from names to tensors"):
+        capture(Anything(), (X,))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_refused_by_name() -> None:
+    class Flex(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)[:, None, None]
+            return flex_attention(x, x, x)
+
+    with pytest.raises(CaptureError, match="try: attention by scaled_dot_product_attention"):
+        capture(Flex(), X)
+
+
+def test_attention_inside_of_an_operator_of_ones_own_is_not_seen() -> None:
+    @torch.library.custom_op("offramp_test::attend", mutates_args=())
+    def attend(x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    attend.register_fake(torch.empty_like)
+
+    class Hidden(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = attend(self.layer(x))
+            return out
+
+    program = capture(Hidden(), X)
+    with pytest.raises(
+        StructureError, match=r"operators offramp_test.attend.default is not\n  try: the same by operators"
+    ):
+        program.require_stacks()
 
 
 def test_a_graph_module_without_class_of_its_own(encoder: tiny.Captured) -> None:

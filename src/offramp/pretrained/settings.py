@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SOUND = ("input_features", "input_values")
 _LABELLED = "logits"
+_SEVERAL = "multi_label_classification"
 
 
 def settings(
@@ -138,6 +139,11 @@ def settings(
         read("image", "images", image)
     if refused:
         preprocessing["refused"] = refused
+    if model.config.problem_type == _SEVERAL:
+        note(
+            f"the classes of {type(model).__name__} do not exclude each other: scores of exits, and calibrate without "
+            "a quality= of yours, go by the highest alone"
+        )
     return {
         "generation": generation,
         "preprocessing": preprocessing,
@@ -161,7 +167,7 @@ def _labels(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, l
     config = model.config
     names = {int(place): str(name) for place, name in (getattr(config, "id2label", None) or {}).items()}
     ordinary = all(name == f"LABEL_{place}" for place, name in names.items())
-    if ordinary or sorted(names) != list(range(len(names))) or config.problem_type == "multi_label_classification":
+    if ordinary or sorted(names) != list(range(len(names))) or config.problem_type == _SEVERAL:
         return {}
     with torch.no_grad(), unchanged(model):
         made = model(**inputs)
