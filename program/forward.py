@@ -51,7 +51,10 @@ def named_inputs(module: torch.nn.Module, example: ExampleInputs) -> dict[str, t
         names = list(given) if takes_anything(module) else names
     else:
         if len(example) > len(names):
-            raise CaptureError(f"{len(example)} example inputs for a forward with parameters {names}")
+            raise CaptureError(
+                f"{len(example)} example inputs for a forward with parameters {names}",
+                hint=None if names else "a mapping from names to tensors: the forward is called as module(**inputs)",
+            )
         given = dict(zip(names, example, strict=False))
     unknown = sorted(set(given) - set(names))
     if unknown:
@@ -62,7 +65,7 @@ def named_inputs(module: torch.nn.Module, example: ExampleInputs) -> dict[str, t
     given = {name: value for name, value in given.items() if value is not None}
     wrong = {name: type(value).__name__ for name, value in given.items() if not isinstance(value, torch.Tensor)}
     if wrong or not given:
-        arrays = any(hasattr(given[name], "__array__") or isinstance(given[name], list) for name in wrong)
+        arrays = any(hasattr(given[name], "__array__") or _numbers(given[name]) for name in wrong)
         raise CaptureError(
             f"example inputs must be tensors, found {wrong or 'none'}",
             hint='torch.as_tensor makes one of an array or a list; a tokenizer with return_tensors="pt"'
@@ -73,6 +76,11 @@ def named_inputs(module: torch.nn.Module, example: ExampleInputs) -> dict[str, t
         name: value.detach().to("cpu", torch.float32 if value.is_floating_point() else value.dtype)
         for name, value in given.items()
     }
+
+
+def _numbers(value: Any) -> bool:
+    """Whether it is a list of numbers, or of such lists: what one tensor can be made of."""
+    return isinstance(value, list) and all(isinstance(item, (int, float)) or _numbers(item) for item in value)
 
 
 def doubled(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

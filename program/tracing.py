@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from torch._subclasses import fake_tensor
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
 from offramp.errors import CaptureError
@@ -76,9 +78,12 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
     module.train(was_training)
     text = str(first).strip() or type(first).__name__
     place = next((line.strip() for line in text.splitlines() if "File " in line), "")
+    flex = any(frame.filename == flex_attention.__file__ for frame in traceback.extract_tb(first.__traceback__))
     raise CaptureError(
         f"torch.export cannot capture {type(module).__name__}: {text.splitlines()[0]}{' at ' + place if place else ''}",
-        hint="Python control flow must not depend on the contents of tensors, and the forward must run "
+        hint="attention by scaled_dot_product_attention, not by flex_attention (attn_implementation='sdpa', say)"
+        if flex
+        else "Python control flow must not depend on the contents of tensors, and the forward must run "
         "without a cache (use_cache=False); see the cause above this error",
     ) from first
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections import namedtuple
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ import tiny
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import fake_tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-from offramp.errors import CaptureError
+from offramp.errors import CaptureError, StructureError
 from offramp.program import capture
 from offramp.program.graph import results
 from offramp.program.program import Program
@@ -157,6 +159,50 @@ def test_inputs_of_a_variadic_forward_need_names() -> None:
         capture(Variadic(), {"x": X, "added": X + 1})
 
 
+def test_inputs_by_position_of_a_forward_that_takes_anything_need_names() -> None:
+    class Anything(Layer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Identity()
+
+        def forward(self, *args: Tensor, **named: Tensor) -> Tensor:
+            return self.layer(named["x"])
+
+    assert capture(Anything(), {"x": X}).inputs == ("x",)
+    with pytest.raises(CaptureError, match=r"(?s)with parameters \[\].*try: a mapping from names to tensors"):
+        capture(Anything(), (X,))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_refused_by_name() -> None:
+    class Flex(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)[:, None, None]
+            return flex_attention(x, x, x)
+
+    with pytest.raises(CaptureError, match="try: attention by scaled_dot_product_attention"):
+        capture(Flex(), X)
+
+
+def test_attention_inside_of_an_operator_of_ones_own_is_not_seen() -> None:
+    @torch.library.custom_op("offramp_test::attend", mutates_args=())
+    def attend(x: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+    attend.register_fake(torch.empty_like)
+
+    class Hidden(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = attend(self.layer(x))
+            return out
+
+    program = capture(Hidden(), X)
+    with pytest.raises(
+        StructureError, match=r"operators offramp_test.attend.default is not\n  try: the same by operators"
+    ):
+        program.require_stacks()
+
+
 def test_a_graph_module_without_class_of_its_own(encoder: tiny.Captured) -> None:
     traced = fx.symbolic_trace(tiny.seeded(tiny.Encoder))
     program = capture(traced, encoder.inputs)
@@ -256,6 +302,26 @@ def test_a_model_that_takes_one_row_only_is_captured_with_one(caplog: pytest.Log
         program = capture(OneRow(), X[:1])
     assert program.example_inputs["x"].shape == (1, 4)
     assert "a batch of two rows does not run" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "squeeze", [lambda x: x.squeeze(), lambda x: x.squeeze(0).squeeze(-1), lambda x: x.squeeze((0, -1))]
+)
+def test_squeeze_takes_away_no_axis_that_varies(squeeze: Callable[[Tensor], Tensor]) -> None:
+    """Where the only row's axis went away, rows could not be put together, and ONNX would refuse all others."""
+
+    class Squeezed(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            return squeeze(self.layer(x)[..., None, None][..., 0])
+
+    model = Squeezed()
+    program = capture(model, X)
+    made = [program.module(x=X[:rows])["output"] for rows in (1, 2)]
+    assert [list(value.shape) for value in made] == [[1, 4], [2, 4]]
+    torch.testing.assert_close(made[1], model(X[:2]))
+    torch.testing.assert_close(made[0], model(X[:2])[:1])
+    fixed = capture(model, X[:1], dynamic={})
+    assert list(fixed.example_outputs["output"].shape) == [4]
 
 
 # Names of axes

@@ -158,6 +158,10 @@ def test_usage_is_status_2(argv: tuple[str, ...], capsys: pytest.CaptureFixture[
         (OfframpError("no way", hint="another one"), "offramp: run: no way\n  try: another one\n"),
         (ImportError("offramp.save needs torch"), "offramp: offramp.save needs torch\n"),
         (ImportError("No rich", name="rich.table"), "offramp: No rich\n  try: pip install 'offramp[demo]'\n"),
+        (
+            OSError(28, "No room", "my.offramp"),
+            "offramp: [Errno 28] No room: 'my.offramp'\n  try: a place that may be read and written, with room\n",
+        ),
         (KeyError("x"), "offramp: internal error: KeyError: 'x'\n  try: the same with -v, which shows where\n"),
     ],
 )

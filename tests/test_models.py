@@ -122,6 +122,12 @@ def test_other_forms_are_refused(name: str) -> None:
         models.resolve(name)
 
 
+def test_a_directory_without_its_scheme(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(errors.ModelNameError, match=f"try: hf:{tmp_path}$"):
+        models.resolve(str(tmp_path))
+
+
 def test_unknown_zoo_model(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(zoo.UnknownModelError, match=r"(?s)no model 'berta'.*zoo:minilm") as caught:
         models.resolve("zoo:berta")
@@ -280,6 +286,42 @@ def test_pretrained_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(errors.PretrainedModelError, match=r"(?s)could not be loaded.*config\.json and weights"):
         models.resolve(f"hf:{tmp_path}")()
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "hint"),
+    [
+        ({"checkpoint-500/config.json": "{}"}, "", "try: a directory inside of it: hf:{folder}/checkpoint-500$"),
+        ({"q4.gguf": "GGUF"}, "", r"try: AutoModelForCausalLM.from_pretrained\(FOLDER, gguf_file='q4.gguf'\)"),
+        ({"q4.gguf": "GGUF"}, "/q4.gguf", r"gguf_file='q4.gguf'\).save_pretrained\(DIRECTORY\)"),
+        (
+            {"config.json": '{"model_type": "bert", "quantization_config": {"quant_method": "gptq", "bits": 4}}'},
+            "",
+            "try: its weights are quantized, and a bundle is made from float32 weights: the model before that",
+        ),
+    ],
+)
+def test_a_directory_that_does_not_load_says_what_would(
+    tmp_path: Path, files: dict[str, str], name: str, hint: str
+) -> None:
+    for file, text in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
+    with pytest.raises(errors.PretrainedModelError, match=hint.format(folder=tmp_path)):
+        models.resolve(f"hf:{tmp_path}{name}")()
+
+
+def test_what_stands_behind_a_model_of_sentence_transformers_is_named(tmp_path: Path) -> None:
+    tiny("encoder").save_pretrained(tmp_path)
+    kinds = ("Transformer", "Pooling", "Normalize")
+    parts = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
+    (tmp_path / "modules.json").write_text(json.dumps(parts))
+    notes: list[str] = []
+    models.resolve(f"hf:{tmp_path}", notes.append)()
+    (note,) = notes
+    assert (
+        f"hf:{tmp_path}: behind BertForMaskedLM modules.json has Pooling, Normalize, left out of what follows" in note
+    )
 
 
 def test_pretrained_of_an_unknown_kind(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from offramp.training.objectives import (
     Objective,
     SelfDistillation,
     Together,
+    _AtExits,
 )
 
 PIPELINE = "insert-exits{after=1|2},insert-adapter{kind=linear},insert-scores{measure=learned}"
@@ -192,6 +193,31 @@ def test_objectives_together_add_up() -> None:
 def test_what_the_program_lacks_is_named(objective: Objective, match: str) -> None:
     with pytest.raises(SpecError, match=match):
         objective.check(program("insert-exits{after=1|2}"))
+
+
+class Numbers(tiny.Talker):
+    """One number for each token, as a regression has, and the logits of before."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        return {"number": logits[..., :1], "rows": logits.mean((1, 2)), "logits": logits}
+
+
+@pytest.fixture(scope="module")
+def numbers() -> offramp.Program:
+    captured = offramp.capture(tiny.seeded(Numbers), {"input_ids": tiny.ids()})
+    return offramp.apply(captured, "insert-exits{after=1},insert-scores{measure=learned}")
+
+
+@pytest.mark.parametrize("output", ["number", "rows"])
+@pytest.mark.parametrize("objective", [CrossEntropy, DeepSupervision, DepthWeighted, SelfDistillation, LearnedGates])
+def test_what_has_no_classes_teaches_nothing(
+    numbers: offramp.Program, objective: type[_AtExits | CrossEntropy], output: str
+) -> None:
+    """Any two answers of one class agree, and the loss would be 0 from the start."""
+    objective(output="logits").check(numbers)
+    with pytest.raises(SpecError, match=rf"output '{output}' .*has no classes.*\n  try: an Objective of your own"):
+        objective(output=output).check(numbers)
 
 
 @pytest.mark.parametrize("labels", [None, torch.zeros(2, 3, dtype=torch.int64)])

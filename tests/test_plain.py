@@ -329,6 +329,8 @@ def test_masked_infinities_are_no_difference() -> None:
 def test_inputs_that_are_no_tensors() -> None:
     with pytest.raises(CaptureError, match=r"(?s)found \{'ids': 'list'\}.*return_tensors"):
         capture(made(), {"ids": IDS.tolist()})  # type: ignore[dict-item]
+    with pytest.raises(CaptureError, match=r"(?s)found \{'ids': 'list'\}.*takes tensors only"):
+        capture(made(), {"ids": [IDS, IDS]})  # type: ignore[dict-item]
     with pytest.raises(CaptureError, match=r"(?s)found \{'bias': 'bool'\}.*sets the rest itself"):
         capture(made(), {"ids": IDS, "bias": True})  # type: ignore[dict-item]
     assert capture(made(), {"ids": IDS, "bias": None}).inputs == ("ids",)  # type: ignore[dict-item]

@@ -394,3 +394,15 @@ def test_ordinary_numbered_classes_have_no_names(tmp_path: Path) -> None:
     config = transformers.BertConfig(**WIDTH, vocab_size=20)
     found, _ = settings_of(saved(tmp_path, transformers.BertForSequenceClassification(config)))
     assert found["labels"] == {}
+
+
+def test_classes_that_do_not_exclude_each_other_are_said_to(tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        **WIDTH, vocab_size=20, problem_type="multi_label_classification", id2label={0: "bad", 1: "long"}
+    )
+    found, notes = settings_of(saved(tmp_path, transformers.BertForSequenceClassification(config)))
+    assert found["labels"] == {}
+    assert any(
+        "the classes of BertForSequenceClassification do not exclude each other: scores of exits, and calibrate" in note
+        for note in notes
+    )

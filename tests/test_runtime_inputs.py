@@ -56,7 +56,17 @@ def test_arrays_are_made_contiguous() -> None:
     assert _inputs().check(given)[0]["offset"].shape == ()
 
 
+class Graded:
+    """As a tensor of torch that requires a gradient."""
+
+    shape = (2, 3)
+
+    def __array__(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
 WRONG = [
+    ({"ids": Graded()}, "'ids' cannot be an array of int64: Can't call numpy() on Tensor that requires grad."),
     ({"ids": None}, "'ids' is None, expected int64 [batch, tokens]"),
     ({"ids": np.array([["a", "b"]])}, "'ids' is <U1, expected int64\n"),
     ({"extra": 1}, "'extra' is not an input"),

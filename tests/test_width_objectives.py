@@ -226,6 +226,18 @@ def test_a_mask_of_another_stack_is_not_read(two_stacks: tiny.Captured) -> None:
     assert not torch.allclose(one["learners"], other["learners"])
 
 
+def test_a_divergence_of_what_has_no_classes_is_refused() -> None:
+    class Number(tiny.Talker):
+        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+            return {"number": super().forward(input_ids)[..., :1]}
+
+    teacher = offramp.capture(tiny.seeded(Number), {"input_ids": tiny.ids()})
+    program = offramp.apply(teacher, "insert-acm")
+    WidthBudget(teacher=teacher, output="number", distance="mse").check(program)
+    with pytest.raises(SpecError, match=r"'number' .*has no classes.*\n  try: distance='mse'"):
+        WidthBudget(teacher=teacher, output="number").check(program)
+
+
 def test_a_mask_that_no_batch_has_is_refused(labeller: tiny.Captured) -> None:
     program = offramp.apply(labeller.program, "insert-acm")
     with pytest.raises(SpecError, match=r"mask='atention_mask': a batch has attention_mask, input_ids\n  try: one of"):

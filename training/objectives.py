@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from offramp.errors import SpecError
 from offramp.passes.infra.contract import stack_named
 from offramp.program.exit import Exit
+from offramp.program.graph import has_classes, results, shape
 from offramp.program.program import Program
 from offramp.training.losses import Values, aligned, counted, cross_entropy
 
@@ -82,6 +83,14 @@ def require_one_run(objective: Objective) -> None:
         raise SpecError(f"{type(objective).__name__} cannot be part of another objective", hint="train with it alone")
 
 
+def require_classes(program: Program, output: str, hint: str = "an Objective of your own for such answers") -> None:
+    """Raise a SpecError where an output has one number for each answer: as logits of one class, none would be wrong."""
+    node = results(program.graph).get(output) or program.nodes[output]
+    if not has_classes(node):
+        sizes = [program.axes.describe(size) for size in shape(node)]
+        raise SpecError(f"output {output!r} of shape {sizes} has no classes on its last axis", hint=hint)
+
+
 def _require(**numbers: tuple[float, float, float]) -> None:
     """Raise a SpecError where one of these is no finite number between its limits."""
     for name, (value, least, most) in numbers.items():
@@ -104,6 +113,7 @@ class CrossEntropy(Objective):
                 f"the program has no output {self.output!r}; there are {list(program.outputs)}",
                 hint=f"output={program.outputs[0]!r}",
             )
+        require_classes(program, self.output)
 
     def wants(self, program: Program, step: int) -> Sequence[str]:
         return [self.output]
@@ -127,7 +137,7 @@ class _AtExits(Objective):
 
     def check(self, program: Program) -> None:
         self.exits(program)
-        self.final(program)
+        require_classes(program, self.final(program))
         if self.sample is not None and (not isinstance(self.sample, Integral) or self.sample < 1):
             raise SpecError(f"sample={self.sample}: at least one exit a step, a whole number")
 

@@ -32,7 +32,7 @@ from offramp.training.learner_sites import (
     width,
 )
 from offramp.training.losses import Values, counted
-from offramp.training.objectives import Objective, require_one_run
+from offramp.training.objectives import Objective, require_classes, require_one_run
 
 if TYPE_CHECKING:
     from offramp.training.objective_module import ObjectiveModule
@@ -204,6 +204,8 @@ class WidthBudget(Objective):
             raise SpecError(f"distance={self.distance!r}: there are kl and mse")
         if self.teacher is not None:
             _check_output(program, self.teacher, self.output)
+            if self.distance == "kl":
+                require_classes(program, self.output, hint="distance='mse'")
 
     def compute(self, model: ObjectiveModule, batch: Values, step: int) -> dict[str, Tensor]:
         program, sites = model.program, _sites(model)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
+from torch._ops import OpOverload
 
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.analysis.tree_paths import TreePath, tree_paths
@@ -199,8 +200,18 @@ def _common_suffix(a: Sequence[str], b: Sequence[str]) -> int:
     return count
 
 
+def _custom(node: fx.Node) -> bool:
+    """Whether the node's operator is neither torch's nor offramp's."""
+    return isinstance(node.target, OpOverload) and node.target.namespace not in ("aten", "prims", "offramp")
+
+
 def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]:
     """Why a graph has no stack, and what to try."""
+    if not sites and (hidden := sorted({str(node.target) for node in graph.nodes if _custom(node)})):
+        return (
+            f"no stack: no attention is seen, and what is inside of the operators {', '.join(hidden)} is not",
+            "the same by operators of torch: scaled_dot_product_attention for a kernel of its own, say",
+        )
     if not sites:
         return (
             "no stack: the model has no attention (two products of activations with a softmax between them)",

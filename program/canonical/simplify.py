@@ -34,15 +34,17 @@ def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int
     """Bring the graph of ``module`` into canonical form, in place; returns the number of edits.
 
     Wrappers are inlined, assertions dropped, operations that change nothing removed (clone, detach, full
-    slices, dropout in eval mode, ...), views written as reshapes, ``einsum`` with weights and ``glu`` as products,
-    fused attention given four axes, sizes read from the inputs where an input has that size, equal pure computations
-    merged, weights named once per storage. Nodes whose names are in ``protected`` stay. A second call makes no edit.
+    slices, dropout in eval mode, ...), views written as reshapes, ``squeeze`` by its axes, ``einsum`` with weights and
+    ``glu`` as products, fused attention given four axes, sizes read from the inputs where an input has that size, equal
+    pure computations merged, weights named once per storage. Nodes whose names are in ``protected`` stay. A second call
+    makes no edit.
     """
     graph = module.graph
     edits = _inline_wrappers(module)
     edits += _drop_assertions(graph)
     edits += _sizes_not_tensors(graph)
     edits += _plain_operators(graph)
+    edits += _squeezed_by_axis(graph)
     edits += in_other_words(graph)
     edits += four_axes(graph)
     edits += _drop_identities(graph, frozenset(protected))
@@ -113,6 +115,26 @@ def _plain_operators(graph: fx.Graph) -> int:
                 negative = graph.call_function(aten.neg.default, (node.args[0],))
             negative.meta = {**node.meta, "val": node.args[0].meta["val"]}
             node.target, node.args = aten.add.Tensor, (negative, node.args[1])
+            edits += 1
+    return edits
+
+
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+def _squeezed_by_axis(graph: fx.Graph) -> int:
+    """``squeeze`` names the axes that always have one place, and none that varies: a single row keeps its axis."""
+    edits = 0
+    for node in list(graph.nodes):
+        if node.target not in _SQUEEZES:
+            continue
+        sizes = [expression(size) for size in shape(node.args[0])]
+        asked = node.args[1] if len(node.args) > 1 else range(len(sizes))
+        asked = [asked] if isinstance(asked, int) else asked
+        axes = sorted({axis % len(sizes) for axis in asked if sizes and sizes[axis] == 1})
+        target, arg = (aten.squeeze.dim, axes[0]) if len(axes) == 1 else (aten.squeeze.dims, axes)
+        if axes and (node.target, node.args[1:]) != (target, (arg,)):
+            node.target, node.args = target, (node.args[0], arg)
             edits += 1
     return edits
 
@@ -209,6 +231,7 @@ _IDENTITIES: dict[Any, Callable[[fx.Node], bool]] = {
     aten.slice.Tensor: _full_slice,
     aten.expand.default: _same,
     aten.reshape.default: _same,
+    **dict.fromkeys(_SQUEEZES, _same),
     aten.add.Tensor: _scalar(0),
     aten.sub.Tensor: _scalar(0),
     aten.mul.Tensor: _scalar(1),

@@ -200,7 +200,7 @@ def _array(name: str, value: Value, given: Any) -> NDArray[Any]:
         if isinstance(given, list | tuple | bool | int | float):
             exact = array.size == 0 or np.can_cast(array.dtype, wanted, "same_kind")
             array = np.asarray(given, wanted) if exact else array
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # the last: a tensor with a gradient
         raise InputError(f"{name!r} cannot be an array of {wanted}: {error}") from error
     if array.dtype != wanted:
         cast = f": use .astype(np.{wanted})" if array.dtype.kind in "biufc" else ""  # objects and texts are no numbers

@@ -62,7 +62,9 @@ def resolve(name: str, note: Callable[[str], None] = log.warning) -> Factory:
     if not place or not function.isidentifier():
         raise ModelNameError(
             f"{name!r} names no model",
-            hint=f"file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or {_zoo_names()}",
+            hint=f"hf:{name}"
+            if Path(name, "config.json").is_file()
+            else f"file.py:factory, package.module:factory, hf:DIRECTORY_OR_ID or {_zoo_names()}",
         )
     if place.endswith(".py"):
         path = Path(place).expanduser().resolve()

@@ -8,6 +8,7 @@ help needs neither torch nor numpy.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import os
@@ -23,6 +24,7 @@ from offramp.errors import OfframpError
 
 COMMANDS = ("inspect", "check", "export", "calibrate", "report", "run", "bench", "demo")
 _EXTRAS = ("torch", "onnx", "onnxscript", "networkx", "safetensors", "rich", "transformers", "tokenizers")
+_MACHINE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _BARS = "HF_HUB_DISABLE_PROGRESS_BARS"  # read where transformers is imported
 _LIBRARY, _TRUE = "transformers.utils.logging", ("1", "ON", "YES", "TRUE")
 _PACKAGE, _BELOW_ALL = "offramp", -1  # the name of its loggers; a level that no handler takes
@@ -51,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = "\n  try: pip install 'offramp[demo]'" if known else ""
             return _failed(f"{error}{hint}", args.verbose)
         except Exception as error:  # noqa: BLE001 - the last resort of a program
+            if isinstance(error, OSError) and error.errno in _MACHINE:
+                return _failed(f"{error}\n  try: a place that may be read and written, with room", args.verbose)
             text = f"internal error: {type(error).__name__}: {error}\n  try: the same with -v, which shows where"
             return _failed(text, args.verbose)
 

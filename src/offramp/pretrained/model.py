@@ -42,6 +42,11 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
     if missing:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         note(f"hf:{source} has no weights for {few} of {type(model).__name__}: they are random until they are trained")
+    if further := _further(source):
+        note(
+            f"hf:{source}: behind {type(model).__name__} modules.json has {', '.join(further)}, left out of what "
+            "follows; for all of it, a file.py:factory that returns (module, example_inputs)"
+        )
     model.eval()
     inputs = example_inputs(model, _listed(processors(source), model))
     if missed := left_out(model, inputs):
@@ -76,11 +81,37 @@ def _load(source: str, kind: str | None = None) -> tuple[PreTrainedModel, list[s
         )
         return model, sorted(info["missing_keys"])
     except (OSError, ValueError, ImportError) as error:
-        own = "trust_remote_code" in str(error)
         raise PretrainedModelError(
-            f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}",
-            hint="code that comes with a checkpoint is not run: load it in a file.py:factory" if own else _SOURCE,
+            f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}", hint=_to_try(source, error)
         ) from error
+
+
+def _further(source: str) -> list[str]:
+    """What sentence-transformers puts behind the model of a directory: pooling, say."""
+    parts = Path(source) / "modules.json"
+    if not parts.is_file():
+        return []
+    kinds = [str(part.get("type", "")) for part in json.loads(parts.read_text(encoding="utf-8"))]
+    return [kind.rpartition(".")[2] for kind in kinds[1:]]
+
+
+def _to_try(source: str, error: Exception) -> str:
+    """What to give instead of a directory that does not load."""
+    if "trust_remote_code" in str(error):
+        return "code that comes with a checkpoint is not run: load it in a file.py:factory"
+    folder = Path(source)
+    written = folder / "config.json"
+    if written.is_file() and "quantization_config" in written.read_text(encoding="utf-8", errors="replace"):
+        return "its weights are quantized, and a bundle is made from float32 weights: the model before that"
+    inside = [] if written.is_file() else sorted(str(file.parent) for file in folder.glob("*/config.json"))
+    if inside:
+        return f"a directory inside of it: {', '.join(f'hf:{name}' for name in inside)}"
+    if packed := sorted(file.name for file in (*folder.glob("*.gguf"), folder) if file.suffix == ".gguf"):
+        return (
+            f"AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={packed[0]!r}).save_pretrained(DIRECTORY), and "
+            "the tokenizer likewise; then hf:DIRECTORY"
+        )
+    return _SOURCE
 
 
 def _adapter(source: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _SOUND = ("input_features", "input_values")
 _LABELLED = "logits"
+_SEVERAL = "multi_label_classification"
 
 
 def settings(
@@ -138,6 +139,11 @@ def settings(
         read("image", "images", image)
     if refused:
         preprocessing["refused"] = refused
+    if model.config.problem_type == _SEVERAL:
+        note(
+            f"the classes of {type(model).__name__} do not exclude each other: scores of exits, and calibrate without "
+            "a quality= of yours, go by the highest alone"
+        )
     return {
         "generation": generation,
         "preprocessing": preprocessing,
