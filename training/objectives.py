@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from offramp.errors import SpecError
 from offramp.passes.infra.contract import stack_named
 from offramp.program.exit import Exit
-from offramp.program.graph import has_classes, results, shape
+from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program
 from offramp.training.losses import Values, aligned, counted, cross_entropy
 
@@ -84,11 +84,15 @@ def require_one_run(objective: Objective) -> None:
 
 
 def require_classes(program: Program, output: str, hint: str = "an Objective of your own for such answers") -> None:
-    """Raise a SpecError where an output has one number for each answer: as logits of one class, none would be wrong."""
+    """Raise a SpecError where an output has one number for each answer: as logits of one class, none would be wrong.
+
+    Places of a text are classes too, those of a question's answer.
+    """
     node = results(program.graph).get(output) or program.nodes[output]
-    if not has_classes(node):
-        sizes = [program.axes.describe(size) for size in shape(node)]
-        raise SpecError(f"output {output!r} of shape {sizes} has no classes on its last axis", hint=hint)
+    sizes = [expression(size) for size in shape(node)]
+    if not sizes or sizes[-1] in (1, program.axes.batch):
+        described = [program.axes.describe(size) for size in sizes]
+        raise SpecError(f"output {output!r} of shape {described} has no classes on its last axis", hint=hint)
 
 
 def _require(**numbers: tuple[float, float, float]) -> None:
@@ -159,7 +163,8 @@ class _AtExits(Objective):
         there = list(self.exits(program)[0].outputs)
         name = self.output or ("logits" if "logits" in there else there[0] if len(there) == 1 else None)
         if name not in there:
-            raise SpecError(f"which output holds logits? The exits have {there}", hint=f"output={there[0]!r}")
+            others = ", and Together for several" if len(there) > 1 else ""
+            raise SpecError(f"which output holds logits? The exits have {there}", hint=f"output={there[0]!r}{others}")
         return name
 
     def drawn(self, program: Program, step: int) -> list[Exit]:
@@ -345,8 +350,12 @@ class Together(Objective):
         return [name for part in self.parts for name in part.wants(program, step)]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        kinds = [type(part).__name__ for part in self.parts]
+        names = [
+            kind if kinds.count(kind) == 1 else f"{kind} {kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)
+        ]
         return {
-            f"{type(part).__name__}: {name}": loss
-            for part in self.parts
+            f"{kind}: {name}": loss
+            for kind, part in zip(names, self.parts, strict=True)
             for name, loss in part.losses(program, values, batch).items()
         }
