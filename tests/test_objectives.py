@@ -232,6 +232,20 @@ def test_what_has_no_classes_teaches_nothing(
         objective(output=output).check(numbers)
 
 
+@pytest.mark.parametrize("objective", [CrossEntropy("output"), DeepSupervision(), DepthWeighted()])
+def test_a_language_model_is_not_taught_what_it_is_given(objective: Objective) -> None:
+    """As where a library shifts labels itself: the loss falls fast, and the model has learned to copy."""
+    made = program("insert-exits{after=1|2}")
+    ids = tiny.ids(seed=5)
+    own, following = ids.clone(), ids.roll(-1, 1)
+    own[0, :2], following[:, -1] = IGNORED, IGNORED
+    with pytest.raises(SpecError, match=r"tokens of 'input_ids' in their own places.*\n  try: .* = input_ids\[:, 1:\]"):
+        losses(made, objective, labels=own)
+    assert losses(made, objective, labels=following)
+    constant = torch.full_like(ids, 3)
+    assert losses(made, objective, input_ids=constant, labels=constant)
+
+
 @pytest.mark.parametrize("labels", [None, torch.zeros(2, 3, dtype=torch.int64)])
 def test_labels_that_do_not_fit_are_named(labels: Tensor | None) -> None:
     given = {"input_ids": tiny.ids()} | ({} if labels is None else {"labels": labels})

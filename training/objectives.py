@@ -24,7 +24,7 @@ from offramp.passes.infra.contract import stack_named
 from offramp.program.exit import Exit
 from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program
-from offramp.training.losses import Values, aligned, counted, cross_entropy
+from offramp.training.losses import IGNORED, Values, aligned, counted, cross_entropy
 
 if TYPE_CHECKING:
     from offramp.training.objective_module import ObjectiveModule
@@ -95,6 +95,32 @@ def require_classes(program: Program, output: str, hint: str = "an Objective of 
         raise SpecError(f"output {output!r} of shape {described} has no classes on its last axis", hint=hint)
 
 
+def require_next(program: Program, batch: Values) -> None:
+    """Raise a SpecError where a model of causal blocks is to say the tokens that it is given, not those that follow."""
+    labels = batch.get("labels")
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dim() < 2
+        or all(stack.role != "decoder" for stack in program.stacks.values())
+    ):
+        return
+    counts = labels != IGNORED
+    for name in program.inputs:
+        ids = batch.get(name)
+        if (
+            ids is None
+            or ids.shape != labels.shape
+            or ids.is_floating_point()
+            or not torch.equal(ids[counts], labels[counts])
+        ):
+            continue
+        if not torch.equal(ids[:, 1:][counts[:, :-1]], labels[:, :-1][counts[:, :-1]]):
+            raise SpecError(
+                f"the labels are the tokens of {name!r} in their own places, which each position sees",
+                hint=f"those that follow: labels[:, :-1] = {name}[:, 1:], and labels[:, -1] = {IGNORED}",
+            )
+
+
 def _require(**numbers: tuple[float, float, float]) -> None:
     """Raise a SpecError where one of these is no finite number between its limits."""
     for name, (value, least, most) in numbers.items():
@@ -123,6 +149,7 @@ class CrossEntropy(Objective):
         return [self.output]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        require_next(program, batch)
         return {"final": cross_entropy(values[self.output], batch, self.smoothing)}
 
 
@@ -212,6 +239,7 @@ class DeepSupervision(_AtExits):
         _require(**{f"weights[{after}]": (weight, 0, math.inf) for after, weight in self.weights.items()})
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        require_next(program, batch)
         depth, count = program.stacks[self._stack(program)].blocks, len(self.exits(program)) + 1
         weights = self.weights
         if weights is None:
@@ -255,6 +283,7 @@ class DepthWeighted(_AtExits):
         return [stack.cuts[i + 1] for i in range(below)], [stack.cuts[i] for i in spread]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        require_next(program, batch)
         depth = program.stacks[self._stack(program)].blocks
         by_depth = {**self.given(program, values), depth: values[self.final(program)]}
         total = sum(by_depth)
