@@ -15,7 +15,7 @@ from offramp.passes.scores.candidates import short_list
 from offramp.passes.scores.score_builder import ScoreBuilder
 from offramp.passes.scores.short_head import ShortHead, find_head
 from offramp.program.exit import Exit
-from offramp.program.graph import dependents, expression, has_classes, results, shape, symbols
+from offramp.program.graph import dependents, expression, results, shape, symbols
 from offramp.program.program import Program
 from offramp.program.record import exchanged
 
@@ -180,12 +180,12 @@ class InsertScores(Pass):
             raise SpecError(
                 f"which output holds logits? The program has {usable} behind stack {stack!r}"
                 + (f", not {self.output!r}" if self.output else ""),
-                hint=f"output={usable[0]}" if usable else "measure=cosine or learned",
+                hint=next((f"output={o}" for o in usable if _has_classes(returned[o])), "measure=cosine or learned"),
             )
         node = returned[name]
         sizes = [program.axes.describe(size) for size in shape(node)]
-        if not has_classes(node):
-            others = [f"output={other}" for other in usable if has_classes(returned[other])]
+        if not _has_classes(node):
+            others = [f"output={other}" for other in usable if _has_classes(returned[other])]
             raise SpecError(
                 f"output {name!r} of shape {sizes} has no classes on its last axis",
                 hint=", ".join([*others, "measure=cosine or learned"]),
@@ -244,3 +244,9 @@ class InsertScores(Pass):
         few = head.logits(builder, hidden, logits)
         found = builder.of_logits(few, measure, builder.padding(stack.name))
         return found if measure.gates else head.classes(builder, found)
+
+
+def _has_classes(node: fx.Node) -> bool:
+    """Whether an output has several values on a last axis of one size."""
+    sizes = shape(node)
+    return len(sizes) > 1 and isinstance(sizes[-1], int) and sizes[-1] > 1

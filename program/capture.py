@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from offramp.program.program import Program, analyse
 from offramp.program.sizes import where_the_same, with_limits
 from offramp.program.tracing import Dynamic, exported, flattened
 from offramp.program.unwrap import as_captured, plain
+
+log = logging.getLogger(__name__)
 
 
 def capture(
@@ -68,6 +71,8 @@ def capture(
             return {name: value for name, value in eager(module, inputs).items() if name not in left_out}
 
         expected = answers(inputs)
+        if broken := [name for name, value in expected.items() if value.isnan().any()]:
+            log.warning("for the example inputs the model gives NaN: %s", ", ".join(broken))
         graph_module = flattened(traced, inputs, list(expected))
         if training:
             switch_off(graph_module.graph)

@@ -82,12 +82,6 @@ def shape_key(node: fx.Node) -> str:
     return f"{[str(expression(size)) for size in value.shape]}:{value.dtype}"
 
 
-def has_classes(node: fx.Node) -> bool:
-    """Whether the node's value has several numbers on a last axis of one size, as logits have."""
-    sizes = shape(node)
-    return len(sizes) > 1 and isinstance(sizes[-1], int) and sizes[-1] > 1
-
-
 def copied(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph, whose nodes have the same names."""
     made = fx.Graph()

@@ -185,6 +185,7 @@ def as_captured(module: nn.Module) -> Iterator[None]:
         stack.callback(setattr, transformer, "_detect_is_causal_mask", transformer._detect_is_causal_mask)
         transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.autocast("cpu", enabled=False))  # of a training loop around it
         yield
 
 

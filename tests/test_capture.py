@@ -324,6 +324,24 @@ def test_squeeze_takes_away_no_axis_that_varies(squeeze: Callable[[Tensor], Tens
     assert list(fixed.example_outputs["output"].shape) == [4]
 
 
+def test_a_model_that_gives_nan_is_said_to(caplog: pytest.LogCaptureFixture) -> None:
+    broken = Plain()
+    with torch.no_grad():
+        broken.layer.weight[0, 0] = torch.nan
+    for model in (Plain(), broken):
+        capture(model, X)
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("offramp")]
+    assert said == ["for the example inputs the model gives NaN: output"]
+
+
+def test_autocast_around_a_capture_is_not_captured() -> None:
+    model = Plain()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        program = capture(model, X)
+    assert program.example_outputs["output"].dtype == torch.float32
+    torch.testing.assert_close(program.module(x=X)["output"], model(X))
+
+
 # Names of axes
 
 

@@ -465,3 +465,17 @@ def test_provenance(encoder: tiny.Captured) -> None:
     tiny.assert_provenance(before, result.program, repr(step))
     assert result.edits["inserted"] == len(tiny.added(before, result.program))
     assert result.program.history == ("insert-exits", repr(step))
+
+
+class Span(tiny.Encoder):
+    """Where an answer starts and ends: places are its classes."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        x = self.run(self.embed(input_ids), attention_mask.bool()[:, None, None])
+        return {"start": x[..., 0], "end": x[..., 1]}
+
+
+def test_no_output_without_classes_is_suggested() -> None:
+    captured = tiny.captured(Span, tiny.text())
+    with pytest.raises(SpecError, match=r"which output holds logits\?.*\n  try: measure=cosine or learned"):
+        _scored(captured, "top1")

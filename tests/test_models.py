@@ -365,6 +365,38 @@ def test_an_adapter_is_merged_into_its_base(tmp_path: Path) -> None:
     )
 
 
+def test_an_adapter_with_words_of_its_own(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    tiny("decoder").save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base.resize_token_embeddings(53, mean_resizing=False)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    expected = peft.get_peft_model(base, settings).eval()
+    expected.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    module, _ = models.resolve(f"hf:{tmp_path / 'adapter'}")()
+    ids = torch.tensor([[1, 52, 7], [50, 51, 3]])
+    with torch.inference_mode():
+        torch.testing.assert_close(module(input_ids=ids).logits, expected(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_with_more_classes_than_its_base(tmp_path: Path) -> None:
+    """The number of classes stands nowhere but in the shape of the adapter's head."""
+    peft = pytest.importorskip("peft")
+    transformers.BertModel(tiny("encoder").config).save_pretrained(tmp_path / "base")
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=4)
+    settings = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    expected = peft.get_peft_model(base, settings).eval()
+    expected.save_pretrained(tmp_path / "adapter")
+    notes: list[str] = []
+    module, inputs = models.resolve(f"hf:{tmp_path / 'adapter'}", notes.append)()
+    assert isinstance(inputs, dict)
+    with torch.inference_mode():
+        found = module(**inputs).logits
+        torch.testing.assert_close(found, expected(**inputs).logits, rtol=0, atol=1e-5)
+    assert list(found.shape) == [2, 4]
+    assert notes == []
+
+
 def test_an_adapter_without_its_base_names_it(tmp_path: Path) -> None:
     folder, _ = adapted(tmp_path)
     (tmp_path / "base").rename(tmp_path / "elsewhere")

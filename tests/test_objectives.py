@@ -177,6 +177,31 @@ def test_objectives_together_add_up() -> None:
     assert "LearnedGates: gate 1" in found
 
 
+class Numbers(tiny.Talker):
+    """One number for each token, as a regression has, and the logits of before."""
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = super().forward(input_ids)
+        return {"number": logits[..., :1], "rows": logits.mean((1, 2)), "start": logits[..., 0], "logits": logits}
+
+
+@pytest.fixture(scope="module")
+def numbers() -> offramp.Program:
+    captured = offramp.capture(tiny.seeded(Numbers), {"input_ids": tiny.ids()})
+    return offramp.apply(captured, "insert-exits{after=1},insert-scores{measure=learned}")
+
+
+def test_two_of_a_kind_are_both_learned(numbers: offramp.Program) -> None:
+    """As for the start and the end of a question's answer."""
+    given = {"input_ids": tiny.ids()}
+    one, other = (ObjectiveModule(numbers, SelfDistillation(output=name))(given, 0) for name in ("start", "logits"))
+    both = ObjectiveModule(numbers, Together((SelfDistillation(output="start"), SelfDistillation(output="logits"))))
+    found = both(given, 0)
+    assert list(found) == ["SelfDistillation 1: exit 1", "SelfDistillation 2: exit 1"]
+    torch.testing.assert_close([*found.values()], [one["exit 1"], other["exit 1"]])
+    assert one["exit 1"] != other["exit 1"]
+
+
 @pytest.mark.parametrize(
     ("objective", "match"),
     [
@@ -195,20 +220,6 @@ def test_what_the_program_lacks_is_named(objective: Objective, match: str) -> No
         objective.check(program("insert-exits{after=1|2}"))
 
 
-class Numbers(tiny.Talker):
-    """One number for each token, as a regression has, and the logits of before."""
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        logits = super().forward(input_ids)
-        return {"number": logits[..., :1], "rows": logits.mean((1, 2)), "logits": logits}
-
-
-@pytest.fixture(scope="module")
-def numbers() -> offramp.Program:
-    captured = offramp.capture(tiny.seeded(Numbers), {"input_ids": tiny.ids()})
-    return offramp.apply(captured, "insert-exits{after=1},insert-scores{measure=learned}")
-
-
 @pytest.mark.parametrize("output", ["number", "rows"])
 @pytest.mark.parametrize("objective", [CrossEntropy, DeepSupervision, DepthWeighted, SelfDistillation, LearnedGates])
 def test_what_has_no_classes_teaches_nothing(
@@ -216,8 +227,23 @@ def test_what_has_no_classes_teaches_nothing(
 ) -> None:
     """Any two answers of one class agree, and the loss would be 0 from the start."""
     objective(output="logits").check(numbers)
+    objective(output="start").check(numbers)
     with pytest.raises(SpecError, match=rf"output '{output}' .*has no classes.*\n  try: an Objective of your own"):
         objective(output=output).check(numbers)
+
+
+@pytest.mark.parametrize("objective", [CrossEntropy("output"), DeepSupervision(), DepthWeighted()])
+def test_a_language_model_is_not_taught_what_it_is_given(objective: Objective) -> None:
+    """As where a library shifts labels itself: the loss falls fast, and the model has learned to copy."""
+    made = program("insert-exits{after=1|2}")
+    ids = tiny.ids(seed=5)
+    own, following = ids.clone(), ids.roll(-1, 1)
+    own[0, :2], following[:, -1] = IGNORED, IGNORED
+    with pytest.raises(SpecError, match=r"tokens of 'input_ids' in their own places.*\n  try: .* = input_ids\[:, 1:\]"):
+        losses(made, objective, labels=own)
+    assert losses(made, objective, labels=following)
+    constant = torch.full_like(ids, 3)
+    assert losses(made, objective, input_ids=constant, labels=constant)
 
 
 @pytest.mark.parametrize("labels", [None, torch.zeros(2, 3, dtype=torch.int64)])

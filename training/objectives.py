@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from offramp.errors import SpecError
 from offramp.passes.infra.contract import stack_named
 from offramp.program.exit import Exit
-from offramp.program.graph import has_classes, results, shape
+from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program
-from offramp.training.losses import Values, aligned, counted, cross_entropy
+from offramp.training.losses import IGNORED, Values, aligned, counted, cross_entropy
 
 if TYPE_CHECKING:
     from offramp.training.objective_module import ObjectiveModule
@@ -84,11 +84,41 @@ def require_one_run(objective: Objective) -> None:
 
 
 def require_classes(program: Program, output: str, hint: str = "an Objective of your own for such answers") -> None:
-    """Raise a SpecError where an output has one number for each answer: as logits of one class, none would be wrong."""
+    """Raise a SpecError where an output has one number for each answer: as logits of one class, none would be wrong.
+
+    Places of a text are classes too, those of a question's answer.
+    """
     node = results(program.graph).get(output) or program.nodes[output]
-    if not has_classes(node):
-        sizes = [program.axes.describe(size) for size in shape(node)]
-        raise SpecError(f"output {output!r} of shape {sizes} has no classes on its last axis", hint=hint)
+    sizes = [expression(size) for size in shape(node)]
+    if not sizes or sizes[-1] in (1, program.axes.batch):
+        described = [program.axes.describe(size) for size in sizes]
+        raise SpecError(f"output {output!r} of shape {described} has no classes on its last axis", hint=hint)
+
+
+def require_next(program: Program, batch: Values) -> None:
+    """Raise a SpecError where a model of causal blocks is to say the tokens that it is given, not those that follow."""
+    labels = batch.get("labels")
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dim() < 2
+        or all(stack.role != "decoder" for stack in program.stacks.values())
+    ):
+        return
+    counts = labels != IGNORED
+    for name in program.inputs:
+        ids = batch.get(name)
+        if (
+            ids is None
+            or ids.shape != labels.shape
+            or ids.is_floating_point()
+            or not torch.equal(ids[counts], labels[counts])
+        ):
+            continue
+        if not torch.equal(ids[:, 1:][counts[:, :-1]], labels[:, :-1][counts[:, :-1]]):
+            raise SpecError(
+                f"the labels are the tokens of {name!r} in their own places, which each position sees",
+                hint=f"those that follow: labels[:, :-1] = {name}[:, 1:], and labels[:, -1] = {IGNORED}",
+            )
 
 
 def _require(**numbers: tuple[float, float, float]) -> None:
@@ -119,6 +149,7 @@ class CrossEntropy(Objective):
         return [self.output]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        require_next(program, batch)
         return {"final": cross_entropy(values[self.output], batch, self.smoothing)}
 
 
@@ -159,7 +190,8 @@ class _AtExits(Objective):
         there = list(self.exits(program)[0].outputs)
         name = self.output or ("logits" if "logits" in there else there[0] if len(there) == 1 else None)
         if name not in there:
-            raise SpecError(f"which output holds logits? The exits have {there}", hint=f"output={there[0]!r}")
+            others = ", and Together for several" if len(there) > 1 else ""
+            raise SpecError(f"which output holds logits? The exits have {there}", hint=f"output={there[0]!r}{others}")
         return name
 
     def drawn(self, program: Program, step: int) -> list[Exit]:
@@ -207,6 +239,7 @@ class DeepSupervision(_AtExits):
         _require(**{f"weights[{after}]": (weight, 0, math.inf) for after, weight in self.weights.items()})
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        require_next(program, batch)
         depth, count = program.stacks[self._stack(program)].blocks, len(self.exits(program)) + 1
         weights = self.weights
         if weights is None:
@@ -250,6 +283,7 @@ class DepthWeighted(_AtExits):
         return [stack.cuts[i + 1] for i in range(below)], [stack.cuts[i] for i in spread]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        require_next(program, batch)
         depth = program.stacks[self._stack(program)].blocks
         by_depth = {**self.given(program, values), depth: values[self.final(program)]}
         total = sum(by_depth)
@@ -345,8 +379,12 @@ class Together(Objective):
         return [name for part in self.parts for name in part.wants(program, step)]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
+        kinds = [type(part).__name__ for part in self.parts]
+        names = [
+            kind if kinds.count(kind) == 1 else f"{kind} {kinds[: i + 1].count(kind)}" for i, kind in enumerate(kinds)
+        ]
         return {
-            f"{type(part).__name__}: {name}": loss
-            for part in self.parts
+            f"{kind}: {name}": loss
+            for kind, part in zip(names, self.parts, strict=True)
             for name, loss in part.losses(program, values, batch).items()
         }

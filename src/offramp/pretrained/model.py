@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 
 from offramp.errors import PretrainedModelError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ADAPTER = "adapter_config.json"
+_ADAPTED = "base_model.model."  # before the names of weights of the base, in an adapter's file
 _TASKS = {  # of adapters that bring a head of their own; the class of others is what the base's configuration says
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -65,10 +67,12 @@ def processors(source: str) -> str:
     return str(adapter["base_model_name_or_path"])
 
 
-def _load(source: str, kind: str | None = None) -> tuple[PreTrainedModel, list[str]]:
-    """The model, of the class ``kind`` if that is named, and the names of the weights that are not there."""
+def _load(source: str, kind: str | None = None, classes: int | None = None) -> tuple[PreTrainedModel, list[str]]:
+    """The model, of the class ``kind`` and with so many ``classes`` if that is said; names of weights not there."""
     try:
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if classes is not None:
+            config.num_labels = classes
         for part in configs(config):
             part.return_dict = True
             for name in ("use_cache", "output_hidden_states", "output_attentions"):
@@ -136,7 +140,7 @@ def _merged(source: str, adapter: dict[str, Any]) -> tuple[PreTrainedModel, list
     except ModuleNotFoundError as error:
         raise PretrainedModelError(f"{what}; peft, which reads it, is not installed", hint=hint) from error
     try:
-        model, missing = _load(str(base), _TASKS.get(str(adapter.get("task_type"))))
+        model, missing = _as_large(source, str(base), _TASKS.get(str(adapter.get("task_type"))))
         own = {*(adapter.get("modules_to_save") or ())}
         merged = peft.PeftModel.from_pretrained(model, source).merge_and_unload()
         return merged, [name for name in missing if not own & {*name.split(".")}]
@@ -151,6 +155,30 @@ def _merged(source: str, adapter: dict[str, Any]) -> tuple[PreTrainedModel, list
         raise PretrainedModelError(
             f"{what}, and does not fit it: {' '.join(lines[:2])}", hint="the base that the adapter was made for"
         ) from error
+
+
+def _as_large(source: str, base: str, kind: str | None) -> tuple[PreTrainedModel, list[str]]:
+    """The base of an adapter, with as many classes and words as the adapter's own head and table of words have."""
+    model, missing = _load(base, kind)
+    weights = Path(source) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return model, missing
+    with safe_open(weights, "pt") as file:
+        names = {key.removeprefix(_ADAPTED).replace(".base_layer.", "."): key for key in file.keys()}  # noqa: SIM118
+        sizes = {name: file.get_slice(key).get_shape() for name, key in names.items()}
+    others = {
+        name: own
+        for name, own in model.named_parameters(remove_duplicate=False)
+        if name in sizes and sizes[name] != list(own.shape) and sizes[name][1:] == list(own.shape[1:])
+    }
+    tables = [part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    words = {sizes[name][0] for name, own in others.items() if any(own is table for table in tables)}
+    classes = {sizes[name][0] for name, own in others.items() if len(own) == model.config.num_labels}
+    if len(words) == 1:
+        model.resize_token_embeddings(words.pop(), mean_resizing=False)
+    elif len(classes) == 1:
+        return _load(base, kind, classes.pop())
+    return model, missing
 
 
 def _listed(source: str, model: PreTrainedModel) -> Listed:
