@@ -26,6 +26,7 @@ from offramp.training.objectives import (
     SelfDistillation,
     Together,
     _AtExits,
+    require_next,
 )
 
 PIPELINE = "insert-exits{after=1|2},insert-adapter{kind=linear},insert-scores{measure=learned}"
@@ -244,6 +245,13 @@ def test_a_language_model_is_not_taught_what_it_is_given(objective: Objective) -
     assert losses(made, objective, labels=following)
     constant = torch.full_like(ids, 3)
     assert losses(made, objective, input_ids=constant, labels=constant)
+
+
+def test_a_translator_may_copy_its_source(two_stacks: tiny.Captured) -> None:
+    given = tiny.two_texts()
+    require_next(two_stacks.program, {**given, "labels": given["source_ids"]})
+    with pytest.raises(SpecError, match="tokens of 'input_ids' in their own places"):
+        require_next(program(), {"input_ids": given["input_ids"], "labels": given["input_ids"]})
 
 
 @pytest.mark.parametrize("labels", [None, torch.zeros(2, 3, dtype=torch.int64)])

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from offramp.errors import SpecError, StructureError
 from offramp.export import partition, save
 from offramp.export.lowering.lower import lower
-from offramp.export.lowering.outline import Computation, outline
+from offramp.export.lowering.outline import outline
 from offramp.export.partition import Plan
 from offramp.export.subgraph import Subgraph
 from offramp.passes import InsertAdapter, InsertExits, InsertScores, Truncate, apply
@@ -42,23 +42,11 @@ def pieces(plan: Plan) -> Iterator[Subgraph]:
     yield from plan.tails
 
 
-_LOWERED: dict[str, Computation] = {}
-
-
-def lowered_once(piece: Subgraph) -> Computation:
-    """The piece in operators that ONNX has; equal pieces of other plans have the same graph."""
-    given = outline(piece)
-    if given.key not in _LOWERED:
-        _LOWERED[given.key] = lower(piece)
-    made = _LOWERED[given.key]
-    return replace(given, graph=made.graph, key=made.key)
-
-
 def run(program: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
     """Every value that pieces make, each piece as a function of its own inputs and weights only."""
     values = {node: inputs[str(node.target)] for node in program.graph.find_nodes(op="placeholder")}
     for piece in pieces(plan):
-        function = lowered_once(piece)
+        function = outline(piece)
         module = fx.GraphModule({}, function.graph)
         weights = [attribute(program.graph_module, str(node.target)) for node in function.weights]
         with torch.no_grad():

@@ -96,12 +96,12 @@ def require_classes(program: Program, output: str, hint: str = "an Objective of 
 
 
 def require_next(program: Program, batch: Values) -> None:
-    """Raise a SpecError where a model of causal blocks is to say the tokens that it is given, not those that follow."""
+    """Raise a SpecError where a model of causal blocks alone is to say the tokens that it is given."""
     labels = batch.get("labels")
     if (
         not isinstance(labels, Tensor)
         or labels.dim() < 2
-        or all(stack.role != "decoder" for stack in program.stacks.values())
+        or any(stack.role != "decoder" for stack in program.stacks.values())
     ):
         return
     counts = labels != IGNORED
