@@ -105,7 +105,7 @@ class Policy:
 
     @property
     def observes(self) -> frozenset[type[Agreement | Cost]]:
-        """What it wants to be told; knowing agreement costs the head's time for the tokens that are caught up."""
+        """What it wants to observe; knowing agreement costs the head's time for the tokens that are caught up."""
         return frozenset()
 
     def observe(self, seen: Agreement | Cost) -> None:

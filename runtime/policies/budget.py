@@ -111,7 +111,7 @@ class Budget(Learner):
             return {"position": self._position, "steps": self._steps, "spent": self._spent}
 
     def restored(self, state: Mapping[str, Any]) -> Budget:
-        """A policy with these options that has learned what `state` told; PolicyError where it is none of those."""
+        """A policy with these options that has learned what `state` says; PolicyError where it is none of those."""
         made = replace(self)
         try:
             made._position, made._steps = float(state["position"]), int(state["steps"])

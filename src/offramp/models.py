@@ -49,7 +49,7 @@ def resolve(name: str, note: Callable[[str], None] = log.warning) -> Factory:
 
     What needs no import is checked at once: the form, that a file exists, that the zoo has the model. The
     rest is checked by the call. Both raise `ModelError` or `offramp.zoo.ZooError`. What a model's own code
-    raises passes through. ``note`` is told, a sentence each, what an ``hf:`` directory lacks: weights of its model.
+    raises passes through. ``note`` gets, a sentence each, what an ``hf:`` directory lacks: weights of its model.
     """
     scheme, _, rest = name.partition(":")
     if scheme == "zoo":
