@@ -393,6 +393,18 @@ def test_whoever_needs_logits_gets_them(talker: tuple[Program, offramp.Chain]) -
     assert _said(chain, verify, PROMPTS) == _said(chain, never, PROMPTS)
 
 
+def test_a_token_that_will_not_do_gets_its_logits_from_the_same_run(
+    talker: tuple[Program, offramp.Chain], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.runtime.generation.session.CACHES", 0)  # token by token, as with large caches
+    chain, never = talker[1], offramp.Never()
+    first = _said(chain, never, [[5]])[0]
+    steps = chain.stream({"input_ids": [[5]]}, never, max_new_tokens=4, suppress=first[:1])
+    runs = [[ran.segment for ran in step.trace] for step in steps]
+    assert ["decoder-whole", "tail"] in runs
+    assert all(names.count("decoder-whole") == 1 for names in runs)
+
+
 def test_exits_are_compared_with_it(talker: tuple[Program, offramp.Chain]) -> None:
     """FREE learns from full depth's tokens; no logits are made for it."""
     scored, chain = talker

@@ -77,8 +77,8 @@ class Decoder:
         self._caught_up: dict[int, int] = {}
         self._nowhere = np.zeros(store.slots, np.int64)
         self._copied = CopiedCaches(plan.manifest, plan.spans) if propagate == "kv" else None
-        first = self.spans[0]
-        self._at_once = len(self.spans) == len(first.calls) == 1 and not self._sites.of[first.calls[0].segment.name]
+        only = self.spans[0].branch if len(self.spans) == 1 else None
+        self._only = only if only is not None and only.ends and only.pick is not None else None
         self._stayed = 0  # runs of one token that could have been of several, since the last one that left first
 
     @property
@@ -107,10 +107,9 @@ class Decoder:
         asked: see `multistep`.
         """
         self._caught_up = {}
-        if most == 1 and self._at_once and counts.size == counts[0] == 1 and wanted.whole is None:
-            alone = self._alone(slots, values, counts, wanted)
-            if alone is not None:
-                return [alone]
+        one = most == 1 and counts.size == counts[0] == 1 and wanted.whole is None
+        if one and self._only is not None and wanted.picks(self._only):
+            return self._alone(self._only, slots, values, counts, wanted)
         new = dict(zip(slots.tolist(), counts.tolist(), strict=True))
         step = _Step(policies, wanted, new, {slot: Notes() for slot in new}, [], most=most)
         at, groups = 0, [Group(slots, values, counts)]
@@ -120,22 +119,20 @@ class Decoder:
             step.results = [item._replace(before=step.before) for item in step.results]
         return step.results if self.max_pending is None else self._bounded(step.results, slots, wanted.whole)
 
-    def _alone(self, slots: Index, values: Values, counts: Index, wanted: Wanted) -> RowResult | None:
-        """What `_stack` would find for a token, where the decoder is one segment that picks the next; None: ask that.
+    def _alone(self, branch: Branch, slots: Index, values: Values, counts: Index, wanted: Wanted) -> list[RowResult]:
+        """What `_stack` finds for one token of one row, where a single span gets to full depth and picks the next.
 
         The shorter way saves 2% of a large model's token: its weights have driven Python out of the processor's caches.
         """
         span, slot = self.spans[0], int(slots[0])
-        branch, accepts = span.branch, wanted.accepts
-        if branch is None or branch.pick is None or accepts is None or not (branch.ends and wanted.picks(branch)):
-            return None
-        given = values if span.asked is None else {**values, span.asked: every(1, 1)}
-        made = self.runner.run(span.calls[0], self.seen[0], slots, given, counts)
-        token = int(made[branch.pick].reshape(-1)[-1])
-        if token < 0 or not accepts(slot, token):
-            return None
-        self.waiting.advance(0, slots, counts)
-        return RowResult(slot, {}, {span.stack or "": branch.after}, {}, {}, token)
+        group = Group(slots, self._run(0, slots, values, counts, every(1, 1)), counts)
+        (token,) = picked(branch, group.values, 1)
+        if token >= 0 and wanted.accepts is not None and wanted.accepts(slot, token):
+            return [RowResult(slot, {}, {span.stack or "": branch.after}, {}, {}, token)]
+        step = _Step(None, Wanted(), {slot: 1}, {slot: Notes()}, [])
+        decision = Decision(np.ones(1, np.bool_), group.last_tokens(self._along))
+        self._leave(1, span, branch, group, decision, np.arange(1), step)
+        return step.results
 
     def _stack(self, step: _Step, at: int, group: Group) -> tuple[int, list[Group]]:
         """Run rows from a span on until all have left its stack; where the next begins, and what goes on there."""
