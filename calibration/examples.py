@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.bundle.implied import ImpliedInputs
 from offramp.errors import InputError
 from offramp.runtime import Chain
 
@@ -90,6 +91,7 @@ def read(chain: Chain, data: Mapping[str, Any] | Sequence[Mapping[str, Any]]) ->
 
 def _rows(chain: Chain, batch: Mapping[str, Any]) -> list[Example]:
     """A batch as one example a row."""
+    batch = _without_padding(chain, batch)
     unknown = sorted(batch.keys() - chain.inputs.keys())
     if unknown or not batch:
         raise InputError(f"data has {unknown or 'no inputs'}; this bundle takes {sorted(chain.inputs)} and {LABELS!r}")
@@ -100,6 +102,15 @@ def _rows(chain: Chain, batch: Mapping[str, Any]) -> list[Example]:
         raise InputError(f"the data's inputs have different numbers of rows: {counts}")
     (count,) = set(counts.values())
     return [{name: _row(chain, name, value, row) for name, value in batch.items()} for row in range(count)]
+
+
+def _without_padding(chain: Chain, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A generator's batch without inputs that its graph makes itself: rows lose what a mask among them hides."""
+    cache, ids = chain.manifest.cache, chain.generates
+    if cache is None or ids is None or not np.iterable(batch.get(ids)) or cache.implied.keys().isdisjoint(batch):
+        return batch
+    kept = ImpliedInputs(chain.manifest).kept(batch, [_array(ids, row, "int64") for row in batch[ids]])
+    return {name: value for name, value in batch.items() if name not in cache.implied} | {ids: kept}
 
 
 def _count(chain: Chain, name: str, value: Any) -> int:

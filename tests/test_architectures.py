@@ -21,7 +21,7 @@ from offramp.program.compare import TOLERANCE
 from offramp.program.forward import named_outputs
 
 FACTORIES = {**architectures.REQUIRED, **architectures.OTHERS, **architectures.REFUSED}
-KINDS = ("torch_encoder_post", "einsum_encoder", "looped_block", "bert", "vit", "wav2vec2", "dual_tower")
+KINDS = ("torch_encoder_post", "einsum_encoder", "looped_block", "bert", "vit")
 
 # How many blocks each stack has.
 STACKS: dict[str, dict[str, int]] = {

@@ -93,6 +93,7 @@ def losing(chain: Chain, examples: dict[str, NDArray[Any]], lost: dict[tuple[int
     return quality
 
 
+@pytest.mark.slow
 def test_what_the_first_stack_uses_up_is_left_to_those_that_make_more_of_it(classifier: Path) -> None:
     """Words may leave after a block, or patches after three, not both; patches save more."""
     chain, examples = offramp.load(classifier), data(400)
@@ -154,6 +155,7 @@ def test_thresholds_are_candidates_too(classifier: Path) -> None:
     assert 0.2 < (left == 1).mean() < 0.7
 
 
+@pytest.mark.slow
 def test_of_a_generator_encoder_and_decoder(generator: Chain) -> None:
     stacks = [*GROUPS, "decoder"]
     found = offramp.calibrate(

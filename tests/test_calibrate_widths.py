@@ -111,6 +111,7 @@ def test_the_boldest_width_that_changes_no_answer(wide: Path, encoder: tiny.Capt
     assert "`Width(budget=0.4" in (root / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_quality_that_falls_at_once(encoder: tiny.Captured, tmp_path: Path) -> None:
     root = saved(encoder, tmp_path / "m.offramp", "insert-acm{learners=24}", idle=0)
     found = offramp.calibrate(root, texts(120), keep=0.9, quality=exact)
@@ -224,6 +225,7 @@ def test_widths_are_timed_on_this_machine(wide: Path, monkeypatch: pytest.Monkey
 # Generation
 
 
+@pytest.mark.slow
 def test_generations(decoder: tiny.Captured, tmp_path: Path) -> None:
     root = saved(decoder, tmp_path / "m.offramp", "insert-acm,insert-cache")
     prompts = {"input_ids": [row.tolist() for row in tiny.ids(3, 80, 7).numpy()]}

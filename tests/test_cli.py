@@ -216,7 +216,8 @@ def factory():
 """
 
 
-@pytest.mark.parametrize("verbose", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verbose", [False, True])
 def test_progress_bars_of_transformers_are_shown_only_with_v(tmp_path: Path, verbose: bool) -> None:
     (tmp_path / "noisy.py").write_text(NOISY)
     command = [sys.executable, "-m", "offramp", "inspect", "noisy.py:factory", *(["-v"] if verbose else [])]

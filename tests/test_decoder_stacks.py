@@ -26,7 +26,7 @@ from offramp.program.program import evaluate
 
 FACTORIES = {**decoders.REQUIRED, **decoders.OTHERS, **decoders.REFUSED}
 KINDS = (
-    *("gpt2", "llama", "whisper", "torch_transformer", "triangle", "causal_flag", "cross_first"),
+    *("gpt2", "llama", "whisper", "triangle", "causal_flag", "cross_first"),
     *decoders.REFUSED,
 )
 # The rest of OTHERS differ from these in weights only, as far as stacks go.

@@ -17,10 +17,7 @@ from offramp.cli import main
 WRITERS = [name for name, directory in directories.DIRECTORIES.items() if directory.generates]
 OTHERS = [name for name in directories.DIRECTORIES if name not in WRITERS]
 #: One of each kind; the others are breadth.
-KINDS = (
-    *("bert_classifier", "vit_classifier", "wav2vec2_listener"),
-    *("llama_chat", "marian_translator", "whisper_listener", "vit_gpt2_captioner"),
-)
+KINDS = ("bert_classifier", "vit_classifier", "llama_chat", "marian_translator")
 SETTINGS = ((1, None), (3, None), (1, 3), (3, 3))  # rows, beams
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.bundle.json_text import from_json, to_json
+from offramp.calibration.examples import read
 from offramp.errors import BundleError, InputError
 from offramp.passes import apply
 
@@ -142,6 +143,18 @@ def test_none_is_as_if_it_were_left_out(llama: Any) -> None:
     assert found.tolist() == wanted.tolist()
     assert [step.token for step in llama[1].stream({"input_ids": ids, **nothing}, max_new_tokens=3)] == wanted.tolist()
     assert llama[1].generator({"input_ids": ids, **nothing}).next()[0].token == wanted[0]
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_examples_to_calibrate_on_lose_their_padding(llama: Any, left: bool) -> None:
+    """They are what a tokenizer gives for several texts."""
+    found = read(llama[1], {**padded(left), "labels": ["a", "b", "c"]})
+    assert [{name: row.tolist() for name, (row,) in example.items()} for example in found.inputs] == [
+        {"input_ids": text} for text in TEXTS
+    ]
+    assert found.labels == ["a", "b", "c"]
+    with pytest.raises(InputError, match="'attention_mask' hides tokens of row 0 between others"):
+        read(llama[1], {"input_ids": [[4, 17, 8]], "attention_mask": [[1, 0, 1]]})
 
 
 def test_infinite_padding_over_four_axes(added: offramp.Chain) -> None:

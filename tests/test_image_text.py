@@ -82,7 +82,7 @@ def _exported(name: str, root: Path, capsys: Any = None) -> tuple[Path, Path]:
     return root / "saved", root / "bundle"
 
 
-KINDS = {"llava", "blip"}  # a mark in the text, a generate of the model's own; types of tokens are below
+KINDS = {"llava"}  # a mark in the text; the others are breadth
 
 
 @pytest.fixture(
@@ -186,6 +186,7 @@ def test_an_image_is_asked_for(reader: Reader, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("reader", ["paligemma", "gemma3"], indirect=True)
+@pytest.mark.slow
 def test_types_follow_from_the_ids_in_python_too(reader: Reader) -> None:
     wanted = reader.wanted(f"{reader.settings.mark} a cat")
     bare = {name: wanted[name].numpy() for name in ("input_ids", "pixel_values")}
@@ -197,7 +198,8 @@ def test_types_follow_from_the_ids_in_python_too(reader: Reader) -> None:
     np.testing.assert_array_equal(logits, same)
 
 
-@pytest.mark.parametrize("reader", ["llava_chat", pytest.param("gemma3_chat", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("reader", ["llava_chat", "gemma3_chat"], indirect=True)
+@pytest.mark.slow
 def test_a_chat_says_where_the_image_goes(reader: Reader) -> None:
     mark = reader.settings.mark
     image = {"type": "image", "image": picture(0)}
@@ -221,6 +223,7 @@ def _marked_chat(reader: Reader, text: str) -> Mapping[str, torch.Tensor]:
     return dict(reader.processor(images=picture(0), text=whole, add_special_tokens=special, return_tensors="pt"))
 
 
+@pytest.mark.slow
 def test_a_processor_that_cannot_be_loaded_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("PIL")
     if transformers.utils.is_torchvision_available():

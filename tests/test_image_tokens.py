@@ -372,6 +372,7 @@ def test_a_prefix_that_sees_itself_is_together() -> None:
     assert check_chunks(program, cached) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_prefix_generates_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = prefixed()
     program = offramp.apply(offramp.capture(model, inputs), "insert-exits,insert-scores{measure=top1},insert-cache")

@@ -251,6 +251,7 @@ def _flat(make: Callable[[], tiny.Encoder], within: bool = False) -> tiny.Encode
     return module
 
 
+@pytest.mark.slow
 def test_rows_leave_whose_tokens_lie_one_after_another(tmp_path: Path) -> None:
     program = capture(_flat(tiny.Encoder), tiny.text())
     offramp.save(apply(program, "insert-acm,insert-exits{after=2}"), tmp_path / "m.offramp")
@@ -320,9 +321,8 @@ def test_a_projection_of_low_rank_is_what_it_was(encoder: tiny.Captured) -> None
 
 
 @pytest.mark.parametrize("form", ["dense", "grouped"])
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("encoder", "decoder")), "two_stacks"]
-)
+@pytest.mark.parametrize("name", ["encoder", "decoder", "two_stacks"])
+@pytest.mark.slow
 def test_a_bundle_with_learners_everywhere(
     name: str, form: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -362,6 +362,7 @@ def test_a_second_time_does_nothing(encoder: tiny.Captured) -> None:
 # Refused
 
 
+@pytest.mark.slow
 def test_a_model_that_depends_on_the_order_of_a_sum() -> None:
     pytest.importorskip("transformers")
     program = shared.captured(architectures.OTHERS["mobilebert"])

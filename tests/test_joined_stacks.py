@@ -109,6 +109,7 @@ def test_no_block_is_run_twice(captured: Callable[..., Program], causal: bool) -
     assert [middle in piece.outputs for piece in pieces if piece].count(True) == 1
 
 
+@pytest.mark.slow
 def test_three_encoders(captured: Callable[..., Program], tmp_path: Path) -> None:
     program = exits(captured(24, 24, 40, 40, 32, 32))
     save(program, tmp_path / "m.offramp")

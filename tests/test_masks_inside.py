@@ -77,14 +77,8 @@ def naive(model: nn.Module, name: str, prompt: list[int], others: Any = lambda s
     return text[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    ("kind", "attention"),
-    [
-        pytest.param("gpt2", "sdpa", marks=pytest.mark.slow),
-        ("llama", "sdpa"),
-        pytest.param("llama", "eager", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "attention"), [("gpt2", "sdpa"), ("llama", "sdpa"), ("llama", "eager")])
 def test_a_mask_made_around_a_model_of_transformers(kind: str, attention: str, tmp_path: Path) -> None:
     ids = tiny.ids(9, 3).clamp(min=1)
     ids[0, -2:] = PAD

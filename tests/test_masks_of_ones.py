@@ -56,6 +56,7 @@ def test_sounds_of_any_length_give_what_they_give_with_the_mask(
             assert row.tolist() == whole[1 : 1 + row.size].tolist()
 
 
+@pytest.mark.slow
 def test_a_mask_that_costs_nothing_stays(tmp_path: Path) -> None:
     directories.DIRECTORIES["llama_chat"].make(tmp_path)
     name, notes = f"hf:{tmp_path}", list[str]()

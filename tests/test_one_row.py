@@ -110,6 +110,7 @@ def positions(ids: Tensor, axes: int) -> Tensor:
 
 
 @pytest.mark.parametrize("axes", [0, 3])
+@pytest.mark.slow
 def test_positions_count_on_behind_a_prompt(axes: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = Placed(axes).eval(), example()

@@ -177,6 +177,7 @@ def test_generations_are_the_model_s(case: tuple[Joined, Program, Chain]) -> Non
     assert [len(row) for row in best.tokens] == [4, 4]
 
 
+@pytest.mark.slow
 def test_learned_tokens_stand_before_the_text(tmp_path: Path) -> None:
     model = tiny.seeded(Tuned)
     ids = example()["input_ids"]
@@ -198,6 +199,7 @@ def test_a_prompt_of_one_token_calibrates(case: tuple[Joined, Program, Chain]) -
 
 
 @pytest.mark.parametrize("static", [True, False])
+@pytest.mark.slow
 def test_the_room_for_text_is_known(static: bool, tmp_path: Path) -> None:
     """Positions of the text have a table of 64 rows; a text may fill it, and no more."""
     torch.manual_seed(0)
@@ -215,6 +217,7 @@ def test_the_room_for_text_is_known(static: bool, tmp_path: Path) -> None:
         chain.generate({**arrays, "input_ids": [[]]})
 
 
+@pytest.mark.slow
 def test_more_places_than_text(tmp_path: Path) -> None:
     """Prompts are not filled up to what the places in front take already."""
     model = make("a prefix that sees itself")
@@ -259,6 +262,7 @@ def test_a_manifest_that_is_wrong_is_refused(
         from_json(json.dumps(data))
 
 
+@pytest.mark.slow
 def test_parts_of_parts_are_one(tmp_path: Path) -> None:
     class Nested(Joined):
         def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:

@@ -336,6 +336,7 @@ def test_inputs_that_are_no_tensors() -> None:
     assert capture(made(), {"ids": IDS, "bias": None}).inputs == ("ids",)  # type: ignore[dict-item]
 
 
+@pytest.mark.slow
 def test_peft_with_adapters_in_it_and_merged() -> None:
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")

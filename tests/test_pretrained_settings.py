@@ -244,6 +244,7 @@ def test_run_says_why_it_sees_nothing(viewer: Path, tmp_path: Path, capsys: pyte
     assert "gone.png cannot be read" in refused(capsys, "run", bundle_of(viewer), "--image", tmp_path / "gone.png")
 
 
+@pytest.mark.slow
 def test_run_writes_down_what_it_hears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAO"]
     (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
@@ -375,6 +376,7 @@ def test_the_command_line_refuses_a_generation_config_before_it_captures(
     assert found["generation"]["beams"] == 4
 
 
+@pytest.mark.slow
 def test_a_check_refuses_a_generation_config_as_an_export_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,7 @@ SCORED = "insert-adapter{kind=norm-linear},insert-scores{measure=top1|cosine|lea
     after=st.sets(st.sampled_from(EVERY), min_size=1, max_size=len(EVERY) - 1),
     head=st.sampled_from(["shared", "own"]),
 )
+@pytest.mark.slow
 def test_it_is_as_if_they_had_never_been_there(encoder: tiny.Captured, after: set[int], head: str) -> None:
     full = apply(encoder.program, f"insert-exits{{head={head}}},{SCORED}")
     program = apply(full, [RemoveExits(after=tuple(after))])

@@ -94,6 +94,7 @@ def world(random: np.random.Generator, count: int) -> Observed:
 COSTS = Costs(0.1, np.array([1.0, 1.0, 1.0]), np.zeros(3), np.full(3, 0.1), {"top1": np.array([False, False])})
 
 
+@pytest.mark.slow
 def test_the_promise_is_broken_no_more_often_than_stated() -> None:
     """On 200 draws of examples, the true quality of what was chosen: that of 200,000 others."""
     keep, confidence, draws = 0.9, 0.9, 200
@@ -116,6 +117,7 @@ def test_the_promise_is_broken_no_more_often_than_stated() -> None:
     assert passed > 0.9 * draws  # it is not kept by never leaving
 
 
+@pytest.mark.slow
 def test_looking_at_the_mean_alone_would_break_it() -> None:
     """The test above can fail: without p-values every other promise is broken."""
     keep = 0.9

@@ -180,6 +180,7 @@ def test_what_is_forgotten_is_no_longer_in_the_caches(
 # Drawn
 
 
+@pytest.mark.slow
 def test_drawn_tokens_have_full_depths_distribution(chains: dict[str, Chain]) -> None:
     """Pairs of tokens behind a prompt, against what full depth's probabilities make of them; chi-squared."""
     count, chain, prompt = 2000, chains["portable"], [1, 5]

@@ -190,6 +190,7 @@ def test_any_rows_leave_anywhere(plain: Case, drawn: list[tuple[int, int]]) -> N
     _close(plain.chain.run(plain.arrays, leave).outputs["logits"], plain.expected(torch.tensor(drawn)))
 
 
+@pytest.mark.slow
 def test_with_caches_text_is_generated_from_what_is_left(tmp_path: Path) -> None:
     given_ = inputs()
     pipeline = f"split-modalities,{EXITS},insert-exits{{stack=decoder}},insert-scores{{stack=decoder}},insert-cache"
@@ -431,6 +432,7 @@ def test_padding_leaves_first_where_tokens_leave_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(scores[~padded], expected[~padded], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_fixed_number_of_tokens_leaves_alone(tmp_path: Path) -> None:
     class Image(torch.nn.Module):
         def __init__(self) -> None:

@@ -218,6 +218,7 @@ def test_remembered_states_train_to_the_same_weights() -> None:
         torch.testing.assert_close(weights(quick)[name], weight, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gates_learn_where_exits_agree() -> None:
     made = program("insert-exits{after=2},insert-scores{measure=learned}")
     curve = fit(made, batches(20), LearnedGates(), epochs=30, rate=3e-2, log_every=20)

@@ -115,6 +115,7 @@ def test_the_stacks_are_an_encoder_and_a_decoder(captured: offramp.Program) -> N
     ]
 
 
+@pytest.mark.slow
 def test_a_bundle_says_what_the_model_says(model: nn.Module, captured: offramp.Program, tmp_path: Path) -> None:
     program = offramp.apply(captured, "insert-exits{stack=decoder},insert-cache")
     offramp.save(program, tmp_path / "answers.offramp", generation={**GENERATION, "stop": []})

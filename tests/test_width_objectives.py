@@ -531,6 +531,7 @@ def test_time_first_rows_are_samples() -> None:
 
 
 @pytest.mark.parametrize("train", [pytest.param("added", marks=pytest.mark.slow), "all"])
+@pytest.mark.slow
 def test_following_the_teacher_at_any_width(train: Any) -> None:
     teacher, program = pair()
     given = batches()
@@ -654,6 +655,7 @@ def test_learners_that_are_not_finite_stop_gates() -> None:
 
 
 @pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation])
+@pytest.mark.slow
 def test_bf16_trains(kind: Any) -> None:
     teacher, program = pair()
     curve = fit(program, batches(), kind(teacher), epochs=12, rate=1e-2, precision="bf16", log_every=16)

@@ -96,7 +96,7 @@ def test_whisper_suppresses_what_its_configuration_says(name: str) -> None:
     [
         ("whisper_base", "<|startoftranscript|><|en|><|transcribe|><|notimestamps|><|endoftext|>"),
         ("whisper_tiny_en", "<|startoftranscript|><|notimestamps|><|endoftext|>"),
-        ("smollm2", "<|im_end|><|endoftext|>"),
+        pytest.param("smollm2", "<|im_end|><|endoftext|>", marks=pytest.mark.slow),
         ("annalog", "<sos><eos>"),
     ],
 )
