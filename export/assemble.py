@@ -151,7 +151,7 @@ def save(
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
         manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
         sessions: dict[str, Any] | None = opened(manifest, directory)
-        with at_full_width(program):
+        with torch.autocast("cpu", enabled=False), at_full_width(program):  # whatever loop this is called in
             figures = validate(program, manifest, directory, describer.origin, lowered, sessions)
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:

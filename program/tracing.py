@@ -78,14 +78,22 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
     module.train(was_training)
     text = str(first).strip() or type(first).__name__
     place = next((line.strip() for line in text.splitlines() if "File " in line), "")
-    flex = any(frame.filename == flex_attention.__file__ for frame in traceback.extract_tb(first.__traceback__))
     raise CaptureError(
         f"torch.export cannot capture {type(module).__name__}: {text.splitlines()[0]}{' at ' + place if place else ''}",
-        hint="attention by scaled_dot_product_attention, not by flex_attention (attn_implementation='sdpa', say)"
-        if flex
-        else "Python control flow must not depend on the contents of tensors, and the forward must run "
-        "without a cache (use_cache=False); see the cause above this error",
+        hint=_hint(module, first),
     ) from first
+
+
+def _hint(module: torch.nn.Module, error: Exception) -> str:
+    """What to try where torch.export failed."""
+    if any(frame.filename == flex_attention.__file__ for frame in traceback.extract_tb(error.__traceback__)):
+        return "attention by scaled_dot_product_attention, not by flex_attention (attn_implementation='sdpa', say)"
+    if any(weight.is_inference() for weight in (*module.parameters(), *module.buffers())):
+        return "make or load the model outside of torch.inference_mode(), which leaves tensors that no graph may hold"
+    return (
+        "Python control flow must not depend on the contents of tensors, and the forward must run "
+        "without a cache (use_cache=False); see the cause above this error"
+    )
 
 
 class _Tracing(TorchFunctionMode):

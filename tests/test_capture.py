@@ -184,6 +184,13 @@ def test_flex_attention_is_refused_by_name() -> None:
         capture(Flex(), X)
 
 
+def test_a_model_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        model = Plain()
+    with pytest.raises(CaptureError, match=r"try: make or load the model outside of torch\.inference_mode\(\)"):
+        capture(model, X)
+
+
 def test_attention_inside_of_an_operator_of_ones_own_is_not_seen() -> None:
     @torch.library.custom_op("offramp_test::attend", mutates_args=())
     def attend(x: Tensor) -> Tensor:

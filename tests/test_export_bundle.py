@@ -201,6 +201,11 @@ def test_every_weight_is_stored_once(saved: Get, name: str) -> None:
     assert all(a + b <= c for (a, b), (c, _) in itertools.pairwise(sorted(places)))
 
 
+def test_autocast_around_it_changes_nothing(encoder: tiny.Captured, tmp_path: Path) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        save(encoder.program, tmp_path / "bundle")
+
+
 def test_a_tied_head_is_stored_with_the_words(saved: Get) -> None:
     program = saved("decoder").program
     assert any(node.target == "words.weight" for node in program.graph.find_nodes(op="get_attr"))
