@@ -34,6 +34,7 @@ from offramp.export.prepare import prepared
 from offramp.export.validation import at_full_width, given, opened, validate
 from offramp.export.whole import with_whole
 from offramp.export.write import Writer
+from offramp.program.autocast import without_autocast
 from offramp.program.dropout import drawing
 from offramp.program.graph import ancestors, results, source
 from offramp.program.learners import FORMS
@@ -43,6 +44,7 @@ from offramp.runtime.policies.base import Policy
 from offramp.runtime.policies.builtin import from_dict
 
 
+@without_autocast
 def save(
     program: Program,
     path: str | os.PathLike[str],
@@ -151,7 +153,7 @@ def save(
         manifest = replace(manifest, files=writer.close(), generation=generates, preprocessing=prepares)
         manifest = replace(manifest, labels={name: tuple(map(str, names)) for name, names in (labels or {}).items()})
         sessions: dict[str, Any] | None = opened(manifest, directory)
-        with torch.autocast("cpu", enabled=False), at_full_width(program):  # whatever loop this is called in
+        with at_full_width(program):
             figures = validate(program, manifest, directory, describer.origin, lowered, sessions)
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:

@@ -12,6 +12,7 @@ from offramp.errors import OfframpError, PassError
 from offramp.passes.infra.contract import Pass, PassResult
 from offramp.passes.infra.spec import as_passes
 from offramp.passes.infra.verifier import verify
+from offramp.program.autocast import without_autocast
 from offramp.program.program import Program, as_program
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 Observer = Callable[[Program, Pass, PassResult], None]
 
 
+@without_autocast
 def apply(program: Program, passes: str | Pass | Sequence[str | Pass], *, observer: Observer | None = None) -> Program:
     """Run passes on a program: objects, or pipeline text (``"insert-exits{stack=encoder,after=2|4}"``).
 
