@@ -18,6 +18,7 @@ from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.merged_products import merged
 from offramp.export.screening import Screen, heads, insert
 from offramp.export.translations import Translation
+from offramp.export.turned import turn
 from offramp.program.graph import attribute, storage_key
 
 ALIGNMENT = 64  # bytes: where an array may begin in the weights file
@@ -93,6 +94,7 @@ class Writer:
     def close(self) -> dict[str, File]:
         """Finish, and return size and hash of every file in the directory."""
         self._weights.close()
+        turn(self.directory)
         return {path.name: hashed(path) for path in sorted(self.directory.iterdir())}
 
     def abandon(self) -> None:
