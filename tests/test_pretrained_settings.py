@@ -168,6 +168,17 @@ def test_text_that_is_too_long_is_an_error_or_cut(judge: Path, capsys: pytest.Ca
     assert found["input_ids"].tolist() == [expected]
 
 
+@pytest.mark.parametrize(("length", "limit"), [(8, 8), (20, 12), (None, 12)])
+def test_texts_end_where_sentence_transformers_ends_them(
+    judge: Path, tmp_path: Path, length: int | None, limit: int
+) -> None:
+    directory = shutil.copytree(judge, tmp_path / "judge")
+    (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length}))
+    module, inputs = models.resolve(f"hf:{directory}")()
+    settings = models.settings(f"hf:{directory}", module, inputs)["preprocessing"]
+    assert settings["text"]["limit"] == limit
+
+
 def test_classes_are_called_by_their_names(judge: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = run(capsys, "run", bundle_of(judge), "-t", "a good movie", "-t", "hello")
     expected = torch.tensor(np.array(logits(bundle_of(judge), ["a good movie", "hello"]))).softmax(-1)

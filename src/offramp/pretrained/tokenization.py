@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +39,20 @@ def load(source: str) -> Any | None:
     if found is None:
         return None
     known = set(found.get_vocab().values()) - set(found.all_special_ids)
-    return found if known else None  # without files some classes make one that knows no word
+    if not known:
+        return None  # without files some classes make one that knows no word
+    if length := _sentences(Path(source)):
+        found.model_max_length = min(length, found.model_max_length)
+    return found
+
+
+def _sentences(folder: Path) -> int | None:
+    """After how many tokens sentence-transformers cuts a text off, where it wrote the directory."""
+    file = folder / "sentence_bert_config.json"
+    if not file.is_file():
+        return None
+    length = json.loads(file.read_text(encoding="utf-8")).get("max_seq_length")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def loaded(loader: Any, source: str, files: Collection[str], **options: Any) -> Any | None:
