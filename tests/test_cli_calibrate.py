@@ -176,6 +176,8 @@ def test_text_files(tmp_path: Path) -> None:
         ("a.jsonl", '{"text": ["w5", "w6"]}\n', "text is .'w5', 'w6'., expected a text"),
         ("a.jsonl", "[1]\n", "line 1 is no object"),
         ("a.jsonl", "{\n", "cannot be read"),
+        ("a.jsonl", "\n", "a.jsonl has no examples"),
+        ("a.tsv", "sentence\tlabel\n", "a.tsv has no examples"),
         ("a.jsonl", '{"audio": "a.wav"}\n', "does not turn sound into inputs"),
         ("a.jsonl", '{"image": "a.png"}\n', "does not turn images into inputs"),
         ("a.npz", "no zip", "cannot be read"),

@@ -70,6 +70,8 @@ def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> l
         rows = list(_json(lines) if file.suffix == ".jsonl" else _columns(lines, file.suffix))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"data {file} cannot be read: {error}") from error
+    if not rows:
+        raise InputError(f"data {file} has no examples", hint="one on each line; a header is none")
     written = any("text" in row or (chain.generates and isinstance(row.get("label"), str)) for row in rows)
     tokenizer = _text.tokenizer_of(chain, bundle) if written else None
     return [_example(chain, bundle, row, tokenizer, file.parent, truncate) for row in rows]
