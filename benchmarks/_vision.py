@@ -34,7 +34,7 @@ HELD_OUT = 1000  # of the training images: they choose thresholds and widths
 DEPTH, FEATURES, HIDDEN = 12, 384, 1536
 TOKENS = (SIDE // vit.PATCH_SIZE) ** 2 + 1
 LEARNERS = 4
-TEACHER_RATE, RATE = 3e-5, 6e-5
+TEACHER_RATE, RATE, BATCH = 3e-5, 6e-5, 64
 LEAST, MOST = 0.1, 0.7  # the widths that gates are trained for: from 25% of the blocks' FLOPs, with exits, to 75%
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,7 +45,7 @@ class Recipe:
 
     epochs: float
     rate: float
-    batch: int = 64
+    batch: int = BATCH
     seed: int = 0
     images: int | None = None  # None for all
 

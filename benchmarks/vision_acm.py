@@ -4,8 +4,8 @@ One model with learners and exits serves all shares, by the width that its gates
 does one with exits alone. All are chosen on held-out images. Each static student is a model of its own. All learn from
 one teacher; all are measured in turns. "share" is what the test images took.
 
-``--train`` trains what is missing, minutes on a GPU and days on two cores; trained weights are kept in
-``benchmarks/results/vision_acm``.
+``--train`` trains what is missing, minutes on a GPU and a quarter of an hour to half an hour a model on two cores;
+trained weights are kept in ``benchmarks/results/vision_acm``.
 """
 
 from __future__ import annotations
@@ -59,19 +59,20 @@ def examples(part: str, size: int, count: int | None = None) -> tuple[Examples, 
     return given, labels[:count].numpy()
 
 
-def chain(name: str, program: Program) -> offramp.Chain:
+def chain(name: str, program: Program, precision: str) -> offramp.Chain:
     """The program as a bundle, loaded."""
-    path = BUILD / f"vision_acm.{name}.offramp"
+    path = BUILD / f"vision_acm.{name}.{precision}.offramp"
     path.parent.mkdir(parents=True, exist_ok=True)
-    offramp.save(program, path)
+    offramp.save(program, path, precision, samples=examples("held out", 16, 32)[0])
     return offramp.load(path)
 
 
 class Students:
     """The teacher's students, trained or read."""
 
-    def __init__(self, taught: Recipe, recipe: Recipe, folder: Path, read_only: bool) -> None:
+    def __init__(self, taught: Recipe, recipe: Recipe, folder: Path, read_only: bool, precision: str) -> None:
         self.recipe, self.folder, self.read_only = recipe, folder, read_only
+        self.chain = functools.partial(chain, precision=precision)
         self.model = vision.untrained()
         self.teacher = captured(self.model)
         learn = training.CrossEntropy(smoothing=0.1)
@@ -97,7 +98,7 @@ class Students:
 
     def static(self) -> list[Way]:
         """The teacher, and students that are smaller for every image."""
-        found = [Way("full", chain("teacher", self.teacher), _always(1.0))]
+        found = [Way("full", self.chain("teacher", self.teacher), _always(1.0))]
         for asked in SHARES:
             depth, width = round(asked * DEPTH), round(width_of(asked, gates=True), 3)
             of_nine = round(width_of(asked * DEPTH / 9, gates=True), 2)
@@ -115,7 +116,7 @@ class Students:
     def way(self, kind: str, name: str, program: Program, executed: float) -> list[Way]:
         """A student that is the same for every image, unless it is left out."""
         there = self.trained(name, program)
-        return [Way(kind, chain(name, there), _always(executed))] if there else []
+        return [Way(kind, self.chain(name, there), _always(executed))] if there else []
 
     def rewritten(self, passes: str) -> Program:
         """The teacher, rewritten, with weights of its own."""
@@ -126,7 +127,7 @@ class Students:
         program = self.rewritten(f"insert-exits{{after={'|'.join(map(str, EXITS))},head=own}}")
         if not self.trained("exits", program):
             return []
-        loaded = chain("exits", offramp.apply(program, "insert-scores{measure=top1}"))
+        loaded = self.chain("exits", offramp.apply(program, "insert-scores{measure=top1}"))
         (stack,) = loaded.stacks
         never = offramp.Confidence(thresholds=dict.fromkeys(EXITS, NEVER))
         results = [loaded.run(each, never) for each in examples("held out", 100)[0]]
@@ -156,7 +157,7 @@ class Students:
         program = self.rewritten(f"insert-exits{{after={after},head=own}},insert-acm")
         if not self.trained("acm-exits", program, lambda: vision.widths(program, self.teacher, self.recipe)):
             return []
-        loaded = chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
+        loaded = self.chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
         given, labels = examples("held out", 50, CHOSEN_BY)
         tried = []
         for width, sure in itertools.product(WIDTHS, CONFIDENCES):
@@ -247,9 +248,10 @@ def main() -> None:
     """Train or read, measure, print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (cuda, if there is one)")
-    parser.add_argument("--epochs", type=int, default=30, help="of each student (30)")
+    parser.add_argument("--epochs", type=float, default=4, help="of each model (4)")
     parser.add_argument("--weights", type=Path, default=vision.RESULTS, help=f"trained weights ({vision.RESULTS})")
     parser.add_argument("--train", action="store_true", help="train what is missing; else it is left out")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "int8"), help="of every bundle (fp32)")
     parser.add_argument("--images", type=int, help="of the test set (all)")
     parser.add_argument("--quick", action="store_true", help="one epoch of few images: does everything run?")
     rounds(parser)
@@ -257,14 +259,15 @@ def main() -> None:
     if args.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
     limit = 64 if args.quick else None
-    epochs, batch = (1, 32) if args.quick else (args.epochs, 256)
+    epochs, batch = (1, 16) if args.quick else (args.epochs, vision.BATCH)
     folder = BUILD / "vision_acm_quick" if args.quick else args.weights
     taught, recipe = (Recipe(epochs, rate, batch, images=limit) for rate in (vision.TEACHER_RATE, vision.RATE))
-    students = Students(taught, recipe, folder, read_only=not (args.train or args.quick))
+    students = Students(taught, recipe, folder, not (args.train or args.quick), args.precision)
     ways = [*students.static(), *students.exits(), *students.adaptive()]
     runs = [measured(ways, limit or args.images) for _ in range(args.rounds)]
     plot(runs[0], BUILD / "vision_acm.png")
-    report("vision_acm", "CIFAR-10 test, ViT-S at 112 px: share of the blocks' FLOPs, accuracy, time", spread(runs))
+    title = f"CIFAR-10 test, ViT-S at 112 px in {args.precision}: share of the blocks' FLOPs, accuracy, time"
+    report("vision_acm", title, spread(runs))
 
 
 if __name__ == "__main__":
