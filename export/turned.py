@@ -55,6 +55,7 @@ def _turns(value: ir.Value) -> bool:
         and len(value.shape) == 2
         and not value.is_graph_output()
         and all(node.op_type == "Transpose" and not node.outputs[0].is_graph_output() for node in readers)
+        and all(tuple(node.attributes.get_ints("perm", (1, 0))) == (1, 0) for node in readers)
     )
 
 

@@ -69,6 +69,7 @@ def test_what_products_alone_read_is_turned_round(tmp_path: Path) -> None:
         "(float[N, 4] x) => (float[N, 6] y) { y = MatMul (x, w) }",
         "(float[N, 6] x) => (float[N, 4] y, float[4, 6] w) { t = Transpose (w) y = MatMul (x, t) }",
         "() => (float[6, 4] y) { y = Transpose (w) }",
+        "(float[N, 4] x) => (float[N, 6] y) { t = Transpose <perm = [0, 1]> (w) y = MatMul (x, t) }",
         "(float[N, 6] x) => (float[N, 4] y) { t = Transpose (w) y = MatMul (x, t) s = Shape (w) }",
     ],
 )
