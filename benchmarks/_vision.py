@@ -1,15 +1,15 @@
 """The models of ``vision_acm``: ViT-S taught CIFAR-10, and students of it that do with less.
 
-All students learn alike: from the same images, for as many steps, what the teacher says and the labels.
+All students learn alike, from the same images and for as many steps: what the teacher says and the labels, then its
+hidden states too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import os
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from benchmarks._common import data, say
 from offramp import training
 from offramp.program import Program
 from offramp.training.losses import IGNORED, Values, cross_entropy
+from offramp.training.objective_module import ObjectiveModule
 from offramp.zoo import vit
 from offramp.zoo._rebuild import rebuild
 
@@ -34,6 +35,7 @@ HELD_OUT = 1000  # of the training images: they choose thresholds and widths
 DEPTH, FEATURES, HIDDEN = 12, 384, 1536
 TOKENS = (SIDE // vit.PATCH_SIZE) ** 2 + 1
 LEARNERS = 4
+EXITS = (3, 5, 7, 9)
 TEACHER_RATE, RATE, BATCH = 3e-5, 6e-5, 64
 LEAST, MOST = 0.1, 0.7  # the widths that gates are trained for: from 25% of the blocks' FLOPs, with exits, to 75%
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -54,7 +56,7 @@ class Recipe:
     ) -> None:
         """Train all weights of the program."""
         images, labels = cifar("train", self.device)
-        says = speaking(teacher.module, self.device) if teacher else None
+        says = speaking(teacher, self.device) if teacher else None
         batches = Images(images[: self.images], labels[: self.images], self.batch, self.seed, says)
         steps = max(1, round(self.epochs * len(batches)))
         # on a CPU the plain attention of 65 tokens is the quicker one: a fifth of a step's time
@@ -100,7 +102,7 @@ def pixels(images: Tensor) -> Tensor:
 
 @dataclass
 class Images:
-    """Batches of moved and mirrored images, others at each epoch, with what a teacher says of them.
+    """Batches of moved and mirrored images, others at each epoch, with what a teacher makes of them.
 
     With a teacher every second image is mixed with another; it has no label then.
     """
@@ -109,7 +111,7 @@ class Images:
     labels: Tensor
     batch: int
     seed: int
-    teacher: Callable[[Hashable, Tensor], Tensor] | None
+    teacher: Callable[[Tensor], dict[str, Tensor]] | None
     epoch: int = 0
 
     def __len__(self) -> int:
@@ -122,7 +124,7 @@ class Images:
         device = self.images.device
         random = torch.Generator(device).manual_seed(self.seed * 10_000 + self.epoch)
         order = torch.randperm(len(self.images), generator=random, device=device)
-        for at, chosen in enumerate(order.split(self.batch)[: len(self)]):
+        for chosen in order.split(self.batch)[: len(self)]:
             given, labels = pixels(_moved(self.images[chosen], random)), self.labels[chosen].clone()
             if self.teacher is None:
                 yield {"pixel_values": given, "labels": labels}
@@ -131,8 +133,7 @@ class Images:
             share[::2] = 1
             given = share * given + (1 - share) * given.roll(1, 0)
             labels[1::2] = IGNORED
-            which = (self.seed, len(self.images), self.batch, self.epoch, at)
-            yield {"pixel_values": given, "labels": labels, "teacher": self.teacher(which, given)}
+            yield {"pixel_values": given, "labels": labels, **self.teacher(given)}
 
 
 def _moved(images: Tensor, random: torch.Generator, most: int = 4) -> Tensor:
@@ -146,49 +147,84 @@ def _moved(images: Tensor, random: torch.Generator, most: int = 4) -> Tensor:
     return padded[torch.arange(count, device=device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-@functools.cache
-def speaking(teacher: nn.Module, device: str) -> Callable[[Hashable, Tensor], Tensor]:
-    """The teacher's logits of pixels, which are said to be ``which``: all students read the same, it is asked once."""
-    module, said = copy.deepcopy(teacher).to(device), dict[Hashable, Tensor]()
+def speaking(teacher: Program, device: str) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What the teacher makes of pixels: its logits, "teacher", and its hidden states after blocks, `state`."""
+    model = ObjectiveModule(copy.deepcopy(teacher), training.Objective()).to(device).eval()
+    cuts = teacher.stacks["encoder"].cuts
+    names = {"logits": "teacher", **{cuts[after]: state(after) for after in (*EXITS, DEPTH)}}
 
-    def logits(which: Hashable, given: Tensor) -> Tensor:
-        if which not in said:
-            with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-                said[which] = module(pixel_values=given)["logits"].float()
-        return said[which]
+    def made(given: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+            values = model.values(names, {"pixel_values": given})
+        return {names[name]: value.float() for name, value in values.items()}
 
-    return logits
+    return made
+
+
+def state(after: int) -> str:
+    """Under what name a batch has the teacher's hidden states after so many blocks."""
+    return f"teacher's state {after}"
 
 
 @dataclass(frozen=True)
 class Distilled(training.Objective):
-    """At full depth and each exit alike: cross-entropy with the labels, and ``KL(teacher || student)``."""
+    """At full depth and each exit alike: cross-entropy with the labels, and ``KL(teacher || student)``.
+
+    To that come ``states`` times how far the hidden states that they are made of are from the teacher's, squared, over
+    the variance of these. A student with fewer blocks has none that stand for the teacher's.
+    """
+
+    states: float = 0.0
 
     def _outputs(self, program: Program) -> list[str]:
-        exits = [item.outputs["logits"] for item in program.exits if "logits" in item.outputs]
-        return list(dict.fromkeys(["logits", *exits]))
+        return ["logits", *(item.outputs["logits"] for item in program.exits)]
+
+    def _followed(self, program: Program) -> dict[str, int]:
+        """Nodes of hidden states, and after how many blocks they lie."""
+        cuts = program.stacks["encoder"].cuts
+        if not self.states or len(cuts) <= DEPTH:
+            return {}
+        return {cuts[after]: after for after in (*(item.after for item in program.exits), DEPTH)}
 
     def wants(self, program: Program, step: int) -> Sequence[str]:
-        return self._outputs(program)
+        return [*self._outputs(program), *self._followed(program)]
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
         said = F.log_softmax(batch["teacher"], -1)
+        outputs, followed = self._outputs(program), self._followed(program)
         found = {}
-        for name in (outputs := self._outputs(program)):
+        for name in outputs:
             logits = values[name].float()
             loss = F.kl_div(F.log_softmax(logits, -1), said, reduction="batchmean", log_target=True)
             found[name] = (loss + 0.5 * cross_entropy(logits, batch)) / len(outputs)
+        for name, after in followed.items():
+            taught = batch[state(after)]
+            apart = F.mse_loss(values[name].float(), taught) / (taught - taught.mean((0, 1))).square().mean()
+            found[state(after)] = self.states * apart / len(followed)
         return found
 
 
-def widths(program: Program, teacher: Program, recipe: Recipe) -> None:
-    """Train a program with learners: the learners first, the gates then, and all of it for as long as there is left."""
+def distil(program: Program, teacher: Program, recipe: Recipe) -> None:
+    """Train a student: from what the teacher says, and half as long again from its hidden states too.
+
+    One with learners learns for all widths, after its learners and gates.
+    """
+    then = replace(recipe, epochs=recipe.epochs / 2, seed=recipe.seed + 1)
+    for part, task in ((recipe, Distilled()), (then, Distilled(states=3.0))):
+        if not program.learners:
+            part.fit(program, task, teacher)
+            continue
+        rest = part if task.states else _learners(program, teacher, part)
+        rest.fit(program, training.WidthBudget(task=task, low=LEAST, high=MOST, budget=1.0), teacher)
+
+
+def _learners(program: Program, teacher: Program, recipe: Recipe) -> Recipe:
+    """Train the learners first, the gates then; what is left of the recipe."""
     first, second = recipe.epochs / 10, recipe.epochs / 15
     learners, gates = replace(recipe, epochs=first, rate=3e-4), replace(recipe, epochs=second, rate=3e-3)
     learners.fit(program, training.LearnerDistillation(teacher), train="added")
     gates.fit(program, training.GateDistillation(teacher, low=LEAST, high=MOST, draws=2), train="added")
-    rest = replace(recipe, epochs=recipe.epochs - first - second)
-    rest.fit(program, training.WidthBudget(task=Distilled(), low=LEAST, high=MOST, budget=1.0), teacher)
+    return replace(recipe, epochs=recipe.epochs - first - second)
 
 
 def untrained() -> nn.Module:

@@ -26,12 +26,11 @@ import torch
 import offramp
 from benchmarks import _vision as vision
 from benchmarks._common import BUILD, Row, alternate, report, rounds, say, shown, spread
-from benchmarks._vision import DEPTH, LEARNERS, Recipe, captured, share, width_of
+from benchmarks._vision import DEPTH, EXITS, LEARNERS, Recipe, captured, share, width_of
 from offramp import training
 from offramp.program import Program
 
 SHARES = (0.75, 0.6, 0.4, 0.25)
-EXITS = (3, 5, 7, 9)
 BOTH = (7, 9)  # exits of the model that has learners too
 NEVER = 2.0  # a confidence that none has
 WIDTHS = (0.6, 0.5, 0.4, 0.35, 0.3, 0.2, 0.1)
@@ -90,7 +89,7 @@ class Students:
             if train:
                 train()
             else:
-                self.recipe.fit(program, vision.Distilled(), self.teacher)
+                vision.distil(program, self.teacher, self.recipe)
             self.folder.mkdir(parents=True, exist_ok=True)
             training.save_weights(program, path, "all", torch.bfloat16)
         training.load_weights(program, path)
@@ -155,7 +154,7 @@ class Students:
         """One model with learners and exits: for each share what does best on held-out images, exits asked or not."""
         after = "|".join(map(str, BOTH))
         program = self.rewritten(f"insert-exits{{after={after},head=own}},insert-acm")
-        if not self.trained("acm-exits", program, lambda: vision.widths(program, self.teacher, self.recipe)):
+        if not self.trained("acm-exits", program):
             return []
         loaded = self.chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
         given, labels = examples("held out", 50, CHOSEN_BY)
@@ -248,7 +247,7 @@ def main() -> None:
     """Train or read, measure, print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (cuda, if there is one)")
-    parser.add_argument("--epochs", type=float, default=4, help="of each model (4)")
+    parser.add_argument("--epochs", type=float, default=4, help="of the teacher (4); students take half as many more")
     parser.add_argument("--weights", type=Path, default=vision.RESULTS, help=f"trained weights ({vision.RESULTS})")
     parser.add_argument("--train", action="store_true", help="train what is missing; else it is left out")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "int8"), help="of every bundle (fp32)")

@@ -547,6 +547,36 @@ def test_following_the_teacher_at_any_width(train: Any) -> None:
     assert found[0].losses["teacher"] >= 0
 
 
+def test_following_hidden_states() -> None:
+    """After exits and the last block, over the teacher's variance; padding does not count."""
+    teacher, program = pair()
+    program = offramp.apply(undecided(program), "insert-exits{after=2}")
+    stack = program.stacks["encoder"]
+    wish, given = WidthBudget(teacher=teacher, states=3.0, low=0.4, high=0.4), batch()
+    model, counts = ObjectiveModule(program, wish), given["attention_mask"].bool()
+    at = [stack.cuts[2], stack.output]
+    own, its = model.values(at, given, width(program, 0.4, counts)), model.taught(at, given)
+    apart = torch.stack(
+        [(own[name] - its[name])[counts].square().mean() / its[name][counts].var(0, correction=0).mean() for name in at]
+    )
+    expected = pytest.approx(3 * apart.mean().item(), rel=1e-5)
+    assert losses(program, wish, given)["states"].item() == expected
+    other = {**given, "input_ids": given["input_ids"].where(counts, 1)}
+    assert losses(program, wish, other)["states"].item() == expected
+    alone = {"input_ids": given["input_ids"][:1], "attention_mask": (torch.arange(counts.shape[1]) == 0)[None].long()}
+    assert losses(program, wish, alone)["states"] < 10
+    curve = fit(program, batches(), wish, epochs=8, rate=3e-3, log_every=8)
+    assert curve[-1].losses["states"] < 0.7 * curve[0].losses["states"]
+
+
+def test_hidden_states_that_the_teacher_lacks() -> None:
+    teacher, program = pair()
+    short = offramp.apply(program, "truncate{after=2}")
+    with pytest.raises(SpecError, match=r"has 2 blocks of 16 features, the teacher 4 blocks of 16 features: no hidden"):
+        WidthBudget(teacher=teacher, states=1.0).check(short)
+    WidthBudget(teacher=teacher).check(short)
+
+
 @pytest.mark.parametrize("objective", [SelfDistillation(), DeepSupervision(), LearnedGates()])
 def test_exits_are_trained_and_learners_are_not(objective: Objective) -> None:
     """Full depth is what it was, at each width."""
@@ -728,6 +758,7 @@ def test_a_teacher_that_is_no_program(kind: Any) -> None:
         ),
         (lambda teacher: GateDistillation(teacher, draws=0), "draws=0"),
         (lambda teacher: WidthBudget(high=1.5, teacher=teacher), "high=1.5"),
+        (lambda teacher: WidthBudget(CrossEntropy(), states=1.0), r"states=1.0: without a teacher"),
         (lambda teacher: WidthBudget(), "neither task nor teacher"),
         (lambda teacher: WidthBudget(LearnerDistillation(teacher)), "LearnerDistillation cannot be part of another"),
         (lambda teacher: Together((LearnerDistillation(teacher),)), "LearnerDistillation cannot be part of another"),

@@ -168,6 +168,8 @@ class WidthBudget(Objective):
     program)`` of logits, or with ``distance="mse"`` the squared error over the teacher's square. One of the two is
     needed. A teacher follows nothing that is trained, with ``train="all"`` neither. To that come
 
+    - ``states`` times how far hidden states are from the teacher's after the same block, squared, over the variance of
+      these; the mean over the last block of each stack and its exits. They say more of an example than its logits do;
     - ``budget |mean_i b_i - b|``: ``b_i`` is the share of the learners' FLOPs that sample ``i`` takes, ``b`` the step's
       width, drawn between ``low`` and ``high``;
     - ``-entropy mean H(a) / log K``: ``a`` are the shares of the ``K`` choices among a sample's tokens at a site;
@@ -187,6 +189,7 @@ class WidthBudget(Objective):
     budget: float = 0.1
     entropy: float = 0.05
     diversity: float = 0.05
+    states: float = 0.0
     mask: str | None = MASK
     seed: int = 0
 
@@ -195,6 +198,8 @@ class WidthBudget(Objective):
         learner_sites(program)
         if self.task is None and self.teacher is None:
             raise SpecError("neither task nor teacher: nothing to be good at", hint="task=CrossEntropy()")
+        if self.states and self.teacher is None:
+            raise SpecError(f"states={self.states}: without a teacher there are none to follow", hint="teacher=")
         if self.teacher is not None:
             require_teacher(self.teacher)
         if self.task is not None:
@@ -204,6 +209,7 @@ class WidthBudget(Objective):
             raise SpecError(f"distance={self.distance!r}: there are kl and mse")
         if self.teacher is not None:
             _check_output(program, self.teacher, self.output)
+            self._states(program)
             if self.distance == "kl":
                 require_classes(program, self.output, hint="distance='mse'")
 
@@ -212,11 +218,16 @@ class WidthBudget(Objective):
         share = random.Random(f"{self.seed} {step}").uniform(self.low, self.high)
         wanted = [site.learners.choice for site in sites]
         wanted += self.task.wants(program, step) if self.task else []
-        wanted += [self.output] if self.teacher else []
+        states = model.known("states", lambda: self._states(program))
+        wanted += [self.output, *states] if self.teacher else []
         values = model.values(wanted, batch, width(program, share, next(iter(batch.values()))))
         found = dict(self.task.losses(program, values, batch)) if self.task else {}
         if self.teacher is not None:
-            found["teacher"] = self._distance(program, values[self.output], model.taught([self.output], batch), batch)
+            taught = model.taught([self.output, *states.values()], batch)
+            found["teacher"] = self._distance(program, values[self.output], taught, batch)
+            apart = [self._apart(program, name, values[name], taught[its], batch) for name, its in states.items()]
+            if apart:
+                found["states"] = self.states * torch.stack(apart).mean()
         shares, entropy = self._choices(program, sites, values, batch)
         room = 4 * share * (1 - share)
         found["budget"] = self.budget * (shares.mean() - share).abs()
@@ -234,6 +245,29 @@ class WidthBudget(Objective):
             counts = counts & counted(teacher, batch)
         student, soft = F.log_softmax(found[counts].float(), -1), F.log_softmax(teacher[counts], -1)
         return F.kl_div(student, soft, reduction="batchmean", log_target=True)
+
+    def _states(self, program: Program) -> dict[str, str]:
+        """Nodes of hidden states after the last block of each stack and its exits; the teacher's that these follow."""
+        found: dict[str, str] = {}
+        if self.teacher is None or not self.states:
+            return found
+        for name, stack in program.stacks.items():
+            own, its = (_size(each, name) for each in (program, self.teacher))
+            if own != its:
+                raise SpecError(
+                    f"stack {name!r} has {own}, the teacher {its}: no hidden states to follow",
+                    hint="the program before insert-acm; or states=0",
+                )
+            taught = self.teacher.stacks[name]
+            followed = {stack.blocks, *(item.after for item in program.exits_of(name))}
+            found |= {stack.cuts[after]: taught.cuts[after] for after in followed}
+        return found
+
+    def _apart(self, program: Program, name: str, found: Tensor, taught: Tensor, batch: Values) -> Tensor:
+        counts = counting(program, batch, self.mask, name, taught)
+        own, its = found[counts].float(), taught[counts].float()
+        spread = its - its.mean(0) if len(its) > 1 else its  # one token has no variance
+        return F.mse_loss(own, its) / spread.square().mean().clamp(min=1e-12)
 
     def _choices(
         self, program: Program, sites: Sequence[LearnerSite], values: Values, batch: Values
@@ -259,6 +293,14 @@ class WidthBudget(Objective):
 
 def _sites(model: ObjectiveModule) -> list[LearnerSite]:
     return model.known("sites", lambda: learner_sites(model.program))
+
+
+def _size(program: Program, name: str) -> str:
+    """The size of a stack, in words."""
+    if name not in program.stacks:
+        return "no such stack"
+    stack = program.stacks[name]
+    return f"{stack.blocks} blocks of {expression(shape(program.nodes[stack.output])[-1])} features"
 
 
 def _taught(
