@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,8 @@ from offramp.program import Program
 SHARES = (0.75, 0.6, 0.4, 0.25)
 BOTH = (7, 9)  # exits of the model that has learners too
 NEVER = 2.0  # a confidence that none has
-WIDTHS = (0.6, 0.5, 0.4, 0.35, 0.3, 0.2, 0.1)
-CONFIDENCES = (0.5, 0.65, 0.8, 0.97, NEVER)
-CHOSEN_BY = 500  # held-out images
+WIDTHS = (0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.1)
+CONFIDENCES = (*(each / 50 for each in range(20, 50)), NEVER)
 BATCHES = (1, 16)
 TIMED = 32  # images a turn
 Examples = list[dict[str, np.ndarray[Any, Any]]]
@@ -157,12 +155,7 @@ class Students:
         if not self.trained("acm-exits", program):
             return []
         loaded = self.chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
-        given, labels = examples("held out", 50, CHOSEN_BY)
-        tried = []
-        for width, sure in itertools.product(WIDTHS, CONFIDENCES):
-            policy = offramp.Width(width, offramp.Confidence(thresholds=dict.fromkeys(BOTH, sure)))
-            results = [loaded.run(each, policy) for each in given]
-            tried.append((_right(results, labels), _of_learners(results), sure, policy))
+        tried = [each for width in WIDTHS for each in _tried(loaded, width)]
         found = []
         for kind, sures in (("adaptive width", (NEVER,)), ("adaptive width and exits", CONFIDENCES)):
             for asked in SHARES:
@@ -174,16 +167,49 @@ class Students:
         return found
 
 
+def _tried(chain: offramp.Chain, width: float) -> Iterator[tuple[float, float, float, offramp.Policy]]:
+    """Of the held-out images at a width, for each confidence: how many are right, their share of the FLOPs, the policy.
+
+    What becomes of an image depends on no other, so that a run for each exit says it for all confidences.
+    """
+    (stack,), (given, labels) = chain.stacks, examples("held out", 50)
+    runs = {}
+    for after in (*BOTH, DEPTH):
+        only = {each: 0.0 if each == after else NEVER for each in BOTH}
+        runs[after] = [chain.run(each, offramp.Width(width, offramp.Confidence(thresholds=only))) for each in given]
+    hits = {after: _hits(results, labels) for after, results in runs.items()}
+    sites = [f"{stack}.{block}.mlp" for block in range(1, DEPTH + 1)]
+    taken = [np.concatenate([each.learners[site].mean(1) for each in runs[DEPTH]]) for site in sites]
+    spent = np.cumsum([_flops(each) for each in taken], 0) / DEPTH  # [blocks, images]
+    sure = {at: np.concatenate([each.scores[stack][at]["top1"] for each in runs[DEPTH]]) for at in BOTH}
+    for confidence in CONFIDENCES:
+        right, executed = hits[DEPTH], spent[DEPTH - 1]
+        for after in reversed(BOTH):
+            leaves = sure[after] >= confidence
+            right, executed = np.where(leaves, hits[after], right), np.where(leaves, spent[after - 1], executed)
+        policy = offramp.Width(width, offramp.Confidence(thresholds=dict.fromkeys(BOTH, confidence)))
+        yield float(right.mean()), float(executed.mean()), confidence, policy
+
+
+def _hits(results: Sequence[offramp.Result], labels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    found: np.ndarray[Any, Any] = np.concatenate([each.outputs["logits"].argmax(-1) for each in results]) == labels
+    return found
+
+
 def _right(results: Sequence[offramp.Result], labels: np.ndarray[Any, Any]) -> float:
-    found = np.concatenate([each.outputs["logits"].argmax(-1) for each in results]) == labels
-    return float(found.mean())
+    return float(_hits(results, labels).mean())
+
+
+def _flops(taken: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The share of a block's FLOPs, gates too, with so many learners."""
+    least, units = share(0, gates=True), share(1) - share(0)
+    return least + units * taken / LEARNERS
 
 
 def _of_learners(results: Sequence[offramp.Result]) -> float:
     """The share of the blocks' FLOPs, gates too, that was executed: rows that had left a block took -1 there."""
     counts = [taken for each in results for taken in each.learners.values()]
-    least, units = share(0, gates=True), share(1) - share(0)
-    found = [np.where(taken < 0, 0, least + units * taken / LEARNERS).mean() for taken in counts]
+    found = [np.where(taken < 0, 0, _flops(taken)).mean() for taken in counts]
     return float(np.mean(found)) * len(counts) / len(results) / DEPTH
 
 
