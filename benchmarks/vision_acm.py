@@ -30,6 +30,7 @@ from offramp import training
 from offramp.program import Program
 
 SHARES = (0.75, 0.6, 0.4, 0.25)
+OF_ONE = (0.75, 0.6, 0.5, 0.4, 0.25)  # of a model that serves them all
 BOTH = (7, 9)  # exits of the model that has learners too
 NEVER = 2.0  # a confidence that none has
 WIDTHS = (0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.1)
@@ -140,7 +141,7 @@ class Students:
             return float(np.concatenate([each.exits[stack] for each in results]).mean()) / DEPTH
 
         found = []
-        for asked in SHARES:
+        for asked in OF_ONE:
             threshold = _solved(depth, asked)
             say(f"exits: {asked} of the blocks at a confidence of {threshold:.3f}")
             if depth(threshold) < asked + 0.02:
@@ -158,7 +159,7 @@ class Students:
         tried = [each for width in WIDTHS for each in _tried(loaded, width)]
         found = []
         for kind, sures in (("adaptive width", (NEVER,)), ("adaptive width and exits", CONFIDENCES)):
-            for asked in SHARES:
+            for asked in OF_ONE:
                 fitting = [each for each in tried if each[1] <= asked + 0.01 and each[2] in sures]
                 if fitting:
                     best = max(fitting, key=lambda each: each[:2])[-1]
