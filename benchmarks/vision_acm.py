@@ -4,8 +4,8 @@ One model with learners and exits serves all shares, by the width that its gates
 does one with exits alone. All are chosen on held-out images. Each static student is a model of its own. All learn from
 one teacher; all are measured in turns. "share" is what the test images took.
 
-``--train`` trains what is missing, minutes on a GPU and a quarter of an hour to half an hour a model on two cores;
-trained weights are kept in ``benchmarks/results/vision_acm``.
+``--train`` trains what is missing, half an hour to an hour and a half a model on one core; trained weights are kept in
+``benchmarks/results/vision_acm``.
 """
 
 from __future__ import annotations
