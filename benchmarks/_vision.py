@@ -24,7 +24,7 @@ import offramp
 from benchmarks._common import data, say
 from offramp import training
 from offramp.program import Program
-from offramp.training.losses import IGNORED, Values, cross_entropy
+from offramp.training.losses import IGNORED, Values, cross_entropy, relative_error
 from offramp.training.objective_module import ObjectiveModule
 from offramp.zoo import vit
 from offramp.zoo._rebuild import rebuild
@@ -198,8 +198,7 @@ class Distilled(training.Objective):
             loss = F.kl_div(F.log_softmax(logits, -1), said, reduction="batchmean", log_target=True)
             found[name] = (loss + 0.5 * cross_entropy(logits, batch)) / len(outputs)
         for name, after in followed.items():
-            taught = batch[state(after)]
-            apart = F.mse_loss(values[name].float(), taught) / (taught - taught.mean((0, 1))).square().mean()
+            apart = relative_error(values[name].float().flatten(0, 1), batch[state(after)].flatten(0, 1))
             found[state(after)] = self.states * apart / len(followed)
         return found
 
@@ -210,12 +209,10 @@ def distil(program: Program, teacher: Program, recipe: Recipe) -> None:
     One with learners learns for all widths, after its learners and gates.
     """
     then = replace(recipe, epochs=recipe.epochs / 2, seed=recipe.seed + 1)
-    for part, task in ((recipe, Distilled()), (then, Distilled(states=3.0))):
-        if not program.learners:
-            part.fit(program, task, teacher)
-            continue
-        rest = part if task.states else _learners(program, teacher, part)
-        rest.fit(program, training.WidthBudget(task=task, low=LEAST, high=MOST, budget=1.0), teacher)
+    first = _learners(program, teacher, recipe) if program.learners else recipe
+    for part, task in ((first, Distilled()), (then, Distilled(states=3.0))):
+        for_widths = training.WidthBudget(task=task, low=LEAST, high=MOST, budget=1.0)
+        part.fit(program, for_widths if program.learners else task, teacher)
 
 
 def _learners(program: Program, teacher: Program, recipe: Recipe) -> Recipe:

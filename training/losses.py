@@ -77,3 +77,9 @@ def aligned(students: list[Tensor], teachers: list[Tensor], align: str) -> list[
         free = min(range(free), key=distances.__getitem__)
         pairs.append((students[free], teacher))
     return pairs
+
+
+def relative_error(found: Tensor, taught: Tensor) -> Tensor:
+    """How far hidden states ``[tokens, features]`` are from a teacher's: squared error over the variance of these."""
+    spread = taught - taught.mean(0) if len(taught) > 1 else taught  # one token has no variance
+    return F.mse_loss(found, taught) / spread.square().mean().clamp(min=1e-12)

@@ -31,7 +31,7 @@ from offramp.training.learner_sites import (
     rest_of,
     width,
 )
-from offramp.training.losses import Values, counted
+from offramp.training.losses import Values, counted, relative_error
 from offramp.training.objectives import Objective, require_classes, require_one_run
 
 if TYPE_CHECKING:
@@ -265,9 +265,7 @@ class WidthBudget(Objective):
 
     def _apart(self, program: Program, name: str, found: Tensor, taught: Tensor, batch: Values) -> Tensor:
         counts = counting(program, batch, self.mask, name, taught)
-        own, its = found[counts].float(), taught[counts].float()
-        spread = its - its.mean(0) if len(its) > 1 else its  # one token has no variance
-        return F.mse_loss(own, its) / spread.square().mean().clamp(min=1e-12)
+        return relative_error(found[counts].float(), taught[counts].float())
 
     def _choices(
         self, program: Program, sites: Sequence[LearnerSite], values: Values, batch: Values
