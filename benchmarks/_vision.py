@@ -70,7 +70,7 @@ class Recipe:
                 rate=self.rate,
                 warmup=steps // 10,
                 optimizer=lambda weights: torch.optim.AdamW(weights, self.rate, weight_decay=0.05),
-                precision="bf16",
+                precision="auto",
                 progress=lambda at: say(
                     f"epoch {at.epoch:.1f}: {', '.join(f'{k} {v:.3f}' for k, v in at.losses.items())}"
                 ),
@@ -154,7 +154,7 @@ def speaking(teacher: Program, device: str) -> Callable[[Tensor], dict[str, Tens
     names = {"logits": "teacher", **{cuts[after]: state(after) for after in (*EXITS, DEPTH)}}
 
     def made(given: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, training.computes_bf16(device)):
             values = model.values(names, {"pixel_values": given})
         return {names[name]: value.float() for name, value in values.items()}
 

@@ -119,7 +119,7 @@ class Students:
             optimizer=lambda weights: torch.optim.AdamW(
                 [w for w in weights if id(w) not in frozen], rate, weight_decay=0
             ),
-            precision="bf16",
+            precision="auto",
             progress=lambda at: say(f"step {at.step}: {', '.join(f'{k} {v:.4f}' for k, v in at.losses.items())}"),
             log_every=20,
         )

@@ -22,7 +22,7 @@ from examples._data import wikitext
 from examples.train_speech_adapters import Among
 from offramp import zoo
 from offramp.program import Program
-from offramp.training import CurvePoint, fit
+from offramp.training import CurvePoint, computes_bf16, fit
 from offramp.training.batches import Batch
 from offramp.training.objective_module import ObjectiveModule, remember
 from offramp.training.objectives import Objective
@@ -93,11 +93,11 @@ def main() -> None:
     trained = program()
     (stack,) = trained.stacks
     given = batches("valid", args.tokens)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, computes_bf16("cpu")):
         states = remember(trained, given, stack, dtype=torch.float32)
     print(f"{len(states)} batches of {ROWS} x {LENGTH} tokens", flush=True)
     objective = Among.of(given, "input_ids", hard=0.5)
-    fit(trained, states, objective, epochs=args.epochs, precision="bf16", warmup=20, progress=show, log_every=20)
+    fit(trained, states, objective, epochs=args.epochs, precision="auto", warmup=20, progress=show, log_every=20)
     save_weights(trained, args.out, dtype=torch.float16)
     print(f"wrote {args.out}: {args.out.stat().st_size:,} bytes")
 

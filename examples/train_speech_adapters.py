@@ -33,7 +33,7 @@ from examples._data import data, wikitext
 from offramp import zoo
 from offramp.program import Program
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
-from offramp.training import CurvePoint, fit
+from offramp.training import CurvePoint, computes_bf16, fit
 from offramp.training.batches import Batch
 from offramp.training.losses import IGNORED, Values
 from offramp.training.objective_module import ObjectiveModule, remember
@@ -216,7 +216,7 @@ def heard(whisper: Any, clips: Sequence[Path], rows: int = 8) -> Iterator[Batch]
     for start in range(0, len(clips), rows):
         sounds = [sound for path in clips[start : start + rows] if (sound := features(path)) is not None]
         with torch.inference_mode():
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, computes_bf16("cpu")):
                 memory = whisper.model.encoder(torch.cat(sounds)).last_hidden_state.float()
             texts = written(whisper, memory)
         kept = [row for row, text in enumerate(texts) if text]
@@ -268,7 +268,7 @@ def teach(trained: Program, states: Sequence[Batch], epochs: int) -> None:
     unseen, seen = states[:UNSEEN], states[UNSEEN:]
     print("as Whisper wrote, untrained:", agreement(trained, unseen), flush=True)
     objective = Among.of(seen, "labels", hard=1.0)
-    fit(trained, seen, objective, epochs=epochs, precision="bf16", warmup=20, progress=show, log_every=20)
+    fit(trained, seen, objective, epochs=epochs, precision="auto", warmup=20, progress=show, log_every=20)
     print("as Whisper wrote, trained:", agreement(trained, unseen), flush=True)
 
 

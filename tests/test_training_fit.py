@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import tiny
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import offramp
 from offramp.errors import SpecError, TrainingError
+from offramp.training.fit_options import computes_bf16
 from offramp.training.fitting import fit
 from offramp.training.objective_module import ObjectiveModule, remember
 from offramp.training.objectives import (
@@ -239,6 +240,22 @@ def test_bf16_trains() -> None:
     assert curve[-1].loss < 0.6 * curve[0].loss
 
 
+@pytest.mark.parametrize(("capable", "wanted"), [(True, "bf16"), (False, "no")])
+def test_auto_is_bf16_where_the_processor_has_it(
+    capable: bool, wanted: Literal["bf16", "no"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable, "avx2": True})
+    assert computes_bf16("cpu") is capable
+    precisions: tuple[Literal["no", "auto", "bf16"], ...] = ("no", "auto", "bf16")
+    curves = {
+        each: [point.loss for point in fit(program(), batches(), DeepSupervision(), rate=1e-2, precision=each)]
+        for each in precisions
+    }
+    assert curves["auto"] == curves[wanted]
+    assert curves["no"] != curves["bf16"]
+    assert ('precision="auto" asks first' in caplog.text) is not capable
+
+
 def changed(**values: Any) -> list[dict[str, Any]]:
     """Two batches with other values, or what functions make of theirs."""
     return [
@@ -431,7 +448,7 @@ SMALL = {"input_ids": tiny.ids(rows=1)}
         ({"every": 0}, "every=0: a whole number"),
         ({"log_every": None}, "log_every=None: a whole number"),
         ({"seed": 0.5}, "seed=0.5: a whole number"),
-        ({"precision": "bfloat16"}, "precision='bfloat16': there are no, bf16, fp16"),
+        ({"precision": "bfloat16"}, "precision='bfloat16': there are no, auto, bf16, fp16"),
         ({"folder": __file__}, "it is a file"),
         ({"optimizer": torch.optim.SGD([torch.zeros(1)], 1e-2)}, r"SGD\(...\): a function.*\n  try: optimizer=lambda"),
         ({"train": "some"}, "there are added and all"),

@@ -8,6 +8,7 @@ from offramp._lazy import names_of
 
 if TYPE_CHECKING:
     from offramp.training.encoder_depths import EncoderDepths
+    from offramp.training.fit_options import computes_bf16
     from offramp.training.fitting import fit
     from offramp.training.objective_module import remember
     from offramp.training.objectives import (
@@ -36,6 +37,7 @@ __all__ = [
     "SelfDistillation",
     "Together",
     "WidthBudget",
+    "computes_bf16",
     "fit",
     "load_weights",
     "remember",
@@ -45,6 +47,7 @@ __all__ = [
 _MODULES = {
     "encoder_depths": ("EncoderDepths",),
     "objective_module": ("remember",),
+    "fit_options": ("computes_bf16",),
     "fitting": ("fit",),
     "objectives": (
         "CrossEntropy",

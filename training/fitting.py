@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -17,11 +18,13 @@ from offramp.errors import SpecError
 from offramp.program.program import Program, as_program
 from offramp.training.batches import Batches, length_of, require_batches
 from offramp.training.checkpoints import Checkpoints
-from offramp.training.fit_options import check_options
+from offramp.training.fit_options import check_options, computes_bf16
 from offramp.training.objective_module import ObjectiveModule
 from offramp.training.objectives import Objective, require_objective
 from offramp.training.training_run import CurvePoint, TrainingRun
 from offramp.training.weights import trained
+
+log = logging.getLogger(__name__)
 
 
 def fit(
@@ -36,7 +39,7 @@ def fit(
     warmup: int = 0,
     optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None,
     clip: float = 1.0,
-    precision: Literal["no", "bf16", "fp16"] = "no",
+    precision: Literal["no", "auto", "bf16", "fp16"] = "no",
     accumulate: int = 1,
     folder: str | os.PathLike[str] | None = None,
     every: int = 500,
@@ -68,7 +71,8 @@ def fit(
         optimizer: a function that makes one of the list of weights that are trained; None for AdamW without weight
             decay.
         clip: the greatest norm of the gradient; ``math.inf`` for no limit.
-        precision: accelerate's mixed precision. Weights stay in the dtype that they have.
+        precision: accelerate's mixed precision; "auto" is "bf16" where the device multiplies in it (`computes_bf16`),
+            else "no". Weights stay in the dtype that they have.
         accumulate: batches a step.
         folder: where checkpoints and ``curve.jsonl`` go. A run that finds a checkpoint there goes on from it, with the
             curve that it would have had in one go.
@@ -95,7 +99,6 @@ def fit(
     if program.cache is not None:
         raise SpecError("the program has caches, which training does not need", hint="train first, insert-cache then")
     objective.check(program)
-    AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
     accelerator = _accelerator(precision, int(accumulate))
     length = length_of(batches) // accelerator.num_processes
     total = _total(length, epochs, steps, accumulate)
@@ -125,6 +128,13 @@ def fit(
 
 
 def _accelerator(precision: str, accumulate: int) -> Accelerator:
+    AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
+    device = Accelerator(mixed_precision="no").device
+    AcceleratorState._reset_state()
+    if precision == "auto":
+        precision = "bf16" if computes_bf16(device) else "no"
+    if precision == "bf16" and not computes_bf16(device):
+        log.warning('precision="bf16": this %s has no products in it, and is slow; precision="auto" asks first', device)
     try:
         return Accelerator(
             mixed_precision=precision,

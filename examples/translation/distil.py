@@ -74,7 +74,7 @@ def main() -> None:
             rate=rate,
             warmup=300,
             optimizer=partial(torch.optim.AdamW, lr=rate, betas=(0.9, 0.98), eps=1e-9, weight_decay=1e-4),
-            precision="bf16",
+            precision="auto",
             folder=out / f"phase-{number}",
             progress=show,
         )

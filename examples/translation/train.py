@@ -141,7 +141,7 @@ def main() -> None:
         rate=2e-3,
         warmup=1000,
         optimizer=lambda weights: torch.optim.AdamW(weights, 2e-3, (0.9, 0.98), 1e-9, 1e-4),
-        precision="bf16",
+        precision="auto",
         folder=args.out / ("plain" if args.plain else "exits"),
         progress=show,
     )

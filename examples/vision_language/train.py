@@ -151,7 +151,7 @@ def main() -> None:
             rate=1e-3,
             warmup=300,
             optimizer=lambda weights: torch.optim.AdamW(weights, 1e-3, (0.9, 0.98), 1e-9, 1e-2),
-            precision="bf16",
+            precision="auto",
             folder=args.out / args.form,
             progress=show,
         )
