@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ def _record(kind: Any, data: object, where: str, problems: list[str]) -> Any:
     if not isinstance(data, dict):
         problems.append(f"{where or 'the manifest'}: expected an object, found {_show(data)}")
         return None
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     dot = f"{where}." if where else ""
     found = {}
     for field in dataclasses.fields(kind):
@@ -55,6 +56,11 @@ def _record(kind: Any, data: object, where: str, problems: list[str]) -> Any:
             problems.append(f"{dot}{field.name}: missing")
     problems.extend(f"{dot}{key}: unknown field" for key in data if key not in hints)
     return None if problems else kind(**found)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _fits(kind: Any, data: object) -> bool:

@@ -313,15 +313,14 @@ def test_a_directory_that_does_not_load_says_what_would(
 
 def test_what_stands_behind_a_model_of_sentence_transformers_is_named(tmp_path: Path) -> None:
     tiny("encoder").save_pretrained(tmp_path)
-    kinds = ("Transformer", "Pooling", "Normalize")
+    kinds = ("MLMTransformer", "SpladePooling")
     parts = [{"type": f"sentence_transformers.models.{kind}"} for kind in kinds]
     (tmp_path / "modules.json").write_text(json.dumps(parts))
     notes: list[str] = []
     models.resolve(f"hf:{tmp_path}", notes.append)()
     (note,) = notes
-    assert (
-        f"hf:{tmp_path}: behind BertForMaskedLM modules.json has Pooling, Normalize, left out of what follows" in note
-    )
+    assert f"hf:{tmp_path}: behind BertForMaskedLM modules.json has SpladePooling, left out of what follows" in note
+    assert note.endswith("for all of it, a file.py:factory that returns (module, example_inputs)")
 
 
 def test_pretrained_of_an_unknown_kind(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from offramp.errors import PretrainedModelError
-from offramp.pretrained import image_processor, tokenization
+from offramp.pretrained import image_processor, sentences, tokenization
 from offramp.pretrained.example_inputs import Listed, configs, example_inputs, image_size, left_out
 
 if TYPE_CHECKING:
@@ -34,23 +34,31 @@ _SOURCE = "a directory with config.json and weights, or an id of the hub that th
 def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """The model of a directory or hub id, float32, in evaluation mode, without caches; and inputs of batch 2.
 
-    The class is the one that the configuration names, else the bare ``AutoModel``. A directory that only holds an
-    adapter of peft is merged into its base, where that is found. Code that comes with a checkpoint is not run.
+    The class is the one that the configuration names, else the bare ``AutoModel``. What sentence-transformers puts
+    behind the model of a directory that it wrote, pooling say, is part of it. A directory that only holds an adapter of
+    peft is merged into its base, where that is found. Code that comes with a checkpoint is not run.
     ``note`` gets which weights are missing there, and random therefore, and whether images or sounds are left out.
     Raises `PretrainedModelError`.
     """
     adapter = _adapter(source)
-    model, missing = _load(source) if adapter is None else _merged(source, adapter)
+    whole = sentences.read(source, note)
+    if whole is not None:
+        model, missing = _load(source, sentences.kind_of(whole))
+        model, missing = sentences.joined(model, whole), [each for each in missing if not each.startswith("pooler.")]
+    else:
+        model, missing = _load(source) if adapter is None else _merged(source, adapter)
     if missing:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         note(f"hf:{source} has no weights for {few} of {type(model).__name__}: they are random until they are trained")
-    if further := _further(source):
+    if whole is None and (further := sentences.parts(source)[1:]):
         note(
             f"hf:{source}: behind {type(model).__name__} modules.json has {', '.join(further)}, left out of what "
-            "follows; for all of it, a file.py:factory that returns (module, example_inputs)"
+            f"follows; for all of it, {sentences.to_try(source)}"
         )
     model.eval()
     inputs = example_inputs(model, _listed(processors(source), model))
+    if whole is not None:
+        sentences.compare(source, model, whole, inputs)
     if missed := left_out(model, inputs):
         note(
             f"hf:{source}: {type(model).__name__} takes {', '.join(missed)} too, for which no example is known: what "
@@ -88,15 +96,6 @@ def _load(source: str, kind: str | None = None, classes: int | None = None) -> t
         raise PretrainedModelError(
             f"hf:{source} could not be loaded: {str(error).strip().splitlines()[0]}", hint=_to_try(source, error)
         ) from error
-
-
-def _further(source: str) -> list[str]:
-    """What sentence-transformers puts behind the model of a directory: pooling, say."""
-    parts = Path(source) / "modules.json"
-    if not parts.is_file():
-        return []
-    kinds = [str(part.get("type", "")) for part in json.loads(parts.read_text(encoding="utf-8"))]
-    return [kind.rpartition(".")[2] for kind in kinds[1:]]
 
 
 def _to_try(source: str, error: Exception) -> str:
