@@ -14,6 +14,7 @@ from offramp.calibration.examples import Examples
 from offramp.errors import InputError
 from offramp.runtime import Chain
 
+_ROUNDING = 1e-5
 IGNORED = -100  # the label of a place that does not count, as in training
 _OWN = "offramp.calibrate(..., quality=function of answer and reference)"
 Quality: TypeAlias = Callable[[Any, Any], float]
@@ -166,12 +167,12 @@ def _copied(inputs: Sequence[Mapping[str, Any]], labels: Sequence[NDArray[Any]])
 
 
 def graded(quality: Quality, answer: Any, reference: Any) -> float:
-    """The quality, checked to be in [0, 1].
+    """The quality, checked to be in [0, 1]; what rounding adds (to a cosine in float32, say) is cut off.
 
     Raises:
         InputError: it is not.
     """
     found = float(quality(answer, reference))
-    if not 0.0 <= found <= 1.0:
+    if not -_ROUNDING <= found <= 1 + _ROUNDING:
         raise InputError(f"the quality function returned {found}, expected a number in [0, 1]")
-    return found
+    return min(max(found, 0.0), 1.0)

@@ -15,7 +15,7 @@ from offramp.passes.scores.candidates import short_list
 from offramp.passes.scores.score_builder import ScoreBuilder
 from offramp.passes.scores.short_head import ShortHead, find_head
 from offramp.program.exit import Exit
-from offramp.program.graph import dependents, expression, results, shape, symbols
+from offramp.program.graph import ancestors, dependents, expression, is_tensor, results, shape, symbols
 from offramp.program.program import Program
 from offramp.program.record import exchanged
 
@@ -190,6 +190,12 @@ class InsertScores(Pass):
                 f"output {name!r} of shape {sizes} has no classes on its last axis",
                 hint=", ".join([*others, "measure=cosine or learned"]),
             )
+        if not self.output and name != "logits" and not self._has_head(program, node):
+            raise SpecError(
+                f"output {name!r} of shape {sizes} is made without a product with a weight behind stack {stack!r}, so "
+                "it holds features, not classes",
+                hint=f"measure=cosine or learned; or output={name}, if its features are classes",
+            )
         axes = len(shape(node)) - (self._tokens(program) is not None)
         rows = program.axes.batch is not None or self._tokens(program) is not None
         if not all(MEASURES[measure].gates for measure in self.measures) and (axes > 2 or not rows):
@@ -197,6 +203,12 @@ class InsertScores(Pass):
                 f"measure=prediction: output {name!r} of shape {sizes} has many per row", hint="measure=top1 or entropy"
             )
         return name
+
+    def _has_head(self, program: Program, output: fx.Node) -> bool:
+        """Whether a matrix of weights is read between the stack and an output."""
+        behind = dependents([program.nodes[program.stacks[stack_named(program, self.stack)].output]], program.graph)
+        read = {item for node in behind & ancestors([output]) for item in node.all_input_nodes}
+        return any(node.op == "get_attr" and is_tensor(node) and len(shape(node)) > 1 for node in read)
 
     def _tokens(self, program: Program) -> Any:
         """The symbol of the token axis of a causal stack, each of whose tokens has a score; None for others."""

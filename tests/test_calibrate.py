@@ -25,7 +25,7 @@ from offramp.calibration.costs import Costs
 from offramp.calibration.examples import read
 from offramp.calibration.gates import fit_scale
 from offramp.calibration.observe import time_rows
-from offramp.calibration.quality import same_class, same_tokens
+from offramp.calibration.quality import graded, same_class, same_tokens
 from offramp.errors import InputError, PolicyError
 from offramp.runtime import Chain, Confidence, Each, Entropy, Never
 from offramp.runtime.card import CARD_FILE
@@ -207,6 +207,13 @@ def test_places_that_do_not_count_are_left_out() -> None:
     logits = np.eye(3)[[0, 1, 2]]
     assert same_class(logits, [0, 1, -100]) == 1.0
     assert same_class(logits, [0, 2, -100]) == 0.5
+
+
+def test_what_rounding_adds_to_a_quality_is_cut_off() -> None:
+    assert graded(lambda *_: 1 + 2e-7, None, None) == 1.0
+    assert graded(lambda *_: -2e-7, None, None) == 0.0
+    with pytest.raises(InputError, match=r"the quality function returned 1\.001"):
+        graded(lambda *_: 1.001, None, None)
 
 
 @pytest.mark.parametrize(

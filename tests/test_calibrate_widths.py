@@ -465,7 +465,8 @@ class _Unnamed(_Pooled):
 def test_an_output_without_a_name_has_classes_where_exits_score_them_or_labels_are_some(tmp_path: Path) -> None:
     program = capture(tiny.seeded(_Unnamed), tiny.text())
     offramp.save(apply(program, "insert-exits{after=1},insert-scores{measure=cosine}"), tmp_path / "states")
-    offramp.save(apply(program, "insert-exits{after=1},insert-scores{measure=top1}"), tmp_path / "classes")
+    said = apply(program, "insert-exits{after=1},insert-scores{measure=top1,output=output}")
+    offramp.save(said, tmp_path / "classes")
     for judge in (offramp.calibrate, report):
         states, classes = offramp.load(tmp_path / "states"), offramp.load(tmp_path / "classes")
         with pytest.raises(InputError, match=r"'output' .* is not said to have classes"):
