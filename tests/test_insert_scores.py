@@ -334,11 +334,11 @@ def test_features_are_no_classes_unless_it_is_said() -> None:
     """The one output of an encoder that has no head."""
 
     class Embeds(tiny.Encoder):
-        def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-            mask = torch.ones_like(input_ids, dtype=torch.bool)[:, None, None]
-            return {"embedding": nn.functional.normalize(self.run(self.embed(input_ids), mask).mean(1), dim=1)}
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+            states = self.run(self.embed(input_ids), attention_mask.bool()[:, None, None])
+            return {"embedding": nn.functional.normalize(states[:, 0], dim=1)}
 
-    program = apply(capture(tiny.seeded(Embeds), tiny.ids()), "insert-exits")
+    program = apply(capture(tiny.seeded(Embeds), tiny.text()), "insert-exits")
     for measure in ("top1", "entropy", "prediction"):
         with pytest.raises(SpecError, match=r"'embedding' .* holds features, not classes\n  try: measure=cosine or"):
             apply(program, f"insert-scores{{measure={measure}}}")
