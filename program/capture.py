@@ -21,7 +21,7 @@ from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, analyse
 from offramp.program.sizes import where_the_same, with_limits
 from offramp.program.tracing import Dynamic, exported, flattened
-from offramp.program.unwrap import as_captured, plain
+from offramp.program.unwrap import as_captured, by_names, plain
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def capture(
             and tuples; its mode and its configuration are restored. Its weights are shared, except those of a model in
             half or double precision or on another device: it is captured as a float32 copy on the CPU.
         example_inputs: tensors by the names of the forward's parameters, or in their order (floating point becomes
-            float32, None is left out). Use a batch of at
+            float32, None is left out); of a forward that takes one mapping, what is in that. Use a batch of at
             least two rows and sizes that differ from each other; a batch of one row is doubled for capture, unless the
             model's code fixes the number of rows.
         dynamic: names of the axes that may vary, ``{"input_ids": {0: "batch", 1: "tokens"}}``; every other
@@ -53,7 +53,7 @@ def capture(
             from the eval forward by more than dropout.
         ForwardError: the forward fails on the example inputs, whoever calls it.
     """
-    module = plain(module)
+    module, example_inputs = by_names(plain(module), example_inputs)
     inputs = named_inputs(module, example_inputs)
     if dynamic is not None:
         dynamic = _counted(dynamic, inputs)

@@ -400,3 +400,34 @@ def test_buffers_that_a_call_has_exchanged_are_back() -> None:
     with unchanged(module):
         module(IDS)
     assert (module.longest, module.scale.item(), [*module.state_dict()]) == (4, 1, ["scale"])
+
+
+class OfBatch(Model):
+    """Takes a batch as one mapping, as a training loop has it, and gives it back with what it added."""
+
+    def forward(self, batch: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:  # type: ignore[override]
+        batch["sum"] = scale * batch["bias"].sum((1, 2)) if batch["kind"] == "text" else None
+        return {**batch, **super().forward(batch["ids"])}
+
+
+@pytest.mark.parametrize("form", ["by names", "as the argument", "by the parameter's name"])
+def test_a_forward_that_takes_one_mapping(form: str) -> None:
+    torch.manual_seed(0)
+    model, batch = OfBatch(), {"ids": IDS, "bias": torch.ones(2, 5, 8), "kind": "text", "none": None}
+    example: Any = {"by names": batch, "as the argument": (batch,), "by the parameter's name": {"batch": batch}}[form]
+    program = capture(model, example)
+    assert (program.inputs, program.outputs) == (("ids", "bias"), ("sum", "logits"))
+    assert list(batch) == ["ids", "bias", "kind", "none"]
+    other = {"ids": IDS.flip(1)[:, :3], "bias": torch.randn(2, 3, 8)}
+    model.config.use_cache = model.config.text_config.use_cache = False
+    expected = model({**batch, **other})
+    tiny.assert_same(program.module(**other), {name: expected[name] for name in program.outputs})
+    report = check(model, example)
+    assert report.ok, report.reason
+    assert len(report.stacks) == 1
+
+
+@pytest.mark.parametrize("example", [{"idx": IDS}, {"idx": IDS, "n": None}])
+def test_a_mapping_for_a_forward_that_takes_none_has_unknown_names(example: Any) -> None:
+    with pytest.raises(CaptureError, match=r"no parameter \['idx'.*\]; its parameters are \['ids', 'bias'\]"):
+        capture(made(), example)

@@ -33,7 +33,7 @@ from offramp.program import Program, capture
 from offramp.program.compare import TOLERANCE
 from offramp.program.forward import ExampleInputs, named_outputs
 from offramp.program.sizes import at_other_sizes
-from offramp.program.unwrap import as_captured, plain, unchanged
+from offramp.program.unwrap import as_captured, by_names, plain, unchanged
 from offramp.runtime import Chain, Never, load
 
 Progress = Callable[[str, int, int], None]
@@ -193,7 +193,7 @@ class Check:
         module, inputs = (
             models.resolve(self._model, self._note)() if isinstance(self._model, str) else (self._model, self._inputs)
         )
-        module = plain(module)
+        module, inputs = by_names(plain(module), inputs)
         if isinstance(self._model, str):
             models.check_generation(self._model, module, self._ignore_generation)
         report.bytes["parameters"] = sum(weight.nbytes for weight in module.parameters())

@@ -8,7 +8,8 @@
 ========================== ==================================================================================
 
 A factory takes no argument and returns ``(module, example_inputs)``: a ``torch.nn.Module``, and a dict (by
-parameter name) or a tuple of tensors. What else stands for a module, `offramp.program.unwrap.plain` knows.
+parameter name, or the one dict that a forward takes) or a tuple of tensors. What else stands for a module,
+`offramp.program.unwrap.plain` knows.
 """
 
 from __future__ import annotations
@@ -243,7 +244,7 @@ def _functions(module: ModuleType) -> str:
 def _checked(result: object, name: str) -> tuple[nn.Module, Inputs]:
     from torch import Tensor, nn
 
-    from offramp.program.unwrap import plain
+    from offramp.program.unwrap import by_names, plain
 
     hint = "return (module, example_inputs), a torch.nn.Module and a dict or tuple of tensors"
     if not isinstance(result, tuple) or len(result) != 2:
@@ -256,6 +257,7 @@ def _checked(result: object, name: str) -> tuple[nn.Module, Inputs]:
             raise FactoryResultError(f"{name!r} returned {_kind(module)} as the module", hint=hint) from error
     if isinstance(inputs, Tensor) or not isinstance(inputs, (Mapping, tuple, list)) or not inputs:
         raise FactoryResultError(f"{name!r} returned {_kind(inputs)} as example inputs", hint=hint)
+    module, inputs = by_names(module, inputs)
     named = list(inputs.items()) if isinstance(inputs, Mapping) else list(enumerate(inputs))
     for key, value in named:
         if value is not None and not isinstance(value, Tensor):

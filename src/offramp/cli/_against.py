@@ -131,10 +131,10 @@ def _torch(other: Other, inputs: Arrays, args: argparse.Namespace) -> Run:
     import torch
 
     from offramp.program.forward import named_inputs
-    from offramp.program.unwrap import plain
+    from offramp.program.unwrap import by_names, plain
     from offramp.runtime.engine.cores import physical_cores
 
-    module = plain(loaded).eval()
+    module, example = by_names(plain(loaded).eval(), example)
     torch.set_num_threads(args.threads or physical_cores())
     known = list(named_inputs(module, example))
     feed = {name: torch.from_numpy(array) for name, array in inputs.items() if name in known}
