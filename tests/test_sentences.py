@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +92,19 @@ def test_a_copy_is_one_of_its_own(base: Path, tmp_path: Path) -> None:
             weight.zero_()
     assert torch.equal(module(**inputs)["sentence_embedding"], before)
     assert not other(**inputs)["sentence_embedding"].any()
+
+
+@pytest.mark.slow
+def test_an_id_of_the_hub(base: Path, tmp_path: Path) -> None:
+    """As a machine without a network has it: what was downloaded before."""
+    place = tmp_path / "hub" / "models--some--one"
+    written(base, place / "snapshots" / "0", Pooling(16, "mean"))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0")
+    asked = "from offramp import models; m, x = models.resolve('hf:some/one')(); print(*m(**x).keys())"
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([sys.executable, "-c", asked], env=env, capture_output=True, text=True, check=False)
+    assert found.stdout == "sentence_embedding\n", found.stderr
 
 
 def test_what_a_bundle_does_not_do_to_texts_is_said(base: Path, tmp_path: Path) -> None:

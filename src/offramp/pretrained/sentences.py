@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import PretrainedModelError
-from offramp.pretrained.tokenization import reason
+from offramp.pretrained.tokenization import read_json, reason
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +23,8 @@ _FACTORY = "a file.py:factory that returns (module, example_inputs)"
 
 
 def parts(source: str) -> list[str]:
-    """The kinds of the modules that a directory's ``modules.json`` lists, in their order; empty without that file."""
-    file = Path(source) / "modules.json"
-    if not file.is_file():
-        return []
-    return [str(part.get("type", "")).rpartition(".")[2] for part in json.loads(file.read_text(encoding="utf-8"))]
+    """The kinds of the modules that ``modules.json`` lists, in their order; empty without that file."""
+    return [str(part.get("type", "")).rpartition(".")[2] for part in read_json(source, "modules.json") or ()]
 
 
 def to_try(source: str) -> str:
@@ -38,16 +33,16 @@ def to_try(source: str) -> str:
 
 
 def _readable(source: str) -> bool:
-    """Whether it is a directory of texts' embeddings: a transformer whose files lie there, and more behind it."""
-    settings = Path(source) / "config_sentence_transformers.json"
-    told = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    """Whether it is a model of texts' embeddings: a transformer whose files lie at its root, and more behind it."""
     first, *behind = parts(source) or [""]
-    transformer = first == _FIRST and (Path(source) / "config.json").is_file()
-    return transformer and bool(behind) and told.get("model_type", _KIND) == _KIND
+    if first != _FIRST or not behind or read_json(source, "config.json") is None:
+        return False
+    told = read_json(source, "config_sentence_transformers.json") or {}
+    return bool(told.get("model_type", _KIND) == _KIND)
 
 
 def read(source: str, note: Callable[[str], None]) -> nn.Module | None:
-    """The ``SentenceTransformer`` of a directory; None where it is of another kind, or the library is not there.
+    """The ``SentenceTransformer`` of a directory or hub id; None where it is something else, or the library missing.
 
     ``note`` gets what it does to texts and a bundle does not.
 

@@ -11,6 +11,7 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
+from transformers.utils import cached_file
 
 from offramp.bundle.preprocessing import Text
 from offramp.pretrained.example_inputs import embedded, setting
@@ -41,18 +42,24 @@ def load(source: str) -> Any | None:
     known = set(found.get_vocab().values()) - set(found.all_special_ids)
     if not known:
         return None  # without files some classes make one that knows no word
-    if length := _sentences(Path(source)):
+    if length := _sentences(source):
         found.model_max_length = min(length, found.model_max_length)
     return found
 
 
-def _sentences(folder: Path) -> int | None:
+def _sentences(source: str) -> int | None:
     """After how many tokens sentence-transformers cuts a text off, where it wrote the directory."""
-    file = folder / "sentence_bert_config.json"
-    if not file.is_file():
-        return None
-    length = json.loads(file.read_text(encoding="utf-8")).get("max_seq_length")
+    length = (read_json(source, "sentence_bert_config.json") or {}).get("max_seq_length")
     return length if isinstance(length, int) and length > 0 else None
+
+
+def read_json(source: str, name: str) -> Any:
+    """What a file of a directory or hub id holds; None where it has none, or is neither."""
+    try:
+        found = cached_file(source, name)
+    except OSError:
+        return None
+    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
 def loaded(loader: Any, source: str, files: Collection[str], **options: Any) -> Any | None:
