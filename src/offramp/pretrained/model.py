@@ -41,12 +41,11 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
     Raises `PretrainedModelError`.
     """
     adapter = _adapter(source)
+    model, missing = _load(source) if adapter is None else _merged(source, adapter)
     whole = sentences.read(source, note)
     if whole is not None:
         model, missing = _load(source, sentences.kind_of(whole))
         model, missing = sentences.joined(model, whole), [each for each in missing if not each.startswith("pooler.")]
-    else:
-        model, missing = _load(source) if adapter is None else _merged(source, adapter)
     if missing:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         note(f"hf:{source} has no weights for {few} of {type(model).__name__}: they are random until they are trained")

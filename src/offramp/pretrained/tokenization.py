@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -55,11 +56,17 @@ def _sentences(source: str) -> int | None:
 
 def read_json(source: str, name: str) -> Any:
     """What a file of a directory or hub id holds; None where it has none, or is neither."""
+    found = Path(source, name) if Path(source).is_dir() else _downloaded(source, name)
+    return json.loads(found.read_text(encoding="utf-8")) if found and found.is_file() else None
+
+
+@functools.cache
+def _downloaded(source: str, name: str) -> Path | None:
+    """A file of a hub id; asked for once, since a machine that does not reach the hub tries for long."""
     try:
-        found = cached_file(source, name)
+        return Path(cached_file(source, name))
     except OSError:
         return None
-    return None if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
 
 
 def loaded(loader: Any, source: str, files: Collection[str], **options: Any) -> Any | None:
