@@ -136,11 +136,10 @@ def save(
     forms, measured = (dict.fromkeys(hidden, learners), {}) if learners else fastest(program, target)
     lowered = prepared(program, forms)
     plan = partition(lowered, segments)
-    place.parent.mkdir(parents=True, exist_ok=True)
     work = place.parent / f".{place.name}-{token_hex(8)}"  # whose name is known before it is there
     directory, writer = work / place.name, None
     try:
-        work.mkdir(0o700)
+        _make(work, place)
         directory.mkdir()
         writer = Writer(directory, lowered.graph_module)
         describer = Describer(lowered, plan, writer, target, progress, partial(screens, precision))
@@ -186,6 +185,16 @@ def _written(policy: Policy | Mapping[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise PolicyError(f"{policy!r} has numbers that JSON does not have: {error}") from error
     return written
+
+
+def _make(folder: Path, place: Path) -> None:
+    """Make the directory in which the bundle of that place is written."""
+    try:
+        folder.mkdir(0o700, parents=True)
+    except OSError as error:
+        raise ExportError(
+            f"{place} cannot be written: {error.strerror}", hint="a path in a directory that may be written to"
+        ) from error
 
 
 def _take_place(directory: Path, place: Path) -> None:

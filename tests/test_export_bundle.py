@@ -319,6 +319,13 @@ def test_what_is_no_bundle_is_left_alone(encoder: tiny.Captured, tmp_path: Path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "notes.txt", "work"]
 
 
+def test_a_place_that_cannot_be_written(encoder: tiny.Captured, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExportError, match=r"file.deep.m.offramp cannot be written: Not a directory\n  try: a path in"):
+        save(encoder.program, tmp_path / "file" / "deep" / "m.offramp")
+    assert [path.name for path in tmp_path.rglob("*")] == ["file"]
+
+
 def test_an_empty_directory_and_missing_parents_are_used(encoder: tiny.Captured, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "a" / "b" / "c.offramp"):
