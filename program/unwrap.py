@@ -265,8 +265,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
 def _plain_values(part: nn.Module) -> dict[str, Any]:
     """Numbers and words that the module has as attributes, but for whether it is training."""
-    kinds = (bool, int, float, str, type(None))
-    return {name: value for name, value in vars(part).items() if isinstance(value, kinds) and name != "training"}
+    return {name: value for name, value in vars(part).items() if isinstance(value, _CONSTANTS) and name != "training"}
 
 
 def _restore_modes(modes: Mapping[nn.Module, bool]) -> None:

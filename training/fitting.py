@@ -128,13 +128,14 @@ def fit(
 
 
 def _accelerator(precision: str, accumulate: int) -> Accelerator:
+    if precision in ("auto", "bf16"):
+        AcceleratorState._reset_state()
+        device = Accelerator(mixed_precision="no").device
+        if precision == "auto":
+            precision = "bf16" if computes_bf16(device) else "no"
+        elif not computes_bf16(device):
+            log.warning('precision="bf16": %s has no products in it, and is slow; precision="auto" asks first', device)
     AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
-    device = Accelerator(mixed_precision="no").device
-    AcceleratorState._reset_state()
-    if precision == "auto":
-        precision = "bf16" if computes_bf16(device) else "no"
-    if precision == "bf16" and not computes_bf16(device):
-        log.warning('precision="bf16": this %s has no products in it, and is slow; precision="auto" asks first', device)
     try:
         return Accelerator(
             mixed_precision=precision,

@@ -44,7 +44,8 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
     model, missing = _load(source) if adapter is None else _merged(source, adapter)
     whole = sentences.read(source, note)
     if whole is not None:
-        model, missing = _load(source, sentences.kind_of(whole))
+        if (kind := sentences.kind_of(whole)) != type(model).__name__:
+            model, missing = _load(source, kind)
         model, missing = sentences.joined(model, whole), [each for each in missing if not each.startswith("pooler.")]
     if missing:
         few = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")

@@ -37,8 +37,8 @@ def _readable(source: str) -> bool:
     first, *behind = parts(source) or [""]
     if first != _FIRST or not behind or read_json(source, "config.json") is None:
         return False
-    told = read_json(source, "config_sentence_transformers.json") or {}
-    return bool(told.get("model_type", _KIND) == _KIND)
+    config = read_json(source, "config_sentence_transformers.json") or {}
+    return bool(config.get("model_type", _KIND) == _KIND)
 
 
 def read(source: str, note: Callable[[str], None]) -> nn.Module | None:
