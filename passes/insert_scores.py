@@ -152,7 +152,7 @@ class InsertScores(Pass):
         name = stack_named(program, self.stack)
         stack = program.stacks[name]
         found = [item for item in program.exits_of(name) if item.after == stack.blocks]
-        behind = dependents([program.nodes[stack.output]], program.graph) | {program.nodes[stack.output]}
+        behind = self._behind(program) | {program.nodes[stack.output]}
         returned = results(program.graph)
         outputs = {output: output for output in program.outputs if returned[output] in behind}
         return found[0] if found else Exit(name, stack.blocks, stack.output, stack.output, outputs=outputs)
@@ -206,9 +206,12 @@ class InsertScores(Pass):
 
     def _has_head(self, program: Program, output: fx.Node) -> bool:
         """Whether a matrix of weights is read between the stack and an output."""
-        behind = dependents([program.nodes[program.stacks[stack_named(program, self.stack)].output]], program.graph)
-        read = {item for node in behind & ancestors([output]) for item in node.all_input_nodes}
+        read = {item for node in self._behind(program) & ancestors([output]) for item in node.all_input_nodes}
         return any(node.op == "get_attr" and is_tensor(node) and len(shape(node)) > 1 for node in read)
+
+    def _behind(self, program: Program) -> set[fx.Node]:
+        """What the stack's last hidden state leads to."""
+        return dependents([program.nodes[program.stacks[stack_named(program, self.stack)].output]], program.graph)
 
     def _tokens(self, program: Program) -> Any:
         """The symbol of the token axis of a causal stack, each of whose tokens has a score; None for others."""
