@@ -241,10 +241,10 @@ def test_bf16_trains() -> None:
 
 
 @pytest.mark.parametrize(("capable", "wanted"), [(True, "bf16"), (False, "no")])
-def test_auto_is_bf16_where_the_processor_has_it(
+def test_auto_is_bf16_where_the_processor_gains_by_it(
     capable: bool, wanted: Literal["bf16", "no"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable, "avx2": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable, "avx512_bf16": True})
     assert computes_bf16("cpu") is capable
     precisions: tuple[Literal["no", "auto", "bf16"], ...] = ("no", "auto", "bf16")
     curves = {

@@ -71,8 +71,8 @@ def fit(
         optimizer: a function that makes one of the list of weights that are trained; None for AdamW without weight
             decay.
         clip: the greatest norm of the gradient; ``math.inf`` for no limit.
-        precision: accelerate's mixed precision; "auto" is "bf16" where the device multiplies in it (`computes_bf16`),
-            else "no". Weights stay in the dtype that they have.
+        precision: accelerate's mixed precision; "auto" is "bf16" where the device gains by it (`computes_bf16`), else
+            "no". Weights stay in the dtype that they have.
         accumulate: batches a step.
         folder: where checkpoints and ``curve.jsonl`` go. A run that finds a checkpoint there goes on from it, with the
             curve that it would have had in one go.
@@ -134,7 +134,7 @@ def _accelerator(precision: str, accumulate: int) -> Accelerator:
         if precision == "auto":
             precision = "bf16" if computes_bf16(device) else "no"
         elif not computes_bf16(device):
-            log.warning('precision="bf16": %s has no products in it, and is slow; precision="auto" asks first', device)
+            log.warning('precision="bf16": %s is slower in it than in fp32; precision="auto" asks first', device)
     AcceleratorState._reset_state()  # of an earlier run, which may have had another precision
     try:
         return Accelerator(
