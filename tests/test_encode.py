@@ -31,7 +31,7 @@ from offramp.export.automatic import chosen
 from offramp.export.patterns import listed
 from offramp.export.quantize import quantized
 from offramp.passes import apply
-from offramp.runtime.engine import sessions
+from offramp.runtime.engine import overflow, sessions
 from offramp.runtime.result import Result
 
 WIDE = 64
@@ -211,6 +211,36 @@ def test_no_sum_of_products_overflows(encoding: str) -> None:
     session = opened(quantized(model, encoding, ()))
     for x in (np.ones((3, 64), np.float32), -np.ones((1, 64), np.float32)):
         np.testing.assert_allclose(session.run(None, {"x": x})[0], 64 * x, rtol=0.01)
+
+
+@pytest.mark.parametrize("wrong", [True, False])
+def test_sums_that_cost_time_are_asked_for_only_where_others_overflow(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Session:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def run(self, _: None, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+            made = given["a"].astype(np.int32) @ given["b"].astype(np.int32)
+            return [np.minimum(made, 64 // 2 * 32767) if wrong else made]
+
+    monkeypatch.setattr(overflow, "_found", None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    options = sessions.session_options()
+    if wrong:
+        assert options.get_session_config_entry(overflow.EXACT) == "1"
+    else:
+        with pytest.raises(RuntimeError, match=overflow.EXACT):
+            options.get_session_config_entry(overflow.EXACT)
+
+
+def test_the_product_that_is_asked_is_what_it_says() -> None:
+    model = onnx.load_model_from_string(overflow.PRODUCT)
+    (node,) = model.graph.node
+    assert (node.op_type, list(node.input), list(node.output)) == ("MatMulInteger", ["a", "b"], ["c"])
+    kinds = [value.type.tensor_type.elem_type for value in model.graph.input]
+    assert kinds == [onnx.TensorProto.UINT8, onnx.TensorProto.INT8]
 
 
 @pytest.mark.parametrize("encoding", ["int4", "int8", "int8-dynamic"])

@@ -21,6 +21,7 @@ import onnxruntime as ort
 
 from offramp.errors import BundleError, ExecutionError
 from offramp.runtime.engine.cores import physical_cores
+from offramp.runtime.engine.overflow import EXACT, overflows
 
 Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
 _CPU = "CPUExecutionProvider"
+_OTHERS_POOL = "use_per_session_threads must be false"  # in the error of a session that would have a pool of its own
 _SLOWER = ["SkipLayerNormFusion"]  # on the CPU its operator takes several times as long as the sum and the norm apart
 _lock = threading.Lock()
 _pool: int | None = None  # threads of the process's pool; None: there is none yet, 0: it is somebody else's
@@ -50,15 +52,13 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.use_env_allocators", "1")
-    # Without it dynamic int8 overflows, to as little as half of a product, on x86 processors that have no VNNI.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     with _lock:
         wanted = threads or _pool or physical_cores()
         if _pool is None:
             _share_arena()
             if wanted == 1:
                 options.intra_op_num_threads = options.inter_op_num_threads = 1
-                return options
+                return _exact(options)
             _pool = _make_pool(wanted)
         if threads not in (None, _pool):
             whose = f"of {_pool}" if _pool else "of unknown size, made outside offramp"
@@ -67,6 +67,19 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
                 hint="threads=None to use that pool; or load with the wanted number first, in a new process",
             )
     options.use_per_session_threads = False
+    return _exact(options)
+
+
+def _exact(options: ort.SessionOptions) -> ort.SessionOptions:
+    """The options, with sums of products in 8 bits that do not overflow."""
+    try:
+        wrong = overflows(options)
+    except Exception as error:
+        if _OTHERS_POOL not in str(error):
+            raise
+        return options  # nothing opens with these: `_open` says why
+    if wrong:
+        options.add_session_config_entry(EXACT, "1")
     return options
 
 
@@ -168,7 +181,7 @@ def _open(path: Path, options: ort.SessionOptions, providers: list[Any], first: 
             path, options, providers=providers, disabled_optimizers=without, enable_fallback=0
         )
     except Exception as error:
-        if "use_per_session_threads must be false" in str(error):
+        if _OTHERS_POOL in str(error):
             raise _OtherPoolError(
                 "threads=1: this process has a global thread pool, made outside offramp",
                 hint="threads=None to use that pool",
