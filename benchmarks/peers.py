@@ -29,7 +29,9 @@ import offramp
 from benchmarks import _chains, _ctranslate2, _genai, _one_session, _translate, sentiment, speech
 from benchmarks._common import BUILD, Row, report, say, steps
 from benchmarks._peers import Took, installed, row, saved, turns
+from benchmarks._translate import Way
 from benchmarks._workers import Answer, Worker
+from benchmarks.translation import choose, deed, free
 from examples.train_language_adapters import text
 from examples.translation.train import lines
 from offramp import zoo
@@ -40,12 +42,11 @@ from offramp.zoo.translator import BEGIN
 CONTEXTS, NEW = (64, 1024), 128
 TEXTS, LENGTH = 24, 512  # of WikiText-2, for perplexity
 SENTENCES = 300  # to translate
-KEEP = 0.99
+KEEP = 0.99  # of full depth's accuracy or BLEU on the validation set
 PAUSE = 0.3  # seconds
 SCREENED = "insert-scores{stack=decoder,measure=prediction-screened},insert-cache"
 QUANTIZED = "one session, quantize_dynamic"
-DEED = ((2,), 5, 0.5)  # exits, the deepest block, the threshold: what `benchmarks.translation` chose
-FREE = ((2,), 4, 0.95)  # and the share of tokens that are to agree
+VALIDATION = 400  # sentences that choose the translator's exits
 
 
 def language(count: int) -> Iterator[Row]:
@@ -170,20 +171,12 @@ def _answered(way: Callable[[Mapping[str, Any]], Any], batch: Mapping[str, Any])
 def translation(count: int) -> Iterator[Row]:
     """The translator on Multi30k at full depth and with exits, against the same encoder and one decoder session."""
     _translate.on_one_core()
-    split, (exits, deepest, at) = "test_2016_flickr", DEED
+    split = "test_2016_flickr"
     sources, said = _translate.sources(split, SENTENCES), lines(f"{split}.en")[:SENTENCES]
-    early = offramp.Confidence(measure=_translate.MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})
-    free_exits, free_deepest, agree = FREE
-    free = offramp.Adaptive(free_exits[0], 0.6, _translate.MEASURE, target=agree, pick=0.0)
     for precision in ("fp32", "int8"):
-        ways = {
-            "full depth": (_translate.bundle(head="whole", precision=precision), offramp.Never()),
-            f"exit after {exits[0]} of {deepest}": (_translate.bundle(exits, deepest, precision=precision), early),
-            f"FREE after {free_exits[0]} of {free_deepest}": (
-                _translate.bundle(free_exits, free_deepest, precision=precision),
-                free,
-            ),
-        }
+        full = Way("full depth", _translate.bundle(head="whole", precision=precision))
+        early = (choose(functools.partial(made, precision), full, VALIDATION)[KEEP] for made in (deed, free))
+        ways = {way.name: (way.chain, way.policy(0)) for way in (full, *early) if isinstance(way.chain, offramp.Chain)}
         with _chains.chain(_with_single(precision), single=True) as worker:
             peer = functools.partial(_by_worker, worker)
             runs = {"peer": peer} | {name: functools.partial(_by_chain, *way) for name, way in ways.items()}

@@ -40,24 +40,24 @@ KEEP = (0.99, 1.0)
 TESTS = ("test_2016_flickr", "test_2017_flickr")
 
 
-def deed() -> list[Way]:
+def deed(precision: str = "fp32") -> list[Way]:
     """Confidence at some exits (DEED, arXiv 2311.08623)."""
     return [
         Way(
             f"DEED: {MEASURE} >= {at} after {listed(exits)} of {deepest}",
-            bundle(exits, deepest),
+            bundle(exits, deepest, precision=precision),
             same(offramp.Confidence(measure=MEASURE, thresholds={**dict.fromkeys(exits, at), deepest: 0.0})),
         )
         for (exits, deepest), at in itertools.product(SETS, THRESHOLDS)
     ]
 
 
-def free() -> list[Way]:
+def free(precision: str = "fp32") -> list[Way]:
     """One exit and a threshold that adapts itself (FREE, arXiv 2310.05424)."""
     return [
         Way(
             f"FREE: {target} are to agree after {exits[0]} of {deepest}",
-            bundle(exits, deepest),
+            bundle(exits, deepest, precision=precision),
             same(offramp.Adaptive(exits[0], 0.6, MEASURE, target=target, pick=0.0)),
         )
         for (exits, deepest), target in itertools.product(SETS, TARGETS)
