@@ -1,7 +1,7 @@
 """Whether ONNX Runtime's products in 8 bits overflow on this processor: x86 without VNNI adds pairs in 16 bits.
 
-It has sums that do not, which take the same time there, and three times as long where the processor has VNNI; so what
-the processor does is asked, not what it is.
+It has sums that do not; they take up to 1.3 of the time there, and three times as long where the processor has VNNI. So
+what a processor does is asked, not what it is.
 """
 
 from __future__ import annotations
