@@ -175,8 +175,12 @@ def translation(count: int) -> Iterator[Row]:
     sources, said = _translate.sources(split, SENTENCES), lines(f"{split}.en")[:SENTENCES]
     for precision in ("fp32", "int8"):
         full = Way("full depth", _translate.bundle(head="whole", precision=precision))
-        early = (choose(functools.partial(made, precision), full, VALIDATION)[KEEP] for made in (deed, free))
-        ways = {way.name: (way.chain, way.policy(0)) for way in (full, *early) if isinstance(way.chain, offramp.Chain)}
+        early = [choose(functools.partial(made, precision), full, VALIDATION).get(KEEP) for made in (deed, free)]
+        ways = {
+            way.name: (way.chain, way.policy(0))
+            for way in (full, *early)
+            if way and isinstance(way.chain, offramp.Chain)
+        }
         with _chains.chain(_with_single(precision), single=True) as worker:
             peer = functools.partial(_by_worker, worker)
             runs = {"peer": peer} | {name: functools.partial(_by_chain, *way) for name, way in ways.items()}

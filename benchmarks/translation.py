@@ -74,6 +74,8 @@ def choose(ways: Callable[[], list[Way]], full: Way, count: int | None) -> dict[
         if good:
             chosen[keep] = ways()[min(good, key=lambda i: found[i].milliseconds)]
             say(f"chosen for {keep:.0%} of full depth's BLEU: {chosen[keep].name}")
+        else:
+            say(f"nothing keeps {keep:.0%} of full depth's BLEU")
     return chosen
 
 
