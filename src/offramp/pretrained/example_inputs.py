@@ -25,6 +25,7 @@ SAMPLES = 4000  # of a waveform: a quarter of a second at 16 kHz
 FRAMES = 100  # of a spectrogram without a fixed length
 PADDING = 2  # tokens at the end of the last row, where the model does not continue the text
 PAGE = 100  # boxes of words lie on a page of this size
+FACTORY = "a file.py:factory that returns (module, example_inputs)"  # what takes any model: a hint
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,7 @@ def example_inputs(model: PreTrainedModel, beside: Listed | None = None) -> Inpu
     raise PretrainedModelError(
         f"{type(model).__name__} does not run on the inputs that were made up for it "
         f"({shapes}{missing and f'; none is known for {missing}'}): {type(first).__name__}: {first}",
-        hint="a file.py:factory that returns (module, example_inputs), with "
-        + (missing or "inputs that the model takes"),
+        hint=f"{FACTORY}, with {missing or 'inputs that the model takes'}",
     ) from first
 
 
@@ -147,7 +147,7 @@ class _Maker:
             return str(known[0])
         raise PretrainedModelError(
             f"no example is known for {names[0]!r}, the main input of {type(self.model).__name__}",
-            hint="a file.py:factory that returns (module, example_inputs)",
+            hint=FACTORY,
         )
 
     def _text(self, signals: Inputs) -> Inputs:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from offramp.errors import PretrainedModelError
 from offramp.pretrained import image_processor, sentences, tokenization
-from offramp.pretrained.example_inputs import Listed, configs, example_inputs, image_size, left_out
+from offramp.pretrained.example_inputs import FACTORY, Listed, configs, example_inputs, image_size, left_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +62,7 @@ def load(source: str, note: Callable[[str], None]) -> tuple[PreTrainedModel, dic
     if missed := left_out(model, inputs):
         note(
             f"hf:{source}: {type(model).__name__} takes {', '.join(missed)} too, for which no example is known: what "
-            "follows is its text alone; for all of it, a file.py:factory that returns (module, example_inputs)"
+            f"follows is its text alone; for all of it, {FACTORY}"
         )
     return model, inputs
 
@@ -146,9 +146,7 @@ def _merged(source: str, adapter: dict[str, Any]) -> tuple[PreTrainedModel, list
     except PretrainedModelError as error:
         raise PretrainedModelError(f"{what}, and {error.reason}", hint=hint) from error
     except AttributeError as error:
-        raise PretrainedModelError(
-            f"{what}, and its kind cannot be merged", hint="a file.py:factory that returns (module, example_inputs)"
-        ) from error
+        raise PretrainedModelError(f"{what}, and its kind cannot be merged", hint=FACTORY) from error
     except (OSError, ValueError, RuntimeError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         raise PretrainedModelError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import PretrainedModelError
+from offramp.pretrained.example_inputs import FACTORY
 from offramp.pretrained.tokenization import read_json, reason
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _OUTPUT = "sentence_embedding"
 _LIBRARY, _KIND, _FIRST = "sentence_transformers", "SentenceTransformer", "Transformer"
-_FACTORY = "a file.py:factory that returns (module, example_inputs)"
 
 
 def parts(source: str) -> list[str]:
@@ -29,7 +29,7 @@ def parts(source: str) -> list[str]:
 
 def to_try(source: str) -> str:
     """What takes along the modules behind a transformer that `read` did not."""
-    return f"pip install {_LIBRARY.replace('_', '-')}" if _readable(source) else _FACTORY
+    return f"pip install {_LIBRARY.replace('_', '-')}" if _readable(source) else FACTORY
 
 
 def _readable(source: str) -> bool:
@@ -56,7 +56,7 @@ def read(source: str, note: Callable[[str], None]) -> nn.Module | None:
     try:
         made: Any = SentenceTransformer(source, device="cpu", trust_remote_code=False).eval().float()
     except Exception as error:  # its modules may be anybody's
-        raise PretrainedModelError(f"hf:{source} could not be loaded: {reason(error)}", hint=_FACTORY) from error
+        raise PretrainedModelError(f"hf:{source} could not be loaded: {reason(error)}", hint=FACTORY) from error
     if prompt := made.prompts.get(made.default_prompt_name or "", ""):
         note(f"hf:{source}: sentence-transformers puts {prompt!r} before each text; before a bundle's, do so yourself")
     if getattr(made[0], "do_lower_case", False):
@@ -94,5 +94,5 @@ def compare(source: str, model: PreTrainedModel, sentences: nn.Module, inputs: M
         raise PretrainedModelError(
             f"hf:{source}: {', '.join(parts(source)[1:])} behind {type(model).__name__} get something else from "
             "sentence-transformers than what the model returns first",
-            hint=_FACTORY,
+            hint=FACTORY,
         )
