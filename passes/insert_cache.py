@@ -12,11 +12,12 @@ from offramp.bundle.manifest import Prompt
 from offramp.errors import PassError, SpecError
 from offramp.passes.caches.ahead import with_places_ahead
 from offramp.passes.caches.cached_sites import CachedSites
-from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
+from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import LENGTHS, PLACES, PROMPT_LENGTHS
 from offramp.passes.caches.chunks import check_chunks
 from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.joins import Joins
+from offramp.passes.caches.kinds import CHUNK, DATA, POSITIONAL
 from offramp.passes.caches.outputs import last_places, logits_of
 from offramp.passes.infra.contract import Pass, PassResult
 from offramp.program.analysis.token_axes import Axes

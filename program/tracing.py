@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import traceback
@@ -187,16 +188,18 @@ def _longest(module: torch.nn.Module) -> int:
 def flattened(traced: ExportedProgram, inputs: Mapping[str, torch.Tensor], names: list[str]) -> fx.GraphModule:
     """The exported graph with weights as attributes, tensor inputs by name, and a dictionary of outputs."""
     signature = traced.graph_signature
-    changed = [spec.target for spec in signature.output_specs if spec.kind != OutputKind.USER_OUTPUT]
-    if changed:
+    specs = dict(zip(traced.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
+    made = [spec.kind == OutputKind.USER_OUTPUT for spec in signature.output_specs]
+    read = {spec.target for node, spec in specs.items() if node.users}  # what no call reads, none finds changed
+    changed = [spec.target for spec, own in zip(signature.output_specs, made, strict=True) if not own]
+    if kept := [target for target in changed if target in read or target not in signature.buffers]:
         raise CaptureError(
-            f"the forward changes its own state or inputs: {changed}",
+            f"the forward changes its own state or inputs: {kept}",
             hint="offramp captures pure forwards; keep such buffers out of the eval forward",
         )
     attributes: dict[str, Any] = {}
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    specs = dict(zip(traced.graph.find_nodes(op="placeholder"), signature.input_specs, strict=True))
     for node in traced.graph.nodes:
         if node.op == "placeholder":
             spec = specs[node]
@@ -211,7 +214,7 @@ def flattened(traced: ExportedProgram, inputs: Mapping[str, torch.Tensor], names
             env[node] = graph.create_node("get_attr", target, name=node.name)
             env[node].meta = dict(node.meta)
         elif node.op == "output":
-            returned = [arg for arg in node.args[0] if isinstance(arg, fx.Node)]
+            returned = [arg for arg in itertools.compress(node.args[0], made) if isinstance(arg, fx.Node)]
             graph.output({name: env[arg] for name, arg in zip(names, returned, strict=True)})
         else:
             if node.op == "get_attr":  # the body of a wrapper, inlined by canonicalize

@@ -247,9 +247,10 @@ def as_captured(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """A forward may exchange parts and buffers, or set numbers and words; afterwards all are as they were.
+    """A forward may exchange parts and buffers, or set numbers, words and tensors; afterwards all are as they were.
 
-    BigBird, for one, goes over to other attention at its first short input, and stays there.
+    BigBird, for one, goes over to other attention at its first short input, and stays there. What is traced would leave
+    tensors without contents behind.
     """
     before = [(part, dict(part._modules), dict(part._buffers), _plain_values(part)) for part in module.modules()]
     try:
@@ -259,13 +260,15 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for now, then in ((part._modules, parts), (part._buffers, buffers)):
                 now.clear()
                 now.update(then)  # type: ignore[arg-type]
-            found = _plain_values(part)
-            vars(part).update({name: value for name, value in values.items() if found.get(name) != value})
+            for name in _plain_values(part).keys() - values.keys():
+                del vars(part)[name]
+            vars(part).update(values)
 
 
 def _plain_values(part: nn.Module) -> dict[str, Any]:
-    """Numbers and words that the module has as attributes, but for whether it is training."""
-    return {name: value for name, value in vars(part).items() if isinstance(value, _CONSTANTS) and name != "training"}
+    """Numbers, words and tensors that the module has as attributes, but for whether it is training."""
+    kinds = _CONSTANTS | torch.Tensor
+    return {name: value for name, value in vars(part).items() if isinstance(value, kinds) and name != "training"}
 
 
 def _restore_modes(modes: Mapping[nn.Module, bool]) -> None:

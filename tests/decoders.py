@@ -550,6 +550,13 @@ OTHERS: dict[str, Factory] = {
     "codegen": _hf("CodeGenForCausalLM", _GPT, n_ctx=PLACES, rotary_dim=4),
     "phi": _hf("PhiForCausalLM", _TEXT, partial_rotary_factor=0.5),
     "phi3": _hf("Phi3ForCausalLM", _GROUPED, sliding_window=WINDOW),
+    "phi3_longrope": _hf(
+        "Phi3ForCausalLM", _GROUPED, max_position_embeddings=2 * PLACES, original_max_position_embeddings=PLACES,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * (SIZE // 2),
+            "long_factor": [2.0] * (SIZE // 2),
+        }
+    ),
     "gemma": _hf("GemmaForCausalLM", _GROUPED),
     "gemma2": _hf(
         "Gemma2ForCausalLM", _GROUPED, sliding_window=WINDOW, query_pre_attn_scalar=SIZE,

@@ -379,6 +379,24 @@ def test_one_name_is_not_given_to_axes_of_different_sizes() -> None:
         )
 
 
+class Choosing(Layer):
+    """One of two tables by its input, written over a buffer at each call; it keeps one that it was not made with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if getattr(self, "table", None) is None:
+            self.table = torch.tensor(2.0)
+        self.seen.copy_(torch.where(x.max() > 100, self.table, 1.0))
+        return self.layer(x) * self.seen
+
+
+def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
+    model = tiny.seeded(Choosing)
+    program = capture(model, X)
+    assert not hasattr(model, "table")  # that of the trace has no contents
+    for x in (X, 1000 * X.abs(), X):
+        torch.testing.assert_close(program.module(x=x)["output"], model(x))
+
+
 # Refusals
 
 

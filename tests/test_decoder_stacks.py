@@ -33,7 +33,15 @@ KINDS = (
 CHECKED = (
     *decoders.REQUIRED,
     *("gpt2_eager", "opt_masked", "t5_masked", "falcon", "bloom", "gpt_neo", "gemma2", "mixtral", "gpt_oss"),
-    *("deepseek_v3", "speech_to_text", "relative_buckets", "mixture_of_experts", "counted_positions", "time_first"),
+    *(
+        "deepseek_v3",
+        "phi3_longrope",
+        "speech_to_text",
+        "relative_buckets",
+        "mixture_of_experts",
+        "counted_positions",
+        "time_first",
+    ),
     *("looped_decoder", "cross_first", *decoders.REFUSED),
 )
 

@@ -601,6 +601,15 @@ def counted(model: Decoder, x: Tensor, ids: Tensor) -> Tensor:
     return x / x.shape[1]
 
 
+def chosen(above: int) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    """An embedding that is scaled otherwise in texts of more tokens."""
+
+    def embed(model: Any, x: Tensor, input_ids: Tensor) -> Tensor:
+        return x * torch.where(torch.arange(x.shape[1]).max() + 1 > above, 2.0, torch.ones(x.shape[2]))
+
+    return embed
+
+
 def padded(model: Decoder, x: Tensor) -> Any:
     return F.pad(model.head(model.leave(x)), (0, 0, 1, 0))
 
@@ -660,6 +669,9 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "linear attention": (partial(Decoder, embed=multiplied), IDS, rf"aten.matmul.default sums over the .*{HERE}"),
     "matrix of positions": (partial(Decoder, embed=placed), IDS, rf"way that is not understood.*{HERE}"),
     "number of tokens": (partial(Decoder, embed=counted), IDS, "'output' differs from one pass: relative error"),
+    "chosen by more tokens": (
+        partial(Decoder, embed=chosen(4)), IDS, rf"the example's 7 tokens the model takes other numbers than .*{HERE}"
+    ),
     "one token more": (partial(Decoder, tail=padded), IDS, r"no output is logits .*: output \['batch', 'tokens \+ 1'"),
     "rows that mix": (Compared, IDS, r"rows of input input_ids \(axis .* are not computed apart: see outputs similar"),
     "an axis of a mask alone": (
@@ -690,6 +702,15 @@ def test_a_table_of_any_length_is_no_limit() -> None:
     program = apply(tiny.captured(partial(Decoder, embed=gathered), IDS).program, "insert-cache")
     assert program.cache is not None
     assert program.cache.limit == 64  # of the table of places
+
+
+def test_what_is_chosen_by_the_length_is_a_limit() -> None:
+    captured = tiny.captured(partial(Decoder, embed=chosen(20)), IDS)
+    program = apply(captured.program, "insert-cache")
+    assert program.cache is not None
+    assert program.cache.limit == 20
+    longest = {"input_ids": tiny.ids(20)}
+    tiny.assert_same(tiny.outputs(program.module, program.fresh(longest)), captured.eager(longest))
 
 
 def test_sizes_that_are_fixed() -> None:

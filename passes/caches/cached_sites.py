@@ -9,10 +9,11 @@ from functools import partial
 
 from torch import fx
 
-from offramp.passes.caches.causal import DATA, Causal
+from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import LENGTHS
 from offramp.passes.caches.content_masks import ContentMasks, product_of
 from offramp.passes.caches.incremental import Rebuilder
+from offramp.passes.caches.kinds import DATA
 from offramp.program import ops
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.graph import aten, expression, shape, symbols

@@ -9,16 +9,16 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.implied_inputs import Meaning, looked_up
+from offramp.passes.caches.implied_inputs import Meaning
+from offramp.passes.caches.kinds import DATA, MEMORY, kinds_of
+from offramp.passes.caches.limits import limit
 from offramp.passes.caches.masks import plain_window
 from offramp.passes.caches.roles import Roles, leaves, roles_of
 from offramp.program.analysis.attention import AttentionSite, is_causal, together
 from offramp.program.analysis.attention_search import attention_sites
-from offramp.program.graph import aten, data_inputs, dependents, expression, is_symint, read_by, shape, source, symbols
+from offramp.program.graph import expression, shape, source, symbols
 from offramp.program.program import Program, as_tensor, evaluate
 from offramp.program.sizes import resized
-
-CONSTANT, POSITIONAL, CHUNK, MEMORY, DATA = "constant", "positional", "chunk", "memory", "data"
 
 
 class Causal:
@@ -31,11 +31,9 @@ class Causal:
         own: the inputs that have it.
         holding: those of them that hold the tokens.
         implied: those of them that follow from the number of tokens, and what they hold: masks, positions.
-        kinds: of every tensor node. *Data* depends on the contents of the tokens, *memory* on those of other inputs
-            only (an encoder's side), *positional* on shapes only, *constant* on nothing. *Chunk* is positional over
-            an axis of batch and tokens together (``arange(batch * tokens)``): it counts places, not positions.
+        kinds: of every tensor node (`offramp.passes.caches.kinds`).
         example: how many tokens the example inputs have.
-        limit: how many the model has positions for, None for no limit.
+        limit: how many tokens it can be built for, None for no limit.
 
     Raises:
         PassError: the causal stacks have no such axis, or each its own; an input has several axes of tokens.
@@ -52,8 +50,8 @@ class Causal:
         self.example = max(
             program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own if n not in self.implied
         )
-        self.kinds = self._kinds()
-        self.limit = self._limit()
+        self.kinds = kinds_of(program, self.tokens, self.own, self.implied)
+        self.limit = limit(self)
         self._windows: dict[fx.Node, int | None] = {}
         self._together: dict[fx.Node, int] = {}
 
@@ -88,61 +86,6 @@ class Causal:
                 hint="make masks of queries and keys inside the forward",
             )
         return found[0]
-
-    def _kinds(self) -> dict[fx.Node, str]:
-        kinds: dict[fx.Node, str] = {}
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                kinds[node] = POSITIONAL if node in self.implied else DATA if node in self.own else MEMORY
-            elif node.op == "get_attr":
-                kinds[node] = CONSTANT
-            elif node.op == "call_function" and not is_symint(node):
-                sizes = [arg.meta["val"] for arg in node.all_input_nodes if is_symint(arg)] + _sizes(node)
-                inner = {kinds[arg] for arg in data_inputs(node)}
-                moves = any(self.tokens in symbols(size) for size in sizes) or bool(inner & {POSITIONAL, CHUNK})
-                if DATA in inner or (MEMORY in inner and moves):
-                    kinds[node] = DATA
-                elif MEMORY in inner:
-                    kinds[node] = MEMORY
-                elif moves:
-                    flat = any({self.tokens, self.program.axes.batch} <= symbols(size) for size in sizes)
-                    kinds[node] = CHUNK if CHUNK in inner or flat else POSITIONAL
-                else:
-                    kinds[node] = CONSTANT
-        return kinds
-
-    def _limit(self) -> int | None:
-        """From the captured range of the axis, and from tables that positions are looked up in."""
-        limits = [self.program.axes.ranges.get(self.tokens, (1, None))[1]]
-        cuts = [self.program.nodes[name] for stack in self.program.stacks.values() for name in stack.cuts[1:]]
-        behind = dependents(cuts, self.program.graph)  # where no position is looked up any more
-        for node in self.program.graph.nodes:
-            table, axis, index = looked_up(node)
-            if index is None or index in behind or self.kinds[table] != CONSTANT:
-                continue
-            rows = expression(shape(table)[axis])
-            if not isinstance(rows, int):  # made as long as it has to be
-                continue
-            words: list[int | None] = [None] if self.kinds[index] == POSITIONAL else []
-            if not words and any(self._counts(inner) for inner in read_by([index])):
-                words += self._words()  # of which one is no padding
-            for word in words:
-                size = rows + 1 + self.ahead  # more than it has room for, places in front of the text included
-                beyond = int(self.values([index], size, word)[index].max()) - (rows - 1)
-                limits.append(size - beyond if beyond > 0 else None)
-        least = min((limit for limit in limits if limit is not None), default=None)
-        return None if least is None else least - self.fewer
-
-    def _counts(self, node: fx.Node) -> bool:
-        """Whether a node counts tokens of every row."""
-        if node.target is not aten.cumsum.default or len(shape(node)) != 2:
-            return False
-        return bool(expression(shape(node)[node.args[1]]) == self.tokens)  # type: ignore[index]
-
-    def _words(self) -> list[int]:
-        """Two different token ids of the example (or one, if there are no more)."""
-        ids = self.program.example_inputs[next(str(n.target) for n in self.own if n not in self.implied)]
-        return [int(word) for word in ids.unique()[-2:]]
 
     def values(
         self,
@@ -242,9 +185,3 @@ class Causal:
                 lambda size: mask.visible_exactly(self.values([mask.node], size)[mask.node]),
             )
         return self._windows[mask.node]
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    values = node.meta["val"]
-    tensors = values if isinstance(values, (tuple, list)) else (values,)
-    return [size for value in tensors if isinstance(value, torch.Tensor) for size in value.shape]

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.causal import CHUNK, DATA, POSITIONAL, Causal
+from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import PLACES
 from offramp.passes.caches.incremental import Rebuilder
+from offramp.passes.caches.kinds import CHUNK, DATA, POSITIONAL
 from offramp.passes.caches.roles import KEY, QUERY, Roles, arguments, broadcasts, is_leaf, role_of_index
 from offramp.program.analysis.attention import SOFTMAX, AttentionSite
 from offramp.program.graph import (

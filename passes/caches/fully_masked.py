@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from offramp.passes.caches.causal import DATA, Causal
+from offramp.passes.caches.causal import Causal
+from offramp.passes.caches.kinds import DATA
 from offramp.program.analysis.attention import AttentionSite
 from offramp.program.graph import expression, results, shape
 from offramp.program.program import Program, evaluate

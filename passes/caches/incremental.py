@@ -15,8 +15,9 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.causal import CHUNK, DATA, MEMORY, POSITIONAL, Causal
+from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import LENGTHS, PLACES, ChunkGraph
+from offramp.passes.caches.kinds import CHUNK, DATA, MEMORY, POSITIONAL
 from offramp.passes.caches.mixing import mixes_tokens
 from offramp.passes.caches.position_rows import PositionRows
 from offramp.program.graph import FILLED, aten, attribute, expression, is_symint, is_tensor, shape, symbols

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.causal import DATA, MEMORY, Causal
+from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import PROMPT_LENGTHS
 from offramp.passes.caches.incremental import Rebuilder
+from offramp.passes.caches.kinds import DATA, MEMORY
 from offramp.program.graph import ancestors, aten, expression, is_tensor, read_by, shape, source
 from offramp.program.ops import FILL_PLACES
 

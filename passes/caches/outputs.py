@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.causal import CHUNK, CONSTANT, DATA, POSITIONAL, Causal
+from offramp.passes.caches.causal import Causal
+from offramp.passes.caches.kinds import CHUNK, CONSTANT, DATA, POSITIONAL
 from offramp.program.graph import ancestors, aten, expression, is_tensor, placeholders, results, shape, symbols
 from offramp.program.program import Program
 
