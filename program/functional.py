@@ -42,6 +42,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
                 _out_of_place(graph, node)
             elif node.target is aten.batch_norm.default:
                 _without_statistics(graph, node)
+        graph.eliminate_dead_code()  # what a constant was read for, which torch knows no more when it traces again
     known = all(_known(node) for graph in graphs for node in graph.nodes)
     if not known or _sizes_are_one(exported.graph):
         exported.graph_module.recompile()
@@ -96,7 +97,7 @@ def _in_place(node: fx.Node) -> bool:
 def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
     """Readers of the tensor that is changed here read a new one from here on, if nobody reads it by another name.
 
-    ``fill_(select(x, ...))`` becomes ``y = fill(select(x, ...))`` and ``select_scatter(x, y, ...)``.
+    ``fill_(select(x, ...))`` becomes ``y = select_scatter(x, fill(select(x, ...)), ...)``, and ``select(y, ...)``.
     """
     changed: Any = node.args[0]
     inplace: Any = node.target
@@ -109,7 +110,7 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
         whole = whole.args[0]
     aliases = _aliases(changed)
     before = set(_before(graph, node))
-    others = {user for alias in aliases & before - {changed, whole} for user in alias.users}
+    others = {user for alias in aliases & before - {*views, whole} for user in alias.users}
     if not aliases or target is None or not others <= {*before, node}:
         return
     with graph.inserting_before(node):
@@ -117,14 +118,16 @@ def _out_of_place(graph: fx.Graph, node: fx.Node) -> None:
         if [str(made.meta["val"].dtype), len(shape(made))] != [str(changed.meta["val"].dtype), len(shape(changed))]:
             graph.erase_node(made)
             return
-        written = [(changed, made)]
+        new = made
         for view in views:
-            old, new = view.args[0], written[-1][1]
-            written.append((old, _called(graph, node, _SCATTERS[view.target], old, new, *view.args[1:])))
-    after = {*graph.nodes} - before - {node} - {new for _, new in written}
-    for old, new in (written[0], written[-1]):
+            new = _called(graph, node, _SCATTERS[view.target], view.args[0], new, *view.args[1:])
+        again = {whole: new}
+        for view in reversed(views):  # views of what is new, so that what is written to them reaches it
+            again[view] = _called(graph, node, view.target, again[view.args[0]], *view.args[1:])
+    after = {*graph.nodes} - {*_before(graph, node), node}
+    for old, new in again.items():
         old.replace_all_uses_with(new, after.__contains__)
-    node.replace_all_uses_with(made)
+    node.replace_all_uses_with(again[changed])
     graph.erase_node(node)
 
 

@@ -102,16 +102,19 @@ class _Tracing(TorchFunctionMode):
 
     ``x.data`` is ``x.detach()``, which torch.export takes for something that nothing made. With ``lists`` the rows of a
     batch may be listed, ``torch.cat(list(x))``, without fixing how many there are. With ``kept`` a mask of rows (images
-    that are no padding, say) drops none: one that does is an error.
+    that are no padding, say) drops none: one that does is an error. With ``written`` numbers that a forward counts
+    (``torch.arange(4)``) are written down, so that what is computed of them alone may decide what it does next.
     """
 
-    def __init__(self, lists: bool, kept: bool) -> None:
+    def __init__(self, lists: bool, kept: bool, written: bool) -> None:
         super().__init__()
-        self._lists, self._kept = Lists() if lists else None, kept
+        self._lists, self._kept, self._written = Lists() if lists else None, kept, written
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
+        if self._written and func is torch.arange and all(isinstance(end, int) for end in args):
+            return torch.tensor(range(*args), dtype=(kwargs or {}).get("dtype"))
         if self._kept and func is torch.Tensor.__getitem__ and _drops_rows(*args):
             return _all_kept(*args)
         found = self._lists(func, args, kwargs or {}) if self._lists else NotImplemented
@@ -119,8 +122,10 @@ class _Tracing(TorchFunctionMode):
 
 
 def _drops_rows(_: torch.Tensor, index: Any) -> bool:
-    """Whether a tensor's index is a mask of its rows."""
-    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.dim() == 1
+    """Whether a tensor's index is a mask of its rows, of which torch does not know what it holds."""
+    if not isinstance(index, torch.Tensor) or index.dtype != torch.bool or index.dim() != 1:
+        return False
+    return getattr(index, "constant", None) is None
 
 
 def _all_kept(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -148,14 +153,20 @@ def _constants() -> Iterator[None]:
 
 
 def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
-    lists = True
-    try:
-        traced = _traced(module, inputs, dims)
-    except RowAloneError:
-        lists = False
-        traced = _traced(module, inputs, dims, lists=False)
+    lists, written, first = True, False, None
+    while True:
+        try:
+            traced = _traced(module, inputs, dims, lists, written)
+            break
+        except RowAloneError:
+            lists = False
+        except Exception as error:  # noqa: BLE001 (whatever the model raises)
+            first = first or error
+            if written:
+                raise first  # noqa: B904 (what came of another way says less)
+            written = True
     if traced.graph.find_nodes(op="call_function", target=TAKE_TOKENS) and not _runs(traced, inputs):
-        traced = _traced(module, inputs, dims, lists, kept=False)
+        traced = _traced(module, inputs, dims, lists, written, kept=False)
     return functional(traced)
 
 
@@ -170,11 +181,11 @@ def _runs(traced: ExportedProgram, inputs: dict[str, torch.Tensor]) -> bool:
 
 
 def _traced(
-    module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool = True, kept: bool = True
+    module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, lists: bool, written: bool, kept: bool = True
 ) -> ExportedProgram:
     # torch's table of fake results pays where blocks are many: to keep one takes longer than to compute it
     table = {"fake_tensor_cache_enabled": dynamo_config.fake_tensor_cache_enabled and _longest(module) >= _MANY}
-    with _Tracing(lists, kept), _constants(), dynamo_config.patch(table):
+    with _Tracing(lists, kept, written), _constants(), dynamo_config.patch(table):
         found: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
     return found
 

@@ -260,9 +260,11 @@ def unchanged(module: nn.Module) -> Iterator[None]:
             for now, then in ((part._modules, parts), (part._buffers, buffers)):
                 now.clear()
                 now.update(then)  # type: ignore[arg-type]
-            for name in _plain_values(part).keys() - values.keys():
-                del vars(part)[name]
-            vars(part).update(values)
+            found = _plain_values(part)
+            vars(part).update({name: value for name, value in values.items() if found.get(name) is not value})
+            for name in found.keys() - values.keys():  # but flags, that hooks are there already for example
+                if isinstance(found[name], torch.Tensor):
+                    del vars(part)[name]
 
 
 def _plain_values(part: nn.Module) -> dict[str, Any]:

@@ -397,6 +397,23 @@ def test_a_buffer_that_is_written_before_it_is_read_is_no_state() -> None:
         torch.testing.assert_close(program.module(x=x)["output"], model(x))
 
 
+class Ordered(Layer):
+    """Places in an order that only numbers of the forward's own decide: windows that do not fill their grid."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.nn.functional.pad(torch.arange(6).reshape(2, 3), (0, 1), value=-1).T
+        order = places[places != -1]
+        each = torch.repeat_interleave(torch.tensor([1.0, 3.0]), torch.tensor([4, 2]))
+        return self.layer(x[:, order] * each[:, None])
+
+
+def test_what_constants_select_is_a_constant() -> None:
+    model, x = tiny.seeded(Ordered), torch.randn(2, 6, 4)
+    program = capture(model, x)
+    assert not {"repeat_interleave.self_Tensor", "ne.Scalar"} & {*tiny.operators(program)}
+    torch.testing.assert_close(program.module(x=x)["output"], model(x))
+
+
 # Refusals
 
 

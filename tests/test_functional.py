@@ -57,6 +57,22 @@ def parts(x: Tensor, table: Tensor) -> Tensor:
     return y * table
 
 
+def parts_of_a_part(x: Tensor, table: Tensor) -> Tensor:
+    y = (x * table).reshape(x.shape[0], 2, 4).clone()
+    first = y[:, 0]
+    first[:, 0::2] = y[:, 1, 0::2]
+    first[:, 1::2] = y[:, 1, 1::2] * first[:, :2]
+    return first * 2 + y.sum(1)
+
+
+def a_part_twice(x: Tensor, table: Tensor) -> Tensor:
+    y = x * table
+    half = y[:, :4]
+    half.add_(1)
+    half.mul_(2)
+    return y
+
+
 def before_and_after(x: Tensor, table: Tensor) -> Tensor:
     y = x * table
     earlier = y.exp()
@@ -94,7 +110,7 @@ def own_statistics(x: Tensor, table: Tensor) -> Tensor:
     return nn.functional.batch_norm(x, None, None, training=True) * table
 
 
-LOCAL = (composites, fresh, views, parts, before_and_after, regions, read_statistics)
+LOCAL = (composites, fresh, views, parts, parts_of_a_part, a_part_twice, before_and_after, regions, read_statistics)
 WHOLE = (view_read_later, base_read_later, narrower, own_statistics)
 
 

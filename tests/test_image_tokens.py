@@ -71,7 +71,25 @@ def in_place(model: Reader, image: Tensor, ids: Tensor) -> Tensor:
     return x
 
 
-JOINS = [scattered, scattered_flat, indexed, listed, in_place]
+def added(model: Reader, image: Tensor, ids: Tensor) -> Tensor:
+    x = model.embed(ids)
+    x[ids == IMAGE] = image.flatten(0, 1) + x[ids == IMAGE]
+    return x
+
+
+class Deeper(Reader):
+    """Features are added behind the first block too, as DeepStack does (arXiv 2406.04334)."""
+
+    def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        marked, features = input_ids == IMAGE, self.look(image)
+        x = self.join(self, features, input_ids)
+        for block in self.blocks:
+            x = block(x, None).clone()
+            x[marked, :] = x[marked, :] + features.flatten(0, 1)
+        return {"logits": self.head(self.leave(x))}
+
+
+JOINS = [scattered, scattered_flat, indexed, listed, in_place, added]
 
 
 def example(tokens: int = TOKENS, rows: int = 2) -> dict[str, Tensor]:
@@ -128,6 +146,19 @@ def test_a_model_of_one_row_is_exported(join: Join, tmp_path: Path) -> None:
     program = offramp.capture(One(join).eval(), example(rows=1))
     assert program.axes.batch is None
     assert offramp.save(program, tmp_path / "m.offramp")["chain"] < 1e-5
+
+
+def test_features_may_be_added_behind_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Deeper(scattered).eval(), example()
+    program = offramp.apply(offramp.capture(model, inputs), "insert-exits{after=1},insert-cache")
+    assert program.stacks["decoder"].blocks == 2
+    offramp.save(program, tmp_path / "m.offramp")
+    given = {name: value.numpy() for name, value in inputs.items()}
+    found = offramp.load(tmp_path / "m.offramp").generate(given, offramp.Never(), max_new_tokens=5)
+    for at, tokens in enumerate(found.tokens):
+        alone = {name: value[at : at + 1] for name, value in inputs.items()}
+        assert tokens.tolist() == greedy(model, alone, 5)
 
 
 def test_one_pass_of_the_bundle_is_the_model(made: tuple[Reader, offramp.Chain]) -> None:

@@ -17,7 +17,7 @@ from offramp.errors import PassError
 from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import PROMPT_LENGTHS
 from offramp.passes.caches.incremental import Rebuilder
-from offramp.passes.caches.kinds import DATA, MEMORY
+from offramp.passes.caches.kinds import DATA, MEMORY, POSITIONAL
 from offramp.program.graph import ancestors, aten, expression, is_tensor, read_by, shape, source
 from offramp.program.ops import FILL_PLACES
 
@@ -50,7 +50,7 @@ class Joins:
 
     def _joins(self, node: fx.Node) -> bool:
         kinds = self.facts.kinds
-        if node.target not in _PUT or kinds[node] != DATA or kinds[node.args[0]] != DATA:  # type: ignore[index]
+        if node.target not in _PUT or kinds[node] != DATA or kinds[node.args[0]] not in (DATA, POSITIONAL):  # type: ignore[index]
             return False
         axis: Any = node.args[2] if node.target is aten.slice_scatter.default and len(node.args) > 2 else None
         if axis is not None and len(shape(node)) == 3 and expression(shape(node)[axis]) == self.facts.tokens:
@@ -204,7 +204,7 @@ class Joins:
     def hook(self, node: fx.Node) -> fx.Node:
         """The node's value on a chunk: the prompt's rows where the chunk is in it, else the tokens' own."""
         text, builder = self.derived.get(node), self.builder
-        own = builder.value(node.args[0]) if text is None else self._same(node, text)  # type: ignore[arg-type]
+        own = builder.value(node.args[0], "chunk") if text is None else self._same(node, text)  # type: ignore[arg-type]
         table = builder.value(node, "prompt")
         builder.new.edits["replaced"] += 1
         target, *args = self._chosen(table, own)

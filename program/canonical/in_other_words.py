@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import fx
 
+from offramp.program.canonical.equal_nodes import call_key
 from offramp.program.graph import add_call, aten, expression, fake_mode, is_weight, shape, symbols
 from offramp.program.ops import FILL_PLACES
 
@@ -75,11 +76,26 @@ def _scattered(node: fx.Node, call: _Call) -> tuple[Any, tuple[Any, ...]] | None
 
 
 def _put(node: fx.Node, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
-    """``tokens[mask] = features`` is the same."""
+    """``tokens[mask] = features`` is the same; ``tokens[mask] += features`` adds features in their places to tokens."""
     args: list[Any] = list(node.args)
     if len(args[1]) != 1 or not isinstance(args[1][0], fx.Node) or any(args[3:]):
         return None
-    return _filling(args[0], args[1][0], args[2], call)
+    tokens, (mask,), values = args[:3]
+    if values.target is not aten.add.Tensor or values.kwargs:
+        return _filling(tokens, mask, values, call)
+    old, new = values.args if _taken(values.args[0], tokens, mask) else values.args[::-1]
+    if not _taken(old, tokens, mask) or (found := _filling(tokens, mask, new, call)) is None:
+        return _filling(tokens, mask, values, call)
+    target, (_, *rest) = found
+    return aten.add.Tensor, (tokens, call(target, call(aten.zeros_like.default, tokens), *rest))
+
+
+def _taken(node: Any, tokens: fx.Node, mask: fx.Node) -> bool:
+    """Whether it is ``tokens[mask]``, with a mask of its own that is made alike perhaps."""
+    if not isinstance(node, fx.Node) or node.target is not aten.index.Tensor or node.args[0] is not tokens:
+        return False
+    own = node.args[1][0] if len(node.args[1]) == 1 else None  # type: ignore[arg-type, index]
+    return own is mask or (isinstance(own, fx.Node) and call_key(own) == call_key(mask) is not None)
 
 
 def _filling(tokens: Any, mask: Any, values: Any, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:

@@ -12,6 +12,7 @@ from torch import fx
 from offramp.program.canonical.attention_axes import four_axes
 from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.canonical.in_other_words import in_other_words
+from offramp.program.canonical.known_sizes import known_sizes
 from offramp.program.dropout import keeps
 from offramp.program.fake_values import fake_result
 from offramp.program.graph import (
@@ -33,15 +34,16 @@ _END = torch.iinfo(torch.int64).max
 def canonicalize(module: fx.GraphModule, protected: Collection[str] = ()) -> int:
     """Bring the graph of ``module`` into canonical form, in place; returns the number of edits.
 
-    Wrappers are inlined, assertions dropped, operations that change nothing removed (clone, detach, full
-    slices, dropout in eval mode, ...), views written as reshapes, ``squeeze`` by its axes, ``einsum`` with weights and
-    ``glu`` as products, fused attention given four axes, sizes read from the inputs where an input has that size, equal
-    pure computations merged, weights named once per storage. Nodes whose names are in ``protected`` stay. A second call
-    makes no edit.
+    Wrappers are inlined, assertions dropped, what a mask of constants selects is one, operations that change nothing
+    removed (clone, detach, full slices, dropout in eval mode, ...), views written as reshapes, ``squeeze`` by its axes,
+    ``einsum`` with weights and ``glu`` as products, fused attention given four axes, sizes read from the inputs where
+    an input has that size, equal pure computations merged, weights named once per storage. Nodes whose names are in
+    ``protected`` stay. A second call makes no edit.
     """
     graph = module.graph
     edits = _inline_wrappers(module)
     edits += _drop_assertions(graph)
+    edits += known_sizes(module)
     edits += _sizes_not_tensors(graph)
     edits += _plain_operators(graph)
     edits += _squeezed_by_axis(graph)
