@@ -74,7 +74,8 @@ def with_limits(program: Program) -> Program:
 
     Torch may leave an axis free though all that reads it needs one size, or one that is nearly the same: code may have
     made a number of it. Batch and tokens are known to vary, these if torch has found no least number of them; so is
-    an axis without which the others do not vary (lengths that go together).
+    an axis without which the others do not vary (lengths that go together), but for those of one input that do not vary
+    together either (patches and their features, of which the product is fixed).
     """
     axes, free = program.axes, _free(program)
     sizes = {
@@ -90,7 +91,9 @@ def with_limits(program: Program) -> Program:
     known = {symbol for symbol in axes.tokens if axes.ranges.get(symbol, (1, None))[0] <= _SMALL}
     for symbol in rest.keys() - known:
         others = rest.keys() - {symbol}
-        if (not others or runs(others)) and not runs([symbol]):
+        beside = {other for other in others - known if free[other][0] == free[symbol][0]}
+        never = beside and not any(map(runs, ({symbol, *beside}, *([other] for other in beside))))
+        if (not others or runs(others) or never) and not runs([symbol]):
             ranges[symbol] = (rest[symbol], rest[symbol])
             if symbol in axes.tokens:
                 name, at = free[symbol]

@@ -1,4 +1,4 @@
-"""Models whose rows are not computed apart generate one; positions that count on behind a prompt; Qwen2-VL."""
+"""Models whose rows are not computed apart generate one; positions that count on behind a prompt; Qwen's images."""
 
 # mypy: disable-error-code="no-any-return, override"
 from __future__ import annotations
@@ -162,28 +162,31 @@ def test_an_axis_that_runs_at_one_size_has_it() -> None:
     assert {inputs["y"].shape[1] for inputs, _ in at_other_sizes(program)} == {3, 8}
 
 
-# Qwen2-VL, its grid fixed: one row, three axes of positions
+# Qwen's vision-language models, their grid fixed: one row, three axes of positions
 
 GRID, PLACE = (1, 4, 4), 90
+_VISION = {"depth": 2, "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_WIDE = {"hidden_size": 16, "intermediate_size": 32, "out_hidden_size": 32}
+QWENS: dict[str, dict[str, Any]] = {
+    "Qwen2VL": {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2},
+    "Qwen2_5_VL": {**_WIDE, "window_size": 16, "fullatt_block_indexes": [1]},
+    "Qwen3VL": {**_WIDE, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+}
 
 
 class Qwen(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
         text = {
             "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "head_dim": 8,
             "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
         }  # fmt: skip
-        vision = {
-            "depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4,
-            "spatial_merge_size": 2, "temporal_patch_size": 2,
-        }  # fmt: skip
-        config = transformers.Qwen2VLConfig(
-            text_config=text, vision_config=vision, image_token_id=PLACE, video_token_id=91,
+        config = getattr(transformers, f"{kind}Config")(
+            text_config=text, vision_config={**_VISION, **QWENS[kind]}, image_token_id=PLACE, video_token_id=91,
             vision_start_token_id=92, vision_end_token_id=93,
         )  # fmt: skip
-        self.model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+        self.model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
         with torch.no_grad():
             for weight in self.model.parameters():
                 if weight.dim() > 1:
@@ -203,9 +206,10 @@ class Qwen(nn.Module):
 
 
 @pytest.mark.slow
-def test_qwen2_vl_generates_as_transformers_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", QWENS)
+def test_qwen_vl_generates_as_transformers_does(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = Qwen()
+    model = Qwen(kind)
     inputs = model.given(2, 6)
     report = check(model, inputs)
     assert report.ok, report.reason
