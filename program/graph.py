@@ -58,8 +58,8 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def expression(size: Any) -> Any:
-    """A size as a sympy expression, or as the plain int that it is."""
-    if not isinstance(size, torch.SymInt):
+    """A size, or a number made of sizes, as a sympy expression; as the plain int where it is one."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size
     found = size.node.expr
     return int(found) if found.is_Integer else found

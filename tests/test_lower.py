@@ -27,7 +27,7 @@ from offramp.export.lowering import lower as lowering
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.lower import lower, translate
 from offramp.export.lowering.outline import Computation
-from offramp.export.partition import Plan
+from offramp.export.partition import Plan, whole
 from offramp.export.subgraph import Subgraph
 from offramp.export.translations import Translations
 from offramp.program import Program, capture
@@ -314,6 +314,22 @@ def test_what_is_decomposed_keeps_its_inputs() -> None:
 def test_translating_says_nothing(encoder: tiny.Captured, capfd: pytest.CaptureFixture[str]) -> None:
     translate(lower(piece(encoder.program, "tail")), "tail")
     assert capfd.readouterr() == ("", "")
+
+
+class _Quotients(nn.Module):
+    """Quotients of sizes, rounded down where the size may be less than nothing and where not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = (-(-x.shape[1] // 4), (x.shape[1] - 9) // 4 + 3, x.shape[1] // 4 + 1)
+        return x.sum() + torch.cat([torch.arange(size) for size in sizes])
+
+
+def test_quotients_of_sizes_are_rounded_down() -> None:
+    program = capture(_Quotients(), torch.ones(2, 10))
+    function = lower(whole(program))
+    model = translate(function, "model")
+    for tokens in (2, 4, 7, 8, 11):
+        assert_translated(program, function, model, {"x": torch.ones(2, tokens)})
 
 
 # Refusals
