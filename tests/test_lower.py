@@ -396,6 +396,24 @@ def test_a_size_that_depends_on_data_is_named_where_it_is_made(monkeypatch: pyte
     assert caught.value.hint is not None
 
 
+class _Pieces(tiny.Encoder):
+    """Of the places of words, the rows alone."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        rows, _ = attention_mask.nonzero(as_tuple=True)
+        return super().forward(input_ids[rows], attention_mask[rows])
+
+
+def test_what_gives_several_results_is_named_and_not_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise PendingUnbackedSymbolNotFound("Pending unbacked symbols {u0}")
+
+    program = tiny.captured(_Pieces, tiny.text()).program
+    monkeypatch.setattr(lowering, "to_onnx", fails)
+    with pytest.raises(ExportError, match=r"how much aten\.\S+ gives depends on its data"):
+        translate(lower(piece(program, "before-encoder")), "before-encoder")
+
+
 def test_rows_that_are_all_kept_stay_rows(tmp_path: Path) -> None:
     captured = tiny.captured(_Selecting, tiny.text())
     save(captured.program, tmp_path / "model.offramp")
