@@ -14,6 +14,7 @@ from torch import fx
 from offramp.errors import PassError
 from offramp.export.asked import score_asked
 from offramp.export.dataflow import Dataflow
+from offramp.export.filled import made_early, of_sizes
 from offramp.export.lowering.merged_products import merge_products
 from offramp.export.lowering.pipeline import Step, rewrite
 from offramp.export.lowering.rotary import fuse_rotary
@@ -33,9 +34,10 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
     """The program as it is lowered: the same computation, with the operators that have an ONNX form of their own.
 
     Names of cuts, inputs and outputs stay, and the nodes that records pin. Programs with caches change, since they are
-    run token by token, where time goes by the number of operators; and those with learners, whose width becomes an
-    input. ``forms`` are by the names of the nodes with their units, dense for those that are left out. What looks like
-    a rotation and is none is written to the log (debug), and scores that cannot be of some tokens alone.
+    run token by token, where time goes by the number of operators; those with learners, whose width becomes an input;
+    and those that need sizes of what a stack makes before it is made. ``forms`` are by the names of the nodes with
+    their units, dense for those that are left out. What looks like a rotation and is none is written to the log
+    (debug), and scores that cannot be of some tokens alone.
     """
     try:
         return _prepared(program, forms, asked=True)
@@ -47,7 +49,8 @@ def prepared(program: Program, forms: Mapping[str, str] = MappingProxyType({})) 
 def _prepared(program: Program, forms: Mapping[str, str], *, asked: bool) -> Program:
     known = program.learners
     leaving = [item for item in program.groups if _first(program, item) is not None]
-    if program.cache is None and not known and not leaving:
+    early = made_early(program)
+    if program.cache is None and not known and not leaving and not early:
         return program
     editor, steps = Editor(program, "export"), dict[str, Step[Editor]]()
     places = {item.places: _active(editor, item) for item in leaving}
@@ -55,6 +58,8 @@ def _prepared(program: Program, forms: Mapping[str, str], *, asked: bool) -> Pro
         flow = Dataflow(program)
         found = {asked_of(stack.name): score_asked(editor, stack, flow) for stack in program.stacks.values()}
         places |= {name: node for name, node in found.items() if node is not None}
+    if early:
+        steps["filled"] = partial(_filled, names=early)
     if known:
         steps["width"] = partial(_execution, records=known, forms=forms)
     if program.cache is not None:
@@ -111,6 +116,11 @@ def _execution(editor: Editor, records: Sequence[Learners], forms: Mapping[str, 
             value = attribute(editor.module, WIDTH)
             given = editor.input(WIDTH, value.shape, value.dtype)
             editor.replace_uses(width, given, list(width.users))
+
+
+def _filled(editor: Editor, names: Sequence[str]) -> None:
+    for name in names:
+        of_sizes(editor, editor[name])
 
 
 def _fuse_rotary(editor: Editor) -> None:

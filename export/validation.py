@@ -88,9 +88,8 @@ def validate(
         try:
             chain.stream({})
         except InputError as error:
-            raise ExportError(
-                f"a bundle with caches that cannot generate: {error.reason}", hint="leave insert-cache out"
-            ) from error
+            hint = "leave insert-cache out" + (f"; or {error.hint}" if error.hint else "")
+            raise ExportError(f"a bundle with caches that cannot generate: {error.reason}", hint=hint) from error
     bound = tolerance(manifest)
     wanted = _Wanted(program)
     figures = {

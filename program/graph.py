@@ -16,7 +16,8 @@ from offramp.program.fake_values import fake_result
 aten = torch.ops.aten
 _TORCH = str(Path(torch.__file__).parent)
 
-#: One number everywhere, in the shape of a tensor or in the dtype of one; None where an argument says which.
+#: One number everywhere, in the shape of a tensor or in the dtype of one; None where an argument says which (and any
+#: will do where the operator leaves it open).
 FILLED: Mapping[Any, int | None] = {
     aten.zeros_like.default: 0,
     aten.ones_like.default: 1,
@@ -24,18 +25,11 @@ FILLED: Mapping[Any, int | None] = {
     aten.new_zeros.default: 0,
     aten.new_ones.default: 1,
     aten.new_full.default: None,
+    aten.empty_like.default: 0,
+    aten.new_empty.default: 0,
 }
 #: Results depend on the shape of their tensor argument, never on what is in it.
-SHAPE_ONLY: frozenset[Any] = frozenset(
-    {
-        *FILLED,
-        aten.sym_size.int,
-        aten.sym_numel.default,
-        aten.sym_stride.int,
-        aten.empty_like.default,
-        aten.new_empty.default,
-    }
-)
+SHAPE_ONLY: frozenset[Any] = frozenset({*FILLED, aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -64,8 +58,8 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
 
 
 def expression(size: Any) -> Any:
-    """A size as a sympy expression, or as the plain int that it is."""
-    if not isinstance(size, torch.SymInt):
+    """A size, or a number made of sizes, as a sympy expression; as the plain int where it is one."""
+    if not isinstance(size, (torch.SymInt, torch.SymFloat)):
         return size
     found = size.node.expr
     return int(found) if found.is_Integer else found
@@ -97,6 +91,12 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
     if node.target in SHAPE_ONLY:
         return []
     return [arg for arg in node.all_input_nodes if not is_weight(arg) and not is_symint(arg)]
+
+
+def filling(node: fx.Node) -> Any:
+    """What a call of one of ``FILLED`` has everywhere."""
+    value = FILLED[node.target]
+    return node.kwargs.get("fill_value", node.args[-1]) if value is None else value
 
 
 def weights(node: fx.Node) -> list[fx.Node]:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Dynamic = Mapping[str, Mapping[int, str]]
 _CONSTANTS = 4096  # elements
 _MANY = 8  # blocks
+_FEW = 4  # integers of a row: fewer than a text has tokens
 _one_at_a_time = threading.RLock()
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -81,20 +82,32 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
     place = next((line.strip() for line in text.splitlines() if "File " in line), "")
     raise CaptureError(
         f"torch.export cannot capture {type(module).__name__}: {text.splitlines()[0]}{' at ' + place if place else ''}",
-        hint=_hint(module, first),
+        hint=_hint(module, inputs, first),
     ) from first
 
 
-def _hint(module: torch.nn.Module, error: Exception) -> str:
+def _hint(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], error: Exception) -> str:
     """What to try where torch.export failed."""
     if any(frame.filename == flex_attention.__file__ for frame in traceback.extract_tb(error.__traceback__)):
         return "attention by scaled_dot_product_attention, not by flex_attention (attn_implementation='sdpa', say)"
     if any(weight.is_inference() for weight in (*module.parameters(), *module.buffers())):
         return "make or load the model outside of torch.inference_mode(), which leaves tensors that no graph may hold"
+    numbers = [name for name, value in inputs.items() if _numbers(value)]
+    if numbers and isinstance(error, GuardOnDataDependentSymNode):
+        return (
+            f"where the numbers in {' or '.join(numbers)} decide sizes, a wrapper around the model whose forward does "
+            "not take them and writes them down as they are in the example (torch.tensor([[...]]))"
+        )
     return (
         "Python control flow must not depend on the contents of tensors, and the forward must run "
         "without a cache (use_cache=False); see the cause above this error"
     )
+
+
+def _numbers(value: torch.Tensor) -> bool:
+    """Whether an input is of a few integers for each row: sizes of its image, say."""
+    whole = not value.is_floating_point() and value.dtype != torch.bool
+    return whole and value.numel() <= _FEW * (len(value) if value.dim() else 1)
 
 
 class _Tracing(TorchFunctionMode):

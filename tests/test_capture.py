@@ -472,6 +472,26 @@ def test_refusals_say_why(name: str) -> None:
         torch.testing.assert_close(model.state_dict(), state)
 
 
+class Placed(nn.Module):
+    """Patches at their places in an image, whose height and width are an input (as of some vision-language models)."""
+
+    def forward(self, x: Tensor, grid: Tensor, ids: Tensor) -> Tensor:
+        places = [torch.linspace(0, 1, high)[:, None] + torch.linspace(0, 1, wide) for high, wide in grid.tolist()]
+        return (x + torch.stack([of_row.flatten() for of_row in places])[..., None]).sum((1, 2)) + ids.sum(1)
+
+
+class Written(Placed):
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, torch.tensor([[2, 3], [3, 2]]), ids)
+
+
+def test_sizes_among_the_inputs_are_named_and_may_be_written_down() -> None:
+    x, ids = torch.randn(2, 6, 4), torch.arange(10).reshape(2, 5)
+    with pytest.raises(CaptureError, match=r"try: where the numbers in grid decide sizes, a wrapper around the model"):
+        capture(Placed(), {"x": x, "grid": torch.tensor([[2, 3], [3, 2]]), "ids": ids})
+    assert set(capture(Written(), {"x": x, "ids": ids}).inputs) == {"x", "ids"}
+
+
 def test_the_cause_of_a_failed_export_is_kept() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(Branching(), X)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from offramp.errors import PassError, SpecError, StructureError
 from offramp.passes import InsertCache, PassResult, Truncate, apply
 from offramp.passes.caches.chunks import cached_stacks, in_chunks
-from offramp.program import Program, ops
+from offramp.program import Program, capture, ops
 from offramp.program.graph import results
 
 Core = Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # q, k, v [rows, heads, tokens, features], mask
@@ -711,6 +711,25 @@ def test_what_is_chosen_by_the_length_is_a_limit() -> None:
     assert program.cache.limit == 20
     longest = {"input_ids": tiny.ids(20)}
     tiny.assert_same(tiny.outputs(program.module, program.fresh(longest)), captured.eager(longest))
+
+
+class Windows(tiny.Decoder):
+    """Beside the text features, filled up to whole windows of four."""
+
+    def forward(self, input_ids: Tensor, features: Tensor) -> Tensor:
+        windows = math.ceil(features.shape[1] / 4)
+        filled = F.pad(features, (0, 0, 0, windows * 4 - features.shape[1]))
+        x = self.embed(input_ids) + filled.unflatten(1, (windows, 4)).mean(2).amax(1, keepdim=True)
+        for block in self.blocks:
+            x = block(x, None)
+        return self.head(self.leave(x))
+
+
+def test_a_length_may_be_divided_and_rounded() -> None:
+    inputs = {"input_ids": tiny.ids(), "features": torch.randn(tiny.ROWS, 10, tiny.WIDTH)}
+    model = tiny.seeded(Windows)
+    program = apply(capture(model, inputs), "insert-cache")
+    tiny.assert_same(program.module(**program.fresh(inputs)), {"output": tiny.outputs(model, inputs)["output"]})
 
 
 def test_sizes_that_are_fixed() -> None:

@@ -27,7 +27,7 @@ from offramp.export.lowering import lower as lowering
 from offramp.export.lowering.exporter import OPSET
 from offramp.export.lowering.lower import lower, translate
 from offramp.export.lowering.outline import Computation
-from offramp.export.partition import Plan
+from offramp.export.partition import Plan, whole
 from offramp.export.subgraph import Subgraph
 from offramp.export.translations import Translations
 from offramp.program import Program, capture
@@ -316,6 +316,22 @@ def test_translating_says_nothing(encoder: tiny.Captured, capfd: pytest.CaptureF
     assert capfd.readouterr() == ("", "")
 
 
+class _Quotients(nn.Module):
+    """Quotients of sizes, rounded down where the size may be less than nothing and where not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        sizes = (-(-x.shape[1] // 4), (x.shape[1] - 9) // 4 + 3, x.shape[1] // 4 + 1)
+        return x.sum() + torch.cat([torch.arange(size) for size in sizes])
+
+
+def test_quotients_of_sizes_are_rounded_down() -> None:
+    program = capture(_Quotients(), torch.ones(2, 10))
+    function = lower(whole(program))
+    model = translate(function, "model")
+    for tokens in (2, 4, 7, 8, 11):
+        assert_translated(program, function, model, {"x": torch.ones(2, tokens)})
+
+
 # Refusals
 
 
@@ -378,6 +394,24 @@ def test_a_size_that_depends_on_data_is_named_where_it_is_made(monkeypatch: pyte
     assert reason.startswith("segment before-encoder: how much aten.index.Tensor gives depends on its data")
     assert f"test_lower.py:{line})" in reason
     assert caught.value.hint is not None
+
+
+class _Pieces(tiny.Encoder):
+    """Of the places of words, the rows alone."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        rows, _ = attention_mask.nonzero(as_tuple=True)
+        return super().forward(input_ids[rows], attention_mask[rows])
+
+
+def test_what_gives_several_results_is_named_and_not_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise PendingUnbackedSymbolNotFound("Pending unbacked symbols {u0}")
+
+    program = tiny.captured(_Pieces, tiny.text()).program
+    monkeypatch.setattr(lowering, "to_onnx", fails)
+    with pytest.raises(ExportError, match=r"how much aten\.\S+ gives depends on its data"):
+        translate(lower(piece(program, "before-encoder")), "before-encoder")
 
 
 def test_rows_that_are_all_kept_stay_rows(tmp_path: Path) -> None:

@@ -298,6 +298,52 @@ def test_a_mask_of_pairs_is_refused() -> None:
         offramp.apply(program, "insert-cache")
 
 
+class Asked(Joined):
+    """A question that is joined to queries, and looks at the image with them, says what is added to the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 4, tiny.WIDTH))
+        self.asking = nn.ModuleList(tiny.Block(cross=True) for _ in range(2))
+
+    def forward(self, image: Tensor, question: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        y = torch.cat([self.queries.expand(question.shape[0], -1, -1), self.embed(question)], 1)
+        for block in self.asking:
+            y = block(y, None, self.look(image))
+        x = self.embed(input_ids) + y[:, :4].mean(1, keepdim=True)
+        at = torch.arange(x.shape[1])
+        for block in self.blocks:
+            x = block(x, at <= at[:, None])
+        return {"logits": self.head(x)}
+
+
+def test_what_an_encoder_joins_stands_not_before_the_text() -> None:
+    given = example()
+    inputs = {"image": given["image"], "question": given["input_ids"][:, :6], "input_ids": given["input_ids"]}
+    program = tiny.captured(Asked, inputs).program
+    assert with_places_ahead(program) == (program, 0, ())
+    assert offramp.apply(program, "insert-cache").cache is not None
+
+
+class Folded(Joined):
+    """Rows and tokens on one axis, before the features are joined to them."""
+
+    def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        rows, tokens = input_ids.shape
+        text = self.norm(self.embed(input_ids).reshape(rows * tokens, -1)).reshape(rows, tokens, -1)
+        x = torch.cat([self.look(image), text], 1)
+        at = torch.arange(x.shape[1])
+        for block in self.blocks:
+            x = block(x, at <= at[:, None])
+        return {"logits": self.head(x)}
+
+
+def test_text_without_room_in_front_is_refused() -> None:
+    program = tiny.captured(Folded, example()).program
+    with pytest.raises(PassError, match=r"(?s)features stand before the text, .* try: leave insert-cache out"):
+        offramp.apply(program, "insert-cache")
+
+
 def test_a_prompt_is_text(case: tuple[Joined, Program, Chain]) -> None:
     chain = case[2]
     with pytest.raises(InputError, match="every row needs at least one token"):

@@ -20,6 +20,8 @@ from offramp.bundle import directory
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.errors import BundleError, ExecutionError, PolicyError
 from offramp.runtime.chain import Chain
+from offramp.runtime.engine.binding import Call
+from offramp.runtime.engine.loop import Loop
 from offramp.runtime.policies.base import State
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -228,6 +230,13 @@ def test_threads_may_share_a_chain(chains: dict[str, Chain]) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_failure_says_which_value_is_missing() -> None:
+    nothing: Any = None
+    calls = {"part": Call("part", ("x", "y"), lambda env: env.update(z=env["y"]))}
+    with pytest.raises(ExecutionError, match=r"segment 'part' failed with x \[2\], y missing: 'y'"):
+        Loop(calls, nothing, [], nothing).segments(["part"], {"x": np.zeros(2)}, np.arange(2))
 
 
 def test_a_failure_names_the_segment_and_leaves_the_chain_usable(

@@ -98,10 +98,13 @@ def _refusal(computation: Computation, name: str, error: Exception) -> ExportErr
 
 
 def _selecting(graph: fx.Graph) -> fx.Node | None:
-    """The first node whose size nothing before it has said."""
+    """The first call that gives something whose size nothing before it has said."""
     calls: Sequence[fx.Node] = [node for node in graph.nodes if is_tensor(node)]
     known = {symbol for node in calls if node.op == "placeholder" for symbol in free_unbacked_symbols(node.meta["val"])}
-    return next((node for node in calls if free_unbacked_symbols(node.meta["val"]) - known), None)
+    found = next((node for node in calls if free_unbacked_symbols(node.meta["val"]) - known), None)
+    while found is not None and found.target is operator.getitem:  # one of several results
+        (found,) = found.all_input_nodes
+    return found
 
 
 def _at_work(error: BaseException | None) -> Iterator[fx.Node]:

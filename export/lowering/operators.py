@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import onnx
@@ -20,6 +21,19 @@ from offramp.program.ops import FILL_PLACES, PUT_TOKENS, TAKE_TOKENS
 def _stride(b: Builder, tensor: fx.Node, axis: int) -> Any:
     """Torch may name a size of a (contiguous) input by the stride that equals it."""
     return b.product(*b.sizes(tensor)[axis + 1 :])
+
+
+@lowering(operator.floordiv)
+def _whole_parts(b: Builder, one: Any, other: Any) -> fx.Node:
+    """Of sizes: ONNX divides towards zero, which is no floor below it, ``-(-length // 2)`` say."""
+    assert b.origin is not None
+    value = b.origin.meta["val"]
+    size = one.meta["val"] if isinstance(one, fx.Node) else one
+    if isinstance(size, torch.SymInt) and size.node.shape_env.bound_sympy(size.node.expr).lower < 0:
+        one = b.call(operator.sub, one, b.call(operator.mod, one, other))
+    made = b.call(operator.floordiv, one, other)
+    made.meta["val"] = value
+    return made
 
 
 @lowering(aten.__and__.Tensor)

@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from offramp.bundle.expressions import evaluate
 from offramp.errors import PassError
 from offramp.passes.groups.bounds import size_node
-from offramp.passes.groups.joined import along, flat
+from offramp.passes.groups.joined import along, flat, joins
 from offramp.passes.groups.resized import Resized
 from offramp.passes.infra.editor import Editor
 from offramp.program.fake_values import fake_result
@@ -37,6 +37,7 @@ from offramp.program.graph import (
     results,
     shape,
 )
+from offramp.program.groups import token_axis
 from offramp.program.program import Program
 from offramp.program.symbols import new_axis
 
@@ -61,18 +62,25 @@ def with_places_ahead(program: Program) -> tuple[Program, int | str, tuple[str, 
 
 def _join(program: Program) -> fx.Node | None:
     """The node that puts features before embedded tokens of a causal stack."""
-    causal = [program.nodes[stack.input] for stack in program.stacks.values() if stack.role == "decoder"]
-    needed = ancestors(causal)
-    for node in reversed(program.graph.find_nodes(op="call_function", target=aten.cat.default)):
-        if node not in needed or len(shape(node)) != 3 or along(node) != 1:
-            continue
-        *features, text = flat(node)
-        tokens = expression(shape(text)[1])
-        own = {n for n in placeholders(program.graph).values() if tokens in map(expression, shape(n))}
-        if tokens in program.axes.names and features and own & read_by([text]) and not own & read_by(features):
-            found: fx.Node = node
-            return found
+    causal = [stack.input for stack in program.stacks.values() if stack.role == "decoder"]
+    for start, axis in ((program.nodes[name], token_axis(program, name)) for name in causal):
+        for node in joins(start, expression(shape(start)[axis])):
+            if len(shape(node)) != 3 or along(node) != 1:
+                continue
+            *features, text = flat(node)
+            tokens = expression(shape(text)[1])
+            own = {n for n in placeholders(program.graph).values() if tokens in map(expression, shape(n))}
+            if tokens in program.axes.names and features and own & read_by([text]) and not own & read_by(features):
+                return node
     return None
+
+
+def _no_room(reason: str) -> PassError:
+    """Why what is made of the tokens cannot have places in front."""
+    return PassError(
+        f"insert-cache: features stand before the text, and what is made of it has no places for them: {reason}",
+        hint="leave insert-cache out; or let features take the places of ids that stand for them (masked_scatter)",
+    )
 
 
 def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any, list[str]]:
@@ -84,7 +92,12 @@ def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any, li
     count = evaluate(program.axes.describe(ahead), program.sizes(program.example_inputs))
     made = _Resymbolled(program, {tokens: count})
     nodes, inputs = made.nodes, placeholders(program.graph)
-    start = size_node(program, ahead, lambda target, *args: made.call(target, *fx.node.map_arg(args, made.known)))
+    start = size_node(
+        program,
+        ahead,
+        lambda target, *args: made.call(target, *fx.node.map_arg(args, made.known)),
+        "leave insert-cache out",
+    )
     drops: list[str] = []
     for name, node in inputs.items():
         sizes = [expression(size) for size in shape(node)]
@@ -245,7 +258,7 @@ class _Wider:
         self, known: Mapping[fx.Node, fx.Node], wanted: Iterable[fx.Node], end: fx.Node
     ) -> Mapping[fx.Node, fx.Node]:
         """Copies of all between ``known`` nodes, which have theirs, and ``wanted`` ones, before ``end``."""
-        copies = Resized(self.editor, self.tokens, self.count, end, partial(self._padded, end), both=True)
+        copies = Resized(self.editor, self.tokens, self.count, end, partial(self._padded, end), True, _no_room)
         copies.made |= known
         inside = dependents(known, self.editor.graph) & ancestors(wanted)
         for node in [node for node in self.editor.graph.nodes if node in inside]:

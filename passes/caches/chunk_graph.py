@@ -77,12 +77,14 @@ class ChunkGraph:
     def size_value(self, size: Any, tokens: Any) -> Any:
         """A size of the given graph in terms of the new symbols, the token axis being ``tokens``."""
         found = expression(size)
-        if isinstance(found, int):
+        if isinstance(found, (int, float)):
             return found
         known = {**self._symbols, self.tokens: tokens}
         if found in known:
             return known[found]
         replaced = found.xreplace({symbol: value.node.expr for symbol, value in known.items()})
+        if isinstance(size, torch.SymFloat):  # half of a length, before it is rounded
+            return self._env.create_symfloatnode(replaced, hint=None)
         return self._env.create_symintnode(replaced, hint=None)
 
     def label(self, size: Any) -> str:

@@ -20,7 +20,7 @@ from offramp.passes.caches.chunk_graph import LENGTHS, PLACES, ChunkGraph
 from offramp.passes.caches.kinds import CHUNK, DATA, MEMORY, POSITIONAL
 from offramp.passes.caches.mixing import mixes_tokens
 from offramp.passes.caches.position_rows import PositionRows
-from offramp.program.graph import FILLED, aten, attribute, expression, is_symint, is_tensor, shape, symbols
+from offramp.program.graph import FILLED, aten, attribute, expression, filling, is_symint, is_tensor, shape, symbols
 from offramp.program.program import Program
 
 _RESHAPES = (aten.reshape.default, aten.view.default, aten.expand.default)
@@ -147,14 +147,14 @@ class Rebuilder:
         if node.op == "placeholder":
             return self.prompts[node] if node in self.prompts else self._made(node, extent)
         apart = self.kinds[node] == POSITIONAL or node.args[0] in self.skipped
-        if node.target in FILLED and apart and not isinstance(_filling(node), fx.Node):
+        if node.target in FILLED and apart and not isinstance(filling(node), fx.Node):
             return self.filled(node, [self._tokens(extent)] * len(shape(node)))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: self._plain(arg, extent))
         return self.copied(node, args, kwargs, name=f"{node.name}_{extent}")
 
     def filled(self, node: fx.Node, tokens: Sequence[Any]) -> fx.Node:
         """A tensor of one number, with ``tokens[axis]`` tokens along each axis of tokens."""
-        number = _filling(node)
+        number = filling(node)
         sizes = [
             self.new.sizer(self.new.size_value(size, count)) for size, count in zip(shape(node), tokens, strict=True)
         ]
@@ -279,12 +279,6 @@ class Rebuilder:
                 if expression(size) != 1 and (sizes[axis] is None or self.new.label(size) == "capacity"):
                     sizes[axis] = size
         return sizes
-
-
-def _filling(node: fx.Node) -> Any:
-    """What a tensor of one number holds everywhere."""
-    value = FILLED[node.target]
-    return node.kwargs.get("fill_value", node.args[-1]) if value is None else value
 
 
 def _number(value: float, dtype: torch.dtype) -> float | int | bool:

@@ -16,7 +16,7 @@ from offramp.program.graph import aten, dependents, expression, is_tensor, read_
 if TYPE_CHECKING:
     from offramp.passes.caches.causal import Causal
 
-_LEAST, _FAR = 2, 1 << 17  # tokens: so few and so many are tried
+_LEAST, _FAR = 2, 1 << 17  # tokens: so few, behind places for features, and so many are tried
 
 
 def limit(facts: Causal) -> int | None:
@@ -80,7 +80,7 @@ def _choices(facts: Causal, most: int) -> int | None:
         found = facts.values(nodes, size)
         return [node for node in nodes if not torch.equal(found[node], first[node])]
 
-    if changed := others(_LEAST):
+    if changed := others(facts.ahead + _LEAST):
         raise PassError(
             f"insert-cache: for the example's {facts.example} tokens the model takes other numbers than for few tokens "
             f"({source(changed[0])}), so that those of a text's first tokens would change with its length",

@@ -33,11 +33,11 @@ def group_size(program: Program, group: Group) -> Any:
     return sympy.sympify(group.tokens, locals=names)
 
 
-def size_node(program: Program, size: Any, call: Call) -> Any:
+def size_node(program: Program, size: Any, call: Call, hint: str = "leave split-modalities out") -> Any:
     """A size as a number, or as a node that ``call`` makes.
 
     Raises:
-        PassError: it is neither a sum nor a product of inputs' sizes.
+        PassError: it is neither a sum nor a product of inputs' sizes; with this ``hint``.
     """
     if size.is_Integer:
         return int(size)
@@ -48,8 +48,8 @@ def size_node(program: Program, size: Any, call: Call) -> Any:
                     return call(aten.sym_size.int, node, axis)
     join: dict[Any, Callable[..., Any]] = {sympy.Add: operator.add, sympy.Mul: operator.mul}
     if size.func not in join:
-        raise PassError(f"{size} tokens: no sum or product of inputs' sizes", hint="leave split-modalities out")
-    first, *others = [size_node(program, arg, call) for arg in size.args]
+        raise PassError(f"{size} tokens: no sum or product of inputs' sizes", hint=hint)
+    first, *others = [size_node(program, arg, call, hint) for arg in size.args]
     for other in others:
         first = call(join[size.func], first, other)
     return first

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
@@ -55,8 +55,15 @@ def joined_groups(program: Program, stack: str, names: tuple[str, ...], *, alone
 def _parts(program: Program, stack: str) -> list[tuple[set[str], Any]]:
     """What is joined: the inputs that it is made of, and how many tokens it has."""
     first = program.stacks[stack].input
-    start, axis = program.nodes[first], token_axis(program, first)
-    tokens = expression(shape(start)[axis])
+    for node in joins(program.nodes[first], expression(shape(program.nodes[first])[token_axis(program, first)])):
+        found = [(_inputs(arg), shape(arg)[along(node)]) for arg in flat(node)]
+        if len({name for inputs, _ in found for name in inputs}) > 1:
+            return found
+    return []
+
+
+def joins(start: fx.Node, tokens: Any) -> Iterator[fx.Node]:
+    """The concatenations to ``tokens`` that a value is made of, the last one first: all between has as many tokens."""
     todo, seen = [start], set[fx.Node]()
     while todo:
         node = todo.pop(0)
@@ -64,11 +71,8 @@ def _parts(program: Program, stack: str) -> list[tuple[set[str], Any]]:
             continue
         seen.add(node)
         if node.target is aten.cat.default and expression(shape(node)[along(node)]) == tokens:
-            found = [(_inputs(arg), shape(arg)[along(node)]) for arg in flat(node)]
-            if len({name for inputs, _ in found for name in inputs}) > 1:
-                return found
+            yield node
         todo += [arg for arg in data_inputs(node) if is_tensor(arg) and tokens in map(expression, shape(arg))]
-    return []
 
 
 def along(node: fx.Node) -> int:

@@ -18,6 +18,15 @@ from offramp.program.ops import TAKE_TOKENS
 _RESHAPES = (aten.reshape.default, aten.view.default, aten._unsafe_view.default)
 #: Takes of a node's axis the tokens that are meant.
 Take = Callable[[fx.Node, int], fx.Node]
+#: The error for a reason.
+Refusal = Callable[[str], PassError]
+
+
+def leaving_alone(reason: str) -> PassError:
+    """Why tokens cannot leave one by one."""
+    return PassError(
+        f"tokens cannot leave one by one: {reason}", hint="exits of rows as a whole: leave split-modalities out"
+    )
 
 
 def taken(editor: Editor, places: fx.Node, end: fx.Node, node: fx.Node, axis: int) -> fx.Node:
@@ -37,10 +46,20 @@ class Resized:
 
     ``made`` maps nodes to their copies; what is not there is taken from outside by ``take``. With ``both`` queries and
     keys become fewer; else the keys of attention are all tokens, and ``count`` is a size like no other, which tells
-    axes of queries.
+    axes of queries. ``refusal`` makes the error where a node has no copy.
     """
 
-    def __init__(self, editor: Editor, tokens: Any, count: fx.Node | int, end: fx.Node, take: Take, both: bool) -> None:
+    def __init__(
+        self,
+        editor: Editor,
+        tokens: Any,
+        count: fx.Node | int,
+        end: fx.Node,
+        take: Take,
+        both: bool,
+        refusal: Refusal = leaving_alone,
+    ) -> None:
+        self.refusal = refusal
         self.editor, self.tokens, self.count, self.end, self.take, self.both = editor, tokens, count, end, take, both
         self.made: dict[fx.Node, fx.Node] = {}
 
@@ -143,7 +162,4 @@ class Resized:
             raise self._refusal(node, reason)
 
     def _refusal(self, node: fx.Node, reason: str) -> PassError:
-        return PassError(
-            f"tokens cannot leave one by one: {node.target} {reason} ({source(node)})",
-            hint="exits of rows as a whole: leave split-modalities out",
-        )
+        return self.refusal(f"{node.target} {reason} ({source(node)})")

@@ -99,7 +99,7 @@ class Loop:
             try:
                 call.run(env)
             except Exception as error:
-                shapes = ", ".join(f"{value} {_shape(env[value])}" for value in call.inputs)
+                shapes = ", ".join(f"{value} {_shape(env.get(value))}" for value in call.inputs)
                 raise failed(name, shapes, error) from error
             self._trace.append(Timing(name, (perf_counter() - start) * 1e3, rows.size))
             self._widths.take(name, rows, env, self._memory)
@@ -146,6 +146,9 @@ def depths(left: Sequence[Departure], batch: int) -> Index:
     return found
 
 
-def _shape(tensor: object) -> list[int]:
+def _shape(tensor: object) -> list[int] | str:
+    """The shape of a value, for a message; of one that is not there, that it is missing."""
+    if tensor is None:
+        return "missing"
     shape = getattr(tensor, "shape", ())
     return list(shape() if callable(shape) else shape)

@@ -149,7 +149,11 @@ class GenerationPlan:
     def tokens_input(self) -> str:
         """The input that holds token ids; InputError where a chunk needs more than those."""
         if len(self.cache.tokens) != 1 or not self.manifest.values[self.cache.tokens[0]].dtype.startswith("int"):
-            raise InputError(f"generation extends one input of token ids; this bundle has {list(self.cache.tokens)}")
+            raise InputError(
+                f"generation extends one input of token ids; this bundle has {list(self.cache.tokens)}",
+                hint="a wrapper around the model whose forward takes the ids, and makes of them what goes along with "
+                "each token (a mask of ones, say)",
+            )
         check_layout(self.manifest, self.spans)
         return self.cache.tokens[0]
 
