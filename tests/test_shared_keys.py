@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.bundle.whole import divided
+from offramp.errors import InputError
 from offramp.export import save
 from offramp.passes.default import with_caches
 from offramp.runtime.chain import Chain
@@ -148,3 +150,14 @@ def test_tokens_are_those_of_the_whole_text(target: tuple[Any, bool], chain: Cha
         found = chain.generate({"input_ids": prompts}, make(), propagate="defer", max_new_tokens=12)
         assert [row.tolist() for row in found.tokens] == [written(model(target[1]), row, depths) for row in prompts]
     assert len({tuple(row.tolist()) for row in found.tokens}) == 2
+
+
+def test_a_layout_that_rows_cannot_be_taken_of_is_refused(chain: Chain, root: Path) -> None:
+    """Of a value that is made and read between two exits, too."""
+    manifest = divided(chain.manifest)
+    stack = manifest.stacks["decoder"]
+    stacks = {"decoder": replace(stack, exits=stack.exits[1:])}
+    Chain(replace(manifest, stacks=stacks), root).generate({"input_ids": [[1]]}, max_new_tokens=2)
+    values = {**manifest.values, "decoder.1": replace(manifest.values["decoder.1"], shape=("batch", 16, "tokens"))}
+    with pytest.raises(InputError, match=r"'decoder.1' of shape .* does not have rows and tokens on its first two"):
+        Chain(replace(manifest, stacks=stacks, values=values), root).generate({"input_ids": [[1]]})
