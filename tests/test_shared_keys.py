@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import offramp
 from offramp.bundle.whole import divided
-from offramp.errors import InputError
+from offramp.errors import InputError, StructureError
 from offramp.export import save
 from offramp.passes.default import with_caches
 from offramp.runtime.chain import Chain
@@ -58,9 +58,9 @@ class Block(nn.Module):
 class Sharing(tiny.Talker):
     """Two blocks with keys and values of their own, then three that read those of the second one."""
 
-    def __init__(self, turned: bool) -> None:
+    def __init__(self, turned: bool, sharing: int = SHARING) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(at < OWN, turned) for at in range(OWN + SHARING))
+        self.blocks = nn.ModuleList(Block(at < OWN, turned) for at in range(OWN + sharing))
 
     def forward(self, input_ids: Tensor, after: int = SHARING) -> Tensor:
         x, pair = self.embed(input_ids), None
@@ -161,3 +161,9 @@ def test_a_layout_that_rows_cannot_be_taken_of_is_refused(chain: Chain, root: Pa
     values = {**manifest.values, "decoder.1": replace(manifest.values["decoder.1"], shape=("batch", 16, "tokens"))}
     with pytest.raises(InputError, match=r"'decoder.1' of shape .* does not have rows and tokens on its first two"):
         Chain(replace(manifest, stacks=stacks, values=values), root).generate({"input_ids": [[1]]})
+
+
+def test_too_few_blocks_behind_the_keys() -> None:
+    program = offramp.capture(Sharing(turned=False, sharing=1), {"input_ids": tiny.ids()})
+    with pytest.raises(StructureError, match="1 of 3 attentions read keys of earlier ones"):
+        program.require_stacks()
