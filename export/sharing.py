@@ -13,7 +13,18 @@ from offramp.export.dataflow import Dataflow
 from offramp.export.lowering.merged_products import merged
 from offramp.export.requests import Request
 from offramp.export.subgraph import made_by
-from offramp.program.graph import ancestors, aten, expression, is_symint, is_tensor, read_by, shape, symbols
+from offramp.program.graph import (
+    ancestors,
+    aten,
+    dependents,
+    expression,
+    is_symint,
+    is_tensor,
+    placeholders,
+    read_by,
+    shape,
+    symbols,
+)
 
 #: What takes a part of a weight, or turns it round.
 _VIEWS = (
@@ -37,7 +48,7 @@ def shared_values(flow: Dataflow, requests: Iterable[Request]) -> set[fx.Node]:
         chunked = flow.chunked  # what chunks read and do not change is made once
         shared |= {arg for node in counts if node in chunked for arg in node.all_input_nodes if arg in counts}
         shared = {node for node in shared if node not in chunked or counts[node] > 1}
-        shared -= {node for node in shared if node in chunked and _cheap(flow, node)}
+        shared -= (shared & chunked) - _taken_along(flow, shared & chunked)
     shared = {node for node in shared if flow.level[node] is not None and is_tensor(node)}
     return {node for node in shared if not merged(node) and not _of_weight(node) and not _trivial(flow, node)}
 
@@ -49,14 +60,27 @@ def _of_weight(node: Any) -> bool:
     return bool(node.op == "get_attr")
 
 
-def _cheap(flow: Dataflow, node: fx.Node) -> bool:
-    """Whether a value of chunks is made where it is used.
+def _taken_along(flow: Dataflow, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The values of chunks that are made once, and go with their tokens where these wait.
 
-    It depends on lengths, of which each part has its own, or on nothing but the chunk's size.
+    Such a value has rows and tokens on its first two axes; a view that begins otherwise (``[rows, heads, tokens,
+    features]``) is made where it is used. So is what depends on lengths, of which each part has its own, unless that is
+    by way of caches (behind attention); and what depends on nothing but the chunk's size.
     """
-    assert flow.program.cache is not None
-    inputs = {arg for arg in read_by([node]) if arg.op == "placeholder"}
-    return not inputs or flow.program.nodes[flow.program.cache.lengths] in inputs
+    program, graph = flow.program, flow.program.graph
+    cache, inputs = program.cache, placeholders(graph)
+    assert cache is not None
+    tokens = expression(shape(inputs[cache.tokens[0]])[program.chunk_axis])
+    (capacity,) = map(expression, shape(inputs[cache.places]))
+    first = [1 if program.axes.batch is None else program.axes.batch, tokens]
+    counting = dependents([inputs[cache.lengths]], graph) - dependents([inputs[name] for name in cache.buffers], graph)
+    own = dependents(inputs.values(), graph) - counting
+    found = set[fx.Node]()
+    for node in (node for node in nodes if is_tensor(node) and node in own):
+        sizes = list(map(expression, shape(node)))
+        if sizes[:2] == first and all({tokens, capacity}.isdisjoint(symbols(size)) for size in sizes[2:]):
+            found.add(node)
+    return found
 
 
 def _trivial(flow: Dataflow, node: fx.Node) -> bool:

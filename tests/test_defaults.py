@@ -51,6 +51,17 @@ class Shifted(tiny.Decoder):
         return x + x.roll(1, 1)
 
 
+class Upright(tiny.Decoder):
+    """A generator whose hidden states have features before tokens."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).transpose(1, 2)
+        for block in self.blocks[:2]:
+            x = x + block.attend(block.norms[0](x.transpose(1, 2)), None).transpose(1, 2)
+            x = x + block.mlp(block.norms[1](x.transpose(1, 2))).transpose(1, 2)
+        return self.head(self.leave(x.transpose(1, 2)))
+
+
 IDS = {"input_ids": tiny.ids()}
 
 
@@ -70,6 +81,7 @@ def test_an_encoder_is_as_it_was_and_nothing_is_said(encoder: tiny.Captured) -> 
         (Classifier, "no output is logits of each token, or of the last one"),
         (lambda: Classifier(pooled=False), "'output' has 3 classes, not one for each of the 11 token ids"),
         (Shifted, r"aten.roll.default goes over the tokens .*\.py:\d+.*; try: "),
+        (Upright, r"hidden state of stack decoder, of shape \['batch', 16, 'tokens'\], does not have rows and tokens"),
     ],
 )
 def test_where_there_are_no_caches_a_reason_says_why(make: Any, expected: str) -> None:

@@ -74,11 +74,12 @@ def why_no_generation(program: Program) -> str | None:
     classes = int(shape(node)[-1])
     if known is not None and abs(classes - known) > max(4, known // 10):  # heads are padded, ids of padding added
         return f"output {cache.logits!r} has {classes} classes, not one for each of the {known} token ids"
+    rows = 1 if program.axes.batch is None else program.axes.batch
+    first = [rows, expression(shape(inputs[0])[program.chunk_axis])]
     for stack in program.stacks.values():
         hidden = program.nodes[stack.input]
         sizes = [program.axes.describe(size) for size in shape(hidden)]
-        rows = 1 if program.axes.batch is None else program.axes.names.get(program.axes.batch)
-        if stack.role == "decoder" and (sizes[0] != rows or len(sizes) != 3):
+        if stack.role == "decoder" and ([*map(expression, shape(hidden)[:2])] != first or len(sizes) != 3):
             return f"the hidden state of stack {stack.name}, of shape {sizes}, does not have rows and tokens first"
     return None
 

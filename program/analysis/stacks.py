@@ -238,6 +238,11 @@ def why_none(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[str, str]
             f"no stack: {blocks} blocks repeat, but the model's head reads states between them, {where}",
             "a head that reads the state behind the last block alone; some models have an option for that",
         )
+    if reading := sum(any(other.key is site.key for other in sites[:at]) for at, site in enumerate(sites)):
+        return (
+            f"no stack: {reading} of {len(sites)} attentions read keys of earlier ones, behind which no blocks repeat",
+            "more blocks of each kind behind those that make the keys and values",
+        )
     return (
         f"no stack: the model has {len(sites)} attentions, but the pieces between its residual joins do not repeat",
         "blocks whose weights have equal shapes, each reading the hidden state that the one before made",

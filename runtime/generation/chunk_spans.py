@@ -70,17 +70,32 @@ def chunk_spans(manifest: Manifest, sessions: Mapping[str, Any], kept: Names) ->
 
 
 def check_layout(manifest: Manifest, spans: Sequence[ChunkSpan]) -> None:
-    """Values of chunks have rows, then tokens, on their first two axes; InputError where one has not."""
-    assert manifest.cache is not None
+    """Values of chunks have rows, then tokens, on their first two axes; InputError where one has not.
+
+    Those are all in which tokens wait or leave, and of a batch's chunks all of segments that may run row by row.
+    """
+    batch = manifest.batch
     for span in spans:
-        for name in span.reads:
+        for name in sorted(span.reads | _laid_apart(manifest, span)):
             value = manifest.values[name]
-            rows = (
-                value.place(manifest.batch) if manifest.batch else (0, value.shape[0])
-            )  # of one, without a batch axis
-            if (rows, value.place(manifest.cache.chunk)) != ((0, 1), (1, 1)):
+            rows = value.place(batch) if batch else (0, value.shape[0])  # of one, without a batch axis
+            if (rows, _tokens(manifest, name)) != ((0, 1), (1, 1)):
                 raise InputError(
                     f"{name!r} of shape {list(value.shape)} does not have rows and tokens on its first two axes, which "
                     "generation needs",
                     hint="run() works; for generation, a model with hidden states [batch, tokens, features]",
                 )
+
+
+def _laid_apart(manifest: Manifest, span: ChunkSpan) -> set[str]:
+    """What else of a span has tokens: values that its exit reads, and those of segments that belong to slots."""
+    found = set(span.branch.reads & span.leaves) if span.branch else set()
+    if manifest.batch:
+        calls = (call for call in (*span.calls, *span.branch_calls) if call.by_slot)
+        found |= {name for call in calls for _, name in (*call.chunk, *call.made)}
+    return {name for name in found if _tokens(manifest, name) is not None}
+
+
+def _tokens(manifest: Manifest, name: str) -> tuple[int, int] | None:
+    assert manifest.cache is not None
+    return manifest.values[name].place(manifest.cache.chunk)
