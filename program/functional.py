@@ -42,7 +42,7 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
                 _out_of_place(graph, node)
             elif node.target is aten.batch_norm.default:
                 _without_statistics(graph, node)
-        graph.eliminate_dead_code()  # what a constant was read for, which torch knows no more when it traces again
+        graph.eliminate_dead_code(_counts)  # reads of constants, say, which torch knows no more when it traces again
     known = all(_known(node) for graph in graphs for node in graph.nodes)
     if not known or _sizes_are_one(exported.graph):
         exported.graph_module.recompile()
@@ -74,6 +74,12 @@ def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
         inner = getattr(module, str(node.target), None)
         if isinstance(inner, fx.GraphModule):
             yield from _graphs(inner)
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node counts though nobody reads it: it changes something, asserts, or is no operator (of vmap, say)."""
+    plain = isinstance(node.target, torch._ops.OpOverload) or getattr(node.target, "__module__", "") == "_operator"
+    return node.is_impure() or (node.op == "call_function" and not plain)
 
 
 def _known(node: fx.Node) -> bool:

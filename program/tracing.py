@@ -126,7 +126,7 @@ class _Tracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
-        if self._written and func is torch.arange and all(isinstance(end, int) for end in args):
+        if self._written and func is torch.arange and args and all(isinstance(end, int) for end in args):
             return torch.tensor(range(*args), dtype=(kwargs or {}).get("dtype"))
         if self._kept and func is torch.Tensor.__getitem__ and _drops_rows(*args):
             return _all_kept(*args)
