@@ -63,16 +63,18 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
         only_rows = {name: {axis: d for axis, d in dims.items() if axis == 0} for name, dims in free.items()}
         attempts = [shared, free, only_rows] if joint else [free, only_rows]
     first: Exception | None = None
-    for dims in attempts:
-        try:
-            with quiet(), unchanged(module):
-                return _functional(module, inputs, dims)
-        except GuardOnDataDependentSymNode as error:
-            first = error
-            break
-        except Exception as error:  # noqa: BLE001 (whatever the model raises; the first is reported below)
-            log.info("torch.export failed with %s: %s", dims, error)
-            first = first or error
+    for written in (False, True):  # each way of the first kind comes before any of the second, which takes as long
+        for dims in attempts:
+            try:
+                with quiet(), unchanged(module):
+                    return _functional(module, inputs, dims, written)
+            except Exception as error:  # noqa: BLE001 (whatever the model raises; the first way's is reported below)
+                log.info("torch.export failed with %s: %s", dims, error)
+                guarded = isinstance(error, GuardOnDataDependentSymNode)
+                if not written:
+                    first = error if guarded else first or error
+                if guarded:
+                    break
     assert first is not None
     was_training = module.training
     module.eval()
@@ -165,19 +167,13 @@ def _constants() -> Iterator[None]:
             fake_tensor.CONSTANT_NUMEL_LIMIT = before
 
 
-def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any) -> ExportedProgram:
-    lists, written, first = True, False, None
-    while True:
-        try:
-            traced = _traced(module, inputs, dims, lists, written)
-            break
-        except RowAloneError:
-            lists = False
-        except Exception as error:  # noqa: BLE001 (whatever the model raises)
-            first = first or error
-            if written:
-                raise first  # noqa: B904 (what came of another way says less)
-            written = True
+def _functional(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dims: Any, written: bool) -> ExportedProgram:
+    lists = True
+    try:
+        traced = _traced(module, inputs, dims, lists, written)
+    except RowAloneError:
+        lists = False
+        traced = _traced(module, inputs, dims, lists, written)
     if traced.graph.find_nodes(op="call_function", target=TAKE_TOKENS) and not _runs(traced, inputs):
         traced = _traced(module, inputs, dims, lists, written, kept=False)
     return functional(traced)
