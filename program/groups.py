@@ -76,10 +76,12 @@ class Groups(Record):
 
 
 def token_axis(program: Program, hidden: str) -> int:
-    """The axis of tokens of a hidden state: the first that neither counts rows nor is the last one."""
+    """The axis of tokens of a hidden state: the first that neither counts rows, or is one row, nor is the last one."""
     node = program.nodes[hidden]
     place = program.axes.batch_axis(node)
-    return next(axis for axis in range(len(shape(node))) if place is None or axis != place[0])
+    if place is None:
+        return next((axis for axis, size in enumerate(shape(node)[:-1]) if size != 1), 0)
+    return next(axis for axis in range(len(shape(node))) if axis != place[0])
 
 
 def left_early(

@@ -288,6 +288,32 @@ def chunked(program: Program, inputs: tiny.Inputs, steps: Sequence[Sequence[int]
     return {key: torch.stack([torch.cat(row) for row in found], 1 - axis) for key, found in wholes.items()}
 
 
+def near(within: Callable[[Tensor], Tensor]) -> Core:
+    """A causal core whose tokens see what lies near enough."""
+    return lambda q, k, v, mask: masked(q, k, v, (distance(q) >= 0) & within(distance(q)))
+
+
+class Far(Decoder):
+    """With places for as many tokens as a mask is never looked at for."""
+
+    def __init__(self, core: Core) -> None:
+        super().__init__(core)
+        self.places = nn.Embedding(16384, tiny.WIDTH)
+
+
+NEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, Any]]] = {  # and the window and the bias that are left
+    "a number": (partial(Decoder, near(lambda far: far < 24)), (24, None)),
+    "a tensor": (partial(Decoder, near(lambda far: far < torch.tensor(24))), (24, None)),
+    "one of each head": (
+        partial(Decoder, near(lambda far: far < torch.tensor([16, 48])[:, None, None])), (0, torch.bool)
+    ),
+    "blocks": (partial(Decoder, near(lambda far: far // 6 < 8)), (48, None)),
+    "parts": (partial(Decoder, near(lambda far: far * 0.03125 < 1)), (32, None)),
+    "further than is looked at": (partial(Far, near(lambda far: far < 10000)), (0, torch.bool)),
+    "blocks of more": (partial(Far, near(lambda far: far // 128 < 100)), (0, torch.bool)),
+}  # fmt: skip
+
+
 # Fires
 
 
@@ -310,6 +336,15 @@ def test_masks_that_are_causal_or_a_window_go(cached: Get, name: str) -> None:
         kind = None if bias is None else bias.meta["val"].dtype
         assert (node.args[8], kind) == CAUSAL_ONLY[name]
         assert node.args[7] == pytest.approx(8**-0.5)
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_windows_beyond_the_example_are_seen(name: str) -> None:
+    make, left = NEAR[name]
+    program = apply(tiny.captured(make, IDS).program, "insert-cache")
+    for node in program.graph.find_nodes(op="call_function", target=ops.ATTENTION):
+        bias = node.args[6]
+        assert (node.args[8], None if bias is None else bias.meta["val"].dtype) == left
 
 
 @pytest.mark.parametrize("name", ["triangle", "alibi_written", "time_first"])
@@ -601,6 +636,11 @@ def counted(model: Decoder, x: Tensor, ids: Tensor) -> Tensor:
     return x / x.shape[1]
 
 
+def counted_in_steps(model: Decoder, x: Tensor, ids: Tensor) -> Tensor:
+    """The same for all chunks that are tried, not for a longer text."""
+    return x * (1 + x.shape[1] // 16)
+
+
 def chosen(above: int) -> Callable[[Any, Tensor, Tensor], Tensor]:
     """An embedding that is scaled otherwise in texts of more tokens."""
 
@@ -655,6 +695,13 @@ class Named(Decoder):
         return self.run(self.embed(lengths), None)
 
 
+class Placed(Decoder):
+    """Positions are given."""
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Any:
+        return self.run(self.words(input_ids) + self.places(position_ids), None)
+
+
 HERE = r"the model \(Decoder\), .*test_insert_cache.py:\d+"
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "causal convolution": (
@@ -668,7 +715,14 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs, str]] = {
     "sum of features": (partial(Decoder, embed=summed), IDS, rf"a cumulative sum over more than .*{HERE}"),
     "linear attention": (partial(Decoder, embed=multiplied), IDS, rf"aten.matmul.default sums over the .*{HERE}"),
     "matrix of positions": (partial(Decoder, embed=placed), IDS, rf"way that is not understood.*{HERE}"),
-    "number of tokens": (partial(Decoder, embed=counted), IDS, "'output' differs from one pass: relative error"),
+    "number of tokens": (partial(Decoder, embed=counted), IDS, rf"aten.div.Tensor reads the number of tokens.*{HERE}"),
+    "number of tokens in steps": (
+        partial(Decoder, embed=counted_in_steps), IDS, rf"aten.mul.Tensor reads the number of tokens, .*{HERE}"
+    ),
+    "positions that start again": (
+        Placed, {**IDS, "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]] * 2)},
+        r"the example ends with what is no text \(inputs \['position_ids'\]\)",
+    ),
     "chosen by more tokens": (
         partial(Decoder, embed=chosen(4)), IDS, rf"the example's 7 tokens the model takes other numbers than .*{HERE}"
     ),
@@ -704,12 +758,13 @@ def test_a_table_of_any_length_is_no_limit() -> None:
     assert program.cache.limit == 64  # of the table of places
 
 
-def test_what_is_chosen_by_the_length_is_a_limit() -> None:
-    captured = tiny.captured(partial(Decoder, embed=chosen(20)), IDS)
+@pytest.mark.parametrize("most", [20, 7])  # 7 are the example's
+def test_what_is_chosen_by_the_length_is_a_limit(most: int) -> None:
+    captured = tiny.captured(partial(Decoder, embed=chosen(most)), IDS)
     program = apply(captured.program, "insert-cache")
     assert program.cache is not None
-    assert program.cache.limit == 20
-    longest = {"input_ids": tiny.ids(20)}
+    assert program.cache.limit == most
+    longest = {"input_ids": tiny.ids(most)}
     tiny.assert_same(tiny.outputs(program.module, program.fresh(longest)), captured.eager(longest))
 
 

@@ -180,6 +180,7 @@ class Causal:
         if mask.node not in self._windows:
             self._windows[mask.node] = plain_window(
                 mask.node,
+                self.program.graph_module,
                 self.limit,
                 self.example,
                 lambda size: mask.visible_exactly(self.values([mask.node], size)[mask.node]),

@@ -140,9 +140,8 @@ class Joins:
                 )
             text &= same.flatten(2).all(-1)
         if not bool(text[:, -1].all()):
-            raise PassError(
-                f"insert-cache: the example ends with what is no text ({source(self.nodes[0])})", hint=_HINT
-            )
+            place = source(self.nodes[0]) if self.nodes else f"inputs {[str(node.target) for node in self.given]}"
+            raise PassError(f"insert-cache: the example ends with what is no text ({place})", hint=_HINT)
         places = torch.arange(1, ids.shape[1] + 1)
         return int(ids[0, -1]), max(1, int((~text * places).max()))
 

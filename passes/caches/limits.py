@@ -64,7 +64,7 @@ def _words(facts: Causal) -> list[int]:
 
 
 def _choices(facts: Causal, most: int) -> int | None:
-    """Up to how many tokens, below ``most``, all that their number alone decides is what it is for the example.
+    """The greatest number of tokens, below ``most``, for which what it alone decides is what it is for the example.
 
     That is one of two tables of frequencies, say, by whether a text is longer than those that the model has seen. What
     is another for each number (a count of tokens) is no choice.
@@ -72,15 +72,16 @@ def _choices(facts: Causal, most: int) -> int | None:
     Raises:
         PassError: the example is longer than where a choice changes.
     """
-    nodes = [node for node in facts.kinds if _decided(facts, node)]
-    first, second = (facts.values(nodes, facts.example + more) for more in (0, 1))
-    nodes = [node for node in nodes if torch.equal(first[node], second[node])]
+    nodes, least = [node for node in facts.kinds if _decided(facts, node)], facts.ahead + _LEAST
+    first = facts.values(nodes, facts.example)
+    near = [facts.values(nodes, facts.example + more) for more in (-1, 1) if least <= facts.example + more <= most]
+    nodes = [node for node in nodes if any(torch.equal(first[node], other[node]) for other in near)]
 
     def others(size: int) -> list[fx.Node]:
         found = facts.values(nodes, size)
         return [node for node in nodes if not torch.equal(found[node], first[node])]
 
-    if changed := others(facts.ahead + _LEAST):
+    if changed := others(least):
         raise PassError(
             f"insert-cache: for the example's {facts.example} tokens the model takes other numbers than for few tokens "
             f"({source(changed[0])}), so that those of a text's first tokens would change with its length",

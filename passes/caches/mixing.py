@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from offramp.program.graph import aten, expression, is_pointwise, is_tensor, shape
+from offramp.program.graph import aten, expression, is_pointwise, is_symint, is_tensor, shape, symbols
 
 #: Operators that mix along their argument ``dim``, ``dims`` or ``dimension``.
 _ALONG = re.compile(
@@ -29,7 +29,8 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
     if schema is None:  # getitem
         return None
     if is_pointwise(node):
-        return None
+        numbers = [arg for arg in args if isinstance(arg, fx.Node) and is_symint(arg)]
+        return "reads the number of tokens" if any(_made_of(arg.meta["val"], chunk) for arg in numbers) else None
     name = str(schema.name).rpartition("::")[2]
     tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
     first = next((arg for arg in tensors if isinstance(arg, fx.Node) and is_tensor(arg)), None)
@@ -66,6 +67,10 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
 def _counts(size: Any, chunk: Any) -> bool:
     """Whether a size is the number of tokens, or that and some padding."""
     return bool(getattr(expression(size) - expression(chunk), "is_number", False))
+
+
+def _made_of(size: Any, chunk: Any) -> bool:
+    return bool(symbols(size) & symbols(chunk))
 
 
 def _dims(node: fx.Node, args: Sequence[Any], rank: int) -> set[int]:
