@@ -12,6 +12,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_one_row import OneText
 from test_short_scores import FORMS, Tailed
 from torch import fx
 
@@ -68,6 +69,13 @@ def test_they_are_those_of_all_tokens_at_these_places(form: str, passes: str) ->
             torch.testing.assert_close(some[key], whole[key].gather(1, places), msg=f"{measure} after {item.after}")
     for name in program.outputs:
         torch.testing.assert_close(some[name], whole[name])
+
+
+def test_they_are_of_one_row_that_is_all_there_is() -> None:
+    program = tiny.captured(OneText, {"input_ids": tiny.ids(rows=1)}).program
+    cached = offramp.apply(program, "insert-exits{after=1},insert-scores{measure=cosine},insert-cache")
+    assert program.axes.batch is None
+    assert ASKED in placeholders(prepared(cached).graph)
 
 
 def test_what_joins_rows_and_tokens_is_scored_as_it_was() -> None:

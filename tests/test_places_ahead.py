@@ -52,6 +52,14 @@ class Joined(nn.Module):
         return {"logits": self.head(x[:, ahead:] if self.cut else x)}
 
 
+class OneJoined(Joined):
+    """Takes one row alone."""
+
+    def forward(self, image: Tensor, input_ids: Tensor) -> dict[str, Tensor]:
+        row = torch.zeros(1, 1, dtype=torch.int64).reshape(input_ids.shape[0], 1)
+        return super().forward(image.reshape(1, PATCHES, FEATURES), input_ids + row)
+
+
 class Tuned(nn.Module):
     """Learned tokens before the text, which the logits leave out (prompt tuning)."""
 
@@ -175,6 +183,20 @@ def test_generations_are_the_model_s(case: tuple[Joined, Program, Chain]) -> Non
     assert by_hand.next()[0].token == wanted[0][1]
     best = chain.generate(arrays, offramp.Never(), max_new_tokens=4, beams=2)
     assert [len(row) for row in best.tokens] == [4, 4]
+
+
+def test_one_row_at_a_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = OneJoined().eval(), example(rows=1)
+    program = offramp.capture(model, inputs)
+    assert program.axes.batch is None
+    cached = offramp.apply(program, "insert-exits{after=1},insert-scores{measure=prediction},insert-cache")
+    assert offramp.save(cached, tmp_path / "m.offramp")["cache"] < 1e-5
+    chain = offramp.load(tmp_path / "m.offramp")
+    arrays = {name: value.numpy() for name, value in inputs.items()}
+    for policy in (offramp.Never(), offramp.Verify(1, 0.05, measure="prediction")):
+        found = chain.generate(arrays, policy, max_new_tokens=6).tokens[0].tolist()
+        assert found == greedy(model, inputs, "input_ids", 6)
 
 
 @pytest.mark.slow
