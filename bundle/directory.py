@@ -1,4 +1,4 @@
-"""Reading a bundle: every check that needs no ONNX Runtime, made before it sees a file."""
+"""Reading a bundle: every check that needs no ONNX Runtime."""
 
 from __future__ import annotations
 

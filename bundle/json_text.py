@@ -27,8 +27,9 @@ def from_json(text: str) -> Manifest:
     """Read and check ``manifest.json``.
 
     Raises:
-        BundleError: the text is no JSON, another format or of a newer version; or fields are missing or
-            mistyped, or names refer to nothing. All problems are in one message, one per line.
+        BundleError: the text is no JSON, or of another format or version; else fields are missing, mistyped or
+            unknown; else names refer to nothing, or numbers make no sense; else values are made twice, or used where
+            they are not there. Of the first of these that applies all problems are in one message, one per line.
     """
     try:
         data = json.loads(text)

@@ -178,7 +178,8 @@ class Sampling:
         suppress: Token ids that are never chosen.
         suppress_first: Token ids that are not chosen as a row's first, or as the one after ``forced_first``.
         min_new_tokens: How many tokens a row has before ``stop`` may be chosen.
-        max_new_tokens: How many tokens a row has at most; None leaves it to ``max_length``, or the room in the cache.
+        max_new_tokens: How many tokens a row has at most; None leaves it to ``max_length``, else to the room in the
+            caches, or where these have no limit to 256.
         processors: Functions that change the logits, one after the other.
         min_p: Draw from tokens at least so likely as this times the likeliest (arXiv 2407.01082).
         stop_strings: Texts that end a row once its tokens spell one, which only a tokenizer can tell.

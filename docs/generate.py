@@ -10,11 +10,13 @@ import argparse
 import ast
 import importlib
 import inspect
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ForwardRef
 
 from offramp.cli import build_parser
+from offramp.cli._policy import SPECS
 
 PAGE = Path(__file__).with_name("cli.md")
 API = Path(__file__).with_name("api.md")
@@ -27,12 +29,24 @@ _TOP = """# The command line
 | exit status | meaning |
 |---|---|
 | 0 | ok |
-| 1 | refused or wrong; stderr has one line `offramp: STAGE: what happened`, and one that says what to try |
+| 1 | refused or wrong; stderr has `offramp: STAGE: what happened`, and perhaps a line that says what to try (`check` \
+prints its verdict on stdout) |
 | 2 | usage |
+| 130 | interrupted |
+| 141 | what read stdout has ended, as `head` does |
+
+`hf:` takes a directory that `save_pretrained` wrote, one with an adapter of peft, which is merged into its base (needs
+peft), or an id of the hub. `--policy` takes one of these forms; a number before `=` is an exit's blocks:
+{policies}
+
+Translations to ONNX are kept in `$OFFRAMP_CACHE`, else in `$XDG_CACHE_HOME/offramp` or `~/.cache/offramp`; with
+`OFFRAMP_CACHE=` they are not. Examples and benchmarks read their data in `$OFFRAMP_DATA`, else in `../shared/data`, and
+benchmarks run other engines by the Python that `$OFFRAMP_PEERS_PYTHON` names.
 """
 _API_TOP = """# Public names
 
 `python docs/generate.py` writes this page from signatures and docstrings; a test checks that it is current.
+Errors are in `offramp.errors`, and all are an `OfframpError`.
 """
 _MODULES = ("offramp", "offramp.runtime", "offramp.calibration", "offramp.training", "offramp.zoo")
 ROOMS = ("program", "passes", "training", "export", "bundle", "runtime", "calibration")
@@ -43,7 +57,9 @@ def page() -> str:
     """The help of ``offramp`` and of every subcommand, as Markdown."""
     parser = build_parser()
     commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    parts = [_TOP, _section("offramp", parser)]
+    listed = f"`{'`, `'.join(SPECS.split(', '))}`."
+    policies = textwrap.fill(listed, 120, break_long_words=False, break_on_hyphens=False)
+    parts = [_TOP.format(policies=policies), _section("offramp", parser)]
     parts += [_section(f"offramp {name}", command) for name, command in commands.choices.items()]
     return "\n".join(parts)
 
@@ -135,7 +151,7 @@ def _signature(name: str, item: Any) -> str:
         return f"class {name}({', '.join(base.__name__ for base in item.__bases__)})"
     found = inspect.signature(item)
     given = [
-        one.replace(annotation=_Text(one.annotation)) if isinstance(one.annotation, str) else one
+        one if (written := _written(one.annotation)) is None else one.replace(annotation=_Text(written))
         for one in found.parameters.values()
         if one.name not in ("self", "cls")
     ]
@@ -143,6 +159,12 @@ def _signature(name: str, item: Any) -> str:
     ending = f") -> {answer}" if answer else ")"
     short = f"{name}({', '.join(_starred(given))}{ending}"
     return short if len(short) <= _SHORT else "\n".join([f"{name}(", *(f"    {x}," for x in _starred(given)), ending])
+
+
+def _written(annotation: Any) -> str | None:
+    """An annotation as it was written, where that is known; those of a NamedTuple are references to it."""
+    found = annotation.__forward_arg__ if isinstance(annotation, ForwardRef) else annotation
+    return found if isinstance(found, str) else None
 
 
 def _starred(given: Sequence[inspect.Parameter]) -> list[str]:

@@ -13,6 +13,7 @@ import contextlib
 import importlib
 import io
 import math
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -72,7 +73,9 @@ def directories() -> None:
         found = f"outputs within {worst[task]:.0e}" if worst[task] else "the same tokens, greedy and beams"
         lines.append(f"| {task} | {', '.join(names)} | {found} |")
     print(*lines, sep="\n")
-    written(ROOT / "README.md", "directories", lines)
+    readme = ROOT / "README.md"
+    written(readme, "directories", lines)
+    readme.write_text(re.sub(r"\d+ directories", f"{len(known)} directories", readme.read_text()))
 
 
 def written(page: Path, place: str, lines: list[str]) -> None:

@@ -89,13 +89,14 @@ def save(
         learners: how learners of ``insert-acm`` run: "dense" (all, and those that a token has not taken count for
             nothing), "grouped" (each on the tokens that take it), or None for what is faster here, on the CPU: each
             kind of site is timed on the example's tokens, or on one token where the program has caches.
-        generation: how the model generates: fields of `Generation`, such as ``prompt``, ``stop``, ``max_length``,
-            ``template``.
-        preprocessing: how text, sound and images become inputs: fields of `Preprocessing`.
+        generation: how the model generates: fields of `offramp.bundle.manifest.Generation`, such as ``prompt``,
+            ``stop``, ``max_length``, ``template``.
+        preprocessing: how text, sound and images become inputs: fields of
+            `offramp.bundle.preprocessing.Preprocessing`.
         labels: names of the places of an output's last axis, by output: the classes of logits.
         files: further files to put into the bundle, a tokenizer for example: paths; or by name in the bundle a path or
             the contents.
-        policy: the bundle's default policy, one of offramp's own, or what its ``to_dict`` gives.
+        policy: the bundle's default policy, one of offramp's own, or what its ``to_dict`` gives; in fp32 alone.
         name: what the bundle calls the model; the path's name if None.
         source: where the model came from, for people who read the bundle's card (its ``README.md``, unless ``files``
             has one).

@@ -47,8 +47,10 @@ class InsertCache(Pass):
     Generation reads one output: logits of each token, or of the last one alone (``x[:, -1]`` before the head). Others
     may be made from memory or mix the tokens (values pooled over them, say): they are what they were in one pass.
 
+    A program that has caches is left as it is.
+
     Requires: a causal stack, from which an output is made that holds logits; up to that, no operator but attention
-    mixes its tokens; the first axis of keys and values counts rows.
+    mixes its tokens; the first axis of keys and values counts rows; no exit has a block as its adapter.
     Ensures: run in random chunks, rows apart, the program gives what it gave in one pass (to 1e-4 of the scale).
     Invalidates: nothing; names of cuts and exits stay.
     """
@@ -56,7 +58,7 @@ class InsertCache(Pass):
     name: ClassVar[str] = "insert-cache"
 
     def requires(self, program: Program) -> None:
-        """There is a causal stack, and no cache yet."""
+        """There is a causal stack, and no exit whose adapter is a block."""
         if not any(stack.role == "decoder" for stack in program.require_stacks().values()):
             raise SpecError(
                 f"no causal stack: {', '.join(program.stacks)} see all tokens at once",

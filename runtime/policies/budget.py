@@ -35,7 +35,8 @@ class Budget(Learner):
         milliseconds: The mean wall time of a step (of the stack, where nothing is generated), which rows share.
         measure: The score, from 0 (unsure) to 1; all exits that have it share the threshold.
         threshold: The threshold to start with; `now` is what it has become.
-        gain: How far a step moves the threshold's logit, at most 1 of depth and 4 of time too much.
+        gain: How far an excess of 1 moves the threshold's logit. An excess of depth is at most 1; one of time counts as
+            4 at most.
     """
 
     blocks: float | None = None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         InsertExits,
         InsertScores,
         RemoveExits,
+        SplitModalities,
         Truncate,
         apply,
     )
@@ -85,6 +86,7 @@ __all__ = [
     "Result",
     "Sampling",
     "ShallowDeep",
+    "SplitModalities",
     "State",
     "Token",
     "Truncate",
@@ -107,6 +109,7 @@ _NAMES = {
         "InsertExits",
         "InsertScores",
         "RemoveExits",
+        "SplitModalities",
         "Truncate",
         "apply",
     ),

@@ -2,8 +2,8 @@
 
 =======  ======================================================================================================
 .npz     arrays named as the bundle's inputs, and perhaps ``labels``
-.tsv     a text a line, perhaps a tab and its label; a first line "sentence" or "text" is a header
-.txt     a text a line
+.tsv     a text a line, perhaps a tab and its label; a first line whose text is one of `_HEADERS` is a header
+.txt     a text a line, with the same header
 .jsonl   an object a line: ``text`` and perhaps its ``pair``, ``audio`` and ``image`` (files, from where it lies), or
          the bundle's inputs by name (a row each, lists of token ids for example), and perhaps ``label``
 =======  ======================================================================================================
@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
         type=Path,
         required=required,
         help="examples: .npz (arrays named as the inputs, perhaps labels), .tsv (text, perhaps a label), .txt or "
-        ".jsonl (text, image and audio files, or inputs, perhaps label)",
+        ".jsonl (text, perhaps its pair, image and audio files, or inputs, perhaps label). Files are looked for from "
+        f"where FILE lies. A first line of {', '.join(_HEADERS[:-1])} or {_HEADERS[-1]} in .tsv and .txt is skipped. A "
+        "label is a class id or name; of a bundle that generates, a text",
     )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens",
         metavar="N",
         type=_common.positive,
-        help="the bundle's own, else up to the model's room",
+        help="the bundle's own, else up to the room in the caches, or where these have no limit 256",
     )
     group.add_argument(
         "--temperature", metavar="T", type=float, help="of drawing tokens; 0 is greedy (the bundle's own, else 0)"

@@ -3,10 +3,11 @@
 The choice becomes the bundle's default policy. With the probability --confidence, on data like the examples, the
 quality is at least --keep times that of the whole model: every block (full depth), and where insert-acm has split MLPs
 into learners, parts that a token may do without, all of them (width 1). Exits and widths that cost more than they save
-on this machine are left out; where nothing can be proven, or nothing pays, the default is the whole model, and the
-reason is printed. Quality is the share of classes that are those of the labels, or without labels those that the whole
-model gives; of generated tokens, 1 less the normalised edit distance. Other qualities, which models without classes
-need, are for offramp.calibrate(quality=...) in Python. Needs no torch.
+on this machine are left out; where nothing can be proven (with the defaults it takes about 650 examples at least), or
+nothing pays, the default is the whole model, and the reason is printed. Quality is the share of classes that are those
+of the labels, or without labels those that the whole model gives; of generated tokens, 1 less the normalised edit
+distance. Other qualities, which models without classes need, are for offramp.calibrate(quality=...) in Python. Needs
+no torch.
 """
 
 from __future__ import annotations

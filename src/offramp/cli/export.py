@@ -1,9 +1,10 @@
 """Export a model, rewritten by a pipeline, as a bundle that ONNX Runtime runs.
 
 Every segment, the whole chain and every exit are compared with torch before the bundle gets its name; where
-weights get fewer bits (--precision), that in turn is compared with the bundle in fp32. The
-tokenizer.json of a zoo: or hf: model goes into it, and how a zoo: model generates text and hears sound. Without
--p a model that generates text gets caches for it, and no exits; -p "" changes nothing at all.
+weights get fewer bits (--precision), that in turn is compared with the bundle in fp32. What a zoo: or hf:
+model has beside its weights goes into it: tokenizer.json, how it generates (of hf: generation_config and chat
+template), how text, sound and images become its inputs, and the names of its classes. Without -p a model that
+generates text gets caches for it, and no exits; -p "" changes nothing at all.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="how learners run: all, or each on the tokens that take it; what is faster here if left out",
     )
     parser.add_argument("--name", help="what the bundle calls the model; the directory's name if left out")
-    parser.add_argument("--policy", metavar="SPEC", help="the bundle's default policy (see offramp run)")
+    parser.add_argument("--policy", metavar="SPEC", help="the bundle's default policy (see offramp run), in fp32 alone")
     parser.add_argument(
         "--file", metavar="FILE", type=Path, action="append", help="a further file for the bundle; may be repeated"
     )

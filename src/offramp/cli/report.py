@@ -28,7 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--stack", metavar="NAME", help="the stack that is left early; the last with scores if left out"
     )
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--figure", metavar="FILE.png", type=Path, help="draw the frontier (needs matplotlib)")
+    parser.add_argument(
+        "--figure", metavar="FILE.png", type=Path, help="draw the frontier (needs --data and matplotlib)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

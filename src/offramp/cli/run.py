@@ -34,7 +34,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="draw after how many blocks each patch, word and written token of one row left; of a bundle with "
         "learners how many of them each token took, in one pass (needs matplotlib)",
     )
-    parser.add_argument("-o", "--output", metavar="DIR", type=Path, help="write the outputs to DIR/NAME.npy")
+    parser.add_argument(
+        "-o", "--output", metavar="DIR", type=Path, help="write the outputs of one pass to DIR/NAME.npy"
+    )
     _generate.add_arguments(parser)
 
 
