@@ -650,6 +650,11 @@ def chosen(above: int) -> Callable[[Any, Tensor, Tensor], Tensor]:
     return embed
 
 
+def placed_in_steps(model: Decoder, x: Tensor, ids: Tensor) -> Tensor:
+    """Positions that are further apart in texts of 16 tokens and more."""
+    return x + 0.01 * torch.arange(x.shape[1])[:, None] * (1 + x.shape[1] // 16)
+
+
 def padded(model: Decoder, x: Tensor) -> Any:
     return F.pad(model.head(model.leave(x)), (0, 0, 1, 0))
 
@@ -758,9 +763,9 @@ def test_a_table_of_any_length_is_no_limit() -> None:
     assert program.cache.limit == 64  # of the table of places
 
 
-@pytest.mark.parametrize("most", [20, 7])  # 7 are the example's
-def test_what_is_chosen_by_the_length_is_a_limit(most: int) -> None:
-    captured = tiny.captured(partial(Decoder, embed=chosen(most)), IDS)
+@pytest.mark.parametrize(("embed", "most"), [(chosen(20), 20), (chosen(7), 7), (placed_in_steps, 15)])
+def test_what_is_chosen_by_the_length_is_a_limit(embed: Embed, most: int) -> None:
+    captured = tiny.captured(partial(Decoder, embed=embed), IDS)
     program = apply(captured.program, "insert-cache")
     assert program.cache is not None
     assert program.cache.limit == most

@@ -11,7 +11,7 @@ from torch import fx
 from offramp.errors import PassError
 from offramp.passes.caches.implied_inputs import looked_up
 from offramp.passes.caches.kinds import CONSTANT, DATA, POSITIONAL
-from offramp.program.graph import aten, dependents, expression, is_tensor, read_by, shape, source, symbols
+from offramp.program.graph import aten, dependents, expression, is_pointwise, is_symint, is_tensor, read_by, shape, source, symbols
 
 if TYPE_CHECKING:
     from offramp.passes.caches.causal import Causal
@@ -72,14 +72,15 @@ def _choices(facts: Causal, most: int) -> int | None:
     Raises:
         PassError: the example is longer than where a choice changes.
     """
-    nodes, least = [node for node in facts.kinds if _decided(facts, node)], facts.ahead + _LEAST
+    nodes, least = [node for node in facts.program.graph.nodes if _decided(facts, node)], facts.ahead + _LEAST
     first = facts.values(nodes, facts.example)
-    near = [facts.values(nodes, facts.example + more) for more in (-1, 1) if least <= facts.example + more <= most]
-    nodes = [node for node in nodes if any(torch.equal(first[node], other[node]) for other in near)]
 
     def others(size: int) -> list[fx.Node]:
         found = facts.values(nodes, size)
-        return [node for node in nodes if not torch.equal(found[node], first[node])]
+        return [node for node in nodes if not torch.equal(*map(torch.as_tensor, (found[node], first[node])))]
+
+    near = [others(facts.example + more) for more in (-1, 1) if least <= facts.example + more <= most]
+    nodes = [node for node in nodes if not all(node in other for other in near)]
 
     if changed := others(least):
         raise PassError(
@@ -92,7 +93,9 @@ def _choices(facts: Causal, most: int) -> int | None:
 
 def _decided(facts: Causal, node: fx.Node) -> bool:
     """Whether a value depends on the number of tokens, has no axis of them, and is read by what has, or by data."""
-    if facts.kinds[node] != POSITIONAL or not is_tensor(node) or _axes(facts, node):
+    if is_symint(node):
+        return facts.tokens in symbols(node.meta["val"]) and any(map(is_pointwise, node.users))
+    if facts.kinds.get(node) != POSITIONAL or not is_tensor(node) or _axes(facts, node):
         return False
     if not any(facts.kinds.get(user) == DATA or _axes(facts, user) for user in node.users):
         return False
