@@ -414,6 +414,21 @@ def test_what_constants_select_is_a_constant() -> None:
     torch.testing.assert_close(program.module(x=x)["output"], model(x))
 
 
+class Conditional(Layer):
+    """Rows of a table in an order that is known, of one of two tables."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.cond(self.seen > 0, lambda rows: rows + 1, lambda rows: rows - 1, (self.layer.weight.detach(),))
+        return self.layer(x) + table[torch.tensor([2, 0, 3, 1])].sum(0)
+
+
+def test_what_a_condition_selects_is_no_constant() -> None:
+    model = tiny.seeded(Conditional)
+    program = capture(model, X)
+    tiny.assert_same(program.module(x=X), {"output": model(X)})
+    assert str(program).startswith("program  25 parameters")
+
+
 # Refusals
 
 
