@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import logging
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from offramp.program.graph import aten
 log = logging.getLogger(__name__)
 
 _CONSTANTS = bool | int | float | str | None
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _HALVES = (torch.float16, torch.bfloat16)
 _SETTINGS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 _QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.", "torchao.", "bitsandbytes.")
@@ -247,30 +249,45 @@ def as_captured(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """A forward may exchange parts and buffers, or set numbers, words and tensors; afterwards all are as they were.
+    """A forward may exchange parts, set attributes and fill lists and dictionaries; afterwards all are as they were.
 
     BigBird, for one, goes over to other attention at its first short input, and stays there. What is traced would leave
-    tensors without contents behind.
+    tensors without contents behind, and a table as long as the first input would be all that a later trace sees.
+    Only whether a part is training stays as it is then.
     """
-    before = [(part, dict(part._modules), dict(part._buffers), _plain_values(part)) for part in module.modules()]
+    before = [(part, _without_mode(vars(part))) for part in module.modules()]
+    held = _held(value for _, values in before for value in values.values())
     try:
         yield
     finally:
-        for part, parts, buffers, values in before:
-            for now, then in ((part._modules, parts), (part._buffers, buffers)):
-                now.clear()
-                now.update(then)  # type: ignore[arg-type]
-            found = _plain_values(part)
-            vars(part).update({name: value for name, value in values.items() if found.get(name) is not value})
-            for name in found.keys() - values.keys():  # but flags, that hooks are there already for example
-                if isinstance(found[name], torch.Tensor):
-                    del vars(part)[name]
+        for part, values in before:
+            for name in _without_mode(vars(part)).keys() - values.keys():
+                del vars(part)[name]
+            vars(part).update(values)
+        for container, then in held:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(then)
 
 
-def _plain_values(part: nn.Module) -> dict[str, Any]:
-    """Numbers, words and tensors that the module has as attributes, but for whether it is training."""
-    kinds = _CONSTANTS | torch.Tensor
-    return {name: value for name, value in vars(part).items() if isinstance(value, kinds) and name != "training"}
+def _without_mode(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "training"}
+
+
+def _held(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The lists, dictionaries and sets in these, and in each other, with copies of them.
+
+    A module's parts, buffers and hooks lie in such.
+    """
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _CONTAINERS and id(value) not in found:
+            found[id(value)] = value, copy.copy(value)
+        elif not isinstance(value, tuple):
+            continue
+        waiting += value.values() if isinstance(value, dict) else value
+    return list(found.values())
 
 
 def _restore_modes(modes: Mapping[nn.Module, bool]) -> None:
