@@ -94,15 +94,17 @@ def _hint(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], error: Ex
         return "attention by scaled_dot_product_attention, not by flex_attention (attn_implementation='sdpa', say)"
     if any(weight.is_inference() for weight in (*module.parameters(), *module.buffers())):
         return "make or load the model outside of torch.inference_mode(), which leaves tensors that no graph may hold"
-    numbers = [name for name, value in inputs.items() if _numbers(value)]
-    if numbers and isinstance(error, GuardOnDataDependentSymNode):
-        return (
-            f"where the numbers in {' or '.join(numbers)} decide sizes, a wrapper around the model whose forward does "
-            "not take them and writes them down as they are in the example (torch.tensor([[...]]))"
-        )
-    return (
+    contents = (
         "Python control flow must not depend on the contents of tensors, and the forward must run "
         "without a cache (use_cache=False); see the cause above this error"
+    )
+    numbers = [name for name, value in inputs.items() if _numbers(value)]
+    if not numbers or not isinstance(error, GuardOnDataDependentSymNode):
+        return contents
+    return (  # torch does not say whose contents they are
+        f"where the numbers in {' or '.join(numbers)} decide sizes, a wrapper around the model whose forward does "
+        "not take them and writes them down as they are in the example (torch.tensor([[...]])); "
+        f"where anything else decides: {contents}"
     )
 
 

@@ -507,6 +507,19 @@ def test_sizes_among_the_inputs_are_named_and_may_be_written_down() -> None:
     assert set(capture(Written(), {"x": x, "ids": ids}).inputs) == {"x", "ids"}
 
 
+class Asking(nn.Module):
+    """It looks whether there is padding among the ids, and not at the token that the other side starts with."""
+
+    def forward(self, ids: Tensor, start: Tensor) -> Tensor:
+        return (ids + 1 if (ids == 0).any() else ids) + start
+
+
+def test_numbers_that_may_not_be_what_decides_are_not_the_only_hint() -> None:
+    given = {"ids": torch.arange(10).reshape(2, 5), "start": torch.ones(2, 1, dtype=torch.int64)}
+    with pytest.raises(CaptureError, match=r"try: where the numbers in start decide .*; where anything else decides: Py"):
+        capture(Asking(), given)
+
+
 def test_the_cause_of_a_failed_export_is_kept() -> None:
     with pytest.raises(CaptureError) as caught:
         capture(Branching(), X)
