@@ -130,12 +130,21 @@ class _Tracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
-        if self._written and func is torch.arange and args and all(isinstance(end, int) for end in args):
-            return torch.tensor(range(*args), dtype=(kwargs or {}).get("dtype"))
+        if self._written and func is torch.arange and (counted := _counted(*args, **(kwargs or {}))) is not None:
+            return counted
         if self._kept and func is torch.Tensor.__getitem__ and _drops_rows(*args):
             return _all_kept(*args)
         found = self._lists(func, args, kwargs or {}) if self._lists else NotImplemented
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _counted(*bounds: Any, dtype: torch.dtype | None = None, device: Any = None, **others: Any) -> torch.Tensor | None:
+    """What ``torch.arange`` counts, on the CPU; None where that is not known, or it is asked for more."""
+    names = ("start", "end", "step") if len(bounds) > 1 or "end" in others else ("end",)
+    given = {"start": 0, "step": 1, **dict(zip(names, bounds, strict=False)), **others}
+    if given.keys() != {"start", "end", "step"} or not all(isinstance(bound, int) for bound in given.values()):
+        return None
+    return torch.tensor(range(given["start"], given["end"], given["step"]), dtype=dtype or torch.int64)
 
 
 def _drops_rows(_: torch.Tensor, index: Any) -> bool:

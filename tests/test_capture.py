@@ -429,6 +429,32 @@ def test_what_a_condition_selects_is_no_constant() -> None:
     assert str(program).startswith("program  25 parameters")
 
 
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda: torch.arange(0, 12, step=2),
+        lambda: torch.arange(0, end=6),
+        lambda: torch.arange(end=6),
+        lambda: torch.arange(1, step=2, end=13),
+        lambda: torch.arange(start=11, end=-1, step=-2),
+        lambda: torch.arange(6, dtype=torch.int32),
+        lambda: torch.cat([torch.arange(0), torch.arange(6)]),
+    ],
+)
+def test_numbers_are_counted_as_torch_counts_them(count: Callable[[], Tensor]) -> None:
+    """Where they decide which of them there are, so that torch.export has to know them."""
+
+    class Counted(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            counted = count()
+            for piece in counted.split(counted[counted > 1].shape[0]):
+                x = x + torch.tensor(piece.tolist()).sum()
+            return self.layer(x)
+
+    model = tiny.seeded(Counted)
+    tiny.assert_same(capture(model, X).module(x=X), {"output": model(X)})
+
+
 # Refusals
 
 
