@@ -21,7 +21,6 @@ from offramp.program.graph import aten
 
 log = logging.getLogger(__name__)
 
-_CONSTANTS = bool | int | float | str | None
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _HALVES = (torch.float16, torch.bfloat16)
 _SETTINGS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
@@ -151,7 +150,7 @@ class _Exported(nn.Module):
             positional = [inputs[name] for name in self._positional]
             return self.exported(*positional, **{name: inputs[name] for name in self._named})
 
-        forward.__signature__ = _named((*self._positional, *self._named))  # type: ignore[attr-defined]
+        forward.__signature__ = called_by_names((*self._positional, *self._named))  # type: ignore[attr-defined]
         self.forward = forward
 
     def train(self, mode: bool = True) -> _Exported:
@@ -159,61 +158,9 @@ class _Exported(nn.Module):
         return self
 
 
-class _OfMapping(nn.Module):
-    """A module that takes one mapping, called by the names of the tensors in it; what else is in it stays.
-
-    Of a mapping that it returns, what it was given is left out.
-    """
-
-    def __init__(self, module: nn.Module, batch: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.module = module
-        self._rest = {name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)}
-
-        def forward(**inputs: torch.Tensor) -> Any:
-            given = {**self._rest, **inputs}
-            made = self.module(dict(given))
-            if not isinstance(made, Mapping):
-                return made
-            return {name: value for name, value in made.items() if value is not given.get(name)}  # what it added
-
-        forward.__signature__ = _named(name for name in batch if name not in self._rest)  # type: ignore[attr-defined]
-        self.forward = forward
-
-
-def _named(names: Iterable[str]) -> inspect.Signature:
+def called_by_names(names: Iterable[str]) -> inspect.Signature:
     """The signature of a forward that is called by names."""
     return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
-
-
-def by_names(module: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-    """A module that is called as ``module({"ids": ids})``, and its inputs, as one that is called ``module(ids=ids)``.
-
-    Where the forward takes something else, or does not run on that mapping, both are returned as they are.
-    """
-    batch = _mapping(module, example)
-    if batch is None or not all(isinstance(item, torch.Tensor | _CONSTANTS) for item in batch.values()):
-        return module, example
-    try:
-        with torch.no_grad(), as_captured(module), unchanged(module):
-            module(dict(batch))
-    except Exception:  # noqa: BLE001 - the model's own: inputs that it does not know are an error of `named_inputs`
-        return module, example
-    return _OfMapping(module, batch), {name: item for name, item in batch.items() if isinstance(item, torch.Tensor)}
-
-
-def _mapping(module: nn.Module, example: Any) -> Mapping[str, Any] | None:
-    """The mapping that a forward which needs one argument is to get."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = signature(module).parameters.values()
-    needed = [item.name for item in known if item.kind in kinds and item.default is item.empty]
-    if len(needed) != 1:
-        return None
-    if isinstance(example, Mapping):
-        batch: Any = example.get(needed[0], example)
-    else:
-        batch = example[0] if isinstance(example, (tuple, list)) and len(example) == 1 else None
-    return batch if isinstance(batch, Mapping) else None
 
 
 @contextlib.contextmanager

@@ -281,8 +281,8 @@ def test_what_is_the_same_in_all_places_is_put_in_any_number_of_them(put: str, r
     program = offramp.capture(model, {"input_ids": ids}, None if rows > 1 else {"input_ids": {1: "tokens"}})
     (name,) = program.outputs
     more = torch.tensor([[3, IMAGE, 4, IMAGE, 5], [IMAGE] * 5, [5, 4, 3, 6, IMAGE]])
-    for given in (ids, *(more[:, None] if rows == 1 else [more])):
-        torch.testing.assert_close(program.module(input_ids=given)[name], model(given))
+    for marked in (ids, *(more[:, None] if rows == 1 else [more])):
+        torch.testing.assert_close(program.module(input_ids=marked)[name], model(marked))
 
 
 def test_an_example_ends_with_text() -> None:

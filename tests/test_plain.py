@@ -440,7 +440,7 @@ def _by_a_hook(model: Any, tokens: int) -> Any:
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("kept", [_in_a_tuple, _in_a_dictionary, _as_a_new_attribute, _in_an_object, _by_a_hook])
 def test_what_a_call_keeps_for_the_next_one_is_not_kept(kept: Callable[[Any, int], Any], rows: int) -> None:
-    """Neither for the trace, which would know the first length only, nor by it, which gives tensors without contents."""
+    """Neither for the trace, which would know the first length only, nor of it: its tensors have no contents."""
 
     class Keeping(nn.Module):
         def __init__(self) -> None:
@@ -484,6 +484,30 @@ def test_a_forward_that_takes_one_mapping(form: str) -> None:
     report = check(model, example)
     assert report.ok, report.reason
     assert len(report.stacks) == 1
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "a name": lambda batch: batch["ids"],
+    "a name that may be missing": lambda batch: batch.get("ids"),
+    "all": lambda batch: dict(**batch)["ids"],
+}
+
+
+@pytest.mark.parametrize("example", [{"ids": IDS + 15}, ({"ids": IDS + 15},), {"batch": {"ids": IDS + 15}}])
+@pytest.mark.parametrize("reads", READS)
+def test_a_forward_that_takes_one_mapping_may_fail_by_itself(reads: str, example: Any) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 8)
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.words(READS[reads](batch))  # type: ignore[no-any-return]
+
+    found = r"Reads does not run on the example inputs \(ids \[2, 5\]\): IndexError: .* at .*test_plain.py:\d+\n"
+    with pytest.raises(ForwardError, match=found) as caught:
+        capture(Reads(), example)
+    assert isinstance(caught.value.__cause__, IndexError)
 
 
 @pytest.mark.parametrize("example", [{"idx": IDS}, {"idx": IDS, "n": None}])
