@@ -61,9 +61,12 @@ def _with(manifest: Manifest, directory: Path, inputs: Mapping[str, Any], full: 
     try:
         plain = replace(found, stacks=manifest.stacks)
         single, several = (_generated(item, directory, inputs, full) for item in (plain, found))
-        if _same(single, several):
+        if len(several) < 2:
+            log.warning("no file for several tokens at once: the example's prompt leaves room for one only")
+        elif _same(single, several):
             return found
-        log.warning("several tokens at once, %s, are not those one by one, %s", several, single)
+        else:
+            log.warning("several tokens at once, %s, are not those one by one, %s", several, single)
     except OfframpError as error:
         log.warning("no file for several tokens at once: %s", error)
     for file in found.files.keys() - manifest.files.keys():
@@ -80,15 +83,17 @@ def _same(single: Sequence[tuple[int, list[float]]], several: Sequence[tuple[int
 def _generated(
     manifest: Manifest, directory: Path, inputs: Mapping[str, Any], full: bool
 ) -> list[tuple[int, list[float]]]:
-    """Tokens of the first row that all leave at the first exit, or at full depth, and their scores."""
-    plain = replace(manifest, generation=Generation(prompt=manifest.generation.prompt))
+    """Tokens of the first row that all leave at the first exit, or at full depth, and their scores.
+
+    A few, or as many as there is room for.
+    """
+    plain = replace(manifest, generation=Generation(prompt=manifest.generation.prompt, max_new_tokens=_COMPARED))
     cache, row = manifest.cache, first_row(manifest, inputs)
     assert cache is not None
     if cache.prompt is None:
         row[cache.tokens[0]] = row[cache.tokens[0]][:, :1]
-    count = _COMPARED if cache.limit is None else min(_COMPARED, cache.limit - 1)
     policy = Never() if full else _first(manifest)
-    steps = Chain(plain, directory).stream(row, policy, max_new_tokens=count)
+    steps = Chain(plain, directory).stream(row, policy)
     return [(step.token, [*step.scores.values()]) for step in steps]
 
 

@@ -18,10 +18,11 @@ from offramp.program.compare import unlike
 from offramp.program.dropout import same_as_eval, switch_off
 from offramp.program.forward import ExampleInputs, doubled, eager, named_inputs, returning_tensors
 from offramp.program.graph import expression, results, shape
+from offramp.program.of_mapping import by_names
 from offramp.program.program import Program, analyse
 from offramp.program.sizes import where_the_same, with_limits
 from offramp.program.tracing import Dynamic, exported, flattened
-from offramp.program.unwrap import as_captured, by_names, plain
+from offramp.program.unwrap import as_captured, plain
 
 log = logging.getLogger(__name__)
 

@@ -172,12 +172,19 @@ def eager(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor]) -> dict[s
     except CaptureError:
         raise
     except Exception as error:
-        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        others = (str(Path(torch.__file__).parent), __file__)
-        frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith(others)]
-        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-        raise ForwardError(
-            f"{type(module).__name__} does not run on the example inputs ({shapes}): "
-            f"{type(error).__name__}: {error}{place}",
-            hint="example inputs that the model takes when it is called as module(**inputs)",
-        ) from error
+        raise forward_error(module, inputs, error) from error
+
+
+def forward_error(
+    module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], error: Exception, call: str = "module(**inputs)"
+) -> ForwardError:
+    """What a model's own error becomes, which says where it comes from; ``call`` is how the model was called."""
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    frames = [item for item in traceback.extract_tb(error.__traceback__) if not item.filename.startswith(others)]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return ForwardError(
+        f"{type(module).__name__} does not run on the example inputs ({shapes}): "
+        f"{type(error).__name__}: {error}{place}",
+        hint=f"example inputs that the model takes when it is called as {call}",
+    )

@@ -14,9 +14,8 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from offramp.program.fake_values import call_shapes
-from offramp.program.graph import add_call, aten, expression, fake_mode, is_symint, is_tensor, shape
+from offramp.program.graph import WRAPPERS, add_call, aten, expression, fake_mode, is_symint, is_tensor, shape
 
-_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # regions whose bodies are graphs of their own
 #: They stay: canonical form has them, or drops them.
 _KEPT = (aten.reshape.default, aten.contiguous.default, aten.detach_.default, aten.dropout.default)
 #: What writes to a part of a tensor, by what reads it.
@@ -88,7 +87,7 @@ def _known(node: fx.Node) -> bool:
         return True
     if not isinstance(node.target, torch._ops.OpOverload):
         regions = isinstance(node.target, torch._ops.HigherOrderOperator)
-        return not regions or getattr(node.target, "__name__", "") in _WRAPPERS
+        return not regions or getattr(node.target, "__name__", "") in WRAPPERS
     return not node.target._schema.is_mutable and _UNSAFE not in node.target.tags
 
 

@@ -31,6 +31,9 @@ FILLED: Mapping[Any, int | None] = {
 #: Results depend on the shape of their tensor argument, never on what is in it.
 SHAPE_ONLY: frozenset[Any] = frozenset({*FILLED, aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int})
 
+#: Regions whose bodies are graphs of their own, which canonical form puts in their place.
+WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
 
 def is_tensor(node: fx.Node) -> bool:
     """Whether the node's value is one tensor."""

@@ -110,7 +110,7 @@ def _storages(program: Program, nodes: Iterable[fx.Node]) -> dict[object, int]:
     found: dict[object, int] = {}
     for node in nodes:
         for arg in node.all_input_nodes:
-            if arg.op == "get_attr":
+            if arg.op == "get_attr" and is_tensor(arg):
                 tensor = attribute(program.graph_module, str(arg.target))
                 found[storage_key(tensor)] = tensor.numel()
     return found

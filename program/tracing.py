@@ -94,15 +94,17 @@ def _hint(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], error: Ex
         return "attention by scaled_dot_product_attention, not by flex_attention (attn_implementation='sdpa', say)"
     if any(weight.is_inference() for weight in (*module.parameters(), *module.buffers())):
         return "make or load the model outside of torch.inference_mode(), which leaves tensors that no graph may hold"
-    numbers = [name for name, value in inputs.items() if _numbers(value)]
-    if numbers and isinstance(error, GuardOnDataDependentSymNode):
-        return (
-            f"where the numbers in {' or '.join(numbers)} decide sizes, a wrapper around the model whose forward does "
-            "not take them and writes them down as they are in the example (torch.tensor([[...]]))"
-        )
-    return (
+    contents = (
         "Python control flow must not depend on the contents of tensors, and the forward must run "
         "without a cache (use_cache=False); see the cause above this error"
+    )
+    numbers = [name for name, value in inputs.items() if _numbers(value)]
+    if not numbers or not isinstance(error, GuardOnDataDependentSymNode):
+        return contents
+    return (  # torch does not say whose contents they are
+        f"where the numbers in {' or '.join(numbers)} decide sizes, a wrapper around the model whose forward does "
+        "not take them and writes them down as they are in the example (torch.tensor([[...]])); "
+        f"where anything else decides: {contents}"
     )
 
 
@@ -128,12 +130,21 @@ class _Tracing(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == _DATA:
             return args[0].detach()
-        if self._written and func is torch.arange and args and all(isinstance(end, int) for end in args):
-            return torch.tensor(range(*args), dtype=(kwargs or {}).get("dtype"))
+        if self._written and func is torch.arange and (counted := _counted(*args, **(kwargs or {}))) is not None:
+            return counted
         if self._kept and func is torch.Tensor.__getitem__ and _drops_rows(*args):
             return _all_kept(*args)
         found = self._lists(func, args, kwargs or {}) if self._lists else NotImplemented
         return func(*args, **(kwargs or {})) if found is NotImplemented else found
+
+
+def _counted(*bounds: Any, dtype: torch.dtype | None = None, device: Any = None, **others: Any) -> torch.Tensor | None:
+    """What ``torch.arange`` counts, on the CPU; None where that is not known, or it is asked for more."""
+    names = ("start", "end", "step") if len(bounds) > 1 or "end" in others else ("end",)
+    given = {"start": 0, "step": 1, **dict(zip(names, bounds, strict=False)), **others}
+    if given.keys() != {"start", "end", "step"} or not all(isinstance(bound, int) for bound in given.values()):
+        return None
+    return torch.tensor(range(given["start"], given["end"], given["step"]), dtype=dtype or torch.int64)
 
 
 def _drops_rows(_: torch.Tensor, index: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import logging
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from offramp.program.graph import aten
 
 log = logging.getLogger(__name__)
 
-_CONSTANTS = bool | int | float | str | None
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
 _HALVES = (torch.float16, torch.bfloat16)
 _SETTINGS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 _QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.", "torchao.", "bitsandbytes.")
@@ -149,7 +150,7 @@ class _Exported(nn.Module):
             positional = [inputs[name] for name in self._positional]
             return self.exported(*positional, **{name: inputs[name] for name in self._named})
 
-        forward.__signature__ = _named((*self._positional, *self._named))  # type: ignore[attr-defined]
+        forward.__signature__ = called_by_names((*self._positional, *self._named))  # type: ignore[attr-defined]
         self.forward = forward
 
     def train(self, mode: bool = True) -> _Exported:
@@ -157,61 +158,9 @@ class _Exported(nn.Module):
         return self
 
 
-class _OfMapping(nn.Module):
-    """A module that takes one mapping, called by the names of the tensors in it; what else is in it stays.
-
-    Of a mapping that it returns, what it was given is left out.
-    """
-
-    def __init__(self, module: nn.Module, batch: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.module = module
-        self._rest = {name: value for name, value in batch.items() if not isinstance(value, torch.Tensor)}
-
-        def forward(**inputs: torch.Tensor) -> Any:
-            given = {**self._rest, **inputs}
-            made = self.module(dict(given))
-            if not isinstance(made, Mapping):
-                return made
-            return {name: value for name, value in made.items() if value is not given.get(name)}  # what it added
-
-        forward.__signature__ = _named(name for name in batch if name not in self._rest)  # type: ignore[attr-defined]
-        self.forward = forward
-
-
-def _named(names: Iterable[str]) -> inspect.Signature:
+def called_by_names(names: Iterable[str]) -> inspect.Signature:
     """The signature of a forward that is called by names."""
     return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in names])
-
-
-def by_names(module: nn.Module, example: Any) -> tuple[nn.Module, Any]:
-    """A module that is called as ``module({"ids": ids})``, and its inputs, as one that is called ``module(ids=ids)``.
-
-    Where the forward takes something else, or does not run on that mapping, both are returned as they are.
-    """
-    batch = _mapping(module, example)
-    if batch is None or not all(isinstance(item, torch.Tensor | _CONSTANTS) for item in batch.values()):
-        return module, example
-    try:
-        with torch.no_grad(), as_captured(module), unchanged(module):
-            module(dict(batch))
-    except Exception:  # noqa: BLE001 - the model's own: inputs that it does not know are an error of `named_inputs`
-        return module, example
-    return _OfMapping(module, batch), {name: item for name, item in batch.items() if isinstance(item, torch.Tensor)}
-
-
-def _mapping(module: nn.Module, example: Any) -> Mapping[str, Any] | None:
-    """The mapping that a forward which needs one argument is to get."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    known = signature(module).parameters.values()
-    needed = [item.name for item in known if item.kind in kinds and item.default is item.empty]
-    if len(needed) != 1:
-        return None
-    if isinstance(example, Mapping):
-        batch: Any = example.get(needed[0], example)
-    else:
-        batch = example[0] if isinstance(example, (tuple, list)) and len(example) == 1 else None
-    return batch if isinstance(batch, Mapping) else None
 
 
 @contextlib.contextmanager
@@ -247,30 +196,45 @@ def as_captured(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unchanged(module: nn.Module) -> Iterator[None]:
-    """A forward may exchange parts and buffers, or set numbers, words and tensors; afterwards all are as they were.
+    """A forward may exchange parts, set attributes and fill lists and dictionaries; afterwards all are as they were.
 
     BigBird, for one, goes over to other attention at its first short input, and stays there. What is traced would leave
-    tensors without contents behind.
+    tensors without contents behind, and a table as long as the first input would be all that a later trace sees.
+    Only whether a part is training stays as it is then.
     """
-    before = [(part, dict(part._modules), dict(part._buffers), _plain_values(part)) for part in module.modules()]
+    before = [(part, _without_mode(vars(part))) for part in module.modules()]
+    held = _held(value for _, values in before for value in values.values())
     try:
         yield
     finally:
-        for part, parts, buffers, values in before:
-            for now, then in ((part._modules, parts), (part._buffers, buffers)):
-                now.clear()
-                now.update(then)  # type: ignore[arg-type]
-            found = _plain_values(part)
-            vars(part).update({name: value for name, value in values.items() if found.get(name) is not value})
-            for name in found.keys() - values.keys():  # but flags, that hooks are there already for example
-                if isinstance(found[name], torch.Tensor):
-                    del vars(part)[name]
+        for part, values in before:
+            for name in _without_mode(vars(part)).keys() - values.keys():
+                del vars(part)[name]
+            vars(part).update(values)
+        for container, then in held:
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(then)
 
 
-def _plain_values(part: nn.Module) -> dict[str, Any]:
-    """Numbers, words and tensors that the module has as attributes, but for whether it is training."""
-    kinds = _CONSTANTS | torch.Tensor
-    return {name: value for name, value in vars(part).items() if isinstance(value, kinds) and name != "training"}
+def _without_mode(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "training"}
+
+
+def _held(values: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The lists, dictionaries and sets in these, and in each other, with copies of them.
+
+    A module's parts, buffers and hooks lie in such.
+    """
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = list(values)
+    while waiting:
+        value = waiting.pop()
+        if type(value) in _CONTAINERS and id(value) not in found:
+            found[id(value)] = value, copy.copy(value)
+        elif not isinstance(value, tuple):
+            continue
+        waiting += value.values() if isinstance(value, dict) else value
+    return list(found.values())
 
 
 def _restore_modes(modes: Mapping[nn.Module, bool]) -> None:

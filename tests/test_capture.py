@@ -414,6 +414,47 @@ def test_what_constants_select_is_a_constant() -> None:
     torch.testing.assert_close(program.module(x=x)["output"], model(x))
 
 
+class Conditional(Layer):
+    """Rows of a table in an order that is known, of one of two tables."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.cond(self.seen > 0, lambda rows: rows + 1, lambda rows: rows - 1, (self.layer.weight.detach(),))
+        return self.layer(x) + table[torch.tensor([2, 0, 3, 1])].sum(0)
+
+
+def test_what_a_condition_selects_is_no_constant() -> None:
+    model = tiny.seeded(Conditional)
+    program = capture(model, X)
+    tiny.assert_same(program.module(x=X), {"output": model(X)})
+    assert str(program).startswith("program  25 parameters")
+
+
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda: torch.arange(0, 12, step=2),
+        lambda: torch.arange(0, end=6),
+        lambda: torch.arange(end=6),
+        lambda: torch.arange(1, step=2, end=13),
+        lambda: torch.arange(start=11, end=-1, step=-2),
+        lambda: torch.arange(6, dtype=torch.int32),
+        lambda: torch.cat([torch.arange(0), torch.arange(6)]),
+    ],
+)
+def test_numbers_are_counted_as_torch_counts_them(count: Callable[[], Tensor]) -> None:
+    """Where they decide which of them there are, so that torch.export has to know them."""
+
+    class Counted(Layer):
+        def forward(self, x: Tensor) -> Tensor:
+            counted = count()
+            for piece in counted.split(counted[counted > 1].shape[0]):
+                x = x + torch.tensor(piece.tolist()).sum()
+            return self.layer(x)
+
+    model = tiny.seeded(Counted)
+    tiny.assert_same(capture(model, X).module(x=X), {"output": model(X)})
+
+
 # Refusals
 
 
@@ -490,6 +531,19 @@ def test_sizes_among_the_inputs_are_named_and_may_be_written_down() -> None:
     with pytest.raises(CaptureError, match=r"try: where the numbers in grid decide sizes, a wrapper around the model"):
         capture(Placed(), {"x": x, "grid": torch.tensor([[2, 3], [3, 2]]), "ids": ids})
     assert set(capture(Written(), {"x": x, "ids": ids}).inputs) == {"x", "ids"}
+
+
+class Asking(nn.Module):
+    """It looks whether there is padding among the ids, and not at the token that the other side starts with."""
+
+    def forward(self, ids: Tensor, start: Tensor) -> Tensor:
+        return (ids + 1 if (ids == 0).any() else ids) + start
+
+
+def test_numbers_that_may_not_be_what_decides_are_not_the_only_hint() -> None:
+    given = {"ids": torch.arange(10).reshape(2, 5), "start": torch.ones(2, 1, dtype=torch.int64)}
+    with pytest.raises(CaptureError, match=r"try: the numbers in start decide .*; where anything else decides: Py"):
+        capture(Asking(), given)
 
 
 def test_the_cause_of_a_failed_export_is_kept() -> None:

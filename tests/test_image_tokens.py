@@ -257,6 +257,34 @@ def test_rows_are_computed_apart() -> None:
     assert not [node for node in program.graph.nodes if "masked_scatter" in str(node.target)]
 
 
+EVERYWHERE: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+    "a number": lambda x, places, row: x.__setitem__(~places, 0.0),
+    "a number more": lambda x, places, row: x.__setitem__(places, x[places] + 1.0),
+    "a tensor of one number": lambda x, places, row: x.__setitem__(places, row.sum()),
+    "a row": lambda x, places, row: x.__setitem__(places, row),
+    "a list of one row": lambda x, places, row: x.__setitem__(places, row[None]),
+    "a row more": lambda x, places, row: x.__setitem__(places, x[places] + row),
+    "another kind of row": lambda x, places, row: x.__setitem__(places, x[places] * row),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("put", EVERYWHERE)
+def test_what_is_the_same_in_all_places_is_put_in_any_number_of_them(put: str, rows: int) -> None:
+    class Marked(tiny.Encoder):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed(input_ids).clone()
+            EVERYWHERE[put](x, input_ids == IMAGE, self.places.weight[0])
+            return self.leave(x)
+
+    model, ids = tiny.seeded(Marked), example(rows=rows)["input_ids"]
+    program = offramp.capture(model, {"input_ids": ids}, None if rows > 1 else {"input_ids": {1: "tokens"}})
+    (name,) = program.outputs
+    more = torch.tensor([[3, IMAGE, 4, IMAGE, 5], [IMAGE] * 5, [5, 4, 3, 6, IMAGE]])
+    for marked in (ids, *(more[:, None] if rows == 1 else [more])):
+        torch.testing.assert_close(program.module(input_ids=marked)[name], model(marked))
+
+
 def test_an_example_ends_with_text() -> None:
     torch.manual_seed(0)
     inputs = example()

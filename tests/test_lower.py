@@ -317,15 +317,27 @@ def test_translating_says_nothing(encoder: tiny.Captured, capfd: pytest.CaptureF
 
 
 class _Quotients(nn.Module):
-    """Quotients of sizes, rounded down where the size may be less than nothing and where not."""
+    """Quotients of sizes, rounded down where one of the two may be less than nothing and where not."""
+
+    def __init__(self, quotients: Callable[[int], tuple[int, ...]]) -> None:
+        super().__init__()
+        self.quotients = quotients
 
     def forward(self, x: Tensor) -> Tensor:
-        sizes = (-(-x.shape[1] // 4), (x.shape[1] - 9) // 4 + 3, x.shape[1] // 4 + 1)
-        return x.sum() + torch.cat([torch.arange(size) for size in sizes])
+        return x.sum() + torch.cat([torch.arange(size) for size in self.quotients(x.shape[1])])
 
 
-def test_quotients_of_sizes_are_rounded_down() -> None:
-    program = capture(_Quotients(), torch.ones(2, 10))
+@pytest.mark.parametrize(
+    "quotients",
+    [
+        lambda size: (-(-size // 4), (size - 9) // 4 + 3, size // 4 + 1),
+        lambda size: (-(-7 // size),),
+        lambda size: (-(7 // -size),),
+        lambda size: (-(size // -4), -(size // (-size - 1))),
+    ],
+)
+def test_quotients_of_sizes_are_rounded_down(quotients: Callable[[int], tuple[int, ...]]) -> None:
+    program = capture(_Quotients(quotients), torch.ones(2, 10))
     function = lower(whole(program))
     model = translate(function, "model")
     for tokens in (2, 4, 7, 8, 11):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +238,21 @@ def test_the_room_for_text_is_known(static: bool, tmp_path: Path) -> None:
         chain.generate({**arrays, "input_ids": [[1] * 65]})
     with pytest.raises(InputError, match="every row needs at least one token"):
         chain.generate({**arrays, "input_ids": [[]]})
+
+
+@pytest.mark.parametrize(("room", "found"), [(TOKENS + 3, True), (TOKENS + 2, False)])
+def test_several_tokens_at_once_are_tried_in_the_room_behind_prompt_and_places(
+    room: int, found: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Joined().eval()
+    model.places = nn.Embedding(room, tiny.WIDTH)
+    cached = offramp.apply(offramp.capture(model, example()), "insert-cache")
+    offramp.save(cached, tmp_path / "m.offramp", segments=1)
+    (stack,) = offramp.load(tmp_path / "m.offramp").manifest.stacks.values()
+    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    said = "no file for several tokens at once: the example's prompt leaves room for one only"
+    assert ([part.steps is not None for part in stack.parts], warned) == ([found], [] if found else [said])
 
 
 @pytest.mark.slow

@@ -402,6 +402,65 @@ def test_buffers_that_a_call_has_exchanged_are_back() -> None:
     assert (module.longest, module.scale.item(), [*module.state_dict()]) == (4, 1, ["scale"])
 
 
+def _waves(tokens: int) -> tuple[Tensor, Tensor]:
+    angles = torch.arange(tokens)[:, None] * torch.ones(8)
+    return angles.cos(), angles.sin()
+
+
+def _in_a_tuple(model: Any, tokens: int) -> Any:
+    if model.table is None or len(model.table[0]) < tokens:
+        model.table = _waves(tokens)
+    return model.table
+
+
+def _in_a_dictionary(model: Any, tokens: int) -> Any:
+    if model.tables[0].get("longest", 0) < tokens:
+        model.tables[0].update(longest=tokens, waves=_waves(tokens))
+    return model.tables[0]["waves"]
+
+
+def _as_a_new_attribute(model: Any, tokens: int) -> Any:
+    if not hasattr(model, "longest") or model.longest < tokens:
+        model.longest, model.new = tokens, {"waves": [_waves(tokens)]}
+    return model.new["waves"][0]
+
+
+def _in_an_object(model: Any, tokens: int) -> Any:
+    if not hasattr(model, "holder"):
+        model.holder = SimpleNamespace(waves=_waves(99))
+    return model.holder.waves
+
+
+def _by_a_hook(model: Any, tokens: int) -> Any:
+    if not hasattr(model, "hooked"):
+        model.hooked = model.last.register_forward_hook(lambda _, args, output: 2 * output)
+    return _waves(tokens)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kept", [_in_a_tuple, _in_a_dictionary, _as_a_new_attribute, _in_an_object, _by_a_hook])
+def test_what_a_call_keeps_for_the_next_one_is_not_kept(kept: Callable[[Any, int], Any], rows: int) -> None:
+    """Neither for the trace, which would know the first length only, nor of it: its tensors have no contents."""
+
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.last, self.table = nn.Embedding(20, 8), nn.Tanh(), None
+            self.tables: list[dict[str, Any]] = [{}]
+
+        def forward(self, ids: Tensor) -> Tensor:
+            first, second = (part[: ids.shape[1]] for part in kept(self, ids.shape[1]))
+            return self.last(self.words(ids) * first + second)  # type: ignore[no-any-return]
+
+    model = Keeping()
+    before = {name: copy.copy(value) for name, value in vars(model).items()}
+    ids = torch.arange(14).reshape(2, 7)
+    program = capture(model, {"ids": ids[:rows, :3]})
+    assert (vars(model), model.tables, [*model.last._forward_hooks]) == (before, [{}], [])
+    for given in (ids, ids[:, :5]):
+        tiny.assert_same(program.module(ids=given), {"output": model(given)})
+
+
 class OfBatch(Model):
     """Takes a batch as one mapping, as a training loop has it, and gives it back with what it added."""
 
@@ -425,6 +484,30 @@ def test_a_forward_that_takes_one_mapping(form: str) -> None:
     report = check(model, example)
     assert report.ok, report.reason
     assert len(report.stacks) == 1
+
+
+READS: dict[str, Callable[[Any], Any]] = {
+    "a name": lambda batch: batch["ids"],
+    "a name that may be missing": lambda batch: batch.get("ids"),
+    "all": lambda batch: dict(**batch)["ids"],
+}
+
+
+@pytest.mark.parametrize("example", [{"ids": IDS + 15}, ({"ids": IDS + 15},), {"batch": {"ids": IDS + 15}}])
+@pytest.mark.parametrize("reads", READS)
+def test_a_forward_that_takes_one_mapping_may_fail_by_itself(reads: str, example: Any) -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(20, 8)
+
+        def forward(self, batch: Any) -> Tensor:
+            return self.words(READS[reads](batch))  # type: ignore[no-any-return]
+
+    found = r"Reads does not run on the example inputs \(ids \[2, 5\]\): IndexError: .* at .*test_plain.py:\d+\n"
+    with pytest.raises(ForwardError, match=found) as caught:
+        capture(Reads(), example)
+    assert isinstance(caught.value.__cause__, IndexError)
 
 
 @pytest.mark.parametrize("example", [{"idx": IDS}, {"idx": IDS, "n": None}])

@@ -28,12 +28,18 @@ def _whole_parts(b: Builder, one: Any, other: Any) -> fx.Node:
     """Of sizes: ONNX divides towards zero, which is no floor below it, ``-(-length // 2)`` say."""
     assert b.origin is not None
     value = b.origin.meta["val"]
-    size = one.meta["val"] if isinstance(one, fx.Node) else one
-    if isinstance(size, torch.SymInt) and size.node.shape_env.bound_sympy(size.node.expr).lower < 0:
+    if _may_be_negative(one) or _may_be_negative(other):
         one = b.call(operator.sub, one, b.call(operator.mod, one, other))
     made = b.call(operator.floordiv, one, other)
     made.meta["val"] = value
     return made
+
+
+def _may_be_negative(value: Any) -> bool:
+    size = value.meta["val"] if isinstance(value, fx.Node) else value
+    if isinstance(size, torch.SymInt):
+        return bool(size.node.shape_env.bound_sympy(size.node.expr).lower < 0)
+    return isinstance(size, int) and size < 0
 
 
 @lowering(aten.__and__.Tensor)

@@ -81,10 +81,13 @@ def _put(node: fx.Node, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
     if len(args[1]) != 1 or not isinstance(args[1][0], fx.Node) or any(args[3:]):
         return None
     tokens, (mask,), values = args[:3]
+    if not _listed(values):
+        return None
     if values.target is not aten.add.Tensor or values.kwargs:
         return _filling(tokens, mask, values, call)
     old, new = values.args if _taken(values.args[0], tokens, mask) else values.args[::-1]
-    if not _taken(old, tokens, mask) or (found := _filling(tokens, mask, new, call)) is None:
+    added = _taken(old, tokens, mask) and _listed(new)
+    if not added or (found := _filling(tokens, mask, new, call)) is None:
         return _filling(tokens, mask, values, call)
     target, (_, *rest) = found
     return aten.add.Tensor, (tokens, call(target, call(aten.zeros_like.default, tokens), *rest))
@@ -98,13 +101,18 @@ def _taken(node: Any, tokens: fx.Node, mask: fx.Node) -> bool:
     return own is mask or (isinstance(own, fx.Node) and call_key(own) == call_key(mask) is not None)
 
 
+def _listed(values: Any) -> bool:
+    """Whether it is features one by one; a number, or one row of features, is put in all places."""
+    return isinstance(values, fx.Node) and len(shape(values)) > 1 and expression(shape(values)[-2]) != 1
+
+
 def _filling(tokens: Any, mask: Any, values: Any, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
     while mask.target in (aten.unsqueeze.default, aten.expand.default) and len(shape(mask)) > 2:
         mask = mask.args[0]
     sizes = [expression(size) for size in shape(tokens)]
     if len(sizes) != 3 or [expression(size) for size in shape(mask)] != sizes[:2]:
         return None
-    if mask.meta["val"].dtype != torch.bool or expression(shape(values)[-1]) != sizes[2]:
+    if mask.meta["val"].dtype != torch.bool or [expression(size) for size in shape(values)[-1:]] != sizes[2:]:
         return None
     places = math.prod(expression(size) for size in shape(values)[:-1])
     count = sympy.simplify(places / sympy.sympify(sizes[0]))

@@ -43,5 +43,5 @@ def _by_contents(node: fx.Node) -> bool:
 def _constant(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether a node is a constant, or computed in a way that gives the same each time."""
     if node.op == "get_attr":
-        return not isinstance(attribute(module, str(node.target)), torch.nn.Parameter)
+        return is_tensor(node) and not isinstance(attribute(module, str(node.target)), torch.nn.Parameter)
     return node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())

@@ -16,6 +16,7 @@ from offramp.program.canonical.known_sizes import known_sizes
 from offramp.program.dropout import keeps
 from offramp.program.fake_values import fake_result
 from offramp.program.graph import (
+    WRAPPERS,
     aten,
     expression,
     fake_mode,
@@ -27,7 +28,6 @@ from offramp.program.graph import (
 )
 
 _ASSERTIONS = ("_assert", "sym_constrain", "_check")
-_WRAPPERS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 _END = torch.iinfo(torch.int64).max
 
 
@@ -66,7 +66,7 @@ def _inline_wrappers(module: fx.GraphModule) -> int:
     edits = 0
     graph = module.graph
     for node in list(graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _WRAPPERS:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in WRAPPERS:
             continue
         at = next(i for i, arg in enumerate(node.args) if isinstance(arg, fx.Node) and arg.op == "get_attr")
         holder: Any = node.args[at]

@@ -32,8 +32,9 @@ from offramp.passes.infra.spec import as_passes
 from offramp.program import Program, capture
 from offramp.program.compare import TOLERANCE
 from offramp.program.forward import ExampleInputs, named_outputs
+from offramp.program.of_mapping import by_names
 from offramp.program.sizes import at_other_sizes
-from offramp.program.unwrap import as_captured, by_names, plain, unchanged
+from offramp.program.unwrap import as_captured, plain, unchanged
 from offramp.runtime import Chain, Never, load
 
 Progress = Callable[[str, int, int], None]

@@ -244,7 +244,8 @@ def _functions(module: ModuleType) -> str:
 def _checked(result: object, name: str) -> tuple[nn.Module, Inputs]:
     from torch import Tensor, nn
 
-    from offramp.program.unwrap import by_names, plain
+    from offramp.program.of_mapping import by_names
+    from offramp.program.unwrap import plain
 
     hint = "return (module, example_inputs), a torch.nn.Module and a dict or tuple of tensors"
     if not isinstance(result, tuple) or len(result) != 2:

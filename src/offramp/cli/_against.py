@@ -131,7 +131,8 @@ def _torch(other: Other, inputs: Arrays, args: argparse.Namespace) -> Run:
     import torch
 
     from offramp.program.forward import named_inputs
-    from offramp.program.unwrap import by_names, plain
+    from offramp.program.of_mapping import by_names
+    from offramp.program.unwrap import plain
     from offramp.runtime.engine.cores import physical_cores
 
     module, example = by_names(plain(loaded).eval(), example)
