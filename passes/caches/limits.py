@@ -11,7 +11,18 @@ from torch import fx
 from offramp.errors import PassError
 from offramp.passes.caches.implied_inputs import looked_up
 from offramp.passes.caches.kinds import CONSTANT, DATA, POSITIONAL
-from offramp.program.graph import aten, dependents, expression, is_pointwise, is_symint, is_tensor, read_by, shape, source, symbols
+from offramp.program.graph import (
+    aten,
+    dependents,
+    expression,
+    is_pointwise,
+    is_symint,
+    is_tensor,
+    read_by,
+    shape,
+    source,
+    symbols,
+)
 
 if TYPE_CHECKING:
     from offramp.passes.caches.causal import Causal
