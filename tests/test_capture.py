@@ -542,7 +542,7 @@ class Asking(nn.Module):
 
 def test_numbers_that_may_not_be_what_decides_are_not_the_only_hint() -> None:
     given = {"ids": torch.arange(10).reshape(2, 5), "start": torch.ones(2, 1, dtype=torch.int64)}
-    with pytest.raises(CaptureError, match=r"try: the numbers in start decide .*; where anything else decides: Py"):
+    with pytest.raises(CaptureError, match=r"try: where the numbers in start decide .*; where anything else decides"):
         capture(Asking(), given)
 
 
