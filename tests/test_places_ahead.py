@@ -240,6 +240,18 @@ def test_the_room_for_text_is_known(static: bool, tmp_path: Path) -> None:
         chain.generate({**arrays, "input_ids": [[]]})
 
 
+@pytest.mark.parametrize("room", [TOKENS, TOKENS + 1])
+def test_an_example_leaves_room_for_fewer_features(room: int) -> None:
+    """Three features take three places, and one may be all that a request has."""
+    torch.manual_seed(0)
+    model = Joined().eval()
+    model.places = nn.Embedding(room, tiny.WIDTH)
+    program = offramp.capture(model, example())
+    hint = rf"for {room} tokens of text, .*\(9\) .* its 3 features are fewer\n.*at most {room - 2} tokens of text"
+    with pytest.raises(PassError, match=hint):
+        offramp.apply(program, "insert-cache")
+
+
 @pytest.mark.parametrize(("room", "found"), [(TOKENS + 3, True), (TOKENS + 2, False)])
 def test_several_tokens_at_once_are_tried_in_the_room_behind_prompt_and_places(
     room: int, found: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -33,7 +34,6 @@ class Causal:
         implied: those of them that follow from the number of tokens, and what they hold: masks, positions.
         kinds: of every tensor node (`offramp.passes.caches.kinds`).
         example: how many tokens the example inputs have.
-        limit: how many tokens it can be built for, None for no limit.
 
     Raises:
         PassError: the causal stacks have no such axis, or each its own; an input has several axes of tokens.
@@ -51,9 +51,17 @@ class Causal:
             program.example_inputs[str(n.target)].shape[self._axis(n)] for n in self.own if n not in self.implied
         )
         self.kinds = kinds_of(program, self.tokens, self.own, self.implied)
-        self.limit = limit(self)
         self._windows: dict[fx.Node, int | None] = {}
         self._together: dict[fx.Node, int] = {}
+
+    @cached_property
+    def limit(self) -> int | None:
+        """How many tokens it can be built for, None for no limit.
+
+        Raises:
+            PassError: the example is longer than that, or than where a choice by the number of tokens changes.
+        """
+        return limit(self)
 
     def _token_symbol(self) -> Any:
         found = {}

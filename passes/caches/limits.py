@@ -31,12 +31,27 @@ _LEAST, _FAR = 2, 1 << 17  # tokens: so few, behind places for features, and so 
 
 
 def limit(facts: Causal) -> int | None:
-    """The least of all limits: of the captured range of the axis, of tables of positions, of choices by length."""
+    """The least of all limits: of the captured range of the axis, of tables of positions, of choices by length.
+
+    Where there may be fewer features before the text than in the example, it is one for the fewest.
+
+    Raises:
+        PassError: the example is longer than that.
+    """
     captured = facts.program.axes.ranges.get(facts.tokens, (1, None))[1]
     least = min((found for found in (captured, *_tables(facts)) if found is not None), default=None)
     found = _choices(facts, _FAR if least is None else least)
     least = found if found is not None else least
-    return None if least is None else least - facts.fewer
+    if least is None:
+        return None
+    if least - facts.fewer < facts.example:
+        most = least - facts.fewer - facts.ahead
+        raise PassError(
+            f"insert-cache: the model has places for {least - facts.ahead} tokens of text, and the example so many of "
+            f"them ({facts.example - facts.ahead}) that none is left where its {facts.ahead} features are fewer",
+            hint=f"example inputs of at most {most} tokens of text" if most > 0 else "an example of fewer features",
+        )
+    return least - facts.fewer
 
 
 def _tables(facts: Causal) -> list[int]:
