@@ -256,7 +256,25 @@ def _dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
             weight_type=QuantType.QInt8,
             extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
         )
-        return onnx.load(file)
+        return _apart(onnx.load(file))
+
+
+def _apart(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with names of their own for the weights and zero points of each product; a bundle has one copy.
+
+    ONNX Runtime does not open a session with sums that do not overflow where two products read one of them.
+    """
+    graph = model.graph
+    weights, read = {item.name: item for item in graph.initializer}, set[str]()
+    for node in [node for node in graph.node if node.op_type == "MatMulInteger"]:
+        for at in [at for at, name in enumerate(node.input) if name in weights]:
+            if (name := node.input[at]) in read:
+                node.input[at] = f"{node.output[0]}_{at}"
+                copy = onnx.TensorProto.FromString(weights[name].SerializeToString())
+                copy.name = node.input[at]
+                graph.initializer.append(copy)
+            read.add(node.input[at])
+    return model
 
 
 def _folded(model: onnx.ModelProto, kinds: Collection[str]) -> onnx.ModelProto:

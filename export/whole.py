@@ -207,9 +207,12 @@ def _own_sizes(model: ir.Model, suffix: str) -> None:
 
 
 def _identity(weight: ir.Value) -> Any:
-    """What two weights have in common that are the same: their place in the bundle's file of weights."""
+    """What two weights have in common that are the same: their place in the bundle's file of weights.
+
+    Products of whole numbers keep their own: see `offramp.export.quantize`.
+    """
     tensor = weight.const_value
-    if isinstance(tensor, ir.ExternalTensor):
+    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype != ir.DataType.INT8:
         return tensor.location, tensor.offset, tensor.length, tensor.dtype, tuple(tensor.shape)
     return id(weight)
 

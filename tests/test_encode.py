@@ -235,6 +235,33 @@ def test_sums_that_cost_time_are_asked_for_only_where_others_overflow(
             options.get_session_config_entry(overflow.EXACT)
 
 
+class Looped(Wide):
+    """One block, run three times; or three that have zero points in common."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDE, 4, 16 * WIDE, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, blocks, enable_nested_tensor=False)
+        if blocks == 1:
+            self.encoder.layers = nn.ModuleList([self.encoder.layers[0]] * 3)
+            self.encoder.num_layers = 3
+
+
+@pytest.mark.parametrize(("blocks", "segments"), [(1, 1), (3, 1), (3, 3)])
+def test_products_that_read_the_same_open_with_sums_that_do_not_overflow(
+    blocks: int, segments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overflow, "_found", True)
+    program = tiny.captured(functools.partial(Looped, blocks), {"ids": torch.arange(14).reshape(2, 7)}).program
+    offramp.save(program, tmp_path / "m", "int8", segments=segments, loss=0.5)
+    loaded = offramp.load(tmp_path / "m")
+    (stack,) = loaded.manifest.stacks.values()
+    assert stack.blocks == 3
+    assert stack.whole is not None
+    inside = [(tmp_path / "m" / name).stat().st_size for name in loaded.manifest.files if name.endswith(".onnx")]
+    assert max(inside) < 4 * 16 * WIDE**2  # no copy of a weight lies in a graph
+
+
 def test_the_product_that_is_asked_is_what_it_says() -> None:
     model = onnx.load_model_from_string(overflow.PRODUCT)
     (node,) = model.graph.node
