@@ -309,6 +309,7 @@ NEAR: dict[str, tuple[Callable[[], nn.Module], tuple[int, Any]]] = {  # and the 
     ),
     "blocks": (partial(Decoder, near(lambda far: far // 6 < 8)), (48, None)),
     "parts": (partial(Decoder, near(lambda far: far * 0.03125 < 1)), (32, None)),
+    "parts of nothing": (partial(Decoder, near(lambda far: far * 5e-324 < 1)), (0, None)),
     "further than is looked at": (partial(Far, near(lambda far: far < 10000)), (0, torch.bool)),
     "blocks of more": (partial(Far, near(lambda far: far // 128 < 100)), (0, torch.bool)),
 }  # fmt: skip

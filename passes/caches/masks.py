@@ -54,7 +54,7 @@ def _reach(mask: fx.Node, module: torch.nn.Module, limit: int | None, example: i
     nodes = ancestors([mask])
     found = [number for node in nodes for number in _numbers(node, module) if 0 < number < (limit or 2**31)]
     tables = [int(size) for node in nodes if node.op == "get_attr" for size in shape(node)]
-    furthest = max([example, *tables, *(max(number, 1 / number) for number in found)])
+    furthest = max([example, *tables, *(max(number, min(1 / number, 2**31)) for number in found)])
     if any(number < 1 for number in found) or any("div" in str(node.target) for node in nodes):
         furthest **= 2  # a number of parts of the distance
     return max(_LEAST, math.ceil(furthest))

@@ -29,8 +29,8 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
     if schema is None:  # getitem
         return None
     if is_pointwise(node):
-        numbers = [arg for arg in args if isinstance(arg, fx.Node) and is_symint(arg)]
-        return "reads the number of tokens" if any(_made_of(arg.meta["val"], chunk) for arg in numbers) else None
+        numbers = [arg.meta["val"] for arg in args if isinstance(arg, fx.Node) and is_symint(arg)]
+        return "reads the number of tokens" if any(symbols(size) & symbols(chunk) for size in numbers) else None
     name = str(schema.name).rpartition("::")[2]
     tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:1]
     first = next((arg for arg in tensors if isinstance(arg, fx.Node) and is_tensor(arg)), None)
@@ -67,10 +67,6 @@ def mixes_tokens(node: fx.Node, args: Sequence[Any], chunk: Any) -> str | None:
 def _counts(size: Any, chunk: Any) -> bool:
     """Whether a size is the number of tokens, or that and some padding."""
     return bool(getattr(expression(size) - expression(chunk), "is_number", False))
-
-
-def _made_of(size: Any, chunk: Any) -> bool:
-    return bool(symbols(size) & symbols(chunk))
 
 
 def _dims(node: fx.Node, args: Sequence[Any], rank: int) -> set[int]:
