@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import onnxruntime
 import pytest
 import tiny
 import torch
@@ -32,6 +33,7 @@ from offramp.passes import Truncate, apply
 from offramp.program import Program
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.engine import Engine
+from offramp.runtime.engine.sessions import open_sessions
 from offramp.runtime.generation.copied_caches import CopiedCaches
 from offramp.runtime.generation.decoder import Decoder
 from offramp.runtime.generation.session import Session
@@ -773,6 +775,34 @@ def test_a_full_row_keeps_its_caches_while_others_run_on(bundles: Get) -> None:
     assert played.run.decoder.store.capacity == 128
 
 
+def ending(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """0 is the fourth token of texts that begin with 1, and no other."""
+    ends = tokens[0] == 1 and tokens.size > 3
+    return np.where((np.arange(logits.size) == 0) == ends, logits, -np.inf).astype(np.float32)
+
+
+@pytest.mark.parametrize("target", ["ort", "portable", "device"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_keep_what_ran_once_for_them_when_caches_grow(bundles: Get, target: str, beams: int) -> None:
+    """The first one has ended by then, so that the last has its slot; beams lie row by row."""
+    made = bundles("two_stacks", target)
+
+    def seen(capacity: int) -> list[NDArray[np.float32]]:
+        found = list[NDArray[np.float32]]()
+
+        def noting(tokens: NDArray[np.int64], logits: NDArray[np.float32]) -> NDArray[np.float32]:
+            found.append(logits)
+            return ending(tokens, logits)
+
+        with mock.patch("offramp.runtime.generation.session._FIRST_CAPACITY", capacity):
+            inputs = made.inputs([[1], [2], [3]])
+            made.chain.generate(inputs, processors=(noting,), stop=(0,), beams=beams, max_new_tokens=12)
+        return found
+
+    for grown, roomy in zip(seen(2), seen(16), strict=True):
+        np.testing.assert_allclose(grown, roomy, **CLOSE)
+
+
 def test_a_prompt_longer_than_the_first_caches(bundles: Get) -> None:
     made = bundles("talker")
     prompts = [tiny.ids(100, 1, seed=9)[0].tolist(), [1, 2]]
@@ -1005,6 +1035,60 @@ def test_threads_may_share_a_chain(bundles: Get, target: str) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class Copying:
+    """A binding that keeps what an array held when it was bound, as ONNX Runtime's do for inputs on a GPU."""
+
+    def __init__(self, binding: Any) -> None:
+        self._binding = binding
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._binding, name)
+
+    def bind_ortvalue_input(self, name: str, value: onnxruntime.OrtValue) -> None:
+        self.bind_cpu_input(name, value.numpy())
+
+    def bind_cpu_input(self, name: str, array: NDArray[Any]) -> None:
+        self._binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array.copy()))
+
+
+class Elsewhere:
+    """A session on a provider with memory of its own."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return ["ElsewhereExecutionProvider", "CPUExecutionProvider"]
+
+    def io_binding(self) -> Any:
+        return Copying(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self._session.run_with_iobinding(getattr(binding, "_binding", binding), options)
+
+
+@pytest.mark.parametrize(("name", "target"), [where for where in WHERE if where[0] in ("talker", "two_stacks")])
+def test_inputs_that_are_copied_when_they_are_bound(bundles: Get, name: str, target: str) -> None:
+    """Rows leave, end and move meanwhile, and caches grow."""
+    made = bundles(name, target)
+    inputs, depths = made.inputs([[1], [2], [3, 4, 5]]), {"decoder": [[1], [2, 3], [3, 1, 2]]}
+    files = {segment.file for segment in divided(made.chain.manifest).segments.values()}
+    files |= set(made.chain.manifest.take.values())
+    sessions = {file: Elsewhere(each) for file, each in open_sessions(made.root, files, None, None).items()}
+    device = ("cpu", 0) if target == "device" else None
+    elsewhere = Chain(*directory.read(made.root), _device=device, _sessions=sessions)
+    with mock.patch("offramp.runtime.generation.session._FIRST_CAPACITY", 4):
+        wanted, found = (
+            chain.generate(inputs, Schedule(depths), processors=(ending,), stop=(0,), max_new_tokens=12)
+            for chain in (made.chain, elsewhere)
+        )
+    assert [row.tolist() for row in found.tokens] == [row.tolist() for row in wanted.tokens]
+    assert [row.size for row in wanted.tokens] == [4, 12, 12]
 
 
 def test_on_a_device_one_row_at_a_time_is_refused(bundles: Get) -> None:

@@ -28,7 +28,7 @@ Providers: TypeAlias = Sequence[str | tuple[str, Mapping[str, Any]]]
 log = logging.getLogger(__name__)
 
 _ERRORS_ONLY = 3
-_CPU = "CPUExecutionProvider"
+CPU = "CPUExecutionProvider"
 _OTHERS_POOL = "use_per_session_threads must be false"  # in the error of a session that would have a pool of its own
 _SLOWER = ["SkipLayerNormFusion"]  # on the CPU its operator takes several times as long as the sum and the norm apart
 _lock = threading.Lock()
@@ -109,7 +109,7 @@ def open_sessions(
         ExecutionError: a provider is not available or could not be set up, or see `session_options`.
         BundleError: ONNX Runtime cannot load a file.
     """
-    wanted = list(providers or [_CPU])
+    wanted = list(providers or [CPU])
     names = [provider if isinstance(provider, str) else provider[0] for provider in wanted]
     available = ort.get_available_providers()
     missing = [name for name in names if name not in available]
@@ -175,7 +175,7 @@ def _trim() -> None:
 
 
 def _open(path: Path, options: ort.SessionOptions, providers: list[Any], first: str) -> ort.InferenceSession:
-    without = _SLOWER if first == _CPU else None
+    without = _SLOWER if first == CPU else None
     try:
         session = ort.InferenceSession(
             path, options, providers=providers, disabled_optimizers=without, enable_fallback=0

@@ -2,8 +2,8 @@
 
 A segment that is run on some rows has a binding for each small size of a chunk, and one for all larger ones, with
 arrays for what changes at each run; caches are bound to both sides of it, so that ONNX Runtime appends in place. On a
-device the caches stay there, and what changes is copied from and to the host. A generation that ends leaves all this to
-the next one of its size.
+device the caches stay there, and what changes is copied from and to the host, where it is bound: it is bound anew at
+each run. A generation that ends leaves all this to the next one of its size.
 """
 
 from __future__ import annotations
@@ -84,13 +84,15 @@ class _Bound:
     """A binding of a segment to some slots, and its arrays for the last sizes: of a chunk, and of what is asked there.
 
     ONNX Runtime keeps no hold of numpy's memory: ``sized`` does, and the store. ``kept`` says which of its values are
-    bound now. ``fetched`` are outputs of sizes that only a run tells: their place among all, and their names.
+    bound now. ``inputs`` lie on the host and change in place. ``fetched`` are outputs of sizes that only a run tells:
+    their place among all, and their names.
     """
 
     binding: Any
     counts: Array
     kept: int = -1
     sizes: tuple[int, int] = (0, 0)
+    inputs: dict[str, ort.OrtValue] = field(default_factory=dict)
     sized: list[ort.OrtValue] = field(default_factory=list)
     given: list[tuple[str, Array]] = field(default_factory=list)
     made: dict[str, Array] = field(default_factory=dict)
@@ -101,12 +103,16 @@ class Store:
     """Caches and kept values of a generation, for ``slots`` rows.
 
     ``device`` is None for the host, where runs of neighbouring slots are bound without a copy; on a device all
-    slots run together.
+    slots run together. ``copied`` says that ONNX Runtime copies inputs on the host when they are bound, as it does for
+    every provider whose memory is another.
     """
 
-    def __init__(self, manifest: Manifest, slots: int, capacity: int, device: tuple[str, int] | None) -> None:
+    def __init__(
+        self, manifest: Manifest, slots: int, capacity: int, device: tuple[str, int] | None, copied: bool = False
+    ) -> None:
         assert manifest.cache is not None
         self.manifest, self.cache, self.slots, self.device = manifest, manifest.cache, slots, device
+        self._copied = copied
         self.capacity = capacity
         self._arrays: dict[str, Array] = {}
         self._on_device: dict[str, ort.OrtValue] = {}
@@ -166,7 +172,8 @@ class Store:
         for name in (*self._arrays, *self._on_device):
             if self._place(name) is not None:
                 self._put(name, into, self._taken(name, out))
-        self._kept += any((self._place(name) or (0, 1))[0] for name in self._arrays)  # parts of these are copies
+        copies = self._copied or any((self._place(name) or (0, 1))[0] for name in self._arrays)  # parts of these are
+        self._kept += copies
 
     def copy(self, source: str, target: str, slot: int, tokens: slice) -> None:
         """Give a cache what one of the same shape has of a row's tokens."""
@@ -241,6 +248,9 @@ class Store:
         for name, array in bound.given:
             array[...] = values[name]
         bound.counts[...] = lengths
+        if self._copied:
+            for file_name, value in bound.inputs.items():
+                bound.binding.bind_ortvalue_input(file_name, value)
         try:
             segment.session.run_with_iobinding(bound.binding, self._options)
         except Exception as error:
@@ -257,12 +267,18 @@ class Store:
         """A binding of what is the same for chunks of any size."""
         bound = _Bound(segment.session.io_binding(), np.zeros(high - low, np.int64))
         if segment.lengths is not None:
-            bound.binding.bind_ortvalue_input(segment.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
+            self._bind_input(bound, segment.lengths, ort.OrtValue.ortvalue_from_numpy(bound.counts))
         for key, name in segment.buffers:
-            bound.binding.bind_ortvalue_input(key, self._slice(name, low, high))
+            self._bind_input(bound, key, self._slice(name, low, high))
         for key, name in segment.appended:
             bound.binding.bind_ortvalue_output(key, self._slice(name, low, high))
         return bound
+
+    @staticmethod
+    def _bind_input(bound: _Bound, file_name: str, value: ort.OrtValue) -> None:
+        bound.binding.bind_ortvalue_input(file_name, value)
+        if value.device_name() == "cpu":
+            bound.inputs[file_name] = value
 
     def _size(self, bound: _Bound, segment: ChunkSegment, sizes: Mapping[str, int]) -> None:
         """Bind arrays of these sizes in the place of those of the last ones."""
@@ -276,7 +292,7 @@ class Store:
 
         for key, name in segment.chunk:
             array, value = array_of(name)
-            bound.binding.bind_ortvalue_input(key, value)
+            self._bind_input(bound, key, value)
             bound.given.append((name, array))
         for at, (key, name) in enumerate(segment.made, len(segment.appended)):
             if self._known(values[name]):

@@ -15,6 +15,7 @@ from offramp.bundle.options import Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Engine, Ran
 from offramp.runtime.engine.inputs import Ids, Inputs, placeholders_of, shape_of
+from offramp.runtime.engine.sessions import CPU
 from offramp.runtime.engine.widths import Sites
 from offramp.runtime.generation.batching import padded
 from offramp.runtime.generation.buffers import Store
@@ -47,6 +48,7 @@ class GenerationPlan:
     ) -> None:
         assert manifest.cache is not None
         self.manifest, self.cache, self._engine, self._device = manifest, manifest.cache, engine, device
+        self._copied = device is not None or any(session.get_providers() != [CPU] for session in sessions.values())
         kept = {name for name in manifest.inputs if name not in self.cache.tokens} | {self.cache.places, WIDTH}
         kept |= {FREELY} | ({self.cache.prompt.lengths} if self.cache.prompt else set())
         kept |= {name for step in engine.schedule.steps if step.stage.when != "chunk" for name in step.makes}
@@ -77,7 +79,7 @@ class GenerationPlan:
             spare, self._spare = self._spare, None
         if spare is not None and (spare.slots, spare.capacity) == (slots, capacity):
             return spare
-        return Store(self.manifest, slots, capacity, self._device)
+        return Store(self.manifest, slots, capacity, self._device, self._copied)
 
     def release(self, store: Store) -> None:
         """Leave the memory of a generation to the next one."""

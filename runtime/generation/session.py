@@ -14,6 +14,7 @@ from offramp.bundle.manifest import FREELY
 from offramp.bundle.options import OPTIONS, PROPAGATE, Sampling
 from offramp.errors import InputError
 from offramp.runtime.engine.engine import Ran
+from offramp.runtime.engine.memory import places
 from offramp.runtime.generation.batching import greatest, padded
 from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.generation.decoder import NOTHING, Decoder
@@ -208,14 +209,15 @@ class Session:
         return first if self._limit is None else min(first, self._limit)
 
     def _read_tables(self) -> None:
-        """Let chunks read what they do not change; what belongs to rows is repeated, so that every slot has some."""
-        store, known = self.decoder.store, self.plan.manifest.values
-        repeated = {}
-        for name, value in self.plan.tables(self._once, store.capacity).items():
-            axis, factor = known[name].place(self.plan.manifest.batch) or (None, 1)
-            times = 1 if axis is None else store.slots * factor // value.shape[axis]
-            repeated[name] = value if times == 1 else np.concatenate([value] * times, axis)
-        store.keep(repeated)
+        """Let chunks read what they do not change; of what belongs to rows, each slot that of the row it holds."""
+        store, known, held = self.decoder.store, self.plan.manifest.values, self.decoder.rows % len(self.prompts)
+        as_given = np.array_equal(held, np.arange(len(self.prompts)))
+        tables = self.plan.tables(self._once, store.capacity)
+        for name, value in tables.items():
+            place = known[name].place(self.plan.manifest.batch)
+            if place is not None and not as_given:
+                tables[name] = value.take(places(held, place[1]), place[0])
+        store.keep(tables)
 
 
 def _check(policy: Policy, propagate: str, max_pending: int | None) -> None:
