@@ -42,7 +42,7 @@ from offramp.training import (
     width_objectives,
 )
 from offramp.training.allocation import Allocation, allocate
-from offramp.training.learner_sites import check_teacher, counting, learner_sites, rest_of, width
+from offramp.training.learner_sites import MASK, by_row, check_teacher, counting, learner_sites, rest_of, width
 from offramp.training.objective_module import ObjectiveModule
 
 FACTORIES = {**architectures.REQUIRED, **decoders.REQUIRED}
@@ -265,13 +265,139 @@ def test_a_mask_by_rows_of_tokens_that_lie_time_first(rows: int) -> None:
     assert torch.equal(found, mask.T.bool())
 
 
+class Flat(torch.nn.Module):
+    """An MLP that reads the tokens of all rows one after another, and what it does before."""
+
+    def __init__(self, mlp: torch.nn.Module, before: Callable[[Tensor], Tensor] = torch.clone) -> None:
+        super().__init__()
+        self.mlp, self.before = mlp, before
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.mlp(self.before(x.flatten(0, 1))).view(x.shape)
+        return made
+
+
+class FlatTimeFirst(tiny.TimeFirst):
+    """Tokens lie time first, the mask by rows; MLPs read all tokens one after another."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor] = torch.clone) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp = Flat(block.mlp, before)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x * attention_mask.T[..., None])
+
+
+class AddmmTimeFirst(FlatTimeFirst):
+    """The same by products that read all tokens one after another, each on its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp = torch.nn.Sequential(*(Addmm(part) for part in block.mlp.mlp))
+
+
+class Addmm(torch.nn.Module):
+    def __init__(self, part: torch.nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.part, torch.nn.Linear):
+            return cast(Tensor, self.part(x))
+        weight, bias = self.part.weight, self.part.bias
+        return torch.addmm(bias, x.view(-1, x.shape[-1]), weight.t()).view(*x.shape[:-1], len(bias))
+
+
+def time_first(make: Callable[[], torch.nn.Module] = FlatTimeFirst, dynamic: dict[str, Any] | None = None) -> Program:
+    x = torch.randn(7, 5, 16, generator=torch.Generator().manual_seed(0))
+    example = {"x": x, "attention_mask": torch.ones(5, 7, dtype=torch.int64)}
+    axes = {"x": {0: "tokens", 1: "batch"}, "attention_mask": {0: "batch", 1: "tokens"}}
+    return capture(tiny.seeded(make), example, dynamic=axes if dynamic is None else dynamic)
+
+
+@pytest.mark.parametrize("rows", [5, 7])
+@pytest.mark.parametrize("make", [FlatTimeFirst, AddmmTimeFirst, functools.partial(FlatTimeFirst, torch.relu)])
+def test_a_mask_by_rows_of_tokens_time_first_one_after_another(make: Callable[[], Any], rows: int) -> None:
+    """Those that count are the mask's, also by a mask beside the model's own; each sample has a share of its own."""
+    program = offramp.apply(time_first(make), "insert-acm")
+    mask = torch.ones(rows, 7, dtype=torch.int64)
+    mask[0, 3:] = 0
+    given = {"x": torch.randn(7, rows, 16), "attention_mask": mask, "counts": mask == 0}
+    for site in learner_sites(program):
+        for name in (site.output, site.learners.choice):
+            tokens = torch.arange(7.0)[:, None].expand(7, rows).reshape(-1, 1)
+            assert tokens.shape[0] == rows * 7
+            found = [counting(program, given, which, name, tokens) for which in ("attention_mask", "counts")]
+            assert torch.equal(found[0], mask.T.reshape(-1).bool())
+            assert torch.equal(found[1], ~found[0])
+            assert torch.equal(by_row(program, given, name, tokens)[..., 0], torch.arange(7.0).expand(rows, 7))
+
+
+@pytest.mark.parametrize("dynamic", [{}, {"x": {1: "batch"}, "attention_mask": {0: "batch"}}])
+def test_a_mask_of_tokens_one_after_another_where_sizes_are_fixed(dynamic: dict[str, Any]) -> None:
+    program = offramp.apply(time_first(dynamic=dynamic), "insert-acm")
+    mask = (torch.arange(7) < torch.tensor([3, 7, 7, 5, 7])[:, None]).long()
+    found = counting(program, {"attention_mask": mask}, MASK, learner_sites(program)[0].output, torch.zeros(35, 16))
+    assert torch.equal(found, mask.T.reshape(-1).bool())
+
+
+def test_a_mask_by_rows_that_the_model_does_not_read() -> None:
+    """Of tokens time first, one after another or not."""
+    mask = (torch.arange(7) < torch.tensor([3, 7, 7, 5, 7])[:, None]).long()
+    for flat in (True, False):
+        model = tiny.seeded(tiny.TimeFirst)
+        for block in model.blocks:
+            block.mlp = Flat(block.mlp) if flat else block.mlp
+        program = offramp.apply(capture(model, {"x": tiny.signal()}), "insert-acm")
+        given = {"x": torch.randn(7, 5, 16), "attention_mask": mask}
+        tokens = torch.zeros(35, 16) if flat else torch.zeros(7, 5, 16)
+        found = counting(program, given, MASK, learner_sites(program)[0].output, tokens)
+        assert torch.equal(found, mask.T.reshape(found.shape).bool())
+
+
+@pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation, WidthBudget])
+def test_padding_does_not_count_in_tokens_time_first_one_after_another(kind: Any) -> None:
+    """All losses are those of the model that has them on two axes."""
+
+    class Apart(FlatTimeFirst):
+        def __init__(self) -> None:
+            super().__init__()
+            for block in self.blocks:
+                block.mlp = block.mlp.mlp
+
+    mask = (torch.arange(7) < torch.tensor([3, 7, 7, 5])[:, None]).long()
+    given = {"x": torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(1)), "attention_mask": mask}
+    found = []
+    for make in (FlatTimeFirst, Apart):
+        teacher = time_first(make)
+        program = undecided(offramp.apply(teacher, "insert-acm"))
+        options = {"output": "output", "distance": "mse"} if kind is WidthBudget else {}
+        found.append(losses(program, kind(teacher=teacher, **options), given))
+    torch.testing.assert_close(*found)
+
+
+def test_tokens_one_after_another_in_an_order_that_nothing_says_are_refused() -> None:
+    program = offramp.apply(time_first(functools.partial(FlatTimeFirst, _softmax)), "insert-acm")
+    name = learner_sites(program)[0].output
+    given = {"attention_mask": torch.ones(5, 7)}
+    with pytest.raises(SpecError, match=r"tokens of all rows one after another; nothing says .*\n  try: flatten right"):
+        counting(program, given, MASK, name, torch.zeros(35, 16))
+    assert counting(program, given, None, name, torch.zeros(35, 16)).all()
+
+
+def _softmax(x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
 def test_a_mask_that_hides_all_is_refused(labeller: tiny.Captured) -> None:
     """One of padding, say, which is True where there is some."""
     program = offramp.apply(labeller.program, "insert-acm")
     given = {**labeller.inputs, "padding": torch.zeros(tiny.ROWS, tiny.TOKENS, dtype=torch.bool)}
-    for kind in (LearnerDistillation, GateDistillation):
+    for kind in (LearnerDistillation, GateDistillation, functools.partial(WidthBudget, _Nothing())):
         with pytest.raises(SpecError, match=r"padding is 0 everywhere.*\n  try: .*batch\['padding'\] == 0"):
-            losses(program, kind(labeller.program, mask="padding"), given)
+            losses(program, kind(teacher=labeller.program, mask="padding"), given)
 
 
 def test_batches_are_not_kept() -> None:

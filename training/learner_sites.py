@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from offramp.bundle.expressions import evaluate
 from offramp.errors import SpecError
+from offramp.program.analysis.flattening import unflattened
 from offramp.program.analysis.sites import attentions, mlp
 from offramp.program.graph import (
     ancestors,
@@ -22,6 +24,8 @@ from offramp.program.graph import (
     placeholders,
     results,
     shape,
+    source,
+    symbols,
 )
 from offramp.program.learners import WIDTH, Learners
 from offramp.program.ops import learner_bounds
@@ -150,13 +154,13 @@ def check_teacher(program: Program, teacher: Program) -> None:
         if stack is None or item.block >= len(stack.cuts):
             raise SpecError(f"the teacher has no {where}", hint=hint)
         for name in (site.input, site.output):
-            sizes, found = _sizes(program, name), _sizes(teacher, name)
+            sizes, found = _named_sizes(program, name), _named_sizes(teacher, name)
             if found != sizes:
                 there = "there is none" if found is None else f"it has {found}"
                 raise SpecError(f"the teacher's {where} has no value {name} of shape {sizes}: {there}", hint=hint)
 
 
-def _sizes(program: Program, name: str) -> list[int | str] | None:
+def _named_sizes(program: Program, name: str) -> list[int | str] | None:
     """The shape of a node's value in the names of its program's axes; None where there is no such tensor."""
     value = program.nodes[name].meta.get("val") if name in program.nodes else None
     return [program.axes.describe(size) for size in value.shape] if isinstance(value, torch.Tensor) else None
@@ -172,10 +176,11 @@ def counting(program: Program, batch: Values, mask: str | None, name: str, token
     """Which tokens of a node's (or output's) value ``[..., features]`` count, ``bool [...]``: not where the mask is 0.
 
     A mask of other places than the tokens' (samples of a signal, tokens of another stack) is not read. Tokens may lie
-    time first, and some models (GPT-2) have those of all rows one after another.
+    time first, and some models (GPT-2) have those of all rows one after another. A mask that is no input of the program
+    lies as an input of its shape does, or rows first.
 
     Raises:
-        SpecError: the batch has no such mask, or no token counts.
+        SpecError: the batch has no such mask, no token counts, or nothing says how they lie.
     """
     found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
     if found is None and mask not in (None, MASK):
@@ -188,34 +193,85 @@ def counting(program: Program, batch: Values, mask: str | None, name: str, token
             hint="1 for tokens that count, 0 for padding; a mask the other way round can stand beside the model's own: "
             f"batch['counts'] = batch[{mask!r}] == 0, and mask='counts'",
         )
-    known = placeholders(program.graph).get(mask or "")
-    if found is not None and known is not None:
-        node = results(program.graph).get(name) or program.nodes[name]  # torch calls what returns them all "output"
-        found = _along(found, *([*map(expression, shape(each))] for each in (known, node)))
+    if found is not None:
+        found = _as_tokens_lie(program, batch, found, str(mask), _ordered_sizes(program, name), places)
     if found is None or not (found.shape == places or (len(places) == 1 and found.numel() == places[0])):
         return torch.ones(places, dtype=torch.bool, device=tokens.device)
     return found.reshape(places) != 0
 
 
-def _along(mask: Tensor, its: list[Any], sizes: list[Any]) -> Tensor | None:
-    """A mask of sizes ``its`` with axes in the order of a value's, ``sizes`` and features; None if of other places."""
-    if math.prod(its) != math.prod(sizes[:-1]):
-        return None
-    apart = len({*its}) == len(its) and {*its} == {*sizes[:-1]}
-    return mask.permute([its.index(size) for size in sizes[:-1]]) if apart else mask
+def _as_tokens_lie(
+    program: Program, batch: Values, mask: Tensor, its_name: str, sizes: list[Any], places: torch.Size
+) -> Tensor | None:
+    """A mask with its axes in the order of the tokens', which have ``sizes``; None if it is of other places."""
+    nodes = placeholders(program.graph)
+    if its_name in nodes:
+        its = _sizes(nodes[its_name])
+        return arranged(mask, its, sizes) if math.prod(its) == math.prod(sizes) else None
+    alike = [_sizes(node) for name, node in nodes.items() if name in batch and batch[name].shape == mask.shape]
+    rows = program.sizes(batch).get(program.axes.names.get(program.axes.batch, ""))
+    if mask.shape != places and mask.dim() == len(sizes) and mask.shape[0] == rows:
+        alike.append(sorted(sizes, key=lambda size: program.axes.batch not in symbols(size)))
+    its = next((each for each in alike if {*each} == {*sizes}), [])
+    return arranged(mask, its, sizes)
+
+
+def token_sizes(program: Program, name: str) -> list[Any]:
+    """The sizes of the axes along which the tokens of a node's (or output's) value lie, ``[..., features]``.
+
+    Where the value has those of all rows one after another, they are those of the value before, if that is found.
+    """
+    node = _node(program, name)
+    sizes, rows = _sizes(node)[:-1], program.axes.batch
+    if rows in sizes or (rows is None and len(sizes) > 1):
+        return sizes
+    before = unflattened(node)
+    return sizes if before is None else _sizes(before)[:-1]
+
+
+def _ordered_sizes(program: Program, name: str) -> list[Any]:
+    """Those of `token_sizes`; a SpecError where nothing says how they lie, and hidden states have no rows first."""
+    sizes = token_sizes(program, name)
+    if len(sizes) != 1:
+        return sizes
+    cuts = {cut for stack in program.stacks.values() for cut in stack.cuts}
+    states = [its for cut in cuts if math.prod(its := _sizes(program.nodes[cut])[:-1]) == sizes[0]]
+    if any(_along(program, its) not in (0, None) for its in states):
+        node = _node(program, name)
+        raise SpecError(
+            f"{node.name} ({source(node)}) has the tokens of all rows one after another; nothing says in which order",
+            hint="flatten right before what reads them so: norms and products may lie between",
+        )
+    return sizes
+
+
+def arranged(value: Tensor, its: list[Any], sizes: list[Any]) -> Tensor:
+    """A value with axes of sizes ``its`` in the order of ``sizes``; as it is where they do not tell its axes apart."""
+    apart = value.dim() == len({*its}) == len(its) and {*its} == {*sizes}
+    return value.permute([its.index(size) for size in sizes]) if apart else value
 
 
 def by_row(program: Program, batch: Values, name: str, value: Tensor) -> Tensor:
     """A node's value ``[..., features]`` as ``[rows, tokens, features]``; one row where the program has no batch."""
-    symbol = program.axes.batch
-
-    def along(node: fx.Node) -> int | None:
-        axes = (i for i, size in enumerate(shape(node)) if symbol in getattr(expression(size), "free_symbols", ()))
-        return next(axes, None)
-
-    axis = along(program.nodes[name])
+    sizes = _ordered_sizes(program, name)
+    axis = _along(program, sizes)
     if axis is None:
         return value.reshape(1, -1, value.shape[-1])
-    inputs = {str(node.target): along(node) for node in program.graph.find_nodes(op="placeholder")}
-    rows = next(batch[key].shape[at] for key, at in inputs.items() if at is not None and key in batch)
-    return value.movedim(axis, 0).reshape(rows, -1, value.shape[-1])
+    lengths = program.sizes(batch)
+    if axis and len(sizes) >= value.dim():
+        value = value.reshape(*(evaluate(program.axes.describe(size), lengths) for size in sizes), value.shape[-1])
+    return value.movedim(axis, 0).reshape(lengths[program.axes.names[program.axes.batch]], -1, value.shape[-1])
+
+
+def _along(program: Program, sizes: list[Any]) -> int | None:
+    """Along which of axes of these sizes rows lie."""
+    return next((axis for axis, size in enumerate(sizes) if program.axes.batch in symbols(size)), None)
+
+
+def _node(program: Program, name: str) -> fx.Node:
+    """A node by its name, or that of an output: torch calls what returns them all "output"."""
+    return results(program.graph).get(name) or program.nodes[name]
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    return [expression(size) for size in shape(node)]
