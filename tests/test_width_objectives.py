@@ -387,6 +387,28 @@ def test_tokens_one_after_another_in_an_order_that_nothing_says_are_refused() ->
     assert counting(program, given, None, name, torch.zeros(35, 16)).all()
 
 
+def test_an_mlp_that_reads_rows_in_another_order_than_the_hidden_states() -> None:
+    """An error stands over the norm of its own token's hidden state."""
+
+    class Turned(torch.nn.Module):
+        def __init__(self, mlp: torch.nn.Module) -> None:
+            super().__init__()
+            self.mlp = mlp
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1)
+            made: Tensor = self.mlp(x.flatten(0, 1)).view(x.shape).transpose(0, 1)
+            return made
+
+    model, found = tiny.seeded(tiny.Encoder), []
+    for turned in (False, True):
+        for block in model.blocks:
+            block.mlp = Turned(block.mlp) if turned else block.mlp
+        teacher = capture(model, tiny.text())
+        found.append(losses(undecided(offramp.apply(teacher, "insert-acm")), GateDistillation(teacher)))
+    torch.testing.assert_close(*found)
+
+
 def _softmax(x: Tensor) -> Tensor:
     return x.softmax(-1)
 

@@ -229,6 +229,11 @@ def token_sizes(program: Program, name: str) -> list[Any]:
     return sizes if before is None else _sizes(before)[:-1]
 
 
+def token_names(program: Program, name: str) -> list[int | str]:
+    """The same in the names of its program's axes, which another program of the model has too."""
+    return [program.axes.describe(size) for size in token_sizes(program, name)]
+
+
 def _ordered_sizes(program: Program, name: str) -> list[Any]:
     """Those of `token_sizes`; a SpecError where nothing says how they lie, and hidden states have no rows first."""
     sizes = token_sizes(program, name)

@@ -23,12 +23,14 @@ from offramp.training.allocation import allocate
 from offramp.training.learner_sites import (
     MASK,
     LearnerSite,
+    arranged,
     by_row,
     check_teacher,
     counting,
     learner_sites,
     require_teacher,
     rest_of,
+    token_names,
     width,
 )
 from offramp.training.losses import Values, counted, relative_error
@@ -144,7 +146,8 @@ class GateDistillation(Objective):
             for site, (end, beside) in zip(sites, rests, strict=True):
                 wanted, state = taught[site.output], taught[end].float()
                 counts = counting(model.program, batch, self.mask, site.output, wanted)
-                size = state.square().sum(-1)
+                lying, its = token_names(self.teacher, end), token_names(model.program, site.output)
+                size = arranged(state.square().sum(-1), lying, its)
                 same = size.shape == counts.shape or (counts.dim() == 1 and size.numel() == counts.numel())
                 size = (size.reshape(counts.shape)[counts] if same else size.mean()).clamp(min=1e-12)
                 found = []
@@ -152,7 +155,8 @@ class GateDistillation(Objective):
                     if same and beside is not None:
                         given = {**{name: taught[name] for name in beside}, site.output: made.to(wanted.dtype)}
                         lost = model.taught([end], batch, given)[end].float() - state
-                        found.append(lost.square().sum(-1).reshape(counts.shape)[counts] / size)
+                        moved = arranged(lost.square().sum(-1), lying, its)
+                        found.append(moved.reshape(counts.shape)[counts] / size)
                     else:
                         found.append((made - wanted.float()).square().sum(-1)[counts] / size)
                 errors.append(torch.stack(found, -1))
