@@ -422,6 +422,16 @@ def test_a_mask_that_hides_all_is_refused(labeller: tiny.Captured) -> None:
             losses(program, kind(teacher=labeller.program, mask="padding"), given)
 
 
+@pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation, WidthBudget])
+def test_columns_that_are_no_tensors_are_not_read(kind: Any) -> None:
+    teacher, program = pair()
+    given: Any = {"sentence": ["a"] * 8, **batch()}
+    found, wanted = (losses(program, kind(teacher=teacher), each) for each in (given, batch()))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    with pytest.raises(SpecError, match=r"sentence is a list; a tensor says which tokens count\n  try: rows that"):
+        losses(program, kind(teacher=teacher, mask="sentence"), given)
+
+
 def test_batches_are_not_kept() -> None:
     teacher, program = pair()
     alive: list[int] = []

@@ -180,12 +180,17 @@ def counting(program: Program, batch: Values, mask: str | None, name: str, token
     lies as an input of its shape does, or rows first.
 
     Raises:
-        SpecError: the batch has no such mask, no token counts, or nothing says how they lie.
+        SpecError: the batch has no such mask, it is no tensor, no token counts, or nothing says how they lie.
     """
     found, places = batch.get(mask) if mask else None, tokens.shape[:-1]
     if found is None and mask not in (None, MASK):
         raise SpecError(
             f"mask={mask!r}: a batch has {', '.join(sorted(batch))}", hint="one of these, or None for all tokens"
+        )
+    if found is not None and not isinstance(found, Tensor):
+        raise SpecError(
+            f"{mask} is a {type(found).__name__}; a tensor says which tokens count",
+            hint="rows that are padded to one length; mask=None for all tokens",
         )
     if found is not None and not found.any():
         raise SpecError(

@@ -224,7 +224,7 @@ class WidthBudget(Objective):
         wanted += self.task.wants(program, step) if self.task else []
         states = model.known("states", lambda: self._states(program))
         wanted += [self.output, *states] if self.teacher else []
-        values = model.values(wanted, batch, width(program, share, next(iter(batch.values()))))
+        values = model.values(wanted, batch, width(program, share, next(program.module.parameters())))
         found = dict(self.task.losses(program, values, batch)) if self.task else {}
         if self.teacher is not None:
             taught = model.taught([self.output, *states.values()], batch)
