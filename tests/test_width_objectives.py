@@ -432,6 +432,17 @@ def test_columns_that_are_no_tensors_are_not_read(kind: Any) -> None:
         losses(program, kind(teacher=teacher, mask="sentence"), given)
 
 
+def test_samples_of_which_no_token_counts_are_left_out() -> None:
+    """Budget, entropy and diversity are those of the others."""
+    _, program = pair()
+    program, given = undecided(program), batch()
+    given["counts"] = given["attention_mask"] * (torch.arange(8) % 4 > 0)[:, None]
+    wish = WidthBudget(_Nothing(), low=0.4, high=0.4, budget=1, entropy=1, diversity=1, mask="counts")
+    others = {name: value[torch.arange(8) % 4 > 0] for name, value in given.items()}
+    found, wanted = (losses(program, wish, each) for each in (given, others))
+    torch.testing.assert_close(*({name: each[name] for name in wanted if name != "final"} for each in (found, wanted)))
+
+
 def test_batches_are_not_kept() -> None:
     teacher, program = pair()
     alive: list[int] = []

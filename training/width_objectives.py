@@ -274,7 +274,10 @@ class WidthBudget(Objective):
     def _choices(
         self, program: Program, sites: Sequence[LearnerSite], values: Values, batch: Values
     ) -> tuple[Tensor, Tensor]:
-        """The share of the learners' FLOPs that each sample takes ``[rows]``, and the mean entropy of its choices."""
+        """The share of the learners' FLOPs that each sample takes ``[rows]``, and the mean entropy of its choices.
+
+        Samples of which no token counts are left out.
+        """
         taken, most, entropies = list[Tensor](), list[Tensor](), list[Tensor]()
         for site in sites:
             name, logits = site.learners.choice, values[site.learners.choice].float()
@@ -287,10 +290,11 @@ class WidthBudget(Objective):
             most.append(counts.sum((1, 2)) * site.learners.learners * site.flops)
             among = chosen.sum(1) / tokens  # [rows, counts]
             # a log a is 0 where a is, but has no gradient there; that of a choice by one token more is near enough
-            entropies.append(-(among * among.detach().maximum(1 / tokens).log()).sum(-1))
-            entropies[-1] = entropies[-1] / math.log(len(site.counts))
-        share = torch.stack(taken).sum(0) / torch.stack(most).sum(0).clamp(min=1)
-        return share, torch.stack(entropies).mean()
+            entropies.append(-(among * among.detach().maximum(1 / tokens).log()).sum(-1) / math.log(len(site.counts)))
+        paid = torch.stack(most)  # [sites, rows]
+        there = paid.sum(0) > 0
+        share = torch.stack(taken).sum(0)[there] / paid.sum(0)[there]
+        return share, torch.stack(entropies)[paid > 0].mean()
 
 
 def _sites(model: ObjectiveModule) -> list[LearnerSite]:
