@@ -112,6 +112,15 @@ def test_images_that_become_another_size_than_the_models_are_said() -> None:
         fits(alike, (20, 30))
 
 
+@pytest.mark.parametrize(
+    "settings", [Image(max_height=224, max_width=224), Image(shortest=30, longest=40)], ids=["within", "longest"]
+)
+def test_an_image_so_long_that_nothing_is_left_of_it(settings: Image) -> None:
+    for width, height in ((3000, 3), (3, 3000)):
+        with pytest.raises(InputError, match=rf"\[{height}, {width}\] pixels, .* leaves .*0"):
+            pixels(noise(width, height), settings)
+
+
 def test_files_are_read_upright(tmp_path: Path) -> None:
     noise(20, 30).save(tmp_path / "lying.png", exif=_turned())
     assert read_image(tmp_path / "lying.png").size == (30, 20)

@@ -45,12 +45,20 @@ def pixels(image: Image, settings: Settings) -> NDArray[np.float32]:
     """An image as a model takes it, float32 ``[1, channels, height, width]``.
 
     As the image processors of transformers that use Pillow do it, bit for bit: resizing works on whole numbers.
+
+    Raises:
+        InputError: the image is larger than what the settings pad to, or so long that resizing leaves nothing of it.
     """
     image = _coloured(image, settings)
     if settings.square is not None:
         image = _squared(image, settings.square)
     size = _size(image.height, image.width, settings)
     if size is not None:
+        if min(size) < 1:
+            raise InputError(
+                f"the image has {[image.height, image.width]} pixels, of which the model's size leaves {list(size)}",
+                hint="a part of it that is not so long",
+            )
         image = image.resize(size[::-1], FILTERS.index(settings.resample))
     values: NDArray[Any] = np.array(image)
     values = values[None] if values.ndim == 2 else np.moveaxis(values, -1, 0)

@@ -19,7 +19,7 @@ from offramp import models
 from offramp.bundle import directory
 from offramp.bundle.precision import ANSWERS, ERROR, EXITS
 from offramp.bundle.whole import exported
-from offramp.errors import OfframpError
+from offramp.errors import ExportError, OfframpError
 from offramp.export import save
 from offramp.export.encode import Precision, precisions
 from offramp.export.fewer_bits import in_fewer_bits
@@ -174,8 +174,11 @@ class Check:
             with tempfile.TemporaryDirectory(prefix="offramp-check-") as folder:
                 self._steps(Path(folder) / "model.offramp")
         except OfframpError as error:
-            self.failed(error.stage, error.reason if error.hint is None else f"{error.reason}; try: {error.hint}")
+            self._failed_by(error, error.stage)
         return self.report
+
+    def _failed_by(self, error: OfframpError, stage: str) -> None:
+        self.failed(stage, error.reason if error.hint is None else f"{error.reason}; try: {error.hint}")
 
     def failed(self, stage: str, reason: str) -> None:
         """Note in the report that the model does not work."""
@@ -228,7 +231,11 @@ class Check:
                     report.max_error["cache"] = max(check_chunks(captured, program), validated["cache"])
         if encodes and not self._wrong:
             with self._timed("precision"):
-                self._encode(program, path)
+                try:
+                    self._encode(program, path)
+                except ExportError as error:
+                    self._failed_by(error, self.stage)
+                    return
         if self._wrong:
             self.failed("run", "; ".join(self._wrong))
         report.ok = not self._wrong
