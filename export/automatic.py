@@ -14,6 +14,7 @@ from offramp.bundle.manifest import Manifest
 from offramp.bundle.precision import ERROR
 from offramp.export.agreement import Bounds, answers, changed, ways
 from offramp.export.encode import encoded, run_together
+from offramp.export.first_row import first_row, with_room
 from offramp.export.ranges import Ranges
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.sessions import open_sessions
@@ -132,12 +133,14 @@ def chosen(costs: Losses, losses: Losses, bound: float) -> dict[str, str]:
 def _times(chains: Mapping[str, Chain], inputs: Mapping[str, Any]) -> defaultdict[tuple[str, str], dict[str, float]]:
     """Milliseconds by encoding and file, of "many" tokens and of "one": the least of rounds in which all take turns."""
     (first, *_) = chains.values()
-    one = _first_row(first.manifest, inputs)
+    one, room = first_row(first.manifest, inputs), 0
+    if first.generates is not None:
+        one, room = with_room(first, one, _STEPS)
     found: defaultdict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for policy in ways(first.manifest):
         for _ in range(_ROUNDS):
             for encoding, chain in chains.items():
-                for kind, trace in _traces(chain, one, policy):
+                for kind, trace in _traces(chain, one, policy, room):
                     spent: defaultdict[str, float] = defaultdict(float)
                     for timing in trace:
                         spent[chain.manifest.segments[timing.segment].file] += timing.milliseconds
@@ -147,8 +150,10 @@ def _times(chains: Mapping[str, Chain], inputs: Mapping[str, Any]) -> defaultdic
     return found
 
 
-def _traces(chain: Chain, inputs: Mapping[str, Any], policy: Policy) -> Iterator[tuple[str, Sequence[Timing]]]:
-    """What ran on many tokens, and on each of some single ones where the bundle generates."""
+def _traces(
+    chain: Chain, inputs: Mapping[str, Any], policy: Policy, steps: int
+) -> Iterator[tuple[str, Sequence[Timing]]]:
+    """What ran on many tokens, and on each of so many single ones where the bundle generates."""
     if chain.generates is None:
         yield "many", chain.run(inputs, policy).trace
         return
@@ -156,15 +161,6 @@ def _traces(chain: Chain, inputs: Mapping[str, Any], policy: Policy) -> Iterator
     yield "many", session.trace
     if session.together:
         yield "many", session.step(session.prompts).trace
-    for _ in range(_STEPS):
+    for _ in range(steps):
         yield "one", session.step([prompt[-1:] for prompt in session.prompts]).trace
     session.end()
-
-
-def _first_row(manifest: Manifest, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs of the first row alone."""
-    found = {}
-    for name, value in inputs.items():
-        place = manifest.values[name].place(manifest.batch) if name in manifest.values else None
-        found[name] = value if place is None else np.take(np.asarray(value), range(place[1]), place[0])
-    return found

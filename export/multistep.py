@@ -24,7 +24,8 @@ from offramp.bundle.measures import measure_named
 from offramp.bundle.schedule import Schedule
 from offramp.bundle.whole import divided, undivided
 from offramp.errors import OfframpError
-from offramp.export.whole import first_row, joined
+from offramp.export.first_row import first_row
+from offramp.export.whole import joined
 from offramp.export.write import hashed
 from offramp.runtime.chain import Chain
 from offramp.runtime.policies.base import Never, Policy

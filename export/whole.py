@@ -19,6 +19,7 @@ from onnx_ir.passes.common import NameFixPass, RemoveUnusedNodesPass
 from offramp.bundle.manifest import Manifest, Part, Segment, Stack
 from offramp.bundle.whole import divided, last_exit, segments, undivided
 from offramp.errors import OfframpError
+from offramp.export.first_row import first_row, with_room
 from offramp.export.validation import error
 from offramp.export.write import hashed
 from offramp.program.compare import TOLERANCE
@@ -65,23 +66,20 @@ def with_whole(
     return manifest
 
 
-def first_row(manifest: Manifest, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The first row of a bundle's inputs."""
-    row = {}
-    for name, array in inputs.items():
-        place = manifest.values[name].place(manifest.batch)
-        row[name] = array if place is None else array.take(range(place[1]), place[0])
-    return row
-
-
 def _answers(chain: Chain, inputs: Mapping[str, Any]) -> list[Any]:
-    """What a run gives; of a bundle with caches the logits behind each prompt and a token more, if it generates."""
+    """What a run gives; of a bundle with caches, if it generates, the logits behind a prompt and of a token more.
+
+    A prompt that leaves no room for that token is cut.
+    """
     if chain.manifest.cache is None:
         return list(chain.run(inputs, Never()).outputs.values())
     if chain.generates is None:
         return []
+    inputs, room = with_room(chain, inputs, 1)
     session = chain.session(inputs, Never())
-    found = [*session.step(session.prompts).rows, *session.step([row[-1:] for row in session.prompts]).rows]
+    found = [*session.step(session.prompts).rows]
+    if room:
+        found += session.step([row[-1:] for row in session.prompts]).rows
     session.end()
     return [row.outputs[session.plan.output] for row in found]
 

@@ -320,6 +320,28 @@ def test_auto_of_a_generator_times_single_tokens(decoder: tiny.Captured, tmp_pat
     assert all("one" in kinds for kinds in times.values())
 
 
+class Placed(tiny.Short):
+    """Takes positions, which a bundle's graph makes itself."""
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        x = self.words(input_ids) + self.places(positions)
+        for block in self.blocks:
+            x = block(x, None)
+        return {"logits": self.head(self.leave(x))}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", [tiny.Short, Placed])
+def test_auto_of_a_prompt_that_leaves_no_room(kind: type[tiny.Short], tmp_path: Path) -> None:
+    inputs = {"input_ids": tiny.ids(kind.ROOM)}
+    if kind is Placed:
+        inputs["positions"] = torch.arange(kind.ROOM).expand(2, -1)
+    program = apply(offramp.capture(tiny.seeded(kind, 4), inputs), "insert-cache")
+    samples = [{name: value.numpy() for name, value in inputs.items()}]
+    offramp.save(program, tmp_path / "m.offramp", "auto", samples=samples, loss=1.0)
+    measured = offramp.load(tmp_path / "m.offramp").manifest.provenance["precision"]
+    assert all("one" in measured[f"decoder.{block}.onnx"]["milliseconds"]["fp32"] for block in range(1, 5))
+
+
 def test_what_is_hidden_counts_for_nothing_and_what_breaks_is_no_number() -> None:
     def result(*values: float) -> Result:
         return Result({"logits": np.array([values], np.float32)}, {}, {}, ())

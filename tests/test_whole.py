@@ -172,6 +172,15 @@ def test_one_part_is_whole_already(decoder: tiny.Captured, tmp_path: Path) -> No
     assert offramp.load(tmp_path / "m").manifest.stacks["decoder"].whole is None
 
 
+def test_a_model_captured_at_its_full_length_has_one(tmp_path: Path) -> None:
+    program = offramp.capture(tiny.seeded(tiny.Short, 4), {"input_ids": tiny.ids(tiny.Short.ROOM)})
+    offramp.save(apply(program, "insert-exits{after=2},insert-cache"), tmp_path / "m")
+    manifest = offramp.load(tmp_path / "m").manifest
+    assert manifest.cache is not None
+    assert manifest.cache.limit == tiny.Short.ROOM
+    assert manifest.stacks["decoder"].whole is not None
+
+
 def test_parts_of_several_encodings_have_none(encoder: tiny.Captured, tmp_path: Path) -> None:
     program = apply(encoder.program, EXITS)
     offramp.save(program, tmp_path / "m", precision={"encoder.1": "int8"}, loss=1.0)

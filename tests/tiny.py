@@ -162,6 +162,16 @@ class Talker(Decoder):
         self.places, self.head = nn.Embedding(150, WIDTH), nn.Linear(WIDTH, WORDS)
 
 
+class Short(Decoder):
+    """Room for 16 tokens, and a head of its own."""
+
+    ROOM = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Embedding(self.ROOM, WIDTH), nn.Linear(WIDTH, WORDS)
+
+
 class Halves(Talker):
     """Two causal stacks, of 3 blocks and of 2, with a layer between them."""
 
