@@ -53,7 +53,7 @@ class Measure:
 
 #: A row's next token, of a short list of candidates: greedy generation takes it where the row leaves.
 PICK = "prediction-short"
-#: The same of all classes, which needs nobody's consent: it is what the logits would say.
+#: The same of all classes, which needs nobody's consent: it is what the logits would say, in their precision.
 SCREENED = "prediction-screened"
 
 MEASURES: Mapping[str, Measure] = {

@@ -15,6 +15,7 @@ from offramp.bundle.precision import ERROR
 from offramp.export.agreement import Bounds, answers, changed, ways
 from offramp.export.encode import encoded, run_together
 from offramp.export.first_row import first_row, with_room
+from offramp.export.head_precision import tied
 from offramp.export.ranges import Ranges
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.sessions import open_sessions
@@ -41,7 +42,8 @@ def automatic(
 
     Every file is timed in every encoding, on one token where it runs token by token, else on the first sample's first
     row. Its loss is that of the chain in which it alone is encoded. Losses of several are taken to add up in squares;
-    what that says is checked, and the widest bound is looked for with which it holds.
+    what that says is checked, and the widest bound is looked for with which it holds. Files of which one holds a
+    screened head, and another makes its logits, get one encoding.
 
     Args:
         manifest: of the bundle in fp32.
@@ -52,10 +54,11 @@ def automatic(
         before: what the bundle in fp32 answers.
     """
     names = list(dict.fromkeys(segment.file for segment in manifest.segments.values()))
+    units = {min(group, key=names.index): group for group in tied(manifest)}
     chunked = {item.file for name, item in manifest.segments.items() if name not in run_together(manifest)}
     with TemporaryDirectory(prefix=f"{directory.name}-", dir=directory.parent) as folder:
         sessions = {"fp32": open_sessions(directory, names, None, None)}
-        options = {name: ["fp32"] for name in names}
+        options = {unit: ["fp32"] for unit in units}
         for encoding in _SIZES[:-1]:
             place = Path(folder) / encoding
             place.mkdir()
@@ -63,9 +66,11 @@ def automatic(
                 manifest, directory, place, dict.fromkeys(names, encoding), encoding, ranges
             ).segments.values()
             sessions[encoding] = open_sessions(place, names, None, None)
-            for name in dict.fromkeys(item.file for item in made if item.encoding == encoding):
-                if encoding != "int8-dynamic" or name not in chunked:  # where a token's range would be its prompt's
-                    options[name].append(encoding)
+            changes = {item.file for item in made if item.encoding == encoding}
+            for unit, group in units.items():
+                ranged = encoding == "int8-dynamic" and group & chunked  # a token's range would be its prompt's
+                if group & changes and not ranged:
+                    options[unit].append(encoding)
 
         def chain(encodings: Mapping[str, str]) -> Chain:
             mixed = {name: sessions[encodings.get(name, "fp32")][name] for name in names}
@@ -76,19 +81,19 @@ def automatic(
         def lost(encodings: Mapping[str, str]) -> dict[str, float]:
             return changed(before, answers(chain(encodings), samples))
 
-        losses = {name: {"fp32": 0.0} for name in names}
-        for name, item in ((name, item) for name, known in options.items() for item in known[1:]):
-            if np.isfinite(error := lost({name: item})[ERROR]):
-                losses[name][item] = error
+        losses = {unit: {"fp32": 0.0} for unit in units}
+        for unit, item in ((unit, item) for unit, known in options.items() for item in known[1:]):
+            if np.isfinite(error := lost(dict.fromkeys(units[unit], item))[ERROR]):
+                losses[unit][item] = error
         costs = {
-            name: {item: times[item, name].get("one", times[item, name].get("many", 0.0)) for item in known}
-            for name, known in losses.items()
+            unit: {item: sum(_cost(times[item, name]) for name in units[unit]) for item in known}
+            for unit, known in losses.items()
         }
         found = dict.fromkeys(names, "fp32")
         low, high = 0.0, 2 * bounds.loss  # losses cancel each other in part
         bound = high
         for _ in range(_TRIES):
-            bolder = chosen(costs, losses, bound)
+            bolder = {name: item for unit, item in chosen(costs, losses, bound).items() for name in units[unit]}
             if bolder != found and bounds.broken(lost(bolder)):
                 high = bound
             else:
@@ -98,12 +103,13 @@ def automatic(
         name: {
             "encoding": found[name],
             "milliseconds": {
-                item: {kind: round(ms, 4) for kind, ms in times[item, name].items()} for item in losses[name]
+                item: {kind: round(ms, 4) for kind, ms in times[item, name].items()} for item in losses[unit]
             },
-            "loss": {item: round(error, 6) for item, error in losses[name].items()},
+            "loss": {item: round(error, 6) for item, error in losses[unit].items()},
         }
-        for name in names
-        if len(losses[name]) > 1
+        for unit, group in units.items()
+        if len(losses[unit]) > 1
+        for name in sorted(group, key=names.index)
     }
     return found, about
 
@@ -128,6 +134,11 @@ def chosen(costs: Losses, losses: Losses, bound: float) -> dict[str, str]:
         _, name, other = min(better)
         found[name] = other
     return found
+
+
+def _cost(times: Mapping[str, float]) -> float:
+    """Milliseconds of one token, or where a file never runs on one, of many."""
+    return times.get("one", times.get("many", 0.0))
 
 
 def _times(chains: Mapping[str, Chain], inputs: Mapping[str, Any]) -> defaultdict[tuple[str, str], dict[str, float]]:

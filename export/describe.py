@@ -34,7 +34,8 @@ _ENCODING = "fp32"
 class Describer:
     """Lowers the subgraphs of a plan through a writer, and says in manifest terms what they compute.
 
-    ``screens`` says of a segment by its name whether the classes of `prediction-screened` are screened there.
+    ``screens`` says of a segment by its name whether the classes of `prediction-screened`, the greatest of the logits
+    that it makes, are screened where blocks make them.
     """
 
     def __init__(
@@ -55,7 +56,11 @@ class Describer:
         self.translations = Translations(target)
         self.returned = results(program.graph)
         self.screens = screens
-        self.screened = {self.returned[item.scores[SCREENED]] for item in program.exits if SCREENED in item.scores}
+        self.screened = {
+            self.returned[item.scores[SCREENED]]: self._logits_of(item)
+            for item in program.exits
+            if SCREENED in item.scores
+        }
         self.names = {node: name for name, node in placeholders(program.graph).items()}
         for stack in program.stacks.values():
             for depth, name in enumerate(stack.cuts):
@@ -67,6 +72,12 @@ class Describer:
         self._outside = (*plan.before, *plan.tables, *plan.enter, *plan.tails)
         self.batch = self._batch()
         self._total = len(self.segment_names())
+
+    def _logits_of(self, item: Exit) -> str | None:
+        """The name of the segment that makes an exit's logits; None where no segment of its own does."""
+        plan = next(plan for plan in self.plan.stacks if plan.stack.name == item.stack)
+        tails = plan.heads.get(item.after, self.plan.tails)
+        return tails[0].name if tails else None
 
     def segment_names(self) -> list[str]:
         """The names that the segments will have."""
@@ -297,7 +308,7 @@ class Describer:
             return name
         self.progress(name, len(self.segments), self._total)
         translation = self.translations.of(subgraph)
-        found = self.screened if self.screens(subgraph.name) else ()
+        found = {node for node, made_by in self.screened.items() if self.screens(made_by or subgraph.name)}
         screened = [place for place, node in enumerate(translation.outputs) if node in found]
         file = self.writer.segment(translation, subgraph.name, _ENCODING, screened)
         renamed = renamed or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +15,7 @@ from onnx import external_data_helper, numpy_helper
 
 from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
+from offramp.export.head_precision import heads_of, offsets, quantized_with_heads
 from offramp.export.patterns import in_use, listed, pattern_of, written
 from offramp.export.quantize import encoding_of, gathered, quantized
 from offramp.export.ranges import Ranges
@@ -118,17 +119,21 @@ def encoded(
         source: the bundle in fp32.
         target: an empty directory.
         wanted: the encoding of each file. One that has nothing for it gets what there is: a head that is tied to a
-            table has 8 bits where 4 were wanted.
+            table has 8 bits where 4 were wanted. Screened heads have that of the file that makes their logits.
         called: what the manifest calls that.
         ranges: of weights of 4 bits.
     """
-    tables = _Tables(source, (file for file, encoding in wanted.items() if encoding != "fp32"))
+    tables, heads = _Tables(source, wanted), heads_of(manifest, source, wanted)
     with (target / WEIGHTS_FILE).open("wb") as weights:
         writer = _Weights(weights)
         made = dict[str, str]()
         for file, encoding in wanted.items():
-            model = quantized(onnx.load(source / file), encoding, tables.of(file), ranges.of(file))
-            made[file] = encoding_of(model)
+            model, given = onnx.load(source / file), (tables.of(file), ranges.of(file))
+            if file in heads:
+                model, made[file] = quantized_with_heads(model, encoding, heads[file], tables.places[file], *given)
+            else:
+                model = quantized(model, encoding, *given)
+                made[file] = encoding_of(model)
             (target / file).write_bytes(writer.moved(model).SerializeToString(deterministic=True))
     for file in manifest.take.values():
         shutil.copyfile(source / file, target / file)
@@ -157,24 +162,23 @@ def _segments(manifest: Manifest, stage: Stage) -> Iterator[str]:
 
 
 class _Tables:
-    """The weights of which rows are gathered, in any of a bundle's files."""
+    """The weights of which rows are gathered, in any of a bundle's files that are encoded.
 
-    def __init__(self, source: Path, files: Iterable[str]) -> None:
-        self._weights = dict[str, dict[str, int]]()
+    ``places`` says, by file and name, where all weights lie.
+    """
+
+    def __init__(self, source: Path, wanted: Mapping[str, str]) -> None:
+        self.places = dict[str, dict[str, int]]()
         self._tables = set[int]()
-        for file in files:
+        for file, encoding in wanted.items():
             model = onnx.load(source / file, load_external_data=False)
-            known = self._weights[file] = {
-                item.name: int(entry.value)
-                for item in model.graph.initializer
-                for entry in item.external_data
-                if entry.key == "offset"
-            }
-            self._tables |= {known[name] for name in gathered(model) if name in known}
+            known = self.places[file] = offsets(model)
+            if encoding != "fp32":
+                self._tables |= {known[name] for name in gathered(model) if name in known}
 
     def of(self, file: str) -> set[str]:
         """Their names in a file."""
-        return {name for name, offset in self._weights.get(file, {}).items() if offset in self._tables}
+        return {name for name, offset in self.places[file].items() if offset in self._tables}
 
 
 class _Weights:

@@ -79,7 +79,10 @@ def gathered(model: onnx.ModelProto) -> set[str]:
     return {
         node.input[0]
         for node in model.graph.node
-        if node.op_type == "Gather" and node.input[0] in tables and _is_table(node, tables[node.input[0]])
+        if node.op_type == "Gather"
+        and node.input[0] in tables
+        and _is_table(node, tables[node.input[0]])
+        and not _of_screening(node)
     }
 
 

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 from test_short_scores import FORMS, Compared, Tailed
-from torch import Tensor
+from torch import Tensor, nn
 
 import offramp
 from offramp.bundle.measures import SCREENED
@@ -330,6 +330,44 @@ def test_bounds_hold_in_any_precision(tmp_path: Path, precision: str) -> None:
         assert {segment.encoding for segment in chain.manifest.segments.values()} <= {precision, "fp32"}
     assert _tails(chain, offramp.Never(), PROMPTS) == {False}
     assert len(_said(chain, offramp.Never(), PROMPTS)) == 2
+
+
+MIXED = [("fp32", "int4", True), ("fp16", "int8", True), ("int4", "fp32", False)]
+
+
+class Wordy(tiny.Talker):
+    """As many words as a head in fewer bits confuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(300, tiny.WIDTH), nn.Linear(tiny.WIDTH, 300)
+
+
+class Tied(Wordy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = self.words.weight
+
+
+@pytest.mark.parametrize("kind", [Wordy, pytest.param(Tied, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tail", "blocks", "large"), MIXED)
+def test_a_head_has_the_precision_of_the_tail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tail: str, blocks: str, kind: type[Wordy], large: bool
+) -> None:
+    """At full depth and at an exit, whatever the blocks have, tokens are those of the logits."""
+    monkeypatch.setattr(screening, "_LEAST", 1 if large else 1 << 30)
+    scores = f"insert-scores{{measure=top1-short,candidates=5}},{TEXT}"
+    program = apply(_captured_of(kind).program, f"insert-exits{{after=2}},{scores},insert-cache")
+    save(program, tmp_path / "m", {"*tail": tail, "*": blocks}, loss=10.0)
+    chain = offramp.load(tmp_path / "m")
+    assert {
+        item.encoding for name, item in chain.manifest.segments.items() if name[:7] == "decoder" and "tail" not in name
+    } == {blocks}
+    prompts = [[at, 2 * at, 3] for at in range(1, 9)]
+    for policy in (offramp.Never(), offramp.Confidence(0.0, measure="top1-short")):
+        assert _tails(chain, policy, prompts[:1]) == {False}
+        by_logits = _said(chain, policy, prompts, processors=(lambda tokens, logits: logits,))
+        assert _said(chain, policy, prompts) == by_logits
 
 
 # Generation
