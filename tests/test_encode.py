@@ -543,7 +543,7 @@ def test_a_check_in_fewer_bits() -> None:
     assert report.agreement.keys() == {"answers", "exits"}
     assert report.bytes["bundle"] < report.bytes["parameters"]  # type: ignore[operator]
     report = check(Wide().eval(), inputs, precision="int8", loss=1e-6, pipeline="")
-    assert (report.ok, report.stage) == (False, "export")
+    assert (report.ok, report.stage) == (False, "precision")
     assert "not within loss=1e-06" in str(report.reason)
     report = check(Wide().eval(), inputs, precision={"x": "int8"}, pipeline="")
     assert "no segment's name matches 'x'; there are before-encoder" in str(report.reason)
