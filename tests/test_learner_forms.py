@@ -129,6 +129,24 @@ def test_generation(form: Form, then: str, decoder: tiny.Captured, tmp_path: Pat
     assert chain.generate({"input_ids": prompts}, max_new_tokens=2).width == pytest.approx(widths[0], abs=0.2)
 
 
+@pytest.mark.parametrize("stacks", [("encoder",), ("encoder", "decoder")])
+def test_learners_of_what_runs_once_are_counted(
+    stacks: tuple[str, ...], two_stacks: tiny.Captured, tmp_path: Path
+) -> None:
+    """Of a prompt and no token behind it all learners that a run has, by their operations."""
+    program = undecided(apply(two_stacks.program, ",".join(f"insert-acm{{stack={name}}}" for name in stacks)))
+    offramp.save(apply(program, "insert-cache"), tmp_path / "m.offramp", learners="grouped", segments=1)
+    chain, inputs = offramp.load(tmp_path / "m.offramp"), arrays(two_stacks.inputs)
+    for budget in (1.0, 0.3):
+        ran = chain.run(inputs, offramp.Width(budget))
+        for beams in (1, 2):
+            found = chain.generate(inputs, offramp.Width(budget), max_new_tokens=1, stop=[], beams=beams)
+            assert found.width == pytest.approx(ran.width)
+    assert found.width not in (None, 0.0, 1.0)
+    longer = chain.generate(inputs, offramp.Width(0.3), max_new_tokens=4, stop=[]).width
+    assert (longer == found.width) == (stacks == ("encoder",))
+
+
 def test_the_card_says_what_has_learners(chains: dict[str, offramp.Chain]) -> None:
     text = card.card(chains["grouped"].manifest, "m.offramp")
     assert "| encoder | mlp | 4 | 4 | grouped |" in text

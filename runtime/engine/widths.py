@@ -46,6 +46,11 @@ class Widths:
         self._taken: defaultdict[str, list[tuple[Index, NDArray[np.int64]]]] = defaultdict(list)
         self._executed = self._all = 0
 
+    def include(self, other: Widths) -> None:
+        """Count what tokens took elsewhere, too."""
+        self._executed += other._executed
+        self._all += other._all
+
     def take(self, segment: str, rows: Index, env: Env, memory: Memory) -> None:
         """Note what the tokens of ``rows`` took in a segment that has run."""
         for name, item in self._sites.of[segment]:

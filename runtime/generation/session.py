@@ -61,6 +61,7 @@ class Session:
         self._once: Ran = plan.once(inputs, prompts, policy, width)
         capacity = self._capacity(_FIRST_CAPACITY, max(row.size for row in prompts) + self.ahead + 1)
         self.decoder = Decoder(plan, plan.store(slots, capacity), propagate, max_pending)
+        self.decoder.widths.include(self._once.widths)
         self._read_tables()
         self.rows = list(range(len(prompts)))
         self.policies = {name: StackPolicy(policy, plan.manifest.stacks[name], slots) for name in plan.stacks}

@@ -42,7 +42,8 @@ class Token(NamedTuple):
 class Generated:
     """What `Chain.generate` returns, by row: new token ids int64 [n], and after how many blocks each was made.
 
-    ``width`` is the share of the learners' floating-point operations that tokens executed; None without learners.
+    ``width`` is the share of the learners' floating-point operations that was executed, of the generated tokens, the
+    prompts and what ran once for the inputs; None without learners.
     ``encoders`` says after how many blocks each row left the stacks that ran once for the inputs, int64 [rows];
     [rows, tokens] where tokens leave alone.
     """
