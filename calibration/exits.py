@@ -16,6 +16,7 @@ from offramp.calibration.examples import Examples
 from offramp.calibration.gates import Fit, Path, Thresholds, leaves, policy_of
 from offramp.calibration.observe import (
     Observed,
+    StepKind,
     generate,
     measures_of,
     observe_rows,
@@ -52,6 +53,11 @@ class Exits:
     def by_token(self) -> bool:
         """Whether tokens leave the stack; else rows do."""
         return self.asked.chain.generates is not None and not runs_once(self.asked.chain, self.stack)
+
+    @property
+    def step(self) -> StepKind:
+        """What is timed."""
+        return "token" if self.by_token else "row" if self.asked.chain.generates is None else "input"
 
     @property
     def about(self) -> dict[str, Any]:
@@ -138,6 +144,7 @@ def _chosen(exits: Exits, path: Path, results: Tested, costs: Costs) -> tuple[Po
     full_ms = round(costs.whole, 4)
     record: dict[str, Any] = {
         "reason": None,
+        "step": exits.step,
         "measure": path.measure,
         "temperatures": temperatures(exits.stack, path),
         "dropped": dropped,

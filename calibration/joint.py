@@ -93,6 +93,7 @@ def choose(joint: Joint, fitting: Examples, testing: Examples) -> tuple[Policy, 
     full = round(search.full_milliseconds, 4)
     record: dict[str, Any] = {
         "reason": None,
+        "step": "row" if asked.chain.generates is None else "generation",
         "stacks": {of.stack.name: dict(of.record) for of in candidates},
         "combinations": len(search.found),
         "milliseconds": {"full": full, "expected": full},

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ from offramp.runtime.generation.tokens import Token
 from offramp.runtime.policies.base import Rows
 from offramp.runtime.result import Timing
 
+#: What is timed: a row; of a generation a token behind the prompt, what runs once for its input, or all of it.
+StepKind: TypeAlias = Literal["row", "token", "input", "generation"]
 Numbers = NDArray[np.float64]
 GREEDY = {"temperature": 0, "beams": 1}  # of generations that are compared
 _TIMED = 48  # examples whose segments are timed

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from offramp.bundle.schedule import Schedule
 from offramp.calibration import sequence
 from offramp.calibration.costs import FASTER
 from offramp.calibration.examples import Example, Examples
-from offramp.calibration.observe import GREEDY, generate
+from offramp.calibration.observe import GREEDY, StepKind, generate
 from offramp.calibration.risk import accepted, losses_of
 from offramp.calibration.sequence import Asked, Tested
 from offramp.errors import InputError
 from offramp.runtime import Chain, Never, Policy, Width
+from offramp.runtime.generation.tokens import Token
 
 ALL = 1.0  # learners
 BUDGETS = tuple(step / 20 for step in range(19, 1, -1))  # from careful to bold
@@ -45,6 +47,7 @@ def choose(
     full = round(path.milliseconds[ALL], 4)
     record: dict[str, Any] = {
         "reason": None,
+        "step": step_of(asked.chain),
         "budgets": list(path.budgets),
         "dropped": {f"{budget:g}": why for budget, why in path.dropped.items()},
         "milliseconds": {"full": full, "expected": full},
@@ -88,30 +91,71 @@ def path_of(asked: Asked, fitting: Examples, budgets: Sequence[float]) -> Path:
     return Path(settings[1:], times, dict(sorted(dropped.items(), reverse=True)))
 
 
+def step_of(chain: Chain) -> StepKind:
+    """What takes less time where learners are left out, by whether they lie in what runs once for a generation."""
+    if chain.generates is None:
+        return "row"
+    manifest = chain.manifest
+    once = {
+        value
+        for step in Schedule.of(manifest).steps
+        if step.stage.when == "input"
+        for name in step.segments
+        for value in manifest.segments[name].outputs.values()
+    }
+    found = {item.count in once for item in manifest.learners.values()}
+    return "generation" if len(found) == 2 else "input" if True in found else "token"
+
+
 def time_widths(
-    chain: Chain, examples: Sequence[Example], budgets: Sequence[float], options: Mapping[str, Any]
+    chain: Chain,
+    examples: Sequence[Example],
+    budgets: Sequence[float],
+    options: Mapping[str, Any],
+    step: StepKind | None = None,
 ) -> dict[float, float]:
-    """Milliseconds of a step, one row at a time, by budget, in turns; the first budget is what others are ratios of."""
+    """Milliseconds of a step (None: `step_of`), one row at a time, by budget, in turns.
+
+    The first budget is what others are ratios of, and whose number of tokens a generation has.
+    """
+    kind = step or step_of(chain)
     some = examples[: _TIMED_ROWS if chain.generates is None else _TIMED_TEXTS]
     for budget in budgets:
-        _milliseconds(chain, some[0], Width(budget), options)
-    times = np.array(
-        [[_milliseconds(chain, example, Width(budget), options) for budget in budgets] for example in some]
-    )
-    found = np.median(times[:, 0]) * np.median(times / times[:, :1], 0)
+        _wall(kind, chain, some[0], Width(budget), options)
+    times = []
+    for example in some:
+        runs = [_wall(kind, chain, example, Width(budget), options) for budget in budgets]
+        if kind in ("token", "generation") and not all(steps for _, steps in runs):
+            raise InputError("no token is generated, so there is nothing to time", hint="max_new_tokens=32")
+        times.append([milliseconds(kind, *run, like=runs[0][1]) for run in runs])
+    ratios = np.array(times)
+    found = np.median(ratios[:, 0]) * np.median(ratios / ratios[:, :1], 0)
     return dict(zip(budgets, found.tolist(), strict=True))
 
 
-def _milliseconds(chain: Chain, example: Example, policy: Policy, options: Mapping[str, Any]) -> float:
-    """Of a row, or on average of the tokens behind the prompt."""
-    if chain.generates is not None:
-        _, steps = generate(chain, example, policy, options)
-        if not steps:
-            raise InputError("no token is generated, so there is nothing to time", hint="max_new_tokens=32")
-        return mean(step.milliseconds for step in steps[1:] or steps)
+def milliseconds(step: StepKind, wall: float, tokens: Sequence[Token], like: Sequence[Token]) -> float:
+    """Of a step on average, where all took ``wall``; of a generation as if it had as many tokens as ``like``."""
+    if step == "row":
+        return wall
+    if step == "input":
+        return wall - sum(token.milliseconds for token in tokens)
+    behind = [token.milliseconds for token in tokens[1:] or tokens]
+    return mean(behind) if step == "token" else wall - sum(behind) + mean(behind) * len(like[1:] or like)
+
+
+def _wall(
+    step: StepKind, chain: Chain, example: Example, policy: Policy, options: Mapping[str, Any]
+) -> tuple[float, Sequence[Token]]:
+    """Milliseconds of a row, or as much of a generation as there is to time, and the tokens that were made."""
     started = perf_counter()
-    chain.run(example, policy)
-    return (perf_counter() - started) * 1e3
+    steps: Sequence[Token] = ()
+    if step == "row":
+        chain.run(example, policy)
+    elif step == "input":
+        chain.session(example, policy).end()
+    else:
+        _, steps = generate(chain, example, policy, options)
+    return (perf_counter() - started) * 1e3, steps
 
 
 def _executed(asked: Asked, examples: Examples, policy: Policy) -> float:

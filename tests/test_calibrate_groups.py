@@ -134,7 +134,9 @@ def test_an_encoder_of_a_generator_is_judged_by_what_is_generated(generator: Cha
     made = generator.generate(data(10, decodes=True), found.policy, max_new_tokens=3)
     assert (made.encoders["encoder.text"] < 3).any()
     assert (made.encoders["encoder.image"] == 3).all()
-    assert offramp.calibrate(generator, data(90, decodes=True), keep=0.9, max_new_tokens=3).record["stack"] == "decoder"
+    assert found.record["step"] == "input"
+    record = offramp.calibrate(generator, data(90, decodes=True), keep=0.9, max_new_tokens=3).record
+    assert (record["stack"], record["step"]) == ("decoder", "token")
 
 
 def test_a_decoder_beside_an_encoder(generator: Chain) -> None:

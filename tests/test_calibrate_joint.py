@@ -163,6 +163,7 @@ def test_of_a_generator_encoder_and_decoder(generator: Chain) -> None:
     )
     assert found.policy == Each(dict.fromkeys(stacks, Depth(1)))
     assert found.record["stacks"]["decoder"]["measure"] is None
+    assert found.record["step"] == "generation"
     made = generator.generate(data(5, decodes=True), found.policy, max_new_tokens=3)
     assert all((made.encoders[name] == 1).all() for name in GROUPS)
     assert (np.concatenate(made.exits) == 1).all()

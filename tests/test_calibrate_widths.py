@@ -16,21 +16,25 @@ import torch
 from numpy.typing import NDArray
 from test_cli import refused, run
 from test_insert_acm import weights
+from torch import nn
 
 import offramp
 from offramp.bundle.manifest import MANIFEST_FILE
 from offramp.calibration import calibrator, exits, report, reporting, sequence, widths
 from offramp.calibration.costs import Costs
 from offramp.calibration.examples import Examples, read
+from offramp.calibration.observe import StepKind
 from offramp.calibration.sequence import Asked, Full
 from offramp.calibration.verdicts import Point, verdict_of_widths
 from offramp.errors import InputError
 from offramp.passes import apply
 from offramp.program import capture
 from offramp.runtime import Chain, Confidence, Entropy, Never, Policy, Width
+from offramp.runtime.generation.tokens import Token
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = json.loads((ROOT / "docs" / "manifest.schema.json").read_text())
+BOTH = "insert-acm{stack=encoder},insert-acm{stack=decoder},insert-cache"
 SCORES = "insert-exits{after=1|2|3},insert-scores{measure=top1}"
 
 
@@ -72,7 +76,7 @@ def both(encoder: tiny.Captured, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times that are proportional to the width, so that what is chosen does not depend on the machine."""
 
-    def times(chain: object, examples: object, budgets: Sequence[float], options: object) -> dict[float, float]:
+    def times(chain: object, examples: object, budgets: Sequence[float], *_: object) -> dict[float, float]:
         return {budget: 10 * budget for budget in budgets}
 
     monkeypatch.setattr(widths, "time_widths", times)
@@ -255,6 +259,58 @@ def test_tokens_are_timed_on_this_machine(
         given = read(chain, {"input_ids": [[1, 2], [3]]}).inputs
         found = widths.time_widths(chain, given, [1.0, 0.5], {"max_new_tokens": new})
         assert all(0 < value < 1000 for value in found.values())
+
+
+class _Wide(tiny.TwoStacks):
+    """What takes long is its encoder's MLPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.encoder.blocks:
+            up, act, down = nn.Linear(tiny.WIDTH, 2000), nn.GELU(), nn.Linear(2000, tiny.WIDTH)
+            block.mlp = nn.Sequential(up, act, down)
+
+
+def sources(count: int) -> dict[str, NDArray[np.int64]]:
+    ids = tiny.ids(60, count, 3).numpy()
+    return {"source_ids": ids, "source_mask": np.ones_like(ids), "input_ids": tiny.ids(1, count).numpy()}
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Learners in the encoder, which runs once for a generation, alone."""
+    root = tmp_path_factory.mktemp("widths") / "once.offramp"
+    program = apply(capture(tiny.seeded(_Wide), tiny.two_texts()), "insert-acm{stack=encoder},insert-cache")
+    offramp.save(program, root, target="portable", learners="grouped", segments=1)
+    return root
+
+
+def test_what_runs_once_is_timed_where_its_learners_lie(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    chain = offramp.load(once)
+    found = widths.time_widths(chain, read(chain, sources(6)).inputs, [1.0, 0.25], {"max_new_tokens": 4})
+    assert found[0.25] < 0.7 * found[1.0]
+    asked: dict[str, Any] = {"keep": 0.5, "quality": lambda *_: 1.0, "width": 0.25, "max_new_tokens": 2, "stop": []}
+    chosen = offramp.calibrate(chain, sources(120), **asked)
+    assert chosen.policy == Width(0.25)
+    assert (chosen.record["step"], chosen.record["executed"]) == ("input", 0.25)
+    assert chosen.record["milliseconds"]["expected"] < 0.7 * chosen.record["milliseconds"]["full"]
+
+
+def test_generations_are_timed_where_learners_lie_in_both(
+    two_stacks: tiny.Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs once, the prompt, and as many tokens as with all learners."""
+    monkeypatch.undo()
+    chain = offramp.load(saved(two_stacks, tmp_path / "m.offramp", BOTH))
+    assert widths.step_of(chain) == "generation"
+    options = {"max_new_tokens": 3, "stop": []}
+    found = widths.time_widths(chain, read(chain, sources(3)).inputs, [1.0, 0.5], options)
+    assert all(0 < value < 1000 for value in found.values())
+    tokens = [Token(0, 1, 3, {}, {}, each, 0, False, ()) for each in (2.0, 4.0, 6.0)]
+    kinds: list[StepKind] = ["row", "token", "input", "generation"]
+    took = [widths.milliseconds(kind, 20.0, tokens, [*tokens, *tokens]) for kind in kinds]
+    assert took == [20.0, 5.0, 8.0, 10.0 + 5 * 5.0]
 
 
 # Exits

@@ -88,6 +88,11 @@ def positive(text: str) -> int:
     return number
 
 
+def a(step: str) -> str:
+    """What is timed, with its article."""
+    return f"an {step}" if step == "input" else f"a {step}"
+
+
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Aligned columns: numbers to the right (floats with three digits), all else to the left."""
     items = list(rows)

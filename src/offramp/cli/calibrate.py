@@ -94,8 +94,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if calibration.chosen:
         calibration.write(args.bundle)
-    joint = "stacks" in calibration.record
-    print(_text(calibration, "row" if not chain.generates else "generation" if joint else "token"))
+    print(_text(calibration))
     return 0
 
 
@@ -125,7 +124,7 @@ def _width(text: str) -> float | Literal["choose"]:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'choose'") from None
 
 
-def _text(calibration: Calibration, step: str) -> str:
+def _text(calibration: Calibration) -> str:
     record = calibration.record
     lines = [f"policy   {calibration.policy}"]
     if record["reason"]:
@@ -141,8 +140,8 @@ def _text(calibration: Calibration, step: str) -> str:
         )
         times = record["milliseconds"]
         lines.append(
-            f"time     {times['expected']:.3f} ms a {step} expected, {times['full']:.3f} ms at full depth: "
-            f"{times['full'] / times['expected']:.2f}x"
+            f"time     {times['expected']:.3f} ms {_common.a(record['step'])} expected, {times['full']:.3f} ms at full "
+            f"depth: {times['full'] / times['expected']:.2f}x"
         )
     if "budgets" in record:
         lines += ["", _widths(record)]

@@ -65,7 +65,9 @@ def text(found: Report) -> str:
     parts = [found.verdict]
     if found.full:
         rows = [_row(point) for point in (found.full, *found.frontier, *([found.oracle] if found.oracle else []))]
-        parts.append(_common.table(("policy", "quality", f"ms a {found.step}", "speed-up", "left after"), rows))
+        parts.append(
+            _common.table(("policy", "quality", f"ms {_common.a(found.step)}", "speed-up", "left after"), rows)
+        )
     if found.widths:
         saved = [(f"{budget:g}", f"{share:.0%}") for budget, share in found.widths.items()]
         parts.append(_common.table(("width", "saves"), saved))
@@ -127,7 +129,7 @@ def draw(found: Report, file: Path) -> None:
     if found.oracle is not None:
         axes.plot(found.oracle.milliseconds, found.oracle.quality, "g*", markersize=12, label=found.oracle.policy)
     axes.axhline(found.full.quality, color="0.8", linewidth=1, zorder=0)
-    axes.set_xlabel(f"milliseconds a {found.step}")
+    axes.set_xlabel(f"milliseconds {_common.a(found.step)}")
     axes.set_ylabel("quality")
     axes.set_xlim(left=0)
     axes.set_title(found.verdict.partition(":")[0] + f": {found.stack} of {found.blocks} blocks")
