@@ -147,8 +147,8 @@ class _Bench:
                 left[at].update(exits)
         means = [float(times[at].sum() / max(1, left[at].total())) for at in range(len(policies))]
         return [
-            Point(name, float(grades[at].mean()), means[at], means[0] / means[at], _shares(left[at]))
-            for at, name in enumerate(ways)
+            Point(name, float(grades[at].mean()), means[at], means[0] / means[at], _shares(left[at]), _budget(policy))
+            for at, (name, policy) in enumerate(ways.items())
         ]
 
 
@@ -215,6 +215,10 @@ def report(
 
 def _by_width(widths: Mapping[float, float]) -> dict[str, Policy]:
     return {f"width {budget:g}": Width(budget) for budget in widths}
+
+
+def _budget(policy: Policy) -> float | None:
+    return policy.budget if isinstance(policy, Width) else None
 
 
 def _of_widths(bench: _Bench, held: Examples | None, widths: Mapping[float, float]) -> Report:

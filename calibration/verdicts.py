@@ -16,7 +16,8 @@ _LITTLE = 0.10  # of the time; where even the oracle saves less, gates are not w
 class Point:
     """One way to run: its quality, and milliseconds a step, wall-clock, beside those of full depth in turns with it.
 
-    ``exits`` has the share of steps that left after so many blocks.
+    ``exits`` has the share of steps that left after so many blocks; ``width`` is the budget of a `Width`, which saves
+    what a gate of exits does not bound.
     """
 
     policy: str
@@ -24,12 +25,13 @@ class Point:
     milliseconds: float
     speedup: float
     exits: Mapping[int, float]
+    width: float | None = None
 
 
 def verdict(
     full: Point | None, frontier: Sequence[Point], oracle: Point | None, depths: Mapping[int, float], stack: Stack
 ) -> str:
-    """Whether exits pay, in a sentence: "yes: ...", "no: ...", "not with these gates: ...", or that nobody can say."""
+    """Whether exits pay, or widths beside them: "yes: ...", "no: ...", "not with these gates: ...", "cannot say ..."."""
     if full is None or oracle is None:
         depth, most = max(depths.items(), key=lambda item: item[1])
         return (
@@ -37,6 +39,9 @@ def verdict(
         )
     bound = 1 - 1 / oracle.speedup
     if bound < _LITTLE:
+        best, saved = _best(full, [point for point in frontier if point.width is not None])
+        if saved >= _WORTH:
+            return f"{_yes(full, best)}; of exits a perfect gate would save {max(bound, 0):.0%}"
         return f"no: a perfect gate would save {max(bound, 0):.0%}; train the exits, or leave them out"
     best, saved = _best(full, frontier)
     if saved < _WORTH:

@@ -446,6 +446,7 @@ def test_exits_and_widths_in_one_report(both: Path) -> None:
     policies = [point.policy for point in found.frontier]
     assert any(policy.startswith("top1 ") for policy in policies)
     assert "width 0.5" in policies
+    assert [point.width for point in found.frontier if point.width is not None] == list(found.widths)
     assert found.oracle
     assert len(found.widths) == 8
     assert len(reporting.report(offramp.load(both), texts(3), judge=False).widths) == 8

@@ -97,6 +97,16 @@ def test_the_sentence(frontier: list[tuple[float, float]], oracle: float, said: 
     assert verdict(FULL, points, perfect, {1: 0.7}, stack).startswith(said)
 
 
+def test_a_width_pays_where_no_gate_would(root: Path) -> None:
+    """What a perfect gate saves bounds what exits do, not what learners do."""
+    points = [Point("a confidence", 0.8, 2.0, 5.0, ALL), Point("a width", 0.8, 5.0, 2.0, ALL, 0.4)]
+    perfect, stack = replace(FULL, milliseconds=9.6, speedup=1.04), offramp.load(root).stacks["encoder"]
+    said = "yes: a width saves 50% of the time (2.00x) at 100.0% of the quality; of exits a perfect gate would save 4%"
+    assert verdict(FULL, points, perfect, {1: 0.7}, stack) == said
+    worse = replace(points[1], quality=0.7)
+    assert verdict(FULL, [worse], perfect, {1: 0.7}, stack).startswith("no: a perfect gate would save 4%")
+
+
 def test_without_examples_only_times(root: Path) -> None:
     found = report(offramp.load(root), {"ids": ids(4)}, judge=False)
     assert found.verdict.startswith("cannot say without examples: leaving after ")
