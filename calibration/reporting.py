@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from offramp.calibration.examples import Example, Examples, read
 from offramp.calibration.gates import Fit, policy_of
 from offramp.calibration.observe import (
     Observed,
+    StepKind,
     generate,
     observe_rows,
     observe_tokens,
@@ -33,9 +34,10 @@ from offramp.calibration.observe import (
 from offramp.calibration.quality import Quality, by_row, classes_of, graded, same_class, same_tokens
 from offramp.calibration.sequence import Asked, nothing_right
 from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
-from offramp.calibration.widths import ALL, all_dense, time_widths
+from offramp.calibration.widths import ALL, all_dense, milliseconds, step_of, time_widths
 from offramp.errors import InputError
 from offramp.runtime import Chain, Never, Policy, Width
+from offramp.runtime.generation.tokens import Token
 
 FULL, OWN, PERFECT = "full depth", "the bundle's own policy", "a perfect gate (reckoned)"
 _POINTS = 8
@@ -49,7 +51,8 @@ class Report:
 
     Attributes:
         verdict: The answer in a sentence.
-        step: What is decided and timed: a "row", or a "token" behind the prompt.
+        step: What is decided and timed: a "row", or a "token" behind the prompt. Of widths alone, where learners lie in
+            what runs once for a generation, that ("input"), or a "generation" where the decoder has some too.
         stack, blocks: The stack that is left, or whose tokens take learners.
         measure: What the frontier's settings of exits compare with thresholds.
         full: Quality and milliseconds at full depth, with all learners.
@@ -91,6 +94,7 @@ class _Bench:
     stack: Stack
     quality: Quality
     options: Mapping[str, Any]
+    step: StepKind
 
     @property
     def tokens(self) -> bool:
@@ -101,10 +105,7 @@ class _Bench:
             return observe_rows(self.chain, self.stack, examples, self.quality), self.costs(examples)
         texts = [generate(self.chain, example, Never(), self.options)[0] for example in examples.inputs]
         if all(len(text) < _LEAST for text in texts):
-            raise InputError(
-                "no text is longer than one token, and a prompt's own is not timed",
-                hint=f"max_new_tokens={_LEAST} or more, or --max-new-tokens {_LEAST}",
-            )
+            raise _too_short()
         return observe_tokens(self.chain, self.stack, examples, texts, self.options)
 
     def agreement(self, examples: Examples, seen: Observed) -> NDArray[np.bool_]:
@@ -118,38 +119,66 @@ class _Bench:
 
     def widths(self, examples: Examples) -> dict[float, float]:
         """The share of a step's time that each width saves."""
-        times = time_widths(self.chain, examples.inputs, [ALL, *_WIDTHS], self.options)
+        times = time_widths(self.chain, examples.inputs, [ALL, *_WIDTHS], self.options, self.step)
         return {budget: 1 - times[budget] / times[ALL] for budget in _WIDTHS}
 
-    def play(self, example: Example, policy: Policy) -> tuple[Any, float, Sequence[int]]:
-        """The answer, milliseconds in all, and after how many blocks each step left."""
-        if self.tokens:
-            text, steps = generate(self.chain, example, policy, self.options)
-            return text, sum(step.milliseconds for step in steps[1:]), [step.exit for step in steps[1:]]
+    def play(self, example: Example, policy: Policy, like: Sequence[Token]) -> _Played:
+        """Run an example; a generation that is timed as a whole is taken for one of as many tokens as ``like``."""
         started = perf_counter()
-        result = self.chain.run(example, policy)
+        if not self.tokens:
+            result = self.chain.run(example, policy)
+            elapsed = (perf_counter() - started) * 1e3
+            return _Played(by_row(self.chain, result.outputs)[0], elapsed, 1, result.exits[self.stack.name].tolist())
+        text, steps = generate(self.chain, example, policy, self.options)
         elapsed = (perf_counter() - started) * 1e3
-        return by_row(self.chain, result.outputs)[0], elapsed, result.exits[self.stack.name].tolist()
+        if self.step == "token":
+            behind = [token.milliseconds for token in steps[1:]]
+            return _Played(text, sum(behind), len(behind), [token.exit for token in steps[1:]], steps)
+        took = milliseconds(self.step, elapsed, steps, like or steps)
+        return _Played(text, took, 1, [], steps)
 
     def points(self, examples: Examples, ways: Mapping[str, Policy]) -> list[Point]:
         """Every policy on every example, in turns; the first is full depth."""
         policies = list(ways.values())
         grades = np.zeros((len(policies), len(examples)))
         times = np.zeros_like(grades)
+        steps = [0 for _ in policies]
         left: list[Counter[int]] = [Counter() for _ in policies]
-        self.play(examples.inputs[0], policies[0])
+        self.play(examples.inputs[0], policies[0], ())
         for row, example in enumerate(examples.inputs):
             reference = None if examples.labels is None else examples.labels[row]
+            like: Sequence[Token] = ()
             for at, policy in enumerate(policies):
-                answer, times[at, row], exits = self.play(example, policy)
-                reference = answer if reference is None else reference
-                grades[at, row] = graded(self.quality, answer, reference)
-                left[at].update(exits)
-        means = [float(times[at].sum() / max(1, left[at].total())) for at in range(len(policies))]
+                played = self.play(example, policy, like)
+                like, times[at, row] = like or played.tokens, played.milliseconds
+                reference = played.answer if reference is None else reference
+                grades[at, row] = graded(self.quality, played.answer, reference)
+                steps[at] += played.steps
+                left[at].update(played.exits)
+        if not all(steps):
+            raise _too_short()
+        means = [float(times[at].sum() / steps[at]) for at in range(len(policies))]
         return [
             Point(name, float(grades[at].mean()), means[at], means[0] / means[at], _shares(left[at]), _budget(policy))
             for at, (name, policy) in enumerate(ways.items())
         ]
+
+
+class _Played(NamedTuple):
+    """An answer, the milliseconds of its steps, how many they are and after how many blocks each left; its tokens."""
+
+    answer: Any
+    milliseconds: float
+    steps: int
+    exits: Sequence[int]
+    tokens: Sequence[Token] = ()
+
+
+def _too_short() -> InputError:
+    return InputError(
+        "no text is longer than one token, and a prompt's own is not timed",
+        hint=f"max_new_tokens={_LEAST} or more, or --max-new-tokens {_LEAST}",
+    )
 
 
 def report(
@@ -167,7 +196,8 @@ def report(
         chain: A loaded bundle.
         data: As for `calibrate`. Three in ten examples serve to fit the settings.
         quality: As for `calibrate`.
-        stack: As for `calibrate`.
+        stack: As for `calibrate`; of a generator one that runs for each token. One that has learners and no scores
+            stands for the widths alone, as the last such does where no exit can be judged.
         judge: Whether the answers mean something; else only times are measured, on inputs that are made up.
         options: As for `calibrate`.
 
@@ -180,19 +210,21 @@ def report(
     examples = read(chain, data)
     if judge and not tokens and quality is None:
         classes_of(chain, examples)
-    wide = next((item.stack for item in chain.manifest.learners.values()), None)
-    alone = wide if stack is None and not scored(chain) else None
-    left = chain.stacks[alone] if alone else stack_of(chain, stack)
-    if tokens and runs_once(chain, left):
+    alone = _widths_alone(chain, stack)
+    left = chain.manifest.stacks[alone] if alone else stack_of(chain, stack)
+    if not alone and runs_once(chain, left):
         raise InputError(
             f"stack {left.name!r} runs once for a generation, whose tokens are what is timed here",
-            hint="a stack that runs for each token; calibrate chooses the exits of the others",
+            hint="offramp calibrate chooses its exits; here a stack that runs for each token, whose exits have scores",
         )
-    bench = _Bench(chain, left, quality or (same_tokens if tokens else same_class), options)
+    learners, kind = chain.manifest.learners and not all_dense(chain), step_of(chain)
+    step: StepKind = kind if alone else "token" if tokens else "row"
+    bench = _Bench(chain, left, quality or (same_tokens if tokens else same_class), options, step)
     if judge and (wrong := nothing_right(Asked(chain, KEEP, 0.5, bench.quality, options), examples)):
         raise InputError(wrong, hint="examples without labels, which are compared with the answers at full depth")
     fitting, held = examples.split(0) if judge and len(examples) > 1 else (examples, examples)
-    widths = bench.widths(held) if wide and not all_dense(chain) else {}
+    timed = learners and (alone or kind != "input")  # a token's time shows nothing of what runs once
+    widths = bench.widths(held) if timed else {}
     if alone:
         return _of_widths(bench, held if judge else None, widths)
     if not judge:
@@ -213,6 +245,14 @@ def report(
     return _report(bench, costs, full, frontier, (seen, bench.agreement(held, seen)), dropped, widths, path.measure)
 
 
+def _widths_alone(chain: Chain, stack: str | None) -> str | None:
+    """The stack whose learners are judged, where no exits are: the one named, or the last; else None."""
+    wide = {item.stack for item in chain.manifest.learners.values()}
+    found = [name for name in chain.manifest.stacks if name in wide and stack in (None, name)]
+    judged = [each.name for each in scored(chain) if not runs_once(chain, each) or stack is not None]
+    return found[-1] if found and (not judged if stack is None else stack not in judged) else None
+
+
 def _by_width(widths: Mapping[float, float]) -> dict[str, Policy]:
     return {f"width {budget:g}": Width(budget) for budget in widths}
 
@@ -229,7 +269,7 @@ def _of_widths(bench: _Bench, held: Examples | None, widths: Mapping[float, floa
         full, *frontier = bench.points(held, {FULL: Never(), **_by_width(widths), **own})
     return Report(
         verdict=verdict_of_widths(full, frontier, widths),
-        step="token" if bench.tokens else "row",
+        step=bench.step,
         stack=bench.stack.name,
         blocks=bench.stack.blocks,
         measure=None,
@@ -277,7 +317,7 @@ def _report(
         segments[depth] = {"blocks": float(costs.blocks[at]), "leave": float(costs.leave[at]), **gates}
     return Report(
         verdict=verdict(full, frontier, oracle, depths, stack),
-        step="token" if bench.tokens else "row",
+        step=bench.step,
         stack=stack.name,
         blocks=stack.blocks,
         measure=measure,

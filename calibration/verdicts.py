@@ -31,7 +31,7 @@ class Point:
 def verdict(
     full: Point | None, frontier: Sequence[Point], oracle: Point | None, depths: Mapping[int, float], stack: Stack
 ) -> str:
-    """Whether exits pay, or widths beside them: "yes: ...", "no: ...", "not with these gates: ...", "cannot say ..."."""
+    """Whether exits pay, or widths beside them: "yes: ...", "no: ...", "not with these gates: ...", "cannot say"."""
     if full is None or oracle is None:
         depth, most = max(depths.items(), key=lambda item: item[1])
         return (

@@ -425,6 +425,22 @@ def test_what_widths_save(wide: Path) -> None:
     assert (blind.full, list(blind.frontier)) == (None, [])
 
 
+def test_widths_of_what_runs_once(once: Path, two_stacks: tiny.Captured, tmp_path: Path) -> None:
+    """Whether the stack is named or not; no token leaves anywhere."""
+    options: dict[str, Any] = {"max_new_tokens": 2, "stop": [], "quality": lambda *_: 1.0}
+    for stack in (None, "encoder"):
+        found = reporting.report(offramp.load(once), sources(6), stack=stack, **options)
+        assert (found.stack, found.step, len(found.widths)) == ("encoder", "input", 8)
+        assert [point.width for point in found.frontier] == list(found.widths)
+        assert all(0 < point.milliseconds < 1000 for point in found.frontier)
+        assert "width" in found.verdict
+    chain = offramp.load(saved(two_stacks, tmp_path / "m.offramp", BOTH))
+    both = reporting.report(chain, sources(3), **options)
+    assert (both.stack, both.step, len(both.frontier)) == ("decoder", "generation", 8)
+    with pytest.raises(InputError, match="'decoder' has no exit before full depth that has a score"):
+        reporting.report(offramp.load(once), sources(3), stack="decoder", **options)
+
+
 @pytest.mark.parametrize(
     ("points", "said"),
     [
