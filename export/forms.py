@@ -21,7 +21,7 @@ from offramp.export.subgraph import Subgraph, subgraph
 from offramp.export.translations import Translations
 from offramp.export.write import Writer
 from offramp.program.analysis.sites import mlp
-from offramp.program.graph import expression, shape
+from offramp.program.graph import expression, read_by, shape
 from offramp.program.program import Program, evaluate
 from offramp.runtime.engine.sessions import session_options
 
@@ -34,19 +34,26 @@ def fastest(program: Program, target: Target) -> tuple[dict[str, str], dict[str,
     """The faster form of each site with learners, by the name of its node, and what was measured, by site.
 
     Each kind of site is timed once, where half of the learners are taken, on the CPU: on as many tokens as the example
-    has, or on one where the program has caches.
+    has, or on one where the program has caches and the site runs for each token.
     """
     sites = {item.hidden: item for item in program.learners}
     made = {form: prepared(program, dict.fromkeys(sites, form)) for form in FORMS if sites}
-    kinds: dict[str, dict[str, Any]] = {}
+    kinds: dict[Any, dict[str, Any]] = {}
     forms, measured = dict[str, str](), dict[str, Any]()
     for name, item in sites.items():
-        key = outline(_piece(made[FORMS[0]], name)).key
+        one = _by_token(program, name)
+        key = outline(_piece(made[FORMS[0]], name)).key, one
         if key not in kinds:
-            kinds[key] = _times(made, name, target)
+            kinds[key] = _times(made, name, target, one)
         times = measured[item.name] = kinds[key]
         forms[name] = min(FORMS, key=times.__getitem__)
     return forms, measured
+
+
+def _by_token(program: Program, hidden: str) -> bool:
+    """Whether a site runs for each token of a generation, instead of once."""
+    inputs = () if program.cache is None else program.cache.tokens
+    return any(node.op == "placeholder" and node.target in inputs for node in read_by([program.nodes[hidden]]))
 
 
 def _piece(program: Program, hidden: str) -> Subgraph:
@@ -56,8 +63,8 @@ def _piece(program: Program, hidden: str) -> Subgraph:
     return subgraph(hidden, [site.output], [site.input])
 
 
-def _times(made: Mapping[str, Program], hidden: str, target: Target) -> dict[str, Any]:
-    """Milliseconds of a site in each form, in turns, and on how many tokens."""
+def _times(made: Mapping[str, Program], hidden: str, target: Target, one: bool) -> dict[str, Any]:
+    """Milliseconds of a site in each form, in turns, and on how many tokens: the example's, or ``one`` of them."""
     runs: dict[str, Callable[[], Any]] = {}
     given: dict[str, Any] = {}  # the same in every form
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +77,7 @@ def _times(made: Mapping[str, Program], hidden: str, target: Target) -> dict[str
             session = ort.InferenceSession(place / file, session_options(), providers=["CPUExecutionProvider"])
             for node in translation.inputs:  # what gives sizes, too
                 if node.name not in given:
-                    given[node.name] = _given(program, node)
+                    given[node.name] = _given(program, node, one)
             runs[form] = _bound(session, {f"in{i}": given[node.name] for i, node in enumerate(translation.inputs)})
         for run in runs.values():
             run()
@@ -87,12 +94,12 @@ def _bound(session: ort.InferenceSession, feed: Mapping[str, Any]) -> Callable[[
     return lambda: session.run(None, feed)
 
 
-def _given(program: Program, node: fx.Node) -> Any:
-    """What a site reads in the example; of a program with caches the first token of the first row."""
+def _given(program: Program, node: fx.Node, one: bool) -> Any:
+    """What a site reads in the example, or of that the first token of the first row."""
     if node.op == "placeholder" and node.target == WIDTH:
         return np.full(1, _SHARE, np.float32)
     value = evaluate(program.graph_module, [node], program.example_inputs)[node]
-    if program.cache is not None:
+    if one:
         for axis, size in enumerate(shape(node)):
             if not isinstance(expression(size), int):
                 value = value.narrow(axis, 0, 1)

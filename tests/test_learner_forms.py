@@ -188,6 +188,39 @@ def test_with_caches_forms_are_timed_on_one_token(decoder: tiny.Captured, tmp_pa
     assert [times["tokens"] for times in manifest.provenance["learners"].values()] == [1] * tiny.BLOCKS
 
 
+def test_with_caches_forms_of_what_runs_once_are_timed_on_its_tokens(two_stacks: tiny.Captured, tmp_path: Path) -> None:
+    program = apply(two_stacks.program, "insert-acm{stack=encoder,blocks=1},insert-acm{stack=decoder,blocks=1}")
+    offramp.save(apply(program, "insert-cache"), tmp_path / "m.offramp", segments=1)
+    times = directory.read(tmp_path / "m.offramp")[0].provenance["learners"]
+    found = {site: each["tokens"] for site, each in times.items()}
+    assert found == {"encoder.1.mlp": tiny.ROWS * tiny.SOURCES, "decoder.1.mlp": 1}
+
+
+class Scaled(torch.nn.Module):
+    """Hidden units times one number, which has as many axes as they."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+        self.scale = torch.nn.Parameter(torch.full((1, 1, 1), 1.3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.down(torch.nn.functional.gelu(self.up(x)) * self.scale.exp())
+        return made
+
+
+def test_a_number_with_several_axes(tmp_path: Path) -> None:
+    model = tiny.seeded(tiny.Encoder)
+    for block in model.blocks:
+        block.mlp = tiny.seeded(Scaled)
+    program = undecided(apply(offramp.capture(model, tiny.text()), "insert-acm"))
+    made = {}
+    for form in FORMS:
+        offramp.save(program, tmp_path / form, learners=form)
+        made[form] = offramp.load(tmp_path / form).run(arrays(tiny.text()), offramp.Width(0.5)).outputs["logits"]
+    np.testing.assert_allclose(made["grouped"], made["dense"], rtol=1e-4, atol=1e-5)
+
+
 class Flat(torch.nn.Module):
     """A linear layer as GPT-2 has it: all tokens one after another, in whose place they come back by their sizes."""
 

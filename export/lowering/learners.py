@@ -125,6 +125,8 @@ def _given(b: Builder, env: dict[Any, Any], arg: fx.Node, units: int, start: int
     """An argument of a call between the products, for some of the hidden units."""
     if arg in env:
         return env[arg]  # type: ignore[no-any-return]
+    if is_tensor(arg) and len(shape(arg)) > 1 and all(size == 1 for size in shape(arg)):
+        return b.call(aten.reshape.default, arg, [1])  # tokens lie on fewer axes here than where it was broadcast
     if not is_tensor(arg) or not shape(arg) or expression(shape(arg)[-1]) != units:
         return arg
     flat = b.call(aten.reshape.default, arg, [units]) if len(shape(arg)) > 1 else arg
