@@ -27,6 +27,7 @@ from offramp.program.program import Program, evaluate
 _GATE = 16  # hidden units of a gate
 _ORDERS = ("activation", "importance", "given")
 _SITES: Mapping[str, tuple[str, ...]] = {"projections": KINDS[1:], **{kind: (kind,) for kind in KINDS}}
+_CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.convolution.default)
 _MLP = "an MLP is two products (three in a gated one) with hidden units between them that are changed one by one"
 _PROJECTION = "a projection is a product with a matrix next to an attention; one that makes several is qkv or kv"
 
@@ -35,7 +36,9 @@ def _why_no_mlp(block: Sequence[fx.Node], others: Sequence[str]) -> str:
     """What keeps a block's products from being an MLP, where that is known; ``others`` say why some make none."""
     chosen = next((node for node in block if node.target is aten.topk.default), None)
     if chosen is None:
-        return "".join(f"{text}; " for text in others[-1:])
+        mixing = next((node for node in block if node.target in _CONVOLUTIONS), None)
+        seen = "" if mixing is None else f"{mixing} ({source(mixing)}) is a convolution, and no product; "
+        return "".join(f"{text}; " for text in others[-1:]) or seen
     return (
         f"{chosen} ({source(chosen)}) chooses among experts, which have no learners: sites=projections has the others; "
     )

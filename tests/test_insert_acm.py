@@ -127,6 +127,46 @@ def test_a_weight_that_blocks_share_has_an_order_for_each() -> None:
     assert len({name for name in weights(program) if name.endswith("mlp.0.weight") and ".gate." not in name}) == 2
 
 
+class _Shared(tiny.Encoder):
+    """Blocks share an MLP, which is named as gates are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = self.blocks[0].mlp
+        for block in self.blocks:
+            block.mlp = nn.Identity()
+
+    def run(self, x: Tensor, reach: Tensor | None = None, *_: Any) -> Tensor:
+        for block in self.blocks:
+            x = block(x, reach)
+            x = x + self.gate(x)
+        return x
+
+
+def test_weights_that_are_named_as_gates_are() -> None:
+    made = weights(apply(capture(tiny.seeded(_Shared), tiny.text()), "insert-acm"))
+    assert next(name for name in made if ".units." in name).endswith(".1.mlp.units.gate.0.weight")
+
+
+class _Convolutions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv1d(tiny.WIDTH, 32, 1), nn.Conv1d(32, tiny.WIDTH, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.down(self.up(x.transpose(1, 2)).relu())
+        return made.transpose(1, 2)
+
+
+def test_a_convolution_is_named() -> None:
+    model = tiny.seeded(tiny.Encoder)
+    for block in model.blocks:
+        block.mlp = _Convolutions()
+    with pytest.raises(SpecError) as caught:
+        apply(capture(model, tiny.text()), "insert-acm")
+    assert "is a convolution, and no product" in str(caught.value.hint)
+
+
 class _Twice(nn.Module):
     """A square weight by which units are made, and by which they are read."""
 

@@ -11,6 +11,9 @@ from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.sites import Site
 from offramp.program.graph import attribute, shape, weights
 
+#: The weights of a site's gate, behind the site's prefix.
+_GATE = tuple(f"gate.{layer}.{name}" for layer in (0, 1) for name in ("weight", "bias", "width"))
+
 
 def ranked(site: Site, module: torch.nn.Module, order: str, hidden: Tensor | None) -> Tensor:
     """The hidden units, the most important ones first, int64 [units].
@@ -45,9 +48,15 @@ def reorder(editor: Editor, site: Site, prefix: str, order: Tensor, copies: dict
         target, key = str(weight.target), (weight.target, axis, *order.tolist())
         if key not in copies:
             taken = {copy.target for copy in copies.values()}
-            name = f"{prefix}.{target}" if f"{prefix}.{target}" not in taken else f"{prefix}.{target}_{axis}"
+            name = f"{prefix}.units.{target}" if _of_gate(target) else f"{prefix}.{target}"
+            name = name if name not in taken else f"{name}_{axis}"
             value = attribute(module, target)
             places = torch.cat([order + start for start in range(0, value.shape[axis], units)])
             make = editor.parameter if isinstance(value, torch.nn.Parameter) else editor.buffer
             copies[key] = make(name, value.detach().index_select(axis, places), editor[node.name])
         editor.replace_uses(editor[weight.name], copies[key], [editor[node.name]])
+
+
+def _of_gate(target: str) -> bool:
+    """Whether a gate's weight has that name, or lies in what has."""
+    return any(f"{name}.".startswith(f"{target}.") for name in _GATE)
