@@ -284,7 +284,7 @@ class _Flat(nn.Module):
         return torch.as_tensor(self.down(flat).unflatten(0, x.shape[:2]))
 
 
-def _flat(make: Callable[[], tiny.Encoder], within: bool = False) -> tiny.Encoder:
+def _flat(make: Callable[[], Any], within: bool = False) -> Any:
     module = tiny.seeded(make)
     for block in module.blocks:
         block.mlp = _Flat(block.mlp, within)
@@ -300,6 +300,19 @@ def test_rows_leave_whose_tokens_lie_one_after_another(tmp_path: Path) -> None:
     assert found.exits["encoder"].tolist() == [4, 2]
     assert {counts.shape for counts in found.learners.values()} == {(tiny.ROWS, tiny.TOKENS)}
     assert (found.learners["encoder.3.mlp"][1] == -1).all()
+
+
+@pytest.mark.parametrize("make", [tiny.Encoder, tiny.TimeFirst])
+def test_learners_of_so_many_tokens_of_each_row_one_after_another_lie_by_rows(make: Any, tmp_path: Path) -> None:
+    """Their number is fixed, so that rows look like blocks of it, also where the tokens of a row lie apart."""
+    inputs = tiny.text() if make is tiny.Encoder else {"x": torch.randn(5, tiny.ROWS, tiny.WIDTH)}
+    axes = {name: {0 if make is tiny.Encoder else 1: "batch"} for name in inputs}
+    program = apply(capture(_flat(make), inputs, dynamic=axes), "insert-acm")
+    offramp.save(program, tmp_path / "m.offramp")
+    chain = offramp.load(tmp_path / "m.offramp")
+    found = chain.run({name: value.numpy() for name, value in inputs.items()}, offramp.Width(0.5))
+    places = next(iter(inputs.values())).shape[:2]
+    assert {counts.shape for counts in found.learners.values()} == {tuple(places)}
 
 
 @pytest.mark.parametrize("text", ["insert-acm{sites=mlp},insert-cache", "insert-cache,insert-acm"])

@@ -8,6 +8,7 @@ from torch import fx
 
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.flattening import unflattened
+from offramp.program.analysis.token_axes import Axes
 from offramp.program.graph import aten, expression, shape
 
 
@@ -17,13 +18,19 @@ def by_row(editor: Editor, count: fx.Node, tokens: fx.Node) -> fx.Node:
     Rows leave one by one, and are counted, along such an axis. The count stays as it is where it has one, and where
     nothing says how rows lie.
     """
+    if _apart(editor.program.axes, count) or (before := unflattened(tokens)) is None:
+        return count
+    sizes = [_size(editor, before, axis) for axis in range(len(shape(before)) - 1)]
+    return editor.call(aten.reshape.default, count, sizes, at=count)
+
+
+def _apart(axes: Axes, count: fx.Node) -> bool:
+    """Whether rows have an axis of their own, or there are none."""
     try:
-        editor.program.axes.batch_axis(count)
+        place = axes.batch_axis(count)
     except ValueError:
-        if (apart := unflattened(tokens)) is not None:
-            sizes = [_size(editor, apart, axis) for axis in range(len(shape(apart)) - 1)]
-            return editor.call(aten.reshape.default, count, sizes, at=count)
-    return count
+        return False
+    return place is None or place[1] == 1
 
 
 def _size(editor: Editor, node: fx.Node, axis: int) -> Any:
