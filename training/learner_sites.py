@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from offramp.bundle.expressions import evaluate
 from offramp.errors import SpecError
 from offramp.program.analysis.flattening import unflattened
 from offramp.program.analysis.sites import attentions, mlp
@@ -267,10 +266,12 @@ def by_row(program: Program, batch: Values, name: str, value: Tensor) -> Tensor:
     axis = _along(program, sizes)
     if axis is None:
         return value.reshape(1, -1, value.shape[-1])
-    lengths = program.sizes(batch)
+    known = program.sizes(batch)
+    lengths = {symbol: known[axis_name] for symbol, axis_name in program.axes.names.items() if axis_name in known}
     if axis and len(sizes) >= value.dim():
-        value = value.reshape(*(evaluate(program.axes.describe(size), lengths) for size in sizes), value.shape[-1])
-    return value.movedim(axis, 0).reshape(lengths[program.axes.names[program.axes.batch]], -1, value.shape[-1])
+        counts = (size if isinstance(size, int) else int(size.subs(lengths)) for size in sizes)
+        value = value.reshape(*counts, value.shape[-1])
+    return value.movedim(axis, 0).reshape(lengths[program.axes.batch], -1, value.shape[-1])
 
 
 def _along(program: Program, sizes: list[Any]) -> int | None:
