@@ -172,8 +172,8 @@ class Store:
         for name in (*self._arrays, *self._on_device):
             if self._place(name) is not None:
                 self._put(name, into, self._taken(name, out))
-        copies = self._copied or any((self._place(name) or (0, 1))[0] for name in self._arrays)  # parts of these are
-        self._kept += copies
+        # Parts that are not on the first axis, and what was copied when it was bound, do not see the change.
+        self._kept += self._copied or any((self._place(name) or (0, 1))[0] for name in self._arrays)
 
     def copy(self, source: str, target: str, slot: int, tokens: slice) -> None:
         """Give a cache what one of the same shape has of a row's tokens."""

@@ -19,8 +19,8 @@ class Width(Policy):
     """Adaptive width (ACM, arXiv 2312.10193): of its learners a token takes as many as it needs.
 
     The bundle's gates decide; ``Width(0.4)`` tells them to take 40% of all learners on average, over the tokens and the
-    blocks. Gates that are not trained give every token the number that is nearest to that share: two of four. It is the
-    outermost policy: ``Width(0.4, Confidence(0.9))`` lets rows leave early too.
+    blocks. Gates that are not trained give every token the number that is nearest to it, two of four learners. It is
+    the outermost policy: ``Width(0.4, Confidence(0.9))`` lets rows leave early too.
 
     Attributes:
         budget: The share of the learners, 0 to 1. Other policies take 1, which is all; but for those that trained gates
