@@ -248,12 +248,14 @@ class Implied:
 class Placeholder:
     """Places that a text keeps for something else, an image say: the id ``token`` in ``input``.
 
-    Each row has it ``count`` times, a number or an expression over axes.
+    Each row has it ``count`` times, a number or an expression over axes; or less often, where it has inputs that say so
+    (``masks``, of a shorter recording).
     """
 
     input: str
     token: int
     count: int | str
+    masks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

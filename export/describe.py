@@ -22,7 +22,7 @@ from offramp.program.analysis.lookups import known_ids, longest
 from offramp.program.analysis.sites import mlp
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit, asked_of
-from offramp.program.graph import aten, expression, placeholders, results, shape, source
+from offramp.program.graph import aten, expression, placeholders, read_by, results, shape, source
 from offramp.program.learners import Learners
 from offramp.program.ops import FILL_PLACES
 from offramp.program.program import Program
@@ -192,11 +192,13 @@ class Describer:
         """The ids in whose places other inputs' values are put."""
         given, found = self._prompts(), list[m.Placeholder]()
         for node in self.program.graph.find_nodes(op="call_function", target=FILL_PLACES):
-            _, places, rows = node.args
-            if places.target is aten.eq.Scalar and places.args[0].op == "placeholder":
+            _, places, rows, *kept = node.args
+            masks = sorted(str(leaf.target) for leaf in read_by(kept) if leaf.op == "placeholder")
+            known = bool(kept) == bool(masks)
+            if known and places.target is aten.eq.Scalar and places.args[0].op == "placeholder":
                 name = str(places.args[0].target)
-                count = self._size(self.program.axes.describe(shape(rows)[1]))
-                found.append(m.Placeholder(given.get(name, name), int(places.args[1]), count))
+                count = self._size(self.program.axes.describe(shape(*kept or [rows])[1]))
+                found.append(m.Placeholder(given.get(name, name), int(places.args[1]), count, tuple(masks)))
         return tuple(found)
 
     def _implied(self, item: m.Implied) -> m.Implied:

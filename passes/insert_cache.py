@@ -19,6 +19,7 @@ from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.joins import Joins
 from offramp.passes.caches.kinds import CHUNK, DATA, POSITIONAL
 from offramp.passes.caches.outputs import last_places, logits_of
+from offramp.passes.caches.unknown_rows import without_unknown_rows
 from offramp.passes.infra.contract import Pass, PassResult
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.cache import Cache
@@ -87,6 +88,7 @@ class _Insertion:
     """One application of the pass."""
 
     def __init__(self, program: Program, text: str) -> None:
+        program, self.left_out = without_unknown_rows(program)
         program, self.ahead, self.cut = with_places_ahead(program)
         self.program, self.text = program, text
         ahead = evaluate(self.ahead, program.sizes(program.example_inputs))
@@ -121,7 +123,8 @@ class _Insertion:
         pinned = self._pinned()
         new.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or node.name in pinned)
         new.lint()
-        return PassResult(self._program(), dict(builder.new.edits))
+        notes = [f"output {name!r} is left out: only a run tells how many rows it has" for name in self.left_out]
+        return PassResult(self._program(), dict(builder.new.edits), tuple(notes))
 
     def _sums_tokens(self, node: fx.Node) -> bool:
         """Whether a cumulative sum is one over tokens."""

@@ -14,7 +14,7 @@ _library.define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor lengths, "
     "Tensor? bias, float scale, int window, bool causal=True) -> (Tensor, Tensor, Tensor)"
 )
-_library.define("fill_places(Tensor tokens, Tensor places, Tensor rows) -> Tensor")
+_library.define("fill_places(Tensor tokens, Tensor places, Tensor rows, Tensor? kept=None) -> Tensor")
 _library.define("take_tokens(Tensor tokens, Tensor places, int axis) -> Tensor")
 _library.define("put_tokens(Tensor tokens, Tensor places, Tensor taken, int axis) -> Tensor")
 _library.define("first_learners(Tensor hidden, Tensor choice, int learners, int least, str form='dense') -> Tensor")
@@ -122,7 +122,7 @@ def first_learners(hidden: Tensor, choice: Tensor, learners: int, least: int, fo
     return torch.cat([part * takes_part for part, takes_part in zip(parts, takes, strict=True)], -1)
 
 
-def fill_places(tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
+def fill_places(tokens: Tensor, places: Tensor, rows: Tensor, kept: Tensor | None = None) -> Tensor:
     """The tokens, others in some places: the ``k``-th place of a row that is marked gets the ``k``-th of its ``rows``.
 
     That is how the features of an image take the places that a text keeps for them.
@@ -131,16 +131,24 @@ def fill_places(tokens: Tensor, places: Tensor, rows: Tensor) -> Tensor:
         tokens: ``[batch, tokens, features]``.
         places: bool ``[batch, tokens]``, in each row as many as there are ``rows``.
         rows: ``[batch, n, features]``.
+        kept: bool ``[batch, n]``: the others are no rows (padding of a shorter recording, say); None where all are.
 
     Raises:
-        IndexError: a row has more places, or fewer.
+        IndexError: a row has more places, or fewer; ``kept`` is not of the rows.
     """
     if isinstance(tokens, FakeTensor):  # the shape is all that is asked for
         return tokens.new_empty(tokens.shape)
     batch, count = rows.shape[:2]
+    if kept is not None and kept.shape != rows.shape[:2]:
+        raise IndexError(f"a mask {list(kept.shape)} of rows {list(rows.shape)}")
     at = places.long().cumsum(1)
-    beyond = (at[:, -1:] != count) * (batch * count)
-    at = torch.where(places, at - 1, 0) + beyond + count * torch.arange(batch, device=at.device)[:, None]
+    wanted = count if kept is None else kept.sum(1, keepdim=True)
+    beyond = (at[:, -1:] != wanted) * (batch * count)
+    at = torch.where(places, at - 1, 0)
+    if kept is not None:
+        first = (kept.long() * count - torch.arange(count, device=at.device)).topk(count, 1).indices
+        at = first.gather(1, at.clamp(max=count - 1))
+    at = at + beyond + count * torch.arange(batch, device=at.device)[:, None]
     return torch.where(places[..., None], rows.flatten(0, 1)[at], tokens)
 
 

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 Dynamic = Mapping[str, Mapping[int, str]]
 _CONSTANTS = 4096  # elements
 _MANY = 8  # blocks
+_ROWS = 2**31  # of a batch at most: without a bound torch.export multiplies its sizes beyond 64 bits
 _FEW = 4  # integers of a row: fewer than a text has tokens
 _one_at_a_time = threading.RLock()
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -55,7 +56,8 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
             for name, value in inputs.items()
         }
         rows = {value.shape[0] for value in inputs.values() if value.dim()}
-        joint = {size: Dim(f"rows{size}") for size in rows if sum(v.shape[:1] == (size,) for v in inputs.values()) > 1}
+        shared_by = {size: sum(value.shape[:1] == (size,) for value in inputs.values()) for size in rows}
+        joint = {size: Dim(f"rows{size}", max=_ROWS) for size in rows if shared_by[size] > 1}
         shared = {
             name: {axis: joint.get(inputs[name].shape[0], d) if axis == 0 else d for axis, d in dims.items()}
             for name, dims in free.items()

@@ -190,7 +190,8 @@ def _python(manifest: Manifest, name: str) -> str:
     if cache and cache.prompt:  # what is given for each token of the prompt
         sizes[str(manifest.values[cache.prompt.tokens].shape[1])] = sum(count for _, count in kept) + 2
     wanted = [item for item in manifest.inputs if item not in chunk]
-    lines = [_array(item, manifest.values[item], sizes) for item in wanted]
+    says = {mask for item in manifest.placeholders for mask in item.masks}
+    lines = [_array(item, manifest.values[item], sizes, item in says) for item in wanted]
     if ids:
         places = "".join(f"[{token}] * {count} + " for token, count in kept)
         lines.append(f'    "{ids}": [{places}[1, 1]],  # token ids, as the tokenizer makes them')
@@ -205,10 +206,10 @@ def _python(manifest: Manifest, name: str) -> str:
     return "\n".join([*head, *run]) + "\n"
 
 
-def _array(name: str, value: Value, sizes: Mapping[str, int]) -> str:
+def _array(name: str, value: Value, sizes: Mapping[str, int], whole: bool = False) -> str:
     shape = tuple(evaluate(size, sizes) for size in value.shape)
     hides = "padding" in name or value.dtype == "bool"
-    made = "zeros" if hides or value.dtype.startswith("float") else "ones"
+    made = "zeros" if not whole and (hides or value.dtype.startswith("float")) else "ones"
     return f'    "{name}": np.{made}({shape}, "{value.dtype}"),'
 
 

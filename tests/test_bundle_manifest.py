@@ -55,6 +55,8 @@ def test_the_schema_describes_the_dataclasses(data: dict[str, Any], two: dict[st
         "cache": m.Cache,
         "implied": m.Implied,
         "learners": m.Learners,
+        "placeholder": m.Placeholder,
+        "prompt": m.Prompt,
         "generation": m.Generation,
         "preprocessing": preprocessing.Preprocessing,
     }

@@ -55,22 +55,43 @@ def _or(b: Builder, one: fx.Node, other: fx.Node) -> fx.Node:
 
 
 @lowering(FILL_PLACES)
-def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node) -> fx.Node:
+def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node, kept: fx.Node | None = None) -> fx.Node:
     """As in torch: where a row has another number of places, a row is gathered that is not there, which is an error."""
     batch, count, features = b.sizes(rows)
     at = b.call(aten.cumsum.default, b.call(aten._to_copy.default, places, dtype=torch.int64), 1)
     found = b.call(aten.slice.Tensor, at, 1, -1, 2**63 - 1)
-    wrong = b.call(aten.ne.Tensor, found, b.call(aten.scalar_tensor.default, count, dtype=torch.int64))
+    listed = wanted = b.call(aten.scalar_tensor.default, count, dtype=torch.int64)
+    if kept is not None:
+        listed = b.call(aten.scalar_tensor.default, b.size(kept, 1), dtype=torch.int64)
+        counted = b.call(aten._to_copy.default, kept, dtype=torch.int64)
+        wanted = b.call(aten.sum.dim_IntList, counted, [1], True)
+    wrong = b.call(aten.ne.Tensor, found, wanted)
+    if kept is not None and expression(shape(kept)[1]) != expression(shape(rows)[1]):
+        total = b.call(aten.scalar_tensor.default, count, dtype=torch.int64)
+        wrong = b.call(aten.logical_or.default, wrong, b.call(aten.ne.Tensor, listed, total))
     total = b.product(batch, count)
     beyond = b.call(aten.mul.Tensor, b.call(aten._to_copy.default, wrong, dtype=torch.int64), total)
     none = b.call(aten.zeros_like.default, at)
     at = b.call(aten.where.self, places, b.call(aten.sub.Tensor, at, 1), none)
+    if kept is not None:
+        at = b.call(aten.minimum.default, at, b.call(aten.sub.Tensor, listed, 1))
+        at = b.call(aten.gather.default, _those_first(b, counted), 1, at)
     first = b.call(aten.mul.Tensor, b.call(aten.arange.default, batch), count)
     at = b.call(aten.add.Tensor, at, b.call(aten.add.Tensor, beyond, b.call(aten.unsqueeze.default, first, 1)))
     flat = b.call(aten.reshape.default, rows, [-1, features])
     taken = b.call(aten.index_select.default, flat, 0, b.call(aten.reshape.default, at, [-1]))
     taken = b.call(aten.reshape.default, taken, b.sizes(tokens))
     return b.call(aten.where.self, b.call(aten.unsqueeze.default, places, -1), taken, tokens)
+
+
+def _those_first(b: Builder, marked: fx.Node) -> fx.Node:
+    """Of each row the places that are marked (with 1) in their order, the others behind them; int64 as ``marked``."""
+    count = b.size(marked, 1)
+    order = b.call(aten.arange.default, count)
+    ranks = b.call(aten.sub.Tensor, b.call(aten.mul.Tensor, marked, count), order)
+    total = b.onnx("Shape", [order], {}, [[1]], like=order)[0]
+    sizes = b.sizes(marked)
+    return b.onnx("TopK", [ranks, total], {"axis": 1}, [sizes, sizes], like=marked)[1]
 
 
 @lowering(TAKE_TOKENS)

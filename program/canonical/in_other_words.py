@@ -114,6 +114,8 @@ def _filling(tokens: Any, mask: Any, values: Any, call: _Call) -> tuple[Any, tup
         return None
     if mask.meta["val"].dtype != torch.bool or [expression(size) for size in shape(values)[-1:]] != sizes[2:]:
         return None
+    if kept := _kept(values, sizes[0]):
+        return FILL_PLACES, (tokens, mask, *kept)
     places = math.prod(expression(size) for size in shape(values)[:-1])
     count = sympy.simplify(places / sympy.sympify(sizes[0]))
     if not count.is_integer or symbols(shape(tokens)[0]) & count.free_symbols:  # not as many in each row
@@ -122,6 +124,17 @@ def _filling(tokens: Any, mask: Any, values: Any, call: _Call) -> tuple[Any, tup
         rows = sizes[0] if isinstance(sizes[0], int) else call(aten.sym_size.int, tokens, 0)
         values = call(aten.reshape.default, values, [rows, -1, sizes[2]])
     return FILL_PLACES, (tokens, mask, values)
+
+
+def _kept(values: fx.Node, rows: Any) -> tuple[fx.Node, fx.Node] | None:
+    """Features of each row, ``[rows, n, features]``, and which of them count, where values are ``features[mask]``."""
+    args: list[Any] = list(values.args)
+    if values.target is not aten.index.Tensor or len(args[1]) != 1 or args[1][0].meta["val"].dtype != torch.bool:
+        return None
+    features, (mask,) = args
+    taken, by_row = (list(map(expression, shape(node))) for node in (features, mask))
+    fits = len(taken) == 3 and len(by_row) == 2 and taken[0] == by_row[0] == rows
+    return (features, mask) if fits else None
 
 
 _FORMS = {

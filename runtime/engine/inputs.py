@@ -150,10 +150,11 @@ class Inputs:
         for item in self._placeholders:
             wanted = evaluate(item.count, sizes)
             for row, found in enumerate((arrays[item.input] == item.token).sum(-1).reshape(-1).tolist()):
-                if found != wanted:
+                if found > wanted or (found < wanted and not item.masks):
+                    many = f"at most {wanted}, as {' and '.join(item.masks)} says" if item.masks else wanted
                     yield (
                         f"row {row} of {item.input!r} has the id {item.token} {found} times; it keeps a place for each "
-                        f"of {wanted}"
+                        f"of {many}"
                     )
 
     def _sizes(self, arrays: Mapping[str, NDArray[Any]], sizes: dict[str, int]) -> Iterator[str]:

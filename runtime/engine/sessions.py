@@ -152,7 +152,10 @@ def _is_list(value: Any) -> bool:
 def failed(segment: str, shapes: str, error: Exception) -> ExecutionError:
     """What is to be raised where ONNX Runtime raised an error in a segment."""
     beyond = any(text in str(error) for text in ("out of data bounds", "invalid index found"))
-    hint = "ids that the model has, no more places than it has positions for, and no row that it drops (padding images)"
+    hint = (
+        "ids that the model has, in each row as many ids that stand for features as there are of these, no more places "
+        "than it has positions for, and no row that it drops (padding images)"
+    )
     return ExecutionError(f"segment {segment!r} failed with {shapes}: {error}", hint=hint if beyond else None)
 
 

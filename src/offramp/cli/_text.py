@@ -192,7 +192,7 @@ def ids_with_image(
     def encode(text: str, special: bool) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=special).ids)
 
-    kept = [item for item in chain.manifest.placeholders if item.input == ids]
+    kept = [item for item in chain.manifest.placeholders if item.input == ids and not item.masks]
     known = all(names(item.count) <= sizes.keys() for item in kept)  # else the run says which input is missing
     places = [
         image_text.Places(tokenizer.id_to_token(item.token) or "", item.token, evaluate(item.count, sizes))
