@@ -127,7 +127,8 @@ def _policy(manifest: Manifest) -> str:
             f"{found.get('confidence'):g}: {risk['early']:.4f} against {risk['full']:.4f} on the test examples."
         )
     if times := found.get("milliseconds"):
-        lines.append(f"Expected {times['expected']:.3f} ms, {times['full']:.3f} ms at full depth, where it was made.")
+        of = f" for each {found['step']}" if found.get("step") else ""
+        lines.append(f"Expected {times['expected']:.3f} ms{of}, {times['full']:.3f} at full depth, where it was made.")
     return " ".join(lines)
 
 

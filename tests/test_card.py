@@ -97,6 +97,7 @@ def test_calibration_writes_it_anew(tmp_path: Path) -> None:
     offramp.calibrate(root, {"ids": ids}, keep=0.5).write(root)
     assert text_of(root) == card(from_json((root / MANIFEST_FILE).read_text()), "mine.offramp")
     assert "Calibrated on 200 examples" in text_of(root)
+    assert re.search(r"Expected [\d.]+ ms for each row, [\d.]+ at full depth, where it was made\.", text_of(root))
     assert (root / CARD_FILE).stat().st_mode & 0o777 == 0o644
 
 
