@@ -46,7 +46,8 @@ class InsertCache(Pass):
     the ids have a place in front for each of them, which a bundle's user leaves out as before.
 
     Generation reads one output: logits of each token, or of the last one alone (``x[:, -1]`` before the head). Others
-    may be made from memory or mix the tokens (values pooled over them, say): they are what they were in one pass.
+    may be made from memory or mix the tokens (values pooled over them, say): they are what they were in one pass. One
+    of which only a run tells how many rows it has (``features[mask]``) is left out, where that lets rows be apart.
 
     A program that has caches is left as it is.
 
