@@ -60,15 +60,14 @@ def _filled(b: Builder, tokens: fx.Node, places: fx.Node, rows: fx.Node, kept: f
     batch, count, features = b.sizes(rows)
     at = b.call(aten.cumsum.default, b.call(aten._to_copy.default, places, dtype=torch.int64), 1)
     found = b.call(aten.slice.Tensor, at, 1, -1, 2**63 - 1)
-    listed = wanted = b.call(aten.scalar_tensor.default, count, dtype=torch.int64)
+    there = wanted = b.call(aten.scalar_tensor.default, count, dtype=torch.int64)
     if kept is not None:
         listed = b.call(aten.scalar_tensor.default, b.size(kept, 1), dtype=torch.int64)
         counted = b.call(aten._to_copy.default, kept, dtype=torch.int64)
         wanted = b.call(aten.sum.dim_IntList, counted, [1], True)
     wrong = b.call(aten.ne.Tensor, found, wanted)
     if kept is not None and expression(shape(kept)[1]) != expression(shape(rows)[1]):
-        total = b.call(aten.scalar_tensor.default, count, dtype=torch.int64)
-        wrong = b.call(aten.logical_or.default, wrong, b.call(aten.ne.Tensor, listed, total))
+        wrong = b.call(aten.logical_or.default, wrong, b.call(aten.ne.Tensor, listed, there))
     total = b.product(batch, count)
     beyond = b.call(aten.mul.Tensor, b.call(aten._to_copy.default, wrong, dtype=torch.int64), total)
     none = b.call(aten.zeros_like.default, at)
