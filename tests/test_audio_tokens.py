@@ -14,7 +14,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_image_tokens import FEATURES, Reader, scattered
+from test_image_tokens import FEATURES, Reader, greedy, scattered
 from torch import Tensor, nn
 
 import offramp
@@ -54,14 +54,6 @@ def example() -> dict[str, Tensor]:
         ids[row, 1 : 1 + count] = SOUND
     heard = torch.arange(FRAMES) < torch.tensor(COUNTS)[:, None]
     return {"sound": torch.randn(2, FRAMES, FEATURES, generator=random), "heard": heard, "input_ids": ids}
-
-
-def greedy(model: nn.Module, inputs: dict[str, Tensor], new: int) -> list[int]:
-    for _ in range(new):
-        with torch.no_grad():
-            last = model(**inputs)["logits"][:, -1:].argmax(-1)
-        inputs = {**inputs, "input_ids": torch.cat([inputs["input_ids"], last], 1)}
-    return inputs["input_ids"][0, -new:].tolist()
 
 
 @given(rows=st.integers(1, 3), count=st.integers(1, 5), more=st.integers(0, 4), data=st.data())
