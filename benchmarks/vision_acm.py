@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import offramp
 from benchmarks import _vision as vision
@@ -72,19 +73,22 @@ class Students:
 
     def __init__(self, taught: Recipe, recipe: Recipe, folder: Path, read_only: bool, precision: str) -> None:
         self.recipe, self.folder, self.read_only = recipe, folder, read_only
-        self.chain = functools.partial(chain, precision=precision)
+        self.chain = partial(chain, precision=precision)
         self.model = vision.untrained()
         self.teacher = captured(self.model)
         learn = training.CrossEntropy(smoothing=0.1)
-        if not self.trained("teacher", self.teacher, lambda: taught.fit(self.teacher, learn)):
+        if not self.trained("teacher", lambda: self.teacher, lambda: taught.fit(self.teacher, learn)):
             raise SystemExit("without a teacher there is nothing to compare with: --train")
 
-    def trained(self, name: str, program: Program, train: Callable[[], object] | None = None) -> Program | None:
-        """The program with its weights: read, or learnt from the teacher and written; None if it is left out."""
+    def trained(
+        self, name: str, made: Callable[[], Program], train: Callable[[], object] | None = None
+    ) -> Program | None:
+        """A program with its weights: read, or learnt from the teacher and written; None if it is left out."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists() and self.read_only:
             say(f"{name} is left out: there is no {path}")
             return None
+        program = made()
         if not path.exists():
             say(f"training {name}")
             if train:
@@ -102,21 +106,25 @@ class Students:
         for asked in SHARES:
             depth, width = round(asked * DEPTH), round(width_of(asked, gates=True), 3)
             of_nine = round(width_of(asked * DEPTH / 9, gates=True), 2)
-            cut = self.rewritten(f"truncate{{after={depth}}}")
+            cut = partial(self.rewritten, f"truncate{{after={depth}}}")
             found += self.way("fewer blocks", f"truncate-{depth}", cut, depth / DEPTH)
             if width > 0:
-                narrow, factored = captured(vision.narrowed(self.model, width)), vision.factored(self.model, width)
+                narrow, factored = (partial(self.smaller, made, width) for made in (vision.narrowed, vision.factored))
                 found += self.way("narrow MLPs", f"narrow-{width}", narrow, share(width))
-                found += self.way("factored MLPs", f"factored-{width}", captured(factored), share(width))
+                found += self.way("factored MLPs", f"factored-{width}", factored, share(width))
             if 0 < of_nine < 0.9:
-                both = captured(vision.narrowed(self.model, of_nine), "truncate{after=9}")
+                both = partial(self.smaller, vision.narrowed, of_nine, "truncate{after=9}")
                 found += self.way("9 blocks, narrow MLPs", f"cutnarrow-{of_nine}", both, share(of_nine) * 9 / DEPTH)
         return found
 
-    def way(self, kind: str, name: str, program: Program, executed: float) -> list[Way]:
+    def way(self, kind: str, name: str, made: Callable[[], Program], executed: float) -> list[Way]:
         """A student that is the same for every image, unless it is left out."""
-        there = self.trained(name, program)
+        there = self.trained(name, made)
         return [Way(kind, self.chain(name, there), _always(executed))] if there else []
+
+    def smaller(self, made: Callable[[nn.Module, float], nn.Module], width: float, passes: str = "") -> Program:
+        """The teacher with MLPs that cost that share."""
+        return captured(made(self.model, width), passes)
 
     def rewritten(self, passes: str) -> Program:
         """The teacher, rewritten, with weights of its own."""
@@ -124,8 +132,9 @@ class Students:
 
     def exits(self) -> list[Way]:
         """One model with exits, by thresholds of confidence that take each share of the held-out images' blocks."""
-        program = self.rewritten(f"insert-exits{{after={'|'.join(map(str, EXITS))},head=own}}")
-        if not self.trained("exits", program):
+        after = "|".join(map(str, EXITS))
+        program = self.trained("exits", lambda: self.rewritten(f"insert-exits{{after={after},head=own}}"))
+        if program is None:
             return []
         loaded = self.chain("exits", offramp.apply(program, "insert-scores{measure=top1}"))
         (stack,) = loaded.stacks
@@ -154,8 +163,9 @@ class Students:
     def adaptive(self) -> list[Way]:
         """One model with learners and exits: for each share what does best on held-out images, exits asked or not."""
         after = "|".join(map(str, BOTH))
-        program = self.rewritten(f"insert-exits{{after={after},head=own}},insert-acm")
-        if not self.trained("acm-exits", program):
+        passes = f"insert-exits{{after={after},head=own}},insert-acm"
+        program = self.trained("acm-exits", lambda: self.rewritten(passes))
+        if program is None:
             return []
         loaded = self.chain("acm-exits", offramp.apply(program, "insert-scores{measure=top1}"))
         tried = [each for width in WIDTHS for each in _tried(loaded, width)]
@@ -246,7 +256,7 @@ def measured(ways: Sequence[Way], count: int | None) -> list[Row]:
             for each in inputs:
                 way.chain.run(each, way.policy)
 
-        times = alternate({str(i): functools.partial(sweep, way) for i, way in enumerate(ways)}, 1.0, least=3)
+        times = alternate({str(i): partial(sweep, way) for i, way in enumerate(ways)}, 1.0, least=3)
         for i, row in enumerate(rows):
             row[f"ms, batch {size}"] = times[str(i)] / TIMED
             row[f"speed-up, batch {size}"] = round(times["0"] / times[str(i)], 2)
