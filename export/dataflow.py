@@ -14,12 +14,12 @@ from offramp.program.graph import (
     ancestors,
     data_inputs,
     dependents,
-    expression,
     is_symint,
     is_tensor,
     placeholders,
     results,
     shape,
+    sizes_of,
     symbols,
 )
 from offramp.program.program import Program
@@ -95,7 +95,7 @@ class Dataflow:
         inputs = placeholders(self.program.graph)
         chunked = {inputs[name] for name in (*cache.tokens, cache.lengths, *cache.buffers)}
         chunked |= dependents(chunked, self.program.graph)
-        chunk = next(e for e in map(expression, shape(inputs[cache.tokens[0]])) if e in self.program.axes.tokens)
+        chunk = next(e for e in sizes_of(inputs[cache.tokens[0]]) if e in self.program.axes.tokens)
         return chunked | self._counting(chunk, chunked)
 
     @cached_property
@@ -104,7 +104,7 @@ class Dataflow:
         cache = self.program.cache
         if cache is None:
             return set()
-        (capacity,) = (expression(size) for size in shape(placeholders(self.program.graph)[cache.places]))
+        (capacity,) = sizes_of(placeholders(self.program.graph)[cache.places])
         return self._counting(capacity, self.chunked)
 
     def _counting(self, axis: Any, apart: set[fx.Node]) -> set[fx.Node]:

@@ -22,7 +22,7 @@ from offramp.program.analysis.lookups import known_ids, longest
 from offramp.program.analysis.sites import mlp
 from offramp.program.analysis.stacks import Stack
 from offramp.program.exit import Exit, asked_of
-from offramp.program.graph import aten, expression, placeholders, read_by, results, shape, source
+from offramp.program.graph import aten, expression, placeholders, read_by, results, shape, sizes_of, source
 from offramp.program.learners import Learners
 from offramp.program.ops import FILL_PLACES
 from offramp.program.program import Program
@@ -152,7 +152,7 @@ class Describer:
             return None
         inputs = placeholders(self.program.graph)
         node = inputs[cache.tokens[0]]
-        chunk = next(axes.names[e] for e in map(expression, shape(node)) if e in axes.tokens)
+        chunk = next(axes.names[e] for e in sizes_of(node) if e in axes.tokens)
         (capacity,) = (axes.names[expression(size)] for size in shape(inputs[cache.places]))
         rowwise = any("GroupQueryAttention" in self.writer.operators(s.file) for s in self.segments.values())
         return m.Cache(

@@ -8,7 +8,7 @@ from torch import fx
 
 from offramp.export.dataflow import Dataflow
 from offramp.passes.infra.editor import Editor
-from offramp.program.graph import FILLED, aten, expression, filling, is_tensor, placeholders, read_by, shape
+from offramp.program.graph import FILLED, aten, expression, filling, is_tensor, placeholders, read_by, shape, sizes_of
 from offramp.program.program import Program
 
 
@@ -43,7 +43,7 @@ def _sizes(editor: Editor, node: fx.Node) -> list[Any]:
         if is_tensor(each)
         for axis, size in enumerate(shape(each))
     }
-    wanted = [expression(size) for size in shape(node)]
+    wanted = sizes_of(node)
     return [
         size if isinstance(size, int) else editor.call(aten.sym_size.int, *holders[size], at=node.prev)
         for size in wanted

@@ -23,6 +23,7 @@ from offramp.program.graph import (
     placeholders,
     read_by,
     shape,
+    sizes_of,
     symbols,
 )
 
@@ -71,13 +72,13 @@ def _taken_along(flow: Dataflow, nodes: Iterable[fx.Node]) -> set[fx.Node]:
     cache, inputs = program.cache, placeholders(graph)
     assert cache is not None
     tokens = expression(shape(inputs[cache.tokens[0]])[program.chunk_axis])
-    (capacity,) = map(expression, shape(inputs[cache.places]))
+    (capacity,) = sizes_of(inputs[cache.places])
     first = [1 if program.axes.batch is None else program.axes.batch, tokens]
     counting = dependents([inputs[cache.lengths]], graph) - dependents([inputs[name] for name in cache.buffers], graph)
     own = dependents(inputs.values(), graph) - counting
     found = set[fx.Node]()
     for node in (node for node in nodes if is_tensor(node) and node in own):
-        sizes = list(map(expression, shape(node)))
+        sizes = sizes_of(node)
         if sizes[:2] == first and all({tokens, capacity}.isdisjoint(symbols(size)) for size in sizes[2:]):
             found.add(node)
     return found

@@ -24,7 +24,7 @@ from offramp.passes.infra.contract import Pass, PassResult
 from offramp.program.analysis.token_axes import Axes
 from offramp.program.cache import Cache
 from offramp.program.exit import Exit
-from offramp.program.graph import aten, expression, read_by, results, shape
+from offramp.program.graph import aten, expression, read_by, results, shape, sizes_of
 from offramp.program.program import Program
 
 
@@ -148,9 +148,9 @@ class _Insertion:
         """Raise where no axis of the tokens' inputs counts rows, or what is implied has an axis of its own."""
         facts, axes = self.facts, self.program.axes
         kept = [node for node in self.program.graph.find_nodes(op="placeholder") if node not in facts.implied]
-        left = {size for node in kept for size in map(expression, shape(node))}
+        left = {size for node in kept for size in sizes_of(node)}
         for node in facts.own:
-            other = {size for size in map(expression, shape(node)) if size in axes.names and size != facts.tokens}
+            other = {size for size in sizes_of(node) if size in axes.names and size != facts.tokens}
             if axes.batch is None and other and node in kept:
                 raise PassError(
                     f"insert-cache: caches are kept for each row of a batch, and the rows of input {node.target} "
@@ -166,7 +166,7 @@ class _Insertion:
 
     def _mixed(self, rows: set[Any]) -> str:
         """The outputs whose shapes tell that rows meet in them."""
-        found = {name: [expression(size) for size in shape(node)] for name, node in results(self.program.graph).items()}
+        found = {name: sizes_of(node) for name, node in results(self.program.graph).items()}
         names = [name for name, sizes in found.items() if sum(size in rows for size in sizes) != 1]
         return f": see outputs {', '.join(names)}" if names else ""
 
@@ -186,7 +186,7 @@ class _Insertion:
         found = []
         for name in self.program.outputs:
             node = returned[name]
-            sizes = [expression(size) for size in shape(node)]
+            sizes = sizes_of(node)
             fixed = self.facts.kinds[node] in (POSITIONAL, CHUNK)
             pooled = self.facts.kinds[node] == DATA and self.facts.tokens not in sizes
             if name != self.logits and (fixed or pooled or builder.mixed & read_by([node])):

@@ -15,7 +15,7 @@ from offramp.passes.scores.candidates import short_list
 from offramp.passes.scores.score_builder import ScoreBuilder
 from offramp.passes.scores.short_head import ShortHead, find_head
 from offramp.program.exit import Exit
-from offramp.program.graph import ancestors, dependents, expression, is_tensor, results, shape, symbols
+from offramp.program.graph import ancestors, dependents, is_tensor, results, shape, sizes_of, symbols
 from offramp.program.program import Program
 from offramp.program.record import exchanged
 
@@ -111,7 +111,7 @@ class InsertScores(Pass):
                 ) from error
         if set(self.measures) & set(OF_OWN_HEAD):
             tokens, name = self._tokens(program), self._logits(program)
-            sizes = [expression(size) for size in shape(results(program.graph)[name])]
+            sizes = sizes_of(results(program.graph)[name])
             if tokens is not None and tokens not in sizes:
                 raise SpecError(
                     f"measure={'|'.join(self.measures)}: output {name!r} is of the last token alone, and a block does "
@@ -216,7 +216,7 @@ class InsertScores(Pass):
     def _tokens(self, program: Program) -> Any:
         """The symbol of the token axis of a causal stack, each of whose tokens has a score; None for others."""
         stack = program.stacks[stack_named(program, self.stack)]
-        sizes = [expression(size) for size in shape(program.nodes[stack.input])]
+        sizes = sizes_of(program.nodes[stack.input])
         if stack.role != "decoder" or (program.axes.batch is None and sizes[0] != 1):
             return None
         return next((size for size in sizes if symbols(size) & {*program.axes.tokens}), None)

@@ -68,6 +68,11 @@ def expression(size: Any) -> Any:
     return int(found) if found.is_Integer else found
 
 
+def sizes_of(node: fx.Node) -> list[Any]:
+    """The shape of a tensor node, each size as an `expression`: equal lists are provably equal shapes."""
+    return [expression(size) for size in shape(node)]
+
+
 def symbols(size: Any) -> set[Any]:
     """The symbols that a size is made of."""
     return set(getattr(expression(size), "free_symbols", ()))
@@ -75,8 +80,7 @@ def symbols(size: Any) -> set[Any]:
 
 def shape_key(node: fx.Node) -> str:
     """The shape and dtype of a tensor node as text, equal where the shapes are provably equal."""
-    value = node.meta["val"]
-    return f"{[str(expression(size)) for size in value.shape]}:{value.dtype}"
+    return f"{[str(size) for size in sizes_of(node)]}:{node.meta['val'].dtype}"
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

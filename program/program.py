@@ -23,7 +23,7 @@ from offramp.program.analysis.token_axes import Axes, find_axes
 from offramp.program.cache import Cache
 from offramp.program.dropout import Trainable, keeps, strip
 from offramp.program.exit import Exit
-from offramp.program.graph import ancestors, copied, dependents, expression, placeholders, results, run, shape
+from offramp.program.graph import ancestors, copied, dependents, placeholders, results, run, shape, sizes_of
 from offramp.program.groups import Groups
 from offramp.program.learners import Learners
 from offramp.program.record import Record
@@ -157,7 +157,7 @@ class Program:
         """The axis of a chunk's tokens in its ids; of a program with caches."""
         assert self.cache is not None
         chunk = placeholders(self.graph)[self.cache.tokens[0]]
-        return next(axis for axis, size in enumerate(shape(chunk)) if expression(size) in self.axes.tokens)
+        return next(axis for axis, size in enumerate(sizes_of(chunk)) if size in self.axes.tokens)
 
     def ahead(self, inputs: Mapping[str, torch.Tensor]) -> int:
         """How many places for features stand in front of the text in these inputs."""
@@ -193,11 +193,11 @@ class Program:
         """The lengths of the axes of these inputs, by name."""
         nodes = placeholders(self.graph)
         return {
-            self.axes.names[expression(size)]: value.shape[axis]
+            self.axes.names[size]: value.shape[axis]
             for name, value in inputs.items()
             if name in nodes
-            for axis, size in enumerate(shape(nodes[name]))
-            if expression(size) in self.axes.names
+            for axis, size in enumerate(sizes_of(nodes[name]))
+            if size in self.axes.names
         }
 
     def implied(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import SpecError
-from offramp.program.graph import expression, placeholders, shape
+from offramp.program.graph import placeholders, shape, sizes_of
 from offramp.program.program import Program
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -127,7 +127,7 @@ def _problems(program: Program, batch: Mapping[str, Any]) -> Iterator[str]:
 def _wrong_sizes(program: Program, name: str, value: Tensor, sizes: dict[Any, tuple[int, str]]) -> Iterator[str]:
     """Where an input's axes contradict the program, or ``sizes`` of the inputs before: length, and which input's."""
     node = placeholders(program.graph)[name]
-    for axis, (found, size) in enumerate(zip(value.shape, map(expression, shape(node)), strict=True)):
+    for axis, (found, size) in enumerate(zip(value.shape, sizes_of(node), strict=True)):
         axes, where = program.axes, f"axis {axis} of {name} is {found} long"
         if size not in axes.names:
             known = {symbol: sizes[symbol][0] for symbol in getattr(size, "free_symbols", ()) if symbol in sizes}

@@ -18,11 +18,10 @@ from offramp.program.graph import (
     ancestors,
     data_inputs,
     dependents,
-    expression,
     is_tensor,
     placeholders,
     results,
-    shape,
+    sizes_of,
     source,
     symbols,
 )
@@ -210,9 +209,9 @@ def _as_tokens_lie(
     """A mask with its axes in the order of the tokens', which have ``sizes``; None if it is of other places."""
     nodes = placeholders(program.graph)
     if its_name in nodes:
-        its = _sizes(nodes[its_name])
+        its = sizes_of(nodes[its_name])
         return arranged(mask, its, sizes) if math.prod(its) == math.prod(sizes) else None
-    alike = [_sizes(node) for name, node in nodes.items() if name in batch and batch[name].shape == mask.shape]
+    alike = [sizes_of(node) for name, node in nodes.items() if name in batch and batch[name].shape == mask.shape]
     rows = program.sizes(batch).get(program.axes.names.get(program.axes.batch, ""))
     if mask.shape != places and mask.dim() == len(sizes) and mask.shape[0] == rows:
         alike.append(sorted(sizes, key=lambda size: program.axes.batch not in symbols(size)))
@@ -226,11 +225,11 @@ def token_sizes(program: Program, name: str) -> list[Any]:
     Where the value has those of all rows one after another, they are those of the value before, if that is found.
     """
     node = _node(program, name)
-    sizes, rows = _sizes(node)[:-1], program.axes.batch
+    sizes, rows = sizes_of(node)[:-1], program.axes.batch
     if rows in sizes or (rows is None and len(sizes) > 1):
         return sizes
     before = unflattened(node)
-    return sizes if before is None else _sizes(before)[:-1]
+    return sizes if before is None else sizes_of(before)[:-1]
 
 
 def token_names(program: Program, name: str) -> list[int | str]:
@@ -244,7 +243,7 @@ def _ordered_sizes(program: Program, name: str) -> list[Any]:
     if len(sizes) != 1:
         return sizes
     cuts = {cut for stack in program.stacks.values() for cut in stack.cuts}
-    states = [its for cut in cuts if math.prod(its := _sizes(program.nodes[cut])[:-1]) == sizes[0]]
+    states = [its for cut in cuts if math.prod(its := sizes_of(program.nodes[cut])[:-1]) == sizes[0]]
     if any(_along(program, its) not in (0, None) for its in states):
         node = _node(program, name)
         raise SpecError(
@@ -282,7 +281,3 @@ def _along(program: Program, sizes: list[Any]) -> int | None:
 def _node(program: Program, name: str) -> fx.Node:
     """A node by its name, or that of an output: torch calls what returns them all "output"."""
     return results(program.graph).get(name) or program.nodes[name]
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    return [expression(size) for size in shape(node)]

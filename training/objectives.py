@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from offramp.errors import SpecError
 from offramp.passes.infra.contract import stack_named
 from offramp.program.exit import Exit
-from offramp.program.graph import expression, results, shape
+from offramp.program.graph import results, sizes_of
 from offramp.program.program import Program
 from offramp.training.losses import IGNORED, Values, aligned, counted, cross_entropy
 
@@ -89,7 +89,7 @@ def require_classes(program: Program, output: str, hint: str = "an Objective of 
     Places of a text are classes too, those of a question's answer.
     """
     node = results(program.graph).get(output) or program.nodes[output]
-    sizes = [expression(size) for size in shape(node)]
+    sizes = sizes_of(node)
     if not sizes or sizes[-1] in (1, program.axes.batch):
         described = [program.axes.describe(size) for size in sizes]
         raise SpecError(f"output {output!r} of shape {described} has no classes on its last axis", hint=hint)

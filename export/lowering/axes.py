@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from offramp.export.lowering.pipeline import equal_sizes
 from offramp.program.fake_values import fake_result
-from offramp.program.graph import aten, expression, is_weight, shape
+from offramp.program.graph import aten, expression, is_weight, shape, sizes_of
 from offramp.program.symbols import new_axis
 
 _log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def generic_axes(graph: fx.Graph) -> fx.Graph:
     """
     read = {expression(node.meta["val"]) for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)}
     given = [node for node in graph.find_nodes(op="placeholder") if not is_weight(node)]
-    sizes = _unique(expression(size) for node in given for size in shape(node))
+    sizes = _unique(size for node in given for size in sizes_of(node))
     sizes = [size for size in sizes if not isinstance(size, int) or size in read]
     symbols = [size for size in sizes if isinstance(size, int) or size.is_Symbol]
     inner = (s for size in sizes if not isinstance(size, int) for s in sorted(size.free_symbols, key=str))

@@ -11,7 +11,7 @@ from torch import fx
 from offramp.export.lowering.node_builder import Builder
 from offramp.program.canonical.equal_nodes import call_key, merge_equal
 from offramp.program.canonical.simplify import sizes_from_inputs
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import aten, shape, sizes_of
 
 
 def cancel_layout(graph: fx.Graph) -> None:
@@ -36,7 +36,7 @@ def _axes(node: fx.Node) -> set[Any]:
 
 def same_shape(first: fx.Node, second: fx.Node) -> bool:
     """Whether two values are known to have equal sizes."""
-    return [expression(size) for size in shape(first)] == [expression(size) for size in shape(second)]
+    return sizes_of(first) == sizes_of(second)
 
 
 def heads_beside(b: Builder, node: fx.Node) -> fx.Node:

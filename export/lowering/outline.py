@@ -9,7 +9,7 @@ from torch import fx
 
 from offramp.export.lowering.merged_products import merged
 from offramp.export.subgraph import Subgraph
-from offramp.program.graph import aten, expression, is_symint, is_tensor, shape
+from offramp.program.graph import aten, expression, is_symint, is_tensor, shape, sizes_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _copy(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], graph: fx.Graph, 
 
 def _unread(node: fx.Node, inside: set[fx.Node], inputs: list[fx.Node]) -> list[fx.Node]:
     """The tensors outside of the subgraph that a size must be read from."""
-    have = {str(expression(s)) for n in inputs for s in shape(n)}
+    have = {str(size) for node in inputs for size in sizes_of(node)}
     if str(expression(node.meta["val"])) in have:
         return []
     needed = []
@@ -104,7 +104,7 @@ def fingerprint(graph: fx.Graph) -> str:
     for node in graph.nodes:
         kind = ""
         if is_tensor(node):
-            kind = f"{[expression(size) for size in shape(node)]}{node.meta['val'].dtype}"
+            kind = f"{sizes_of(node)}{node.meta['val'].dtype}"
             facts |= {key: text for size in shape(node) for key, text in _facts(size).items()}
         args = fx.node.map_arg((node.args, node.kwargs), index.__getitem__)
         lines.append(f"{node.op} {node.target} {args} {kind}")  # placeholders say whether they are weights

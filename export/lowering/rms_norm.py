@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import aten, expression, shape, sizes_of
 
 
 def fuse_norms(graph: fx.Graph) -> None:
@@ -23,7 +23,7 @@ def fuse_norms(graph: fx.Graph) -> None:
                 continue
             x, epsilon = found
             size = [expression(shape(x)[-1])]
-            if not isinstance(size[0], int) or [expression(s) for s in shape(weight)] != size:
+            if not isinstance(size[0], int) or sizes_of(weight) != size:
                 continue
             with graph.inserting_before(node):
                 made = graph.call_function(aten.rms_norm.default, (x, size, weight, epsilon))

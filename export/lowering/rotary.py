@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from offramp.export.lowering.last_axis import part, repeats
 from offramp.passes.infra.editor import Editor
 from offramp.program import ops
-from offramp.program.graph import aten, expression, shape, source
+from offramp.program.graph import aten, expression, shape, sizes_of, source
 
 _library = torch.library.Library("offramp", "FRAGMENT")
 _library.define("rotary(Tensor x, Tensor cos, Tensor sin, Tensor lengths) -> Tensor")
@@ -127,7 +127,7 @@ def _table(editor: Editor, rows: fx.Node, x: fx.Node) -> fx.Node:
     Raises:
         _RefusedError: that is not how they are made, or the halves are not known to be equal.
     """
-    sizes, wanted = ([expression(size) for size in shape(node)] for node in (rows, x))
+    sizes, wanted = (sizes_of(node) for node in (rows, x))
     if len(wanted) != 4 or sizes != [wanted[0], 1, wanted[2], wanted[3]]:
         raise _RefusedError(f"the table has the shape {sizes} where the rotated value has {wanted}")
     lengths = editor[_cache(editor).lengths]
@@ -142,7 +142,7 @@ def _table(editor: Editor, rows: fx.Node, x: fx.Node) -> fx.Node:
     index: Any
     table, axis, index = node.args
     capacity = expression(shape(editor[_cache(editor).places])[0])
-    full = [(i, expression(size)) for i, size in enumerate(shape(table)) if expression(size) != 1]
+    full = [(i, size) for i, size in enumerate(sizes_of(table)) if size != 1]
     if full != [(axis, capacity), (len(shape(table)) - 1, wanted[3])] or not _by_position(
         index, lengths, wanted[2], capacity
     ):

@@ -36,6 +36,7 @@ from offramp.program.graph import (
     read_by,
     results,
     shape,
+    sizes_of,
 )
 from offramp.program.groups import token_axis
 from offramp.program.program import Program
@@ -69,7 +70,7 @@ def _join(program: Program) -> fx.Node | None:
                 continue
             *features, text = flat(node)
             tokens = expression(shape(text)[1])
-            own = {n for n in placeholders(program.graph).values() if tokens in map(expression, shape(n))}
+            own = {n for n in placeholders(program.graph).values() if tokens in sizes_of(n)}
             if tokens in program.axes.names and features and own & read_by([text]) and not own & read_by(features):
                 return node
     return None
@@ -100,7 +101,7 @@ def _longer(program: Program, tokens: Any, ahead: Any) -> tuple[Program, Any, li
     )
     drops: list[str] = []
     for name, node in inputs.items():
-        sizes = [expression(size) for size in shape(node)]
+        sizes = sizes_of(node)
         if sizes.count(tokens) > 1:
             raise PassError(
                 f"insert-cache: features stand before the text, and input {name} has several axes of its tokens",
@@ -159,7 +160,7 @@ class _Resymbolled:
         self.symbols: dict[Any, torch.SymInt] = {}
         self.nodes: dict[fx.Node, fx.Node] = {}
         for name, node in placeholders(program.graph).items():
-            for symbol, length in zip(map(expression, shape(node)), program.example_inputs[name].shape, strict=True):
+            for symbol, length in zip(sizes_of(node), program.example_inputs[name].shape, strict=True):
                 if not isinstance(symbol, int) and not symbol.is_Symbol:
                     raise PassError(
                         f"insert-cache: features stand before the text, and input {name} has a size of {symbol}",
@@ -169,7 +170,7 @@ class _Resymbolled:
                     assert self.mode.shape_env is not None
                     hint = max(2, length + longer.get(symbol, 0))
                     self.symbols[symbol] = new_axis(self.mode.shape_env, str(symbol), hint)
-            sizes = [size if isinstance(size, int) else self.symbols[size] for size in map(expression, shape(node))]
+            sizes = [size if isinstance(size, int) else self.symbols[size] for size in sizes_of(node)]
             with self.mode:
                 value = torch.empty(sizes, dtype=node.meta["val"].dtype)
             self.nodes[node] = self.graph.placeholder(str(node.target))

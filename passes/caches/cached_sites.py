@@ -16,7 +16,7 @@ from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.kinds import DATA
 from offramp.program import ops
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.graph import aten, expression, shape, symbols
+from offramp.program.graph import aten, expression, shape, sizes_of, symbols
 
 _LAYOUT = (
     aten.transpose.int,
@@ -143,7 +143,7 @@ class CachedSites:
         best: tuple[fx.Node, list[fx.Node]] | None = None
         node = operand
         while True:
-            sizes = [expression(size) for size in shape(node)]
+            sizes = sizes_of(node)
             if len(sizes) == 4 and sizes[0] == batch and sizes[2] == self.facts.tokens:
                 best = node, list(path)
             above = node.args[0] if node.target in _LAYOUT else None

@@ -17,7 +17,7 @@ from offramp.passes.caches.masks import plain_window
 from offramp.passes.caches.roles import Roles, leaves, roles_of
 from offramp.program.analysis.attention import AttentionSite, is_causal, together
 from offramp.program.analysis.attention_search import attention_sites
-from offramp.program.graph import expression, shape, source, symbols
+from offramp.program.graph import expression, shape, sizes_of, source, symbols
 from offramp.program.program import Program, as_tensor, evaluate
 from offramp.program.sizes import resized
 
@@ -69,7 +69,7 @@ class Causal:
             if stack.role != "decoder":
                 continue
             hidden = self.program.nodes[stack.input]
-            axes = [size for size in map(expression, shape(hidden)) if size in self.program.axes.tokens]
+            axes = [size for size in sizes_of(hidden) if size in self.program.axes.tokens]
             if len(axes) != 1:
                 sizes = [self.program.axes.describe(size) for size in shape(hidden)]
                 raise PassError(

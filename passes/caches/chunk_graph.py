@@ -121,6 +121,11 @@ class ChunkGraph:
         self.inputs[name] = node
         return node
 
+    def full(self, sizes: Sequence[Any], value: float, dtype: torch.dtype) -> fx.Node:
+        """One number everywhere, as this dtype has it."""
+        number = value if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
+        return self.call(aten.full.default, sizes, number, dtype=dtype)
+
     def call(self, target: Any, *args: Any, name: str | None = None, **kwargs: Any) -> fx.Node:
         """A new call at the end of the graph; its value's shape is computed."""
         name = name or f"{getattr(target, '__name__', 'size').split('.')[0]}_chunked"  # no name of an old node

@@ -12,7 +12,7 @@ from offramp.errors import PassError
 from offramp.passes.caches.ahead import with_places_ahead
 from offramp.passes.caches.fully_masked import comparable_outputs
 from offramp.program.compare import TOLERANCE, relative_error
-from offramp.program.graph import dependents, expression, placeholders, results, run, shape
+from offramp.program.graph import dependents, placeholders, results, run, sizes_of
 from offramp.program.program import Program
 
 _BLIND = (
@@ -87,7 +87,7 @@ def in_chunks(program: Program, inputs: dict[str, torch.Tensor], seed: int = 0) 
     wholes: dict[str, torch.Tensor] = {}
     for lengths, counts, made in _steps(program, inputs, seed):
         for name in program.outputs:
-            sizes = [expression(size) for size in shape(returned[name])]
+            sizes = sizes_of(returned[name])
             if name in cache.whole or (name == cache.logits and chunk not in sizes):
                 continue
             place = program.axes.batch_axis(returned[name]) or _only_row(program, sizes)
@@ -112,7 +112,7 @@ def _ends(before: Program, after: Program, inputs: dict[str, torch.Tensor]) -> l
         for row in torch.nonzero((counts == counts.max()) & (lengths + counts >= after.cache.least)).flatten().tolist():
             cut = dict(inputs)
             for name in after.cache.tokens:
-                axis = [expression(size) for size in shape(nodes[name])].index(chunk)
+                axis = sizes_of(nodes[name]).index(chunk)
                 cut[name] = inputs[name].narrow(axis, 0, int(lengths[row] + counts[row]))
             expected = _pass(before, after, cut)[after.cache.logits]
             found.append((made[after.cache.logits][row], expected[row]))
@@ -123,7 +123,7 @@ def _tokens(program: Program, inputs: dict[str, torch.Tensor]) -> tuple[Any, int
     """The symbol of the chunk's axis, and how many tokens the inputs have."""
     assert program.cache is not None
     name = program.cache.tokens[0]
-    sizes = [expression(size) for size in shape(placeholders(program.graph)[name])]
+    sizes = sizes_of(placeholders(program.graph)[name])
     chunk = next(size for size in sizes if size in program.axes.tokens)
     return chunk, inputs[name].shape[sizes.index(chunk)]
 
@@ -137,7 +137,7 @@ def _steps(
     chunk, total = _tokens(program, inputs)
     module = _without_whole(program)
     nodes = placeholders(module.graph)
-    axes = {name: [expression(size) for size in shape(nodes[name])].index(chunk) for name in cache.tokens}
+    axes = {name: sizes_of(nodes[name]).index(chunk) for name in cache.tokens}
     widest = min(total, 4)
     generator = torch.Generator().manual_seed(seed)
     first = cache.least if cache.prompt is not None and cache.prompt.whole else 1

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.kinds import DATA
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.graph import expression, results, shape
+from offramp.program.graph import expression, results, shape, sizes_of
 from offramp.program.program import Program, evaluate
 
 
@@ -67,7 +67,7 @@ def _first(facts: Causal, name: str, value: Tensor, count: int) -> Tensor:
 
 
 def _by_token(facts: Causal, node: fx.Node) -> bool:
-    return list(map(expression, shape(node)))[:2] == [facts.program.axes.batch, facts.tokens]
+    return sizes_of(node)[:2] == [facts.program.axes.batch, facts.tokens]
 
 
 def _fully_masked(facts: Causal, inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import fx
 from offramp.bundle.manifest import Implied
 from offramp.errors import PassError
 from offramp.program.analysis.attention import AttentionSite, Mask, is_causal
-from offramp.program.graph import aten, data_inputs, expression, read_by, results, shape
+from offramp.program.graph import aten, data_inputs, expression, read_by, results, shape, sizes_of
 from offramp.program.program import Program, as_tensor, evaluate
 
 _COUNTS = (aten.cumsum.default, aten.sum.dim_IntList, aten.sum.default, aten.arange.default)
@@ -186,7 +186,7 @@ class Meaning:
 
 
 def _fixed(node: fx.Node) -> list[int]:
-    return [expression(size) for size in shape(node) if isinstance(expression(size), int)]
+    return [size for size in sizes_of(node) if isinstance(size, int)]
 
 
 def _plain(value: torch.Tensor) -> bool:

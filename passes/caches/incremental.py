@@ -166,12 +166,12 @@ class Rebuilder:
         size = self._tokens(extent)
         sizes = [self.new.sizer(self.new.size_value(s, size)) for s in shape(node)]
         if item.axis is None:
-            whole = self.new.call(aten.full.default, sizes, _number(item.value, dtype), dtype=dtype)
+            whole = self.new.full(sizes, item.value, dtype)
             if item.hidden is None:
                 return whole
             places = self.new.call(aten.arange.default, sizes[-1])
             past = self.new.call(aten.ge.Tensor, self.new.call(aten.unsqueeze.default, places, 1), places)
-            hidden = self.new.call(aten.full.default, [], _number(item.hidden, dtype), dtype=dtype)
+            hidden = self.new.full([], item.hidden, dtype)
             return self.new.call(aten.where.self, past, whole, hidden)
         if extent != "chunk":
             places = self.new.call(aten.arange.default, sizes[item.axis])
@@ -279,7 +279,3 @@ class Rebuilder:
                 if expression(size) != 1 and (sizes[axis] is None or self.new.label(size) == "capacity"):
                     sizes[axis] = size
         return sizes
-
-
-def _number(value: float, dtype: torch.dtype) -> float | int | bool:
-    return value if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)

@@ -18,7 +18,7 @@ from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.chunk_graph import PROMPT_LENGTHS
 from offramp.passes.caches.incremental import Rebuilder
 from offramp.passes.caches.kinds import DATA, MEMORY, POSITIONAL
-from offramp.program.graph import ancestors, aten, expression, is_tensor, read_by, shape, source
+from offramp.program.graph import ancestors, aten, expression, is_tensor, read_by, shape, sizes_of, source
 from offramp.program.ops import FILL_PLACES
 
 _PUT = (FILL_PLACES, aten.slice_scatter.default, aten.select_scatter.default, aten.index_put.default)
@@ -71,7 +71,7 @@ class Joins:
 
     def _row_axis(self, node: fx.Node) -> int | None:
         """The axis of rows, of which a program without a batch axis has one."""
-        program, sizes = self.facts.program, [expression(size) for size in shape(node)]
+        program, sizes = self.facts.program, sizes_of(node)
         if program.axes.batch is None:
             return sizes.index(1) if 1 in sizes else None
         place = program.axes.batch_axis(node)
@@ -195,10 +195,9 @@ class Joins:
 
     def _same(self, node: fx.Node, value: float) -> fx.Node:
         """One number for each token of the chunk."""
-        new, dtype = self.builder.new, node.meta["val"].dtype
+        new = self.builder.new
         sizes = [new.sizer(new.size_value(size, new.chunk)) for size in shape(node)]
-        number: Any = value if dtype.is_floating_point else bool(value) if dtype == torch.bool else int(value)
-        return new.call(aten.full.default, sizes, number, dtype=dtype)
+        return new.full(sizes, value, node.meta["val"].dtype)
 
     def hook(self, node: fx.Node) -> fx.Node:
         """The node's value on a chunk: the prompt's rows where the chunk is in it, else the tokens' own."""

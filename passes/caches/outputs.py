@@ -11,7 +11,17 @@ from torch import fx
 from offramp.errors import PassError
 from offramp.passes.caches.causal import Causal
 from offramp.passes.caches.kinds import CHUNK, CONSTANT, DATA, POSITIONAL
-from offramp.program.graph import ancestors, aten, expression, is_tensor, placeholders, results, shape, symbols
+from offramp.program.graph import (
+    ancestors,
+    aten,
+    expression,
+    is_tensor,
+    placeholders,
+    results,
+    shape,
+    sizes_of,
+    symbols,
+)
 from offramp.program.program import Program
 
 
@@ -79,7 +89,7 @@ def why_no_generation(program: Program) -> str | None:
     for stack in program.stacks.values():
         hidden = program.nodes[stack.input]
         sizes = [program.axes.describe(size) for size in shape(hidden)]
-        if stack.role == "decoder" and ([*map(expression, shape(hidden)[:2])] != first or len(sizes) != 3):
+        if stack.role == "decoder" and (sizes_of(hidden)[:2] != first or len(sizes) != 3):
             return f"the hidden state of stack {stack.name}, of shape {sizes}, does not have rows and tokens first"
     return None
 
@@ -100,7 +110,7 @@ def _fits(facts: Causal, node: fx.Node, last: set[fx.Node]) -> bool:
     """Whether a node holds numbers for a fixed set of classes, of each token or of the last one."""
     if not is_tensor(node) or facts.kinds.get(node) != DATA or not node.meta["val"].is_floating_point():
         return False
-    sizes = [expression(size) for size in shape(node)]
+    sizes = sizes_of(node)
     batch = facts.program.axes.batch
     if len(sizes) < 2 or not isinstance(sizes[-1], int) or sizes[-1] < 2:
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from offramp.passes.caches.chunk_graph import LENGTHS, ChunkGraph
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import aten, expression, shape, sizes_of
 
 
 class PositionRows:
@@ -49,7 +49,7 @@ class PositionRows:
         if not axes:
             return table
         if offset < 0 or len(axes) > 1:
-            shown = ", ".join(str(expression(size)) for size in shape(table))
+            shown = ", ".join(map(str, sizes_of(table)))
             raise new.refusal(f"positions of shape [{shown}] meet tokens in a way that is not understood")
         place = next((i for i, size in enumerate(reference) if new.counts_rows(size)), 0)
         return self.rows(table, axes[0], len(reference), place, new.places(reference[place]))

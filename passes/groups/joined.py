@@ -10,7 +10,7 @@ from torch import fx
 
 from offramp.bundle.expressions import names as axes_of
 from offramp.errors import SpecError
-from offramp.program.graph import aten, data_inputs, expression, is_tensor, read_by, shape
+from offramp.program.graph import aten, data_inputs, expression, is_tensor, read_by, shape, sizes_of
 from offramp.program.groups import Group, token_axis
 from offramp.program.program import Program
 
@@ -72,7 +72,7 @@ def joins(start: fx.Node, tokens: Any) -> Iterator[fx.Node]:
         seen.add(node)
         if node.target is aten.cat.default and expression(shape(node)[along(node)]) == tokens:
             yield node
-        todo += [arg for arg in data_inputs(node) if is_tensor(arg) and tokens in map(expression, shape(arg))]
+        todo += [arg for arg in data_inputs(node) if is_tensor(arg) and tokens in sizes_of(arg)]
 
 
 def along(node: fx.Node) -> int:

@@ -14,7 +14,7 @@ from offramp.passes.groups.bounds import group_bounds
 from offramp.passes.infra.editor import Editor
 from offramp.program.analysis.attention import HIDDEN, AttentionSite, Mask, padding_mask, together
 from offramp.program.analysis.attention_search import attention_sites
-from offramp.program.graph import aten, expression, shape, symbols
+from offramp.program.graph import aten, expression, shape, sizes_of, symbols
 from offramp.program.groups import Groups, token_axis
 from offramp.program.program import Program, evaluate
 
@@ -99,8 +99,8 @@ class ScoreBuilder:
         """``valid`` with axes that broadcast over ``like``; None where ``like`` has no such token axis."""
         if valid is None:
             return None
-        sizes = [expression(s) for s in shape(like)]
-        rows, tokens = (expression(s) for s in shape(valid))
+        sizes = sizes_of(like)
+        rows, tokens = sizes_of(valid)
         if sizes.count(rows) != 1 or sizes.count(tokens) != 1:
             return None
         a, t = sizes.index(rows), sizes.index(tokens)

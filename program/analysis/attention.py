@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from offramp.program.graph import aten, expression, shape
+from offramp.program.graph import aten, expression, shape, sizes_of
 
 SOFTMAX = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 
@@ -117,7 +117,7 @@ def _seen(site: AttentionSite, values: Mapping[fx.Node, torch.Tensor]) -> torch.
 def padding_mask(site: AttentionSite, batch: Any) -> Mask | None:
     """The mask of a site that tells rows' padding: an axis counts rows, the last one counts keys."""
     for mask in site.masks:
-        sizes = [expression(size) for size in shape(mask.node)]
+        sizes = sizes_of(mask.node)
         if len(sizes) > 1 and batch in sizes[:-1] and sizes[-1] == expression(site.token_sizes[1]):
             return mask
     return None

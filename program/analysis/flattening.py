@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
 from offramp.program.analysis.products import product
-from offramp.program.graph import aten, data_inputs, expression, is_pointwise, shape
+from offramp.program.graph import aten, data_inputs, is_pointwise, shape, sizes_of
 from offramp.program.ops import FIRST_LEARNERS
 
 _TOKEN_BY_TOKEN = (
@@ -33,16 +31,12 @@ def unflattened(tokens: fx.Node) -> fx.Node | None:
         seen.add(node)
         given = [arg for arg in data_inputs(node) if len(shape(arg)) > 1]
         if node.target is aten.reshape.default:
-            if len(shape(given[0])) > len(shape(node)) and _sizes(given[0])[-1] == _sizes(node)[-1]:
+            if len(shape(given[0])) > len(shape(node)) and sizes_of(given[0])[-1] == sizes_of(node)[-1]:
                 return given[0]
         elif _token_by_token(node):
-            todo += [arg for arg in given if _sizes(arg)[:-1] == _sizes(node)[:-1]]
+            todo += [arg for arg in given if sizes_of(arg)[:-1] == sizes_of(node)[:-1]]
     return None
 
 
 def _token_by_token(node: fx.Node) -> bool:
     return is_pointwise(node) or node.target in _TOKEN_BY_TOKEN or product(node) is not None
-
-
-def _sizes(node: fx.Node) -> list[Any]:
-    return [expression(size) for size in shape(node)]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.graph import expression, is_tensor, placeholders, results, shape
+from offramp.program.graph import expression, is_tensor, placeholders, results, shape, sizes_of
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def _independent(module: fx.GraphModule, example: Mapping[str, torch.Tensor], sy
     """Whether changing the first place along ``symbol`` leaves the outputs at all other places as they are."""
     changed, places = dict(example), {}
     for name, node in placeholders(module.graph).items():
-        for axis, size in enumerate(shape(node)):
-            if expression(size) == symbol:
+        for axis, size in enumerate(sizes_of(node)):
+            if size == symbol:
                 changed[name] = _perturbed(changed[name], axis)
                 places[name] = axis
     outputs = list(results(module.graph).items())
-    if not all(any(expression(size) == symbol for size in shape(node)) for _, node in outputs):
+    if not all(symbol in sizes_of(node) for _, node in outputs):
         return False
     with torch.no_grad():
         before = module(**example)

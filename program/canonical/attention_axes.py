@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from offramp.program.graph import add_call, aten, expression, shape
+from offramp.program.graph import add_call, aten, expression, shape, sizes_of
 
 _ATTENTION = aten.scaled_dot_product_attention.default
 
@@ -59,7 +59,7 @@ class _Layout:
 
     def spans(self, node: fx.Node) -> bool:
         """Whether the tensor has all of them, in their full size."""
-        mine = [expression(size) for size in shape(node)[:-2]]
+        mine = sizes_of(node)[:-2]
         return mine == [expression(shape(holder)[at]) for holder, at in self.holders]
 
     def spread(self, node: fx.Node) -> fx.Node:
@@ -78,7 +78,7 @@ class _Layout:
             node = self._call(aten.unsqueeze.default, node, min(self.rank, 1))
         if self.rank <= 2:
             return node
-        heads = [expression(size) for size in shape(node)[1:-2]]
+        heads = sizes_of(node)[1:-2]
         between = math.prod(heads) if all(isinstance(size, int) for size in heads) else -1
         ends = [self._size(node, axis) for axis in (0, self.rank, self.rank + 1)]
         return self._call(aten.reshape.default, node, [ends[0], between, *ends[1:]])

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from offramp.program.canonical.equal_nodes import call_key
-from offramp.program.graph import add_call, aten, expression, fake_mode, is_weight, shape, symbols
+from offramp.program.graph import add_call, aten, expression, fake_mode, is_weight, shape, sizes_of, symbols
 from offramp.program.ops import FILL_PLACES
 
 _Call = Callable[..., fx.Node]
@@ -109,14 +109,14 @@ def _listed(values: Any) -> bool:
 def _filling(tokens: Any, mask: Any, values: Any, call: _Call) -> tuple[Any, tuple[Any, ...]] | None:
     while mask.target in (aten.unsqueeze.default, aten.expand.default) and len(shape(mask)) > 2:
         mask = mask.args[0]
-    sizes = [expression(size) for size in shape(tokens)]
-    if len(sizes) != 3 or [expression(size) for size in shape(mask)] != sizes[:2]:
+    sizes = sizes_of(tokens)
+    if len(sizes) != 3 or sizes_of(mask) != sizes[:2]:
         return None
-    if mask.meta["val"].dtype != torch.bool or [expression(size) for size in shape(values)[-1:]] != sizes[2:]:
+    if mask.meta["val"].dtype != torch.bool or sizes_of(values)[-1:] != sizes[2:]:
         return None
     if kept := _kept(values, sizes[0]):
         return FILL_PLACES, (tokens, mask, *kept)
-    places = math.prod(expression(size) for size in shape(values)[:-1])
+    places = math.prod(sizes_of(values)[:-1])
     count = sympy.simplify(places / sympy.sympify(sizes[0]))
     if not count.is_integer or symbols(shape(tokens)[0]) & count.free_symbols:  # not as many in each row
         return None
@@ -132,7 +132,7 @@ def _kept(values: fx.Node, rows: Any) -> tuple[fx.Node, fx.Node] | None:
     if values.target is not aten.index.Tensor or len(args[1]) != 1 or args[1][0].meta["val"].dtype != torch.bool:
         return None
     features, (mask,) = args
-    taken, by_row = (list(map(expression, shape(node))) for node in (features, mask))
+    taken, by_row = (sizes_of(node) for node in (features, mask))
     fits = len(taken) == 3 and len(by_row) == 2 and taken[0] == by_row[0] == rows
     return (features, mask) if fits else None
 

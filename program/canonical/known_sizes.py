@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from offramp.program.graph import ancestors, aten, attribute, expression, is_tensor, run, shape
+from offramp.program.graph import ancestors, aten, attribute, is_tensor, run, sizes_of
 
 _UNTAGGED = (aten.repeat_interleave.self_Tensor,)  # made of one that is tagged
 
@@ -19,7 +19,7 @@ def known_sizes(module: fx.GraphModule) -> int:
     for node in [node for node in graph.nodes if node.op == "call_function"]:
         if not is_tensor(node) or not _by_contents(node):
             continue
-        read, sizes = ancestors([node]), map(expression, shape(node))
+        read, sizes = ancestors([node]), sizes_of(node)
         if not all(_constant(module, arg) for arg in read) or not all(isinstance(size, int) for size in sizes):
             continue
         with torch.no_grad():

@@ -24,6 +24,7 @@ from offramp.program.graph import (
     is_tensor,
     shape,
     shape_key,
+    sizes_of,
     storage_key,
 )
 
@@ -130,7 +131,7 @@ def _squeezed_by_axis(graph: fx.Graph) -> int:
     for node in list(graph.nodes):
         if node.target not in _SQUEEZES:
             continue
-        sizes = [expression(size) for size in shape(node.args[0])]
+        sizes = sizes_of(node.args[0])
         asked = node.args[1] if len(node.args) > 1 else range(len(sizes))
         asked = [asked] if isinstance(asked, int) else asked
         axes = sorted({axis % len(sizes) for axis in asked if sizes and sizes[axis] == 1})
