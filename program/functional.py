@@ -13,8 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from offramp.errors import CaptureError
 from offramp.program.fake_values import call_shapes
-from offramp.program.graph import WRAPPERS, add_call, aten, expression, fake_mode, is_symint, is_tensor, shape
+from offramp.program.graph import WRAPPERS, add_call, aten, expression, fake_mode, is_symint, is_tensor, shape, source
 
 #: They stay: canonical form has them, or drops them.
 _KEPT = (aten.reshape.default, aten.contiguous.default, aten.detach_.default, aten.dropout.default)
@@ -29,14 +30,17 @@ _UNSAFE = torch.Tag.maybe_aliasing_or_mutating
 def functional(exported: ExportedProgram) -> ExportedProgram:
     """What ``exported.run_decompositions({})`` gives, up to names of nodes and what canonical form removes.
 
-    That traces the whole model twice more, and is needed only where an operator changes what has views, or has a
-    body that torch alone knows, or where torch found late that two sizes are one. Elsewhere what works in place is
-    replaced by what does not, and the few operators that torch calls implicit composites are decomposed one by one.
-    ``exported`` itself is changed.
+    That traces the whole model twice more, and is needed only where an operator changes what has views, or where torch
+    found late that two sizes are one. Elsewhere what works in place is replaced by what does not, and the few operators
+    that torch calls implicit composites are decomposed one by one. ``exported`` itself is changed.
+
+    Raises:
+        CaptureError: an operator runs graphs of its own: a loop.
     """
     graphs = list(_graphs(exported.graph_module))
     for graph in graphs:
         for node in list(graph.nodes):
+            _check_region(node)
             if _in_place(node):
                 _out_of_place(graph, node)
             elif node.target is aten.batch_norm.default:
@@ -81,13 +85,20 @@ def _counts(node: fx.Node) -> bool:
     return node.is_impure() or (node.op == "call_function" and not plain)
 
 
+def _check_region(node: fx.Node) -> None:
+    """Raise where an operator runs graphs that are not put in its place."""
+    region = isinstance(node.target, torch._ops.HigherOrderOperator)
+    if region and getattr(node.target, "__name__", "") not in WRAPPERS:
+        raise CaptureError(
+            f"{node.target} ({source(node)}) runs a graph of its own, which no pass reads",
+            hint="a Python loop of as many steps as the example has; a condition as torch.cond, by that name",
+        )
+
+
 def _known(node: fx.Node) -> bool:
     """Whether the node leaves its arguments alone, and its operator says all that it does."""
-    if node.op != "call_function" or node.target in _KEPT:
+    if node.target in _KEPT or not isinstance(node.target, torch._ops.OpOverload):
         return True
-    if not isinstance(node.target, torch._ops.OpOverload):
-        regions = isinstance(node.target, torch._ops.HigherOrderOperator)
-        return not regions or getattr(node.target, "__name__", "") in WRAPPERS
     return not node.target._schema.is_mutable and _UNSAFE not in node.target.tags
 
 

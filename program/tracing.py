@@ -21,6 +21,7 @@ from torch.nn.attention import flex_attention
 from torch.overrides import TorchFunctionMode
 
 from offramp.errors import CaptureError
+from offramp.program.branches import choosing
 from offramp.program.forward import eager
 from offramp.program.functional import functional
 from offramp.program.listed_rows import Lists, RowAloneError
@@ -70,6 +71,8 @@ def exported(module: torch.nn.Module, inputs: dict[str, torch.Tensor], dynamic: 
             try:
                 with quiet(), unchanged(module):
                     return _functional(module, inputs, dims, written)
+            except CaptureError:
+                raise
             except Exception as error:  # noqa: BLE001 (whatever the model raises; the first way's is reported below)
                 log.info("torch.export failed with %s: %s", dims, error)
                 guarded = isinstance(error, GuardOnDataDependentSymNode)
@@ -97,7 +100,7 @@ def _hint(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], error: Ex
     if any(weight.is_inference() for weight in (*module.parameters(), *module.buffers())):
         return "make or load the model outside of torch.inference_mode(), which leaves tensors that no graph may hold"
     contents = (
-        "Python control flow must not depend on the contents of tensors, and the forward must run "
+        "Python control flow must not depend on the contents of tensors (torch.cond may), and the forward must run "
         "without a cache (use_cache=False); see the cause above this error"
     )
     numbers = [name for name, value in inputs.items() if _numbers(value)]
@@ -207,7 +210,7 @@ def _traced(
 ) -> ExportedProgram:
     # torch's table of fake results pays where blocks are many: to keep one takes longer than to compute it
     table = {"fake_tensor_cache_enabled": dynamo_config.fake_tensor_cache_enabled and _longest(module) >= _MANY}
-    with _Tracing(lists, kept, written), _constants(), dynamo_config.patch(table):
+    with _Tracing(lists, kept, written), choosing(), _constants(), dynamo_config.patch(table):
         found: ExportedProgram = torch.export.export(module, (), dict(inputs), dynamic_shapes=dims, strict=False)
     return found
 
