@@ -186,6 +186,27 @@ def test_generations_are_the_model_s(case: tuple[Joined, Program, Chain]) -> Non
     assert [len(row) for row in best.tokens] == [4, 4]
 
 
+def test_tokens_of_a_prompt_beside_features_are_not_replaced(case: tuple[Joined, Program, Chain]) -> None:
+    """Tables are made of the whole prompt: other ids at its places would not be read."""
+    inputs = example()
+    by_hand = case[2].generator({name: value.numpy() for name, value in inputs.items()}, max_new_tokens=6)
+    first = by_hand.next()
+    by_hand.rewind(TOKENS - 2)
+    rest = inputs["input_ids"][:, TOKENS - 2 :].tolist()
+    for wrong in ([[id_ + 1 for id_ in row] for row in rest], [[*row[:1], row[1] + 1, 3] for row in rest]):
+        with pytest.raises(
+            InputError, match=rf"row 0 has .* at token 7 of its prompt, .* had {re.escape(str(rest[0]))}"
+        ):
+            by_hand.append(wrong)
+    by_hand.append([row[:1] for row in rest])
+    by_hand.append([row[1:] for row in rest])
+    assert [token.token for token in by_hand.next()] == [token.token for token in first]
+    by_hand.rewind(TOKENS - 2)
+    assert {token.token for token in by_hand.next()} != {row[0] for row in rest}  # the model says otherwise
+    with pytest.raises(InputError, match=r"row \d has .* at token 7 of its prompt"):
+        by_hand.next()
+
+
 def test_one_row_at_a_time(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = OneJoined().eval(), example(rows=1)
