@@ -75,7 +75,7 @@ def heads_of(manifest: Manifest, source: Path, wanted: Mapping[str, str]) -> dic
         files = [manifest.segments[name].file for name in exit_.segments]
         if {wanted[file] for file in files} == {wanted[segment.file]}:
             continue
-        tail = files[exit_.adapter != "identity"]
+        tail = files[exit_.head == "shared" and exit_.adapter != "identity"]  # behind the adapter, if that is apart
         head = found.setdefault(segment.file, Head(wanted[tail]))
         head.outputs.add(key)
         for file in files:  # of a weight that several read the first counts, which makes the logits

@@ -38,12 +38,15 @@ def check_patterns(patterns: Mapping[str, str], segments: Sequence[str]) -> None
 
 
 def raised(precision: str | Mapping[str, str], manifest: Manifest) -> str | None:
-    """How to say that precision with one of the bundle's encoded segments in fp32; None where that is all of them."""
+    """How to say that precision with one of the bundle's encoded segments in fp32; None where that is all of them.
+
+    Nor can it be said of "auto", which is of a whole bundle.
+    """
     files = [item.file for item in manifest.segments.values()]
     alone = [
         name for name, item in manifest.segments.items() if item.encoding != "fp32" and files.count(item.file) == 1
     ]
-    if not alone or len(set(files)) == 1:
+    if not alone or len(set(files)) == 1 or precision == "auto":
         return None
     given = {"*": precision} if isinstance(precision, str) else precision
     patterns = {alone[-1]: "fp32", **{key: item for key, item in given.items() if key != alone[-1]}}

@@ -97,7 +97,8 @@ def _halves(model: onnx.ModelProto) -> onnx.ModelProto:
     returned = {item.name for item in graph.output}  # of which a weight may be one
     weights = {item.name: item for item in graph.initializer if item.name not in returned}
     halves = dict[str, str]()
-    bounds = {name for node in graph.node if _of_screening(node) and node.op_type != "Gather" for name in node.input}
+    rough = [node for node in graph.node if _of_screening(node) and node.op_type in ("MatMul", "MatMulNBits")]
+    bounds = {name for node in rough for name in node.input}
     for item in [item for item in weights.values() if item.name not in bounds]:
         if item.data_type == onnx.TensorProto.FLOAT and 4 * np.prod(item.dims) >= _LEAST:
             array = numpy_helper.to_array(item)

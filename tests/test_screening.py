@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import offramp
 from offramp.bundle.measures import SCREENED
 from offramp.errors import SpecError
-from offramp.export import save, screening
+from offramp.export import quantize, save, screening
 from offramp.export.partition import partition
 from offramp.export.quantize import packed_rows
 from offramp.passes import apply
@@ -368,6 +368,27 @@ def test_a_head_has_the_precision_of_the_tail(
         assert _tails(chain, policy, prompts[:1]) == {False}
         by_logits = _said(chain, policy, prompts, processors=(lambda tokens, logits: logits,))
         assert _said(chain, policy, prompts) == by_logits
+
+
+@pytest.mark.usefixtures("screened")
+def test_a_bias_of_half_the_bytes_is_that_of_the_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "_LEAST", 1)
+    save(apply(_captured_of(Wordy).program, f"{TEXT},insert-cache"), tmp_path / "m", "fp16", loss=10.0)
+    for path in (tmp_path / "m").glob("*.onnx"):
+        weights = onnx.load(path, load_external_data=False).graph.initializer
+        whole = [item.name for item in weights if item.data_type == onnx.TensorProto.FLOAT]
+        assert all("_scales" in name or "_bounds" in name for name in whole), whole
+
+
+def test_a_screened_exit_with_a_head_and_an_adapter_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are one file, in whatever precision."""
+    monkeypatch.setattr(screening, "_LEAST", 1)
+    passes = f"insert-exits{{after=2,head=own}},insert-adapter{{kind=mlp}},{TEXT},insert-cache"
+    save(apply(_captured_of(Wordy).program, passes), tmp_path / "m", {"*.2": "int8", "*": "fp32"}, loss=10.0)
+    chain = offramp.load(tmp_path / "m")
+    for policy in (offramp.Never(), offramp.Depth({"decoder": 2})):
+        by_logits = _said(chain, policy, [[1, 2, 3]], processors=(lambda tokens, logits: logits,))
+        assert _said(chain, policy, [[1, 2, 3]]) == by_logits
 
 
 # Generation
