@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -14,7 +15,7 @@ from test_cli import reading_bundle, refused, run
 from test_insert_acm import undecided
 
 import offramp
-from offramp.bundle.manifest import Learners, Manifest, Value
+from offramp.bundle.manifest import Learners, Manifest, Stack, Value
 from offramp.bundle.preprocessing import Audio, Image, Preprocessing
 from offramp.cli._learners_figure import draw, names_of
 from offramp.cli._learners_picture import Picture, grid_of, picture, shares_of, shown
@@ -128,6 +129,35 @@ def test_sound(sound: tuple[int, ...], settings: Audio, seconds: float) -> None:
     assert (found.kind, found.seconds, found.shares.tolist()) == ("sound", seconds, [[0.0, 0.5, 1.0]])
     assert found.source is not None
     assert found.source.shape == sound[1:]
+
+
+def test_words_are_no_patches_and_no_sound() -> None:
+    """However many there are."""
+    audio = Audio(rate=16000, hop=160)
+    both = manifest(("decoder", 1), shape=("batch", "words"), audio=audio)
+    given = {"ids": Value("int64", ("batch", "words")), "pixels": Value("float32", ("batch", 3, 8, 8))}
+    both = replace(both, inputs=tuple(given), values={**both.values, **given})
+    taken = {"decoder.1.mlp": counts([0, 2, 4, 1])}
+    for source in (np.zeros((1, 3, 8, 8), np.float32), np.zeros((1, 80, 300), np.float32)):
+        for names in ((), ("a", "b", "c", "d")):
+            found = picture(both, {"ids": counts([5, 6, 7, 8]), "pixels": source}, taken, names)
+            assert (found.kind, found.shares.tolist()) == ("text", [[0, 0.5, 1, 0.25]])
+    named = picture(manifest(("decoder", 1), audio=audio), {"x": source}, taken, ("a", "b", "c", "d"))
+    assert named.kind == "text"
+
+
+@pytest.mark.parametrize(("other", "rows"), [(("batch", "read"), 1), (("16*batch", 4), 16)])
+def test_sites_that_read_other_tokens_are_left_out(other: tuple[int | str, ...], rows: int) -> None:
+    """What attention reads of an encoder; windows of an image, whose order is another."""
+    two = manifest(("decoder", 1), ("decoder", 2))
+    stack = Stack("decoder", "decoder", 2, "hidden", "left", (), ())
+    values = {"count decoder.2.mlp": Value("int64", other), "left": Value("float32", ("batch", "tokens", 8))}
+    two = replace(two, stacks={"decoder": stack}, values={**two.values, **values})
+    elsewhere = {"decoder.2.mlp": np.zeros((rows, 4), np.int64)}
+    blocks, shares = shares_of(two, {"decoder.1.mlp": counts([0, 4]), **elsewhere})["decoder"]
+    assert (blocks, shares.tolist()) == ((1,), [[0, 1]])
+    with pytest.raises(InputError, match=r"decoder.2.mlp read other tokens than their stack's, or in another order"):
+        shares_of(two, elsewhere)
 
 
 def test_text_goes_to_the_stack_that_reads_it() -> None:

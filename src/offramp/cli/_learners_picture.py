@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from offramp.errors import InputError
 
 if TYPE_CHECKING:
-    from offramp.bundle.manifest import Manifest
+    from offramp.bundle.manifest import Learners, Manifest
     from offramp.bundle.preprocessing import Image
 
 Numbers = NDArray[np.float64]
@@ -56,6 +56,8 @@ def picture(
 ) -> Picture:
     """The first stack whose tokens fit an image, a sound, or the names of a text; else the first with learners.
 
+    Tokens that ids or a mask count are a text's, however many there are.
+
     Args:
         manifest: Of a bundle with learners.
         inputs: One row: an image [1, channels, height, width], a sound as ``preprocessing.audio`` has it, or others.
@@ -65,17 +67,21 @@ def picture(
     stacks = shares_of(manifest, learners)
     images, audio = manifest.preprocessing.image, manifest.preprocessing.audio
     floats = [array for array in map(np.asarray, inputs.values()) if array.dtype.kind == "f"]
+    words = _axes_of_text(manifest)
+    of_text = {item.stack for item in manifest.learners.values() if words & {*manifest.values[item.count].shape}}
+    of_text |= {name for name, (_, shares) in stacks.items() if shares.shape[1] == len(names)}
+    seen = {name: item for name, item in stacks.items() if name not in of_text}
     for array in (array for array in floats if array.ndim == 4 and (array.shape[1] >= 3 or images is not None)):
-        for name, (blocks, shares) in stacks.items():
+        for name, (blocks, shares) in seen.items():
             if grid := grid_of(shares.shape[1], *array.shape[2:]):
                 others = shares.shape[1] - grid[0] * grid[1]
                 patches = shares[:, others:].reshape(len(blocks), *grid)
                 source = shown(array[0], images)
                 return Picture("image", name, blocks, patches, shares[:, :others], source)
-    for array in (array for array in floats if audio is not None and array.ndim in (2, 3)):
+    for array in (array for array in floats if audio is not None and array.ndim in (2, 3) and seen):
         assert audio is not None
         seconds = array.shape[-1] * (1 if array.ndim == 2 else audio.hop) / audio.rate
-        name, (blocks, shares) = next(iter(stacks.items()))
+        name, (blocks, shares) = next(iter(seen.items()))
         return Picture("sound", name, blocks, shares, shares[:, :0], array[0], seconds)
     fitting = [item for item in stacks.items() if item[1][1].shape[1] == len(names)]
     name, (blocks, shares) = next(iter(fitting or stacks.items()))
@@ -88,10 +94,14 @@ def shares_of(
 ) -> dict[str, tuple[tuple[int, ...], Numbers]]:
     """By stack its blocks with learners, and the share of their operations that each token took, [blocks, tokens].
 
+    Sites that read other tokens than the stack's hidden state has, or in another order, are left out: what attention
+    reads of an encoder, windows of an image.
+
     Raises:
         InputError: there are several rows, or none of the learners ran.
     """
     taken: dict[str, dict[int, list[Numbers]]] = {}
+    left_out: list[str] = []
     for name, item in manifest.learners.items():
         if name not in learners:  # the row had left
             continue
@@ -99,10 +109,16 @@ def shares_of(
         axis, rows = manifest.values[item.count].place(manifest.batch) or (None, 1)
         if axis is not None and counts.shape[axis] != rows:
             raise several(counts.shape[axis] // rows)
+        if not _lies_as_its_stack(manifest, item):
+            left_out.append(name)
+            continue
         counts = counts.reshape(-1)
         taken.setdefault(item.stack, {}).setdefault(item.block, []).append(
             np.stack([counts * item.flops, np.full_like(counts, item.learners * item.flops)])
         )
+    if left_out and not taken:
+        sites = ", ".join(left_out[:3])
+        raise InputError(f"--figure: {sites} read other tokens than their stack's, or in another order")
     if not taken:
         raise InputError("--figure: the row left before all learners", hint="--policy width:0.4")
     found = {}
@@ -110,6 +126,23 @@ def shares_of(
         sums = [np.sum(blocks[block], 0) for block in sorted(blocks)]
         found[stack] = tuple(sorted(blocks)), np.stack([executed / of for executed, of in sums])
     return found
+
+
+def _lies_as_its_stack(manifest: Manifest, item: Learners) -> bool:
+    """Whether a site counts the tokens of its stack's hidden state, as far as shapes say it."""
+    lying = manifest.values[item.count].shape
+    if item.stack not in manifest.stacks or len(lying) == 1:
+        return True
+    states = manifest.values[manifest.stacks[item.stack].output].shape[:-1]
+    return sorted(map(str, lying)) == sorted(map(str, states))
+
+
+def _axes_of_text(manifest: Manifest) -> set[int | str]:
+    """Axes that whole numbers have, and no sound or image."""
+    given = [manifest.values[name] for name in manifest.inputs]
+    whole = {axis for value in given if value.dtype.startswith("int") for axis in value.shape}
+    others = {axis for value in given if value.dtype.startswith("float") for axis in value.shape}
+    return {axis for axis in whole - others - {manifest.batch} if isinstance(axis, str)}
 
 
 def several(rows: int) -> InputError:

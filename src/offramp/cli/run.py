@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     outputs = _results.outputs(chain, results)
     texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
     parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts)]
-    print(*parts, _exits(chain, results, texts), *_width(results), _trace(results), sep="\n\n")
+    print(*parts, _exits(chain, results, texts), *_width(chain, results), _trace(results), sep="\n\n")
     if args.output:
         try:
             args.output.mkdir(parents=True, exist_ok=True)
@@ -118,10 +118,15 @@ def _at(texts: Sequence[str], row: int) -> str:
     return texts[row] if row < len(texts) else ""
 
 
-def _width(results: Sequence[Result]) -> list[str]:
-    """What ran of the learners, where the bundle has any."""
-    found = [result.width for result in results if result.width is not None]
-    return [f"{sum(found) / len(found):.0%} of the learners ran"] if found else []
+def _width(chain: Chain, results: Sequence[Result]) -> list[str]:
+    """What ran of the learners, where the bundle has any: of all batches, which may have tokens of different number."""
+    ran = whole = 0
+    for result in results:
+        for name, taken in result.learners.items():
+            item, there = chain.manifest.learners[name], taken[taken >= 0]
+            ran += item.flops * int(there.sum())
+            whole += item.flops * item.learners * there.size
+    return [f"{ran / whole:.0%} of the learners ran"] if whole else []
 
 
 def _trace(results: Sequence[Result]) -> str:
