@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -911,6 +912,17 @@ def test_a_teacher_of_other_classes() -> None:
         fit(program, batches(), WidthBudget(teacher=other))
 
 
+def test_a_checkpoint_of_other_learners_is_refused(tmp_path: Path) -> None:
+    """Their weights have the same names; none is changed."""
+    teacher, program = pair()
+    fit(program, batches(), LearnerDistillation(teacher), folder=tmp_path, every=1)
+    other = offramp.apply(teacher, "insert-acm{learners=3}")
+    before = {name: weight.detach().clone() for name, weight in other.module.named_parameters()}
+    with pytest.raises(SpecError, match=r"trains other weights: \['learners.encoder.1.mlp"):
+        fit(other, batches(), LearnerDistillation(teacher), folder=tmp_path, every=1)
+    assert all(torch.equal(weight, before[name]) for name, weight in other.module.named_parameters())
+
+
 @pytest.mark.parametrize("kind", [LearnerDistillation, GateDistillation, WidthBudget])
 def test_a_teacher_that_is_no_program(kind: Any) -> None:
     _, program = pair()
@@ -926,6 +938,11 @@ def test_a_teacher_that_is_no_program(kind: Any) -> None:
             r"low=0.8, high=0.5: widths lie between 0 and 1",
         ),
         (lambda teacher: GateDistillation(teacher, draws=0), "draws=0"),
+        (lambda teacher: GateDistillation(teacher, draws=cast(Any, 2.5)), "draws=2.5: at least one width a step"),
+        (lambda teacher: GateDistillation(teacher, labels=math.nan), "labels=nan: a number, at least 0"),
+        (lambda teacher: WidthBudget(low=cast(Any, "0.25"), teacher=teacher), "low='0.25': a number, from 0 to 1"),
+        (lambda teacher: WidthBudget(teacher=teacher, budget=-1), "budget=-1: a number, at least 0"),
+        (lambda teacher: WidthBudget(teacher=teacher, entropy=math.inf), "entropy=inf: a number, finite"),
         (lambda teacher: WidthBudget(high=1.5, teacher=teacher), "high=1.5"),
         (lambda teacher: WidthBudget(CrossEntropy(), states=1.0), r"states=1.0: without a teacher"),
         (lambda teacher: WidthBudget(), "neither task nor teacher"),

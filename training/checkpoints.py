@@ -75,8 +75,10 @@ class Checkpoints:
 
     def _load_weights(self, models: list[Any], directory: str) -> None:
         stored = load_file(Path(directory) / _WEIGHTS)
-        if stored.keys() != self.weights.keys():
-            differing = sorted(stored.keys() ^ self.weights.keys())
+        both = (stored, self.weights)
+        there, here = ({(name, tuple(weight.shape)) for name, weight in weights.items()} for weights in both)
+        if there != here:
+            differing = sorted({name for name, _ in there ^ here})
             raise SpecError(
                 f"the checkpoint in {directory} trains other weights: {differing[:5]}",
                 hint="another folder, or the program and train= of that run",

@@ -121,11 +121,12 @@ def require_next(program: Program, batch: Values) -> None:
             )
 
 
-def _require(**numbers: tuple[float, float, float]) -> None:
+def require_numbers(**numbers: tuple[float, float, float]) -> None:
     """Raise a SpecError where one of these is no finite number between its limits."""
     for name, (value, least, most) in numbers.items():
         if not isinstance(value, Real) or not math.isfinite(value) or not least <= value <= most:
-            limits = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            upwards = "finite" if least == -math.inf else f"at least {least:g}"
+            limits = f"from {least:g} to {most:g}" if most < math.inf else upwards
             raise SpecError(f"{name}={value!r}: a number, {limits}")
 
 
@@ -137,7 +138,7 @@ class CrossEntropy(Objective):
     smoothing: float = 0.0
 
     def check(self, program: Program) -> None:
-        _require(smoothing=(self.smoothing, 0, 1))
+        require_numbers(smoothing=(self.smoothing, 0, 1))
         if self.output not in program.outputs:
             raise SpecError(
                 f"the program has no output {self.output!r}; there are {list(program.outputs)}",
@@ -225,7 +226,7 @@ class DeepSupervision(_AtExits):
 
     def check(self, program: Program) -> None:
         super().check(program)
-        _require(smoothing=(self.smoothing, 0, 1))
+        require_numbers(smoothing=(self.smoothing, 0, 1))
         known = {item.after for item in self.exits(program)} | {program.stacks[self._stack(program)].blocks}
         if self.weights is None:
             return
@@ -236,7 +237,7 @@ class DeepSupervision(_AtExits):
             )
         if wrong := sorted(set(self.weights) - known):
             raise SpecError(f"weights for {wrong}: the stack has exits after {sorted(known)}")
-        _require(**{f"weights[{after}]": (weight, 0, math.inf) for after, weight in self.weights.items()})
+        require_numbers(**{f"weights[{after}]": (weight, 0, math.inf) for after, weight in self.weights.items()})
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
         require_next(program, batch)
@@ -267,7 +268,7 @@ class DepthWeighted(_AtExits):
 
     def check(self, program: Program) -> None:
         super().check(program)
-        _require(smoothing=(self.smoothing, 0, 1), alpha=(self.alpha, 0, math.inf))
+        require_numbers(smoothing=(self.smoothing, 0, 1), alpha=(self.alpha, 0, math.inf))
         if self.align not in ("dyna", "unif", "last"):
             raise SpecError(f"align={self.align!r}: there are dyna, unif and last")
 
@@ -310,7 +311,7 @@ class SelfDistillation(_AtExits):
 
     def check(self, program: Program) -> None:
         super().check(program)
-        _require(temperature=(self.temperature, 1e-3, math.inf), hard=(self.hard, 0, math.inf))
+        require_numbers(temperature=(self.temperature, 1e-3, math.inf), hard=(self.hard, 0, math.inf))
 
     def losses(self, program: Program, values: Values, batch: Values) -> dict[str, Tensor]:
         final = values[self.final(program)].detach()

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -34,7 +35,7 @@ from offramp.training.learner_sites import (
     width,
 )
 from offramp.training.losses import Values, counted, relative_error
-from offramp.training.objectives import Objective, require_classes, require_one_run
+from offramp.training.objectives import Objective, require_classes, require_numbers, require_one_run
 
 if TYPE_CHECKING:
     from offramp.training.objective_module import ObjectiveModule
@@ -98,7 +99,8 @@ class GateDistillation(Objective):
 
     def check(self, program: Program) -> None:
         _check_widths(self.low, self.high)
-        if self.draws < 1:
+        require_numbers(labels=(self.labels, 0, math.inf), budget=(self.budget, 0, math.inf))
+        if not isinstance(self.draws, Integral) or self.draws < 1:
             raise SpecError(f"draws={self.draws}: at least one width a step")
         check_teacher(program, self.teacher)
 
@@ -199,6 +201,9 @@ class WidthBudget(Objective):
 
     def check(self, program: Program) -> None:
         _check_widths(self.low, self.high)
+        require_numbers(budget=(self.budget, 0, math.inf), states=(self.states, 0, math.inf))
+        any_number = -math.inf, math.inf
+        require_numbers(entropy=(self.entropy, *any_number), diversity=(self.diversity, *any_number))
         learner_sites(program)
         if self.task is None and self.teacher is None:
             raise SpecError("neither task nor teacher: nothing to be good at", hint="task=CrossEntropy()")
@@ -346,5 +351,6 @@ def _check_output(program: Program, teacher: Program, output: str) -> None:
 
 
 def _check_widths(low: float, high: float) -> None:
-    if not 0 <= low <= high <= 1:
+    require_numbers(low=(low, 0, 1), high=(high, 0, 1))
+    if low > high:
         raise SpecError(f"low={low}, high={high}: widths lie between 0 and 1, low first")
