@@ -20,7 +20,7 @@ from offramp.calibration.exits import Exits
 from offramp.calibration.joint import Joint
 from offramp.calibration.observe import scored, stack_of, stacks_of
 from offramp.calibration.quality import Quality, classes_of, same_class, same_tokens
-from offramp.calibration.sequence import Asked
+from offramp.calibration.sequence import Asked, check_generation
 from offramp.errors import InputError
 from offramp.runtime import Chain, Each, Never, Policy, Verify, Width, card, load
 from offramp.runtime.engine.cores import physical_cores
@@ -125,10 +125,7 @@ def calibrate(
     _check_options(keep, confidence, quality, stack, measure, seed)
     chain = model if isinstance(model, Chain) else load(model)
     examples = read(chain, data)
-    if chain.generates is None and options:
-        raise InputError(f"options {sorted(options)} are of generations; this bundle does not generate")
-    if options.get("temperature") or options.get("beams", 1) != 1:
-        raise InputError("a calibration compares greedy texts", hint="leave temperature and beams out")
+    check_generation(chain, options)
     judged = quality or (same_class if chain.generates is None else same_tokens)
     asked = Asked(chain, keep, confidence, judged, options)
     chosen, budgets = _exits(asked, stack, measure, width, others), _budgets(width)

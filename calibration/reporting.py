@@ -32,7 +32,7 @@ from offramp.calibration.observe import (
     time_rows,
 )
 from offramp.calibration.quality import Quality, by_row, classes_of, graded, same_class, same_tokens
-from offramp.calibration.sequence import Asked, nothing_right
+from offramp.calibration.sequence import Asked, check_generation, nothing_right
 from offramp.calibration.verdicts import KEEP, Point, verdict, verdict_of_widths
 from offramp.calibration.widths import ALL, all_dense, milliseconds, step_of, time_widths
 from offramp.errors import InputError
@@ -208,6 +208,7 @@ def report(
         raise InputError(f"quality={quality!r}: a function of answer and reference, or None")
     tokens = chain.generates is not None
     examples = read(chain, data)
+    check_generation(chain, options)
     if judge and not tokens and quality is None:
         classes_of(chain, examples)
     alone = _widths_alone(chain, stack)

@@ -14,6 +14,7 @@ from offramp.calibration.examples import FIT_SHARE, Examples, together
 from offramp.calibration.observe import generate
 from offramp.calibration.quality import Quality, by_row, graded, same_class, short
 from offramp.calibration.risk import accepted, least_examples, losses_of, p_value
+from offramp.errors import InputError
 from offramp.runtime import Chain, Never, Policy
 
 Numbers = NDArray[np.float64]
@@ -46,6 +47,14 @@ class Asked:
             f"{len(fitting) + len(testing)} examples are too few: keep={self.keep:g} with confidence "
             f"{self.confidence:g} needs at least {needed}, even if nothing is ever lost"
         )
+
+
+def check_generation(chain: Chain, options: Mapping[str, Any]) -> None:
+    """Raise where options make no sense for the generations of a bundle, or it makes none."""
+    if chain.generates is None and options:
+        raise InputError(f"options {sorted(options)} are of generations; this bundle does not generate")
+    if options.get("temperature") or options.get("beams", 1) != 1:
+        raise InputError("greedy texts are compared", hint="leave temperature and beams out")
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,12 @@ def test_a_missing_file_is_found_before_the_model_is_loaded(
     (tmp_path / "slow.py").write_text("def factory():\n    raise SystemExit('loaded')")
     said = refused(capsys, "export", "slow.py:factory", "-o", "x.offramp", "--file", "gone.json")
     assert "--file gone.json: there is no such file" in said
+    for folder in ("de", "en"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "words.json").write_text("{}")
+    same = ["--file", "en/words.json", "--file", "de/words.json"]
+    said = refused(capsys, "export", "slow.py:factory", "-o", "x.offramp", *same)
+    assert "--file en/words.json: another --file has that name" in said
 
 
 NOISY = """

@@ -97,6 +97,10 @@ def test_calibrate_refuses(
 # report
 
 
+def test_report_refuses_what_calibrate_refuses(bundle: Path, arrays: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not generate" in refused(capsys, "report", bundle, "--data", arrays, "--max-new-tokens", "3")
+
+
 def test_report(bundle: Path, arrays: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     shown = run(capsys, "report", bundle, "--data", arrays, "--figure", tmp_path / "frontier.png")
@@ -152,12 +156,14 @@ def test_text_files(tmp_path: Path) -> None:
     chain = offramp.load(root)
     contents = {
         "a.txt": "w5 w6\n\nw7\n",
+        "b.txt": "\ufefftext\r\nw5\x0cw6\r\nw7\n",
         "a.tsv": "text\tlabel\nw5 w6\t1\nw7\t0\n",
         "b.tsv": "w5 w6\nw7\n",
         "a.jsonl": '{"text": "w5 w6", "label": 1}\n{"input_ids": [7], "text": null}\n',
+        "b.jsonl": '{"text": "w5\u2028w6"}\n{"text": "w7"}\n',
     }
     for name, content in contents.items():
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
         found = _data.read(chain, root, tmp_path / name)
         assert [np.asarray(row["input_ids"]).tolist() for row in found] == [[[5, 6]], [[7]]], name
     assert [row["labels"][0] for row in _data.read(chain, root, tmp_path / "a.tsv")] == [1, 0]

@@ -365,6 +365,12 @@ def test_run_listens(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert " of 3 blocks on average" in err
 
 
+def test_prompts_of_a_file_are_not_cut(listener: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.txt").write_text("ab a\n")
+    with pytest.raises(InputError, match="--truncate: a prompt is not cut"):
+        _data.read(offramp.load(listener), listener, tmp_path / "data.txt", truncate=True)
+
+
 def test_examples_may_be_sounds(listener: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With the text that is said; the paths go from where the file lies."""
     path = sound(tmp_path / "a.wav", 0.5)

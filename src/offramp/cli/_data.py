@@ -68,7 +68,8 @@ def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> l
     try:
         if file.suffix == ".npz":
             return [_arrays(file)]
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = file.read_text(encoding="utf-8-sig")
+        lines = [line for line in text.split("\n") if line.strip()]  # splitlines would split texts, at form feeds say
         rows = list(_json(lines) if file.suffix == ".jsonl" else _columns(lines, file.suffix))
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"data {file} cannot be read: {error}") from error
@@ -142,6 +143,7 @@ def _read(
     It keeps places for an image whose ``sizes`` are known.
     """
     if chain.generates is not None and chain.generates == _text.text_input(chain) and not pairs:
+        _generate.refuse_truncate(truncate)
         return {chain.generates: [_generate.prompt(chain, bundle, text, sizes, tokenizer=tokenizer)]}
     (row,) = _text.encode(chain, bundle, [text], tokenizer, pairs, truncate=truncate, sizes=sizes)
     return row

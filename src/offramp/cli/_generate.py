@@ -167,14 +167,19 @@ def prompted(chain: Chain, args: argparse.Namespace) -> list[_inputs.Inputs]:
         return _inputs.asked(chain, args)
     if args.pair:
         raise InputError("--pair: a prompt is one text", hint="one --text with all of it, or --once for one pass")
-    if args.truncate:
-        raise InputError(
-            "--truncate: a prompt is not cut, for the model would answer another one", hint="a shorter --text"
-        )
+    refuse_truncate(args.truncate)
     _inputs.check_rows(chain, args.text, args.audio, args.image)
     others = _inputs.one(chain, _inputs.given(chain, args.bundle, args.input, (), args.audio, (), args.image))
     sizes = _inputs.sizes(chain, others)
     return [{tokens: [prompt(chain, args.bundle, text, sizes, raw=args.raw) for text in args.text]} | others]
+
+
+def refuse_truncate(asked: bool) -> None:
+    """Raise where a prompt is to be cut."""
+    if asked:
+        raise InputError(
+            "--truncate: a prompt is not cut, for the model would answer another one", hint="a shorter text"
+        )
 
 
 def prompt(

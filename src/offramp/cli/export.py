@@ -63,6 +63,12 @@ def run(args: argparse.Namespace) -> int:
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
     if missing := [str(file) for file in args.file or [] if not file.is_file()]:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
+    files = {file.name: file for file in args.file or []}
+    if again := [str(file) for file in args.file or [] if files[file.name] != file]:
+        raise InputError(
+            f"--file {', '.join(again)}: another --file has that name, and a bundle has no folders of such files",
+            hint="other names",
+        )
     passes = _common.passes(args.pipeline)
     module, inputs = _common.loaded(args.model)
     models.check_generation(args.model, module, args.ignore_generation)  # before what takes long
@@ -92,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
             generation=own["generation"],
             preprocessing=own["preprocessing"],
             labels=own["labels"],
-            files=own["files"] | {file.name: file for file in args.file or []},
+            files=own["files"] | files,
             policy=policy,
             name=args.name,
             **models.origin(args.model),
