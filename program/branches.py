@@ -5,12 +5,35 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from offramp.errors import CaptureError
+
+
+class _Reading(TorchFunctionMode):
+    """What is read that was there before: operands, and what a function has from around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._versions = dict[int, tuple[torch.Tensor, int]]()
+        self._made = dict[int, torch.Tensor]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_leaves((args, kwargs or {})):
+            if isinstance(value, torch.Tensor) and id(value) not in self._made:
+                self._versions.setdefault(id(value), (value, value._version))
+        found = func(*args, **(kwargs or {}))
+        self._made |= {id(value): value for value in tree_leaves(found) if isinstance(value, torch.Tensor)}
+        return found
+
+    def changed(self) -> bool:
+        """Whether something of it is not as it was, by a view of it too."""
+        return any(value._version != before for value, before in self._versions.values())
 
 
 @contextmanager
@@ -26,10 +49,9 @@ def _both(
     """What ``torch.cond`` gives. A condition by sizes is an ``if``: limits of axes say where it holds."""
     if not isinstance(pred, torch.Tensor):
         return (true_fn if pred else false_fn)(*operands)
-    given = [value for value in tree_leaves(operands) if isinstance(value, torch.Tensor)]
-    before = [value._version for value in given]
-    made = [branch(*operands) for branch in (true_fn, false_fn)]
-    if [value._version for value in given] != before:
+    with _Reading() as reading:
+        made = [branch(*operands) for branch in (true_fn, false_fn)]
+    if reading.changed():
         raise CaptureError(f"a branch of torch.cond ({_caller()}) changes what it is given", hint="return what is new")
     taken, other = (", ".join(map(_described, tree_leaves(each))) for each in made)
     if taken != other:

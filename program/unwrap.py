@@ -22,6 +22,7 @@ from offramp.program.graph import aten
 log = logging.getLogger(__name__)
 
 _CONTAINERS = (dict, OrderedDict, defaultdict, list, set)
+_WRAPPING = ("torch", "accelerate", "deepspeed")  # packages
 _HALVES = (torch.float16, torch.bfloat16)
 _SETTINGS = {"use_cache": False, "output_hidden_states": False, "output_attentions": False, "return_dict": True}
 _QUANTIZED = ("torch.ao.nn.quantized.", "torch.ao.nn.intrinsic.quantized.", "torchao.", "bitsandbytes.")
@@ -50,7 +51,7 @@ def plain(model: Any) -> nn.Module:
         log.info("%s is captured as a float32 copy on the CPU", type(module).__name__)
         try:
             copied: nn.Module = copy.deepcopy(module)
-            return copied.to("cpu", torch.float32)
+            return copied.cpu().float()  # not to(float32), which leaves of complex tables their real part
         except RuntimeError as error:
             raise CaptureError(
                 f"{type(module).__name__} is not float32 on the CPU and cannot be copied: {error}",
@@ -80,7 +81,9 @@ def _unwrapped(module: Any) -> nn.Module:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    """The module inside one that only compiles it or spreads it over devices."""
+    """The module inside one that only compiles it or spreads it over devices; one of the user's may change results."""
+    if type(module).__module__.partition(".")[0] not in _WRAPPING:
+        return None
     for name in ("_orig_mod", "module"):
         inner = dict(module.named_children()).get(name)
         if inner is not None and len(dict(module.named_children())) == 1 and takes_anything(module):

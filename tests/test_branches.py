@@ -89,6 +89,17 @@ def test_rewritten_and_exported(tmp_path: Path) -> None:
         assert_same(chain, model, {**given, "input_ids": ids})
 
 
+def test_rows_that_decide_together_are_no_rows() -> None:
+    """However seldom the condition holds: what one row gets depends on the others."""
+
+    class Clamped(tiny.Encoder):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            (found,) = super().forward(input_ids, attention_mask).values()
+            return torch.cond(found.abs().amax() > 1e6, lambda x: x.clamp(-1, 1), lambda x: x * 1.0, (found,))
+
+    assert capture(tiny.seeded(Clamped), tiny.text()).axes.batch is None
+
+
 def test_a_condition_by_sizes_takes_the_examples_way_where_it_holds(tmp_path: Path) -> None:
     class Sized(tiny.Encoder):
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
@@ -109,6 +120,12 @@ def changing(layer: nn.Linear, x: Tensor) -> Tensor:
     return found
 
 
+def changing_from_around(layer: nn.Linear, x: Tensor) -> Tensor:
+    state = layer(x)
+    found: Tensor = torch.cond(x.sum() > 0, lambda: state[:1].mul_(2), lambda: state[:1] - 1)
+    return found
+
+
 def unlike(layer: nn.Linear, x: Tensor) -> Tensor:
     found: Tensor = torch.cond(x.sum() > 0, lambda x: x.sum(), lambda x: x - 1, (x,))
     return found
@@ -124,6 +141,7 @@ def loop(layer: nn.Linear, x: Tensor) -> Tensor:
     ("after", "why"),
     [
         (changing, r"a branch of torch.cond \(.*test_branches.py:\d+\) changes what it is given"),
+        (changing_from_around, r"a branch of torch.cond \(.*\) changes what it is given"),
         (unlike, r"the branches of torch.cond \(.*test_branches.py:\d+\) make \[\] float32 and \[\w+, \w+\] float32"),
         (loop, r"while_loop \(.*test_branches.py:\d+\) runs a graph of its own, which no pass reads"),
     ],

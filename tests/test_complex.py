@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-any-return"
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,6 +210,16 @@ def test_generation_with_complex_positions(tmp_path: Path, stored: bool) -> None
         short = apply(captured, [Truncate(after=1)]).module(tokens=tiny.ids())["output"]
     early = chain.run({"tokens": tiny.ids().numpy()}, offramp.Depth(1)).outputs["output"]
     np.testing.assert_allclose(early, short, rtol=1e-4, atol=1e-5)
+
+
+def test_complex_tables_of_a_model_in_half_precision_stay_complex() -> None:
+    model = tiny.seeded(lambda: Rotary(stored=True))
+    table = model.freqs_cis
+    del model.freqs_cis
+    model.register_buffer("freqs_cis", table)
+    program = capture(model.bfloat16(), (tiny.ids(),))
+    with torch.no_grad():
+        tiny.assert_same(program.module(tokens=tiny.ids()), {"output": copy.deepcopy(model).float()(tiny.ids())})
 
 
 def written(model: nn.Module, prompt: list[int], count: int) -> list[int]:

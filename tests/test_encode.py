@@ -425,7 +425,7 @@ def test_too_much_is_an_error_that_leaves_nothing(program: offramp.Program, tmp_
         offramp.save(program, tmp_path / "m.offramp", "int4", samples=samples, agreement=1.0)
     figures = offramp.save(program, tmp_path / "m.offramp", "int4", samples=samples)
     assert figures["encoding"] != offramp.save(program, tmp_path / "m.offramp", "int4")["encoding"]
-    with pytest.raises(ExportError, match="try: other bounds$"):  # auto cannot be said of some segments
+    with pytest.raises(ExportError, match=r"try: other bounds$"):  # auto cannot be said of some segments
         Bounds(1e-9).check(offramp.load(tmp_path / "m.offramp").manifest, "auto")
 
 

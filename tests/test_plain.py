@@ -75,6 +75,17 @@ class Anything(nn.Module):
         return self.network(*args, **kwargs)
 
 
+class Halving(nn.Module):
+    """One that calls what it wraps as DataParallel does, and changes what it gives."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return {"logits": self.module(*args, **kwargs)["logits"] / 2}
+
+
 def made(**options: float) -> Model:
     torch.manual_seed(0)
     return Model(**options).eval()
@@ -115,6 +126,10 @@ def right(program: Program, model: nn.Module) -> None:
     assert [stack.blocks for stack in program.stacks.values()] == [2]
     with as_captured(model), torch.no_grad():
         torch.testing.assert_close(program.module(ids=IDS)["logits"], model(ids=IDS)["logits"], rtol=0, atol=0)
+
+
+def test_a_wrapper_of_the_users_own_is_part_of_the_model() -> None:
+    right(capture(Halving(made()), {"ids": IDS}), Halving(made()))
 
 
 @pytest.mark.parametrize("case", ACCEPTED)

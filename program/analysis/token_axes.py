@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from offramp.program.analysis.attention import AttentionSite
-from offramp.program.graph import expression, is_tensor, placeholders, results, shape, sizes_of
+from offramp.program.graph import aten, expression, is_tensor, placeholders, read_by, results, shape, sizes_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _independent(module: fx.GraphModule, example: Mapping[str, torch.Tensor], sy
                 changed[name] = _perturbed(changed[name], axis)
                 places[name] = axis
     outputs = list(results(module.graph).items())
-    if not all(symbol in sizes_of(node) for _, node in outputs):
+    if not all(symbol in sizes_of(node) for _, node in outputs) or _decide_together(module.graph, symbol):
         return False
     with torch.no_grad():
         before = module(**example)
@@ -115,6 +115,13 @@ def _independent(module: fx.GraphModule, example: Mapping[str, torch.Tensor], sy
         if not torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True):
             return False
     return True
+
+
+def _decide_together(graph: fx.Graph, symbol: Any) -> bool:
+    """Whether one choice for all places along ``symbol`` depends on them, which no change of the example may show."""
+    choices = [node.args[0] for node in graph.find_nodes(op="call_function", target=aten.where.self)]
+    single = [node for node in choices if isinstance(node, fx.Node) and not shape(node)]
+    return any(symbol in sizes_of(node) for node in read_by(single) if is_tensor(node))
 
 
 def _rolled(value: torch.Tensor, axis: int) -> torch.Tensor:
