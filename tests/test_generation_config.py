@@ -162,7 +162,7 @@ def test_a_prompt_from_a_table_does_not_count_for_the_greatest_length() -> None:
 
 
 def test_a_language_that_has_to_be_detected_is_refused() -> None:
-    with pytest.raises(PretrainedModelError, match="lang_to_id"):
+    with pytest.raises(PretrainedModelError, match=r'(?s)lang_to_id.*try: "language": "en", say, in generation_config'):
         read(WHISPER, decoder_start_token_id=3, forced_decoder_ids=[[1, None], [2, 20]], **LANGUAGES)
     found = read(WHISPER, "lang_to_id", decoder_start_token_id=3, forced_decoder_ids=[[1, None], [2, 20]], **LANGUAGES)
     assert found["prompt"] == [3, 20]

@@ -22,9 +22,10 @@ import transformers
 import offramp
 from offramp import cli, models
 from offramp.check import check
-from offramp.cli import _data, _text
+from offramp.cli import _data, _results, _text
 from offramp.errors import PretrainedModelError
 from offramp.pretrained import settings as directory_settings
+from offramp.pretrained import tokenization
 
 SPECIAL = ["<unk>", "<pad>", "<s>", "</s>"]
 WORDS = [*SPECIAL, *"hello world a good movie this is test of longer text".split()]  # noqa: SIM905
@@ -168,15 +169,43 @@ def test_text_that_is_too_long_is_an_error_or_cut(judge: Path, capsys: pytest.Ca
     assert found["input_ids"].tolist() == [expected]
 
 
-@pytest.mark.parametrize(("length", "limit"), [(8, 8), (20, 12), (None, 12)])
+@pytest.mark.parametrize(
+    ("kind", "settings", "limit"),
+    [
+        ("bert", {"max_seq_length": 8}, 8),
+        ("bert", {"max_seq_length": 20}, 12),
+        ("bert", {"max_seq_length": None}, 12),
+        ("roberta", {"max_seq_length": 8}, 8),
+        ("bert", {"max_seq_length": None, "tokenizer_args": {"model_max_length": 7}}, 7),
+    ],
+)
 def test_texts_end_where_sentence_transformers_ends_them(
-    judge: Path, tmp_path: Path, length: int | None, limit: int
+    judge: Path, tmp_path: Path, kind: str, settings: dict[str, Any], limit: int
 ) -> None:
     directory = shutil.copytree(judge, tmp_path / "judge")
-    (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length}))
+    (directory / f"sentence_{kind}_config.json").write_text(json.dumps(settings))
     module, inputs = models.resolve(f"hf:{directory}")()
-    settings = models.settings(f"hf:{directory}", module, inputs)["preprocessing"]
-    assert settings["text"]["limit"] == limit
+    found = models.settings(f"hf:{directory}", module, inputs)["preprocessing"]
+    assert found["text"]["limit"] == limit
+
+
+def test_padding_has_no_class() -> None:
+    nothing = SimpleNamespace(audio=None)
+    manifest = SimpleNamespace(labels={"logits": ("no", "yes")}, files={}, preprocessing=nothing)
+    logits, masks = np.eye(2)[[[0, 1, 1], [1, 0, 0]]], np.array([[1, 1, 1], [0, 1, 1]])
+    chain: Any = SimpleNamespace(manifest=manifest)
+    (shown,) = _results.meanings(chain, Path(), {"logits": logits}, (), [{"attention_mask": masks}])
+    assert [line.split()[1:] for line in shown.splitlines()[-2:]] == [["no", "yes", "yes"], ["no", "no"]]
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_letters_are_written_as_the_tokenizer_writes_them(tmp_path: Path, lower: bool) -> None:
+    letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ÉTAO"]
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    reader = transformers.Wav2Vec2CTCTokenizer(str(tmp_path / "vocab.json"), do_lower_case=lower)
+    ids = [5, 5, 0, 6, 4, 7, 0, 7, 8]
+    made = tokenizers.Tokenizer.from_str(tokenization.as_json(reader))
+    assert made.decode(ids, skip_special_tokens=False).strip() == reader.decode(ids)
 
 
 def test_classes_are_called_by_their_names(judge: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,6 +360,7 @@ PARTS = "<s>{{messages[0].content[0].text}}</s>"
         ("{{messages[0].content}} {{messages[0].content}}", None, ["the bundle has no chat template: it has a"]),
         ("{{raise_exception('not you')}}", None, ["the bundle has no chat template: it fails: not you"]),
         ("{% endfor %}", None, ["the bundle has no chat template: it fails: "]),
+        ("{{strftime_now('%Y')[:0]}}{{messages[0].content}}", "{text}", ["the chat template writes the day"]),
     ],
 )
 def test_chat_templates(chat: str | None, template: str | None, said: list[str], tmp_path: Path) -> None:

@@ -101,14 +101,14 @@ def run(chain: Chain, args: argparse.Namespace, policy: Policy | None) -> int:
         _exits_figure.check(chain)
     batches = prompted(chain, args)
     _inputs.check_complete(chain, batches)
-    stack = _words.token_stack(chain)
+    stack, ids = _words.token_stack(chain), chain.manifest.cache.tokens[0]  # type: ignore[union-attr]
     tokenizer = _text.tokenizer_of(chain, args.bundle) if _text.TOKENIZER in chain.manifest.files else None
     options = {name: value for name, flag in _SAMPLING.items() if (value := getattr(args, flag)) is not None}
     options |= {"propagate": args.propagate or "defer", "tokenizer": tokenizer}
     searches = (args.beams or chain.manifest.generation.beams or 1) > 1
     if args.show_exits:
         print(_words.legend(stack), end="")
-    sizes = [max((len([*value]) for value in inputs.values() if np.iterable(value)), default=1) for inputs in batches]
+    sizes = [len(inputs[ids]) if np.iterable(inputs.get(ids)) else _inputs.rows(chain, [inputs]) for inputs in batches]
     if args.figure and sum(sizes) > 1:
         raise _learners_picture.several(sum(sizes))
     encoders: dict[str, NDArray[np.int64]] = {}

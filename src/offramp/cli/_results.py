@@ -32,8 +32,14 @@ def outputs(chain: Chain, results: Sequence[Result]) -> dict[str, Any]:
     return found
 
 
-def meanings(chain: Chain, bundle: Path, outputs: Mapping[str, Any], texts: Sequence[str]) -> Iterator[str]:
-    """A table of the likeliest classes of each row, where the bundle names them; the text of a CTC model's logits."""
+def meanings(
+    chain: Chain, bundle: Path, outputs: Mapping[str, Any], texts: Sequence[str], batches: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
+    """A table of the likeliest classes of each row, where the bundle names them; the text of a CTC model's logits.
+
+    Of tokens those that the masks in ``batches`` call padding have none.
+    """
+    masks = [mask for batch in batches for mask in batch.get("attention_mask", ())]
     for name, labels in chain.manifest.labels.items():
         arrays = [(key, array) for key, array in outputs.items() if key == name or key.startswith(f"{name}-")]
         rows = [row for _, array in arrays for row in array if array.ndim == 2]
@@ -42,6 +48,8 @@ def meanings(chain: Chain, bundle: Path, outputs: Mapping[str, Any], texts: Sequ
             yield _common.table(("row", name, "text")[: len(lines[0])], lines)
         places = [row for _, array in arrays for row in array if array.ndim == 3]
         if places:
+            if [len(mask) for mask in masks] == [len(row) for row in places]:
+                places = [row[mask != 0] for mask, row in zip(masks, places, strict=True)]
             yield _common.table(
                 ("row", name), [(at, " ".join(labels[i] for i in row.argmax(-1))) for at, row in enumerate(places)]
             )

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     results = [chain.run(inputs, policy) for inputs in batches]
     outputs = _results.outputs(chain, results)
     texts = [" | ".join(row) for row in zip(args.text, args.pair, strict=True)] if args.pair else args.text
-    parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts)]
+    parts = [_outputs(outputs), *_results.meanings(chain, args.bundle, outputs, texts, batches)]
     print(*parts, _exits(chain, results, texts), *_width(chain, results), _trace(results), sep="\n\n")
     if args.output:
         try:

@@ -73,9 +73,10 @@ def generation(model: PreTrainedModel, ignore: Collection[str] = ()) -> dict[str
     if unsaid := sorted(get.unsaid()):
         shown = "".join(f"\n  {name} = {value!r}" for name, value in unsaid)
         flags = " ".join(f"--ignore-generation {name}" for name, _ in unsaid)
+        language = '"language": "en", say, in generation_config.json; or ' if "lang_to_id" in dict(unsaid) else ""
         raise PretrainedModelError(
             f"the generation_config of {type(model).__name__} asks for what a bundle cannot do:{shown}",
-            hint=f"{flags}, which generates without",
+            hint=f"{language}{flags}, which generates without",
         )
     return {name: value for name, value in get.settings().items() if value not in (None, [], ())}
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 TOKENS, MASK, TYPES = "input_ids", "attention_mask", "token_type_ids"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+_SENTENCE_MODELS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 _PADDING = 3
 _TOLERANCE = 2e-5  # of an output's greatest value: rounding, and less than what tokens that are read do
 _UNLIMITED = 10**9  # what tokenizers say that know no limit is far beyond
@@ -44,13 +45,16 @@ def load(source: str) -> Any | None:
     if not known:
         return None  # without files some classes make one that knows no word
     if length := _sentences(source):
-        found.model_max_length = min(length, found.model_max_length)
+        found.model_max_length = length
     return found
 
 
 def _sentences(source: str) -> int | None:
     """After how many tokens sentence-transformers cuts a text off, where it wrote the directory."""
-    length = (read_json(source, "sentence_bert_config.json") or {}).get("max_seq_length")
+    names = [f"sentence_{kind}_config.json" for kind in _SENTENCE_MODELS[: None if Path(source).is_dir() else 1]]
+    settings: dict[str, Any] = next(filter(None, (read_json(source, name) for name in names)), {})
+    options = settings.get("processor_kwargs") or settings.get("tokenizer_args") or {}
+    length = settings.get("max_seq_length") or options.get("model_max_length")
     return length if isinstance(length, int) and length > 0 else None
 
 
@@ -121,8 +125,12 @@ def _ctc(tokenizer: Any) -> str:
     vocabulary = dict(tokenizer.get_vocab())
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, tokenizer.unk_token or ""))
     between, space = tokenizer.word_delimiter_token, getattr(tokenizer, "replace_word_delimiter_char", " ")
-    collapsed = tokenizers.decoders.CTC(tokenizer.pad_token, between, cleanup=False)
-    made.decoder = tokenizers.decoders.Sequence([collapsed, tokenizers.decoders.Replace(between, space)])
+    changes = [(between, space)]
+    if getattr(tokenizer, "do_lower_case", False):
+        changes += [(sign, sign.lower()) for sign in vocabulary if len(sign) == 1 and sign != sign.lower()]
+    parts: list[Any] = [tokenizers.decoders.CTC(tokenizer.pad_token, between, cleanup=False)]
+    parts += [tokenizers.decoders.Replace(*change) for change in changes]
+    made.decoder = tokenizers.decoders.Sequence(parts)
     return str(made.to_str())
 
 
@@ -147,6 +155,11 @@ def template(tokenizer: Any) -> str | None:
             return str(text.replace(MARK_OF_TEXT, "{text}"))
         problem = problem or f"it has a user's message {text.count(MARK_OF_TEXT)} times"
     raise ValueError(problem)
+
+
+def writes_date(processor: Any) -> bool:
+    """Whether a chat template asks what day it is."""
+    return "strftime_now" in str(processor.chat_template)
 
 
 def text_settings(tokenizer: Any, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Text:
