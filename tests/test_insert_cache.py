@@ -764,6 +764,31 @@ def test_a_table_of_any_length_is_no_limit() -> None:
     assert program.cache.limit == 64  # of the table of places
 
 
+def along_its_second_axis(model: Any, x: Tensor, input_ids: Tensor) -> Tensor:
+    return x + model.places.weight[None, :48][:, torch.arange(x.shape[1])]
+
+
+def test_a_table_that_is_indexed_behind_another_axis_is_a_limit() -> None:
+    captured = tiny.captured(partial(Decoder, embed=along_its_second_axis), IDS)
+    program = apply(captured.program, "insert-cache")
+    assert program.cache is not None
+    assert program.cache.limit == 48
+    longest = {"input_ids": tiny.ids(48)}
+    tiny.assert_same(tiny.outputs(program.module, program.fresh(longest)), captured.eager(longest))
+
+
+class CountedInFloats(Decoder):
+    def embed(self, input_ids: Tensor) -> Tensor:
+        places = (input_ids != 1).cumsum(1, dtype=torch.float32)
+        return self.words(input_ids) + places[..., None] @ self.places.weight[:1]
+
+
+def test_a_cumulative_sum_keeps_its_dtype() -> None:
+    captured = tiny.captured(CountedInFloats, IDS)
+    program = apply(captured.program, "insert-cache")
+    tiny.assert_same(tiny.outputs(program.module, program.fresh(captured.inputs)), captured.eager())
+
+
 @pytest.mark.parametrize(("embed", "most"), [(chosen(20), 20), (chosen(7), 7), (placed_in_steps, 15)])
 def test_what_is_chosen_by_the_length_is_a_limit(embed: Embed, most: int) -> None:
     captured = tiny.captured(partial(Decoder, embed=embed), IDS)

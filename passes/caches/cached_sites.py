@@ -161,5 +161,5 @@ class CachedSites:
             raise new.refusal("a cumulative sum over more than rows and tokens")
         cache, output = self._cache("sum", value, axis)
         whole = self.returned[output] = new.appended(value, axis, cache)
-        total = new.call(aten.cumsum.default, whole, axis)
+        total = new.call(aten.cumsum.default, whole, axis, **node.kwargs)  # type: ignore[arg-type]
         return new.call(aten.gather.default, total, axis, self.builder.rows.positions(), name=node.name)

@@ -29,8 +29,10 @@ def looked_up(node: fx.Node) -> tuple[Any, int, fx.Node | None]:
         return args[0], 0, args[1]
     if node.target in (aten.index_select.default, aten.gather.default):
         return args[0], int(args[1]), args[2]
-    if node.target is aten.index.Tensor and len(args[1]) == 1:
-        return args[0], 0, args[1][0]
+    if node.target is aten.index.Tensor:
+        given = [(axis, index) for axis, index in enumerate(args[1]) if index is not None]
+        if len(given) == 1:
+            return args[0], *given[0]
     return None, 0, None
 
 
