@@ -21,7 +21,7 @@ from offramp.calibration.joint import Joint
 from offramp.calibration.observe import scored, stack_of, stacks_of
 from offramp.calibration.quality import Quality, classes_of, same_class, same_tokens
 from offramp.calibration.sequence import Asked, check_generation
-from offramp.errors import InputError
+from offramp.errors import InputError, PolicyError
 from offramp.runtime import Chain, Each, Never, Policy, Verify, Width, card, load
 from offramp.runtime.engine.cores import physical_cores
 from offramp.runtime.policies.width import parted
@@ -192,6 +192,11 @@ def _exits(
             hint="width='choose' first, then the exits at the width that came out: width=0.5",
         )
     if width == "choose" or (learners and not about_exits and not scored(asked.chain)):
+        if others is not None:
+            raise InputError(
+                f"others={others!r}: a width is chosen at full depth of all stacks",
+                hint="the width first, then the exits at the width that came out: width=0.5",
+            )
         return None
     chosen = [stack_of(asked.chain, stack)] if isinstance(stack, str | None) else stacks_of(asked.chain, stack)
     names = [each.name for each in chosen]
@@ -215,6 +220,10 @@ def _check_others(chain: Chain, others: Policy, names: Sequence[str]) -> None:
             hint='others=Each({"STACK": policy})',
         )
     others.check(chain.stacks)
+    try:
+        others.to_dict()
+    except PolicyError as error:
+        raise InputError(f"others={others!r}: {error.reason}", hint="policies of offramp's own") from error
     if others.observes or any(isinstance(policy, Verify) for policy in others.stacks.values()):
         raise InputError(
             f"others={others!r}: what learns or checks drafts is not the same in every run",

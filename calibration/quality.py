@@ -61,11 +61,14 @@ def same_class(logits: NDArray[Any], reference: Any) -> float:
 def same_tokens(tokens: NDArray[Any], reference: Any) -> float:
     """1 less the edit distance (Levenshtein) to the reference's tokens, over the longer one's length.
 
+    What fills a reference up, -100 as in training, is none of them.
+
     Raises:
         InputError: the reference holds no token ids.
     """
     expected = np.asarray(reference)
-    if expected.ndim != 1 or (expected.size and expected.dtype.kind not in "iu"):
+    expected = expected[expected != IGNORED] if expected.ndim == 1 else expected
+    if expected.ndim != 1 or (expected.size and (expected.dtype.kind not in "iu" or expected.min() < 0)):
         raise InputError(
             f"a label is {short(reference)}; it is compared with the token ids of a generation",
             hint="token ids, as the bundle's tokenizer makes them; or quality=function of answer and label",

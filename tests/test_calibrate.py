@@ -437,6 +437,14 @@ def test_token_agreement(one: list[int], other: list[int], expected: float) -> N
     assert same_tokens(np.array(other, np.int64), one) == pytest.approx(expected)
 
 
+def test_padding_of_a_text_is_none_of_it() -> None:
+    right, longer = np.array([1, 2], np.int64), np.array([1, 2, 9, 9], np.int64)
+    assert same_tokens(right, [1, 2, -100, -100, -100]) == 1
+    assert same_tokens(longer, [1, 2, -100, -100, -100]) == 0.5
+    with pytest.raises(InputError, match="compared with the token ids"):
+        same_tokens(right, [1, -1])
+
+
 def test_class_agreement() -> None:
     logits = np.array([[0.1, 0.9], [0.8, 0.2]], np.float32)
     assert same_class(logits, [1, 1]) == 0.5

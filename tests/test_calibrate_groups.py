@@ -149,6 +149,12 @@ def test_a_decoder_beside_an_encoder(generator: Chain) -> None:
     assert (made.encoders["encoder.image"] == 1).all()
 
 
+def test_others_that_cannot_be_written_are_refused_before_anything_runs(classifier: Path) -> None:
+    own: Any = Each({"encoder.image": lambda state: state.scores["top1"] > 0.9})  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="JSON cannot hold it"):
+        offramp.calibrate(offramp.load(classifier), data(5), stack="encoder.text", others=own)
+
+
 @pytest.mark.parametrize("others", [Never(), Each({"encoder.text": Never()})])
 def test_others_are_other_stacks(classifier: Path, others: Any) -> None:
     with pytest.raises(InputError, match=r"what stacks other than 'encoder.text' do"):

@@ -377,6 +377,7 @@ def test_tokens_leave_at_a_width(decoder: tiny.Captured, tmp_path: Path) -> None
         ({"width": -0.1}, "width=-0.1"),
         ({"width": "chosen"}, "width='chosen'"),
         ({"width": "choose", "measure": "top1"}, r"measure='top1': width='choose' chooses no exits"),
+        ({"width": "choose", "others": Never()}, r"others=Never\(\): a width is chosen at full depth"),
     ],
 )
 def test_what_makes_no_sense(options: dict[str, Any], said: str, both: Path) -> None:

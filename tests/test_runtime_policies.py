@@ -46,6 +46,15 @@ def _stack(name: str, *exits: int, scores: Sequence[str] = ("top1", "entropy", "
 STACKS = {"encoder": _stack("encoder", 1, 2, 4), "decoder": _stack("decoder", 3, 6, scores=("cosine",))}
 
 
+def test_a_policy_hears_nothing_of_stacks_that_it_is_not_asked_about() -> None:
+    """An encoder at full depth would else be paid for by the decoder."""
+    budget, stacks = Budget(4.0), {"encoder": _stack("encoder", 1, 4, scores=()), "decoder": _stack("decoder", 3, 6)}
+    budget.check(stacks)
+    for name, took in (("encoder", [4, 4]), ("decoder", [3, 6])):
+        StackPolicy(budget, stacks[name], 2).report(took, 1.0)
+    assert (budget.state()["steps"], budget.spent) == (1, 4.5)
+
+
 def _walk(policy: Policy, measure: str, *scores: Sequence[float]) -> list[list[bool]]:
     """What a policy says at exits after 1, 2, ... for rows that never leave."""
     kind = np.int64 if measure == "prediction" else np.float32

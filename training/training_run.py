@@ -222,8 +222,15 @@ class TrainingRun:
         self.curve = [point for point in points if point.step <= self.step]
         if points and self.accelerator.is_main_process:
             file.write_text("".join(json.dumps(asdict(point)) + "\n" for point in self.curve))
-        state = torch.get_rng_state()
-        return lambda: torch.set_rng_state(state) if about is not None else None
+        state, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+        def restore() -> None:
+            if about is not None:
+                torch.set_rng_state(state)
+                if devices:
+                    torch.cuda.set_rng_state_all(devices)
+
+        return restore
 
 
 def _points(file: Path) -> Iterator[CurvePoint]:

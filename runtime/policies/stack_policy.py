@@ -25,11 +25,12 @@ class StackPolicy:
 
     def __init__(self, policy: Policy, stack: Stack, batch: int) -> None:
         self._policy, self._stack, self._batch = policy, stack, batch
-        self._costs = Cost in policy.observes
         self._history: dict[int, Scores] = {}
         self.record: Record = {}
         self.steps: NDArray[np.int64] | None = None  # by place in the batch
         self.wanted = {exit_.after: policy.measures(stack.name, exit_) for exit_ in stack.exits[:-1]}
+        # what a stack takes where nothing is decided is none of its policy's doing
+        self._costs = Cost in policy.observes and any(names is not None for names in self.wanted.values())
         if PICK in stack.exits[-1].scores:
             self.wanted[stack.blocks] = policy.picks(stack.name, stack.exits[-1])
         for exit_ in stack.asking:
