@@ -82,7 +82,7 @@ class Generator:
         if len(found) != len(rows) or any(row.size == 0 for row in found):
             raise InputError(f"tokens for {len(found)} rows; there are {len(rows)}, and each needs at least one")
         for row, new in zip(rows, found, strict=True):
-            self._check_prompt(row, len(self._texts[row]), new)
+            self._session.check_prompt(row, len(self._texts[row]), new)
         if self._ran and self._several:
             self._again()
         for row, new in zip(rows, found, strict=True):
@@ -160,8 +160,6 @@ class Generator:
         """Run what has been appended; what follows it is next, and then what follows that where more ran."""
         rows, limit = self._session.rows, self._session.sampling.max_new_tokens
         tokens = [np.array(self._texts[row][self._run[row] :], np.int64) for row in rows]
-        for row, added in zip(rows, tokens, strict=True):
-            self._check_prompt(row, self._run[row], added)
         new = self._new(rows[0])
         if new < self._chooser.settled:
             most = 1
@@ -176,18 +174,6 @@ class Generator:
         for at, item in enumerate(before):
             yield StepResult([item], ran.trace[:own] if at == 0 else (), 0)
         yield ran._replace(trace=ran.trace[own:])
-
-    def _check_prompt(self, row: int, place: int, tokens: NDArray[np.int64]) -> None:
-        """Raise where tables made of a row's prompt, an image in it say, would be read for other tokens than it had."""
-        if self._session.plan.cache.prompt is None:
-            return
-        given = self._session.prompts[row][place : place + tokens.size]
-        if not np.array_equal(tokens[: given.size], given):
-            raise InputError(
-                f"row {row} has {tokens[: given.size].tolist()} at token {place} of its prompt, which is more than its "
-                f"tokens and had {given.tolist()} there",
-                hint="after a rewind into it append those, or make a generator of the other prompt",
-            )
 
     def _settle(self) -> None:
         """Take out the rows that have ended."""

@@ -112,6 +112,9 @@ class Session:
         policies = self.policies if policies is None else policies
         count = len(tokens)
         lengths = self.decoder.seen[0, :count]
+        if self.plan.cache.prompt is not None and self.sampling.beams == 1:
+            for row, new, seen in zip(self.rows, tokens, lengths, strict=True):
+                self.check_prompt(row, max(0, int(seen) - self.ahead), new)
         if self.ahead:
             tokens = [self._with_places(row) if not seen else row for row, seen in zip(tokens, lengths, strict=True)]
         counts = np.array([row.size for row in tokens], np.int64)
@@ -173,6 +176,16 @@ class Session:
         self.decoder.rearrange(sources)
         if self._feedback is not None:
             self._feedback.rearrange(sources)
+
+    def check_prompt(self, row: int, place: int, tokens: NDArray[np.int64]) -> None:
+        """Raise where tables made of a row's prompt, an image in it say, would be read for other tokens than it had."""
+        given = self.prompts[row][place : place + tokens.size]
+        if self.plan.cache.prompt is not None and not np.array_equal(tokens[: given.size], given):
+            raise InputError(
+                f"row {row} has {tokens[: given.size].tolist()} at token {place} of its prompt, which is more than its "
+                f"tokens and had {given.tolist()} there",
+                hint="after a rewind into it append those, or make a generator of the other prompt",
+            )
 
     def rollback(self, slot: int, length: int) -> None:
         """Forget a row's tokens behind its first ``length``."""
