@@ -24,23 +24,25 @@ _SCATTERS: dict[Any, Any] = {
     aten.slice.Tensor: aten.slice_scatter.default,
     aten.select.int: aten.select_scatter.default,
 }
+_CONTROL = ("cond", "while_loop", "scan", "associative_scan", "map_impl")
 _UNSAFE = torch.Tag.maybe_aliasing_or_mutating
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:
     """What ``exported.run_decompositions({})`` gives, up to names of nodes and what canonical form removes.
 
-    That traces the whole model twice more, and is needed only where an operator changes what has views, or where torch
-    found late that two sizes are one. Elsewhere what works in place is replaced by what does not, and the few operators
-    that torch calls implicit composites are decomposed one by one. ``exported`` itself is changed.
+    That traces the whole model twice more, and is needed only where an operator changes what has views, or has a
+    body that torch alone knows, or where torch found late that two sizes are one. Elsewhere what works in place is
+    replaced by what does not, and the few operators that torch calls implicit composites are decomposed one by one.
+    ``exported`` itself is changed.
 
     Raises:
-        CaptureError: an operator runs graphs of its own: a loop.
+        CaptureError: it has a loop that is an operator.
     """
     graphs = list(_graphs(exported.graph_module))
     for graph in graphs:
         for node in list(graph.nodes):
-            _check_region(node)
+            _check_control(node)
             if _in_place(node):
                 _out_of_place(graph, node)
             elif node.target is aten.batch_norm.default:
@@ -85,10 +87,9 @@ def _counts(node: fx.Node) -> bool:
     return node.is_impure() or (node.op == "call_function" and not plain)
 
 
-def _check_region(node: fx.Node) -> None:
-    """Raise where an operator runs graphs that are not put in its place."""
-    region = isinstance(node.target, torch._ops.HigherOrderOperator)
-    if region and getattr(node.target, "__name__", "") not in WRAPPERS:
+def _check_control(node: fx.Node) -> None:
+    """Raise where an operator decides how often, or whether, a graph runs."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in _CONTROL:
         raise CaptureError(
             f"{node.target} ({source(node)}) runs a graph of its own, which no pass reads",
             hint="a Python loop of as many steps as the example has; a condition as torch.cond, by that name",
@@ -97,8 +98,11 @@ def _check_region(node: fx.Node) -> None:
 
 def _known(node: fx.Node) -> bool:
     """Whether the node leaves its arguments alone, and its operator says all that it does."""
-    if node.target in _KEPT or not isinstance(node.target, torch._ops.OpOverload):
+    if node.op != "call_function" or node.target in _KEPT:
         return True
+    if not isinstance(node.target, torch._ops.OpOverload):
+        regions = isinstance(node.target, torch._ops.HigherOrderOperator)
+        return not regions or getattr(node.target, "__name__", "") in WRAPPERS
     return not node.target._schema.is_mutable and _UNSAFE not in node.target.tags
 
 
