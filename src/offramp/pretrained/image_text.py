@@ -65,8 +65,7 @@ def image_text_settings(
     if maker.template is not None and model.can_generate():
         try:
             found = maker.with_template(found)
-            if tokenization.writes_date(processor):
-                note("the chat template writes the day: texts of the bundle have today's")
+            tokenization.note_day(processor, note)
         except ValueError as error:
             note(f"the bundle has no chat template for a text with an image: {error}")
     return maker.with_prompt(found, texts) if model.can_generate() else found

@@ -64,8 +64,8 @@ def settings(
             note(f"the bundle has no chat template: {error}")
             return
         generation.update({} if template is None else {"template": template})
-        if template is not None and tokenization.writes_date(tokenizer):
-            note("the chat template writes the day: texts of the bundle have today's")
+        if template is not None:
+            tokenization.note_day(tokenizer, note)
 
     def audio() -> None:
         from offramp.pretrained.feature_extractor import audio_settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +157,10 @@ def template(tokenizer: Any) -> str | None:
     raise ValueError(problem)
 
 
-def writes_date(processor: Any) -> bool:
-    """Whether a chat template asks what day it is."""
-    return "strftime_now" in str(processor.chat_template)
+def note_day(processor: Any, note: Callable[[str], object]) -> None:
+    """Say where a chat template asks what day it is."""
+    if "strftime_now" in str(processor.chat_template):
+        note("the chat template writes the day: texts of the bundle have today's")
 
 
 def text_settings(tokenizer: Any, model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Text:
