@@ -768,8 +768,14 @@ def along_its_second_axis(model: Any, x: Tensor, input_ids: Tensor) -> Tensor:
     return x + model.places.weight[None, :48][:, torch.arange(x.shape[1])]
 
 
-def test_a_table_that_is_indexed_behind_another_axis_is_a_limit() -> None:
-    captured = tiny.captured(partial(Decoder, embed=along_its_second_axis), IDS)
+def by_two_indices(model: Any, x: Tensor, input_ids: Tensor) -> Tensor:
+    places = torch.arange(x.shape[1])
+    return x + model.places.weight[None, :48][torch.zeros_like(places), places]
+
+
+@pytest.mark.parametrize("embed", [along_its_second_axis, by_two_indices])
+def test_a_table_that_is_indexed_behind_another_axis_is_a_limit(embed: Embed) -> None:
+    captured = tiny.captured(partial(Decoder, embed=embed), IDS)
     program = apply(captured.program, "insert-cache")
     assert program.cache is not None
     assert program.cache.limit == 48

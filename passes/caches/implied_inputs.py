@@ -16,24 +16,11 @@ from torch import fx
 from offramp.bundle.manifest import Implied
 from offramp.errors import PassError
 from offramp.program.analysis.attention import AttentionSite, Mask, is_causal
+from offramp.program.analysis.lookups import looked_up
 from offramp.program.graph import aten, data_inputs, expression, read_by, results, shape, sizes_of
 from offramp.program.program import Program, as_tensor, evaluate
 
 _COUNTS = (aten.cumsum.default, aten.sum.dim_IntList, aten.sum.default, aten.arange.default)
-
-
-def looked_up(node: fx.Node) -> tuple[Any, int, fx.Node | None]:
-    """Table, axis and index of a look-up in a table; no index for another node."""
-    args: Any = node.args
-    if node.target is aten.embedding.default:
-        return args[0], 0, args[1]
-    if node.target in (aten.index_select.default, aten.gather.default):
-        return args[0], int(args[1]), args[2]
-    if node.target is aten.index.Tensor:
-        given = [(axis, index) for axis, index in enumerate(args[1]) if index is not None]
-        if len(given) == 1:
-            return args[0], *given[0]
-    return None, 0, None
 
 
 class Meaning:
@@ -85,12 +72,12 @@ class Meaning:
         """Inputs that are looked up in tables as they are (not counted first), and those tables' numbers of rows."""
         found: dict[fx.Node, set[int]] = {}
         for node in self.program.graph.nodes:
-            table, axis, index = looked_up(node)
-            read = _whole_numbers(index) if index is not None else set()
-            if table is None or table.op != "get_attr" or any(arg.target in _COUNTS for arg in read):
-                continue
-            for arg in read & self.example.keys():
-                found.setdefault(arg, set()).add(int(expression(shape(table)[axis])))
+            for table, axis, index, _ in looked_up(node):
+                read = _whole_numbers(index)
+                if table.op != "get_attr" or any(arg.target in _COUNTS for arg in read):
+                    continue
+                for arg in read & self.example.keys():
+                    found.setdefault(arg, set()).add(int(expression(shape(table)[axis])))
         return found
 
     def _axes(self, node: fx.Node) -> list[int]:

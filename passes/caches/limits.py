@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from offramp.errors import PassError
-from offramp.passes.caches.implied_inputs import looked_up
 from offramp.passes.caches.kinds import CONSTANT, DATA, POSITIONAL
+from offramp.program.analysis.lookups import looked_up
 from offramp.program.graph import (
     aten,
     dependents,
@@ -59,9 +59,9 @@ def _tables(facts: Causal) -> list[int]:
     limits = []
     cuts = [facts.program.nodes[name] for stack in facts.program.stacks.values() for name in stack.cuts[1:]]
     behind = dependents(cuts, facts.program.graph)  # where no position is looked up any more
-    for node in facts.program.graph.nodes:
-        table, axis, index = looked_up(node)
-        if index is None or index in behind or facts.kinds[table] != CONSTANT:
+    found = (item for node in facts.program.graph.nodes for item in looked_up(node))
+    for table, axis, index, _ in found:
+        if index in behind or facts.kinds[table] != CONSTANT:
             continue
         rows = expression(shape(table)[axis])
         if not isinstance(rows, int):  # made as long as it has to be

@@ -53,7 +53,7 @@ class Lookup(NamedTuple):
 def lookups(graph: fx.Graph) -> Iterator[Lookup]:
     """All look-ups in tables of a known number of rows."""
     for node in graph.nodes:
-        for table, axis, index, from_0 in _read(node):
+        for table, axis, index, from_0 in looked_up(node):
             rows = expression(shape(table)[axis]) if is_tensor(table) and is_tensor(index) else None
             if isinstance(rows, int) and index.meta["val"].dtype in _IDS:
                 yield Lookup(index, 0 if from_0 else -rows, rows - 1)
@@ -152,7 +152,7 @@ def _longest(program: Program, item: Lookup, axis: Any) -> int | None:
     return found if fits == [True, False] else None
 
 
-def _read(node: fx.Node) -> Iterator[tuple[Any, int, Any, bool]]:
+def looked_up(node: fx.Node) -> Iterator[tuple[Any, int, Any, bool]]:
     """Tables that a node reads or writes: axis and index, and whether places are counted from 0 on alone."""
     args: Any = node.args
     if node.target is aten.embedding.default:
