@@ -9,6 +9,7 @@ import architectures
 import pytest
 import shared
 import torch
+from breadth import slow_but
 from torch import Tensor, nn
 
 import offramp
@@ -67,9 +68,7 @@ def of_eager(module: nn.Module, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
         return named_outputs(module(**inputs))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in STACKS]
-)
+@pytest.mark.parametrize("name", slow_but(KINDS, STACKS))
 def test_an_exit_after_every_block(name: str, tmp_path: Path) -> None:
     module, inputs = built(name)
     program = shared.captured(FACTORIES[name])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from breadth import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_one_row import OneText
@@ -44,15 +45,10 @@ def _cached(form: str, passes: str = "") -> Program:
 
 @pytest.mark.parametrize(
     ("form", "passes"),
-    [
-        *((form, "") for form in FORMS if form != "flat"),
-        ("tied", "insert-adapter,"),
-        *(
-            pytest.param(form, "insert-adapter,", marks=pytest.mark.slow)
-            for form in FORMS
-            if form not in ("flat", "tied")
-        ),
-    ],
+    slow_but(
+        [("tied", ""), ("capped", ""), ("tied", "insert-adapter,")],
+        [(form, passes) for form in FORMS if form != "flat" for passes in ("", "insert-adapter,")],
+    ),
 )
 def test_they_are_those_of_all_tokens_at_these_places(form: str, passes: str) -> None:
     program = _cached(form, passes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import shared
 import torch
 from architectures import BLOCKS
+from breadth import slow_but
 from torch import Tensor, nn
 
 import offramp
@@ -46,10 +46,6 @@ CHECKED = (
 )
 
 
-def marked(names: Sequence[str]) -> list[object]:
-    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
-
-
 def built(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
     try:
         return FACTORIES[name]()
@@ -65,7 +61,7 @@ def assert_eager(program: Program, module: nn.Module, inputs: dict[str, Tensor])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", marked(CHECKED))
+@pytest.mark.parametrize("name", slow_but(KINDS, CHECKED))
 def test_stacks_and_axes(name: str) -> None:
     module, inputs = built(name)
     program = shared.captured(FACTORIES[name])
@@ -132,9 +128,7 @@ def test_windows_are_shorter_than_the_text(name: str, keys: list[int]) -> None:
     assert reach(shared.captured(FACTORIES[name])) == keys
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "led" else pytest.mark.slow) for name in decoders.NOT_CAPTURED]
-)
+@pytest.mark.parametrize("name", slow_but(("led",), decoders.NOT_CAPTURED))
 def test_what_torch_export_refuses(name: str) -> None:
     factory, reason = decoders.NOT_CAPTURED[name]
     pytest.importorskip("transformers")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import directories
 import pytest
+from breadth import slow_but
 from directory_cases import Case, exported, generated, run_error
 
 import offramp
@@ -21,17 +21,13 @@ KINDS = ("bert_classifier", "vit_classifier", "llama_chat", "marian_translator")
 SETTINGS = ((1, None), (3, None), (1, 3), (3, 3))  # rows, beams
 
 
-def marked(names: list[str]) -> list[Any]:
-    return [pytest.param(name, marks=() if name in KINDS else pytest.mark.slow) for name in names]
-
-
 @pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """The directory, exported with the command line's defaults."""
     return exported(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@pytest.mark.parametrize("case", marked([*OTHERS, *WRITERS]), indirect=True)
+@pytest.mark.parametrize("case", slow_but(KINDS, [*OTHERS, *WRITERS]), indirect=True)
 def test_it_is_checked(case: Case, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the graph that was captured for the export, since the weights are the same."""
     monkeypatch.setattr(checking, "capture", lambda *_: case.program)
@@ -44,13 +40,13 @@ def test_it_is_checked(case: Case, capsys: pytest.CaptureFixture[str], monkeypat
     assert any(stack["cached"] for stack in report["stacks"]) == case.directory.generates
 
 
-@pytest.mark.parametrize("case", marked(OTHERS), indirect=True)
+@pytest.mark.parametrize("case", slow_but(KINDS, OTHERS), indirect=True)
 def test_it_runs_from_the_command_line(case: Case, tmp_path: Path) -> None:
     for rows in case.directory.rows:
         assert run_error(case, rows, tmp_path / str(rows)) <= 1e-4
 
 
-@pytest.mark.parametrize("case", marked(WRITERS), indirect=True)
+@pytest.mark.parametrize("case", slow_but(KINDS, WRITERS), indirect=True)
 def test_it_generates_what_transformers_does(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     chain = offramp.load(case.bundle)
     for rows, beams in SETTINGS:

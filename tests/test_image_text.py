@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import vision_directories
+from breadth import slow_but
 from directory_cases import picture
 
 import offramp
@@ -87,7 +88,7 @@ KINDS = {"llava"}  # a mark in the text; the others are breadth
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=() if n in KINDS else pytest.mark.slow) for n in vision_directories.READERS],
+    params=slow_but(KINDS, vision_directories.READERS),
 )
 def reader(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reader:
     root = tmp_path_factory.mktemp(request.param)

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from breadth import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -90,6 +91,7 @@ class Deeper(Reader):
 
 
 JOINS = [scattered, scattered_flat, indexed, listed, in_place, added]
+FEW = (scattered, indexed, added)
 
 
 def example(tokens: int = TOKENS, rows: int = 2) -> dict[str, Tensor]:
@@ -104,7 +106,7 @@ def captured(join: Join) -> tuple[Reader, offramp.Program]:
     return model, offramp.capture(model, example())
 
 
-@pytest.fixture(scope="module", params=JOINS, ids=[join.__name__ for join in JOINS])
+@pytest.fixture(scope="module", params=slow_but(FEW, JOINS), ids=[join.__name__ for join in JOINS])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Reader, offramp.Chain]:
     model, program = captured(request.param)
     path = tmp_path_factory.mktemp("readers") / "reader.offramp"
@@ -169,7 +171,7 @@ def test_one_pass_of_the_bundle_is_the_model(made: tuple[Reader, offramp.Chain])
         torch.testing.assert_close(torch.from_numpy(found), model(**inputs)["logits"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("join", JOINS, ids=[join.__name__ for join in JOINS])
+@pytest.mark.parametrize("join", slow_but(FEW, JOINS), ids=[join.__name__ for join in JOINS])
 def test_any_chunks_are_one_pass(join: Join) -> None:
     _, program = captured(join)
     cached = offramp.apply(program, "insert-cache")
@@ -527,7 +529,7 @@ def _internvl() -> nn.Module:
 
 @pytest.mark.parametrize(
     "make",
-    [_llava, *(pytest.param(make, marks=pytest.mark.slow) for make in (_paligemma, _gemma3, _blip2, _internvl))],
+    slow_but([_llava], [_llava, _paligemma, _gemma3, _blip2, _internvl]),
 )
 def test_tokens_are_those_of_transformers(make: Callable[[], Any], tmp_path: Path) -> None:
     """Greedy, of prompts of different lengths with an image each."""

@@ -12,6 +12,7 @@ import onnx
 import pytest
 import tiny
 import torch
+from breadth import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_insert_acm import undecided
@@ -129,7 +130,7 @@ def test_generation(form: Form, then: str, decoder: tiny.Captured, tmp_path: Pat
     assert chain.generate({"input_ids": prompts}, max_new_tokens=2).width == pytest.approx(widths[0], abs=0.2)
 
 
-@pytest.mark.parametrize("stacks", [("encoder",), ("encoder", "decoder")])
+@pytest.mark.parametrize("stacks", [pytest.param(("encoder",), marks=pytest.mark.slow), ("encoder", "decoder")])
 def test_learners_of_what_runs_once_are_counted(
     stacks: tuple[str, ...], two_stacks: tiny.Captured, tmp_path: Path
 ) -> None:
@@ -233,7 +234,7 @@ class Flat(torch.nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
 
 
-@pytest.mark.parametrize("passes", ["insert-acm", "insert-acm,insert-cache"])
+@pytest.mark.parametrize("passes", slow_but(["insert-acm,insert-cache"], ["insert-acm", "insert-acm,insert-cache"]))
 def test_sites_that_read_sizes_are_timed(tmp_path: Path, passes: str) -> None:
     model = tiny.seeded(tiny.Decoder)
     for block in model.blocks:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from breadth import slow_but
 from torch import Tensor, fx, nn
 
 import offramp
@@ -60,7 +61,9 @@ def keys(program: Program) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "make", [Towers, partial(Towers, extra=1), partial(Towers, strided=True)], ids=["plain", "one more", "every other"]
+    "make",
+    slow_but([Towers], [Towers, partial(Towers, extra=1), partial(Towers, strided=True)]),
+    ids=["plain", "one more", "every other"],
 )
 def test_two_stacks_of_the_same_blocks_share_files_weights_and_sessions(
     make: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

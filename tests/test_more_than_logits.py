@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from breadth import slow_but
 from torch import Tensor, nn
 
 import offramp
@@ -116,6 +117,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tiny.Inputs]] = {
     "as long": (partial(Translator, of_memory), {"source_ids": tiny.ids(seed=2), **IDS}),
     "convolved": (partial(Translator, of_memory, 2), {"source_ids": tiny.ids(9, seed=2), **IDS}),
 }
+BREADTH = slow_but(["everything"], CASES)
 Made = tuple[nn.Module, tiny.Inputs, offramp.Chain]
 
 
@@ -155,10 +157,7 @@ def prompts(inputs: tiny.Inputs) -> dict[str, Any]:
     return {**around, "input_ids": PROMPTS}
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["everything", *(pytest.param(n, marks=pytest.mark.slow) for n in ("last", "memory", "as long", "convolved"))],
-)
+@pytest.mark.parametrize("name", BREADTH)
 def test_run_gives_what_the_model_gives(made: Callable[[str], Made], name: str) -> None:
     module, inputs, chain = made(name)
     for rows, more in ((1, 0), (3, 4)):
@@ -171,7 +170,7 @@ def test_run_gives_what_the_model_gives(made: Callable[[str], Made], name: str) 
             np.testing.assert_allclose(found[output], value.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", BREADTH)
 def test_generation_is_the_models_own(made: Callable[[str], Made], name: str) -> None:
     module, inputs, chain = made(name)
     given = prompts(inputs)

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 import transformers
-from test_image_tokens import FEATURES, IMAGE, JOINS, PATCHES, Join, Reader, example, greedy, scattered
+from breadth import slow_but
+from test_image_tokens import FEATURES, IMAGE, JOINS, PATCHES, Join, Reader, added, example, greedy, scattered
 from torch import Tensor, nn
 
 import offramp
@@ -71,7 +72,7 @@ def test_a_row_of_text(tmp_path: Path) -> None:
         chain.generate({"input_ids": [[1]]}, beams=2)
 
 
-@pytest.mark.parametrize("join", JOINS, ids=[join.__name__ for join in JOINS])
+@pytest.mark.parametrize("join", slow_but([scattered, added], JOINS), ids=[join.__name__ for join in JOINS])
 def test_a_row_with_an_image(join: Join, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = OneImage(join).eval(), example(rows=1)

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from breadth import slow_but
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -111,7 +112,7 @@ def greedy(model: Callable[..., Any], inputs: dict[str, Tensor], name: str, coun
 
 
 #: "several parts" has what the two between have.
-MARKED = [pytest.param(kind, marks=() if kind == "causal" else pytest.mark.slow) for kind in KINDS]
+MARKED = slow_but(["causal"], KINDS)
 
 
 @pytest.fixture(scope="module", params=MARKED)

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 import tiny
 import torch
+from breadth import slow_but
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -116,7 +117,7 @@ def _operators(bundle: Path) -> dict[str, set[str]]:
     return {name: {node.op_type for node in model.graph.node} for name, model in files.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", slow_but(["tied", "capped"], FORMS))
 @pytest.mark.usefixtures("screened")
 def test_every_form_of_a_head(tmp_path: Path, form: str) -> None:
     """Heads that cannot be screened make all products; the answer is the same."""

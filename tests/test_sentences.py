@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from breadth import slow_but
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 from test_pretrained_settings import TEXTS, WIDTH, WORDS, saved, seeded, tokenizer
@@ -65,7 +66,7 @@ def test_all_that_stands_behind_the_model(base: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "mode",
-    ["cls", "mean", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("max", "weightedmean", "lasttoken"))],
+    slow_but(["cls"], ["cls", "mean", "max", "weightedmean", "lasttoken"]),
 )
 def test_pooling(base: Path, tmp_path: Path, mode: str) -> None:
     directory = written(base, tmp_path / "whole", Pooling(16, mode))

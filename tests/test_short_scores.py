@@ -311,8 +311,8 @@ def test_a_row_that_stays_does_not_run_the_head(tmp_path: Path) -> None:
     ("order", "picks", "prompt"),
     [
         ("insert-cache,insert-exits,{}", True, [3, 1, 4]),
-        ("insert-cache,insert-exits,{}", False, [3]),
-        ("insert-exits,{},insert-cache", True, [3]),
+        pytest.param("insert-cache,insert-exits,{}", False, [3], marks=pytest.mark.slow),
+        pytest.param("insert-exits,{},insert-cache", True, [3], marks=pytest.mark.slow),
     ],
 )
 def test_generation(tmp_path: Path, order: str, picks: bool, prompt: list[int]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import shared
 import tiny
 import torch
+from breadth import slow_but
 from test_insert_acm import undecided
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -50,13 +51,7 @@ def sites(program: Program, stack: str | None = None) -> list[list[Site]]:
     return [find_sites(program.own_nodes(found, index), mixing) for index in range(found.blocks)]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name in ("bert", "gpt2", "llama", "whisper") else pytest.mark.slow)
-        for name in KINDS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(("bert", "gpt2", "llama", "whisper"), KINDS))
 def test_kinds(name: str) -> None:
     pytest.importorskip("transformers")
     program = shared.captured(FACTORIES[name])

@@ -21,6 +21,7 @@ import pytest
 import shared
 import tiny
 import torch
+from breadth import slow_but
 from safetensors.torch import load_file
 from test_training_fit import Cutting, KilledError, digest, weights
 from torch import Tensor
@@ -804,7 +805,7 @@ def test_labels_and_the_teacher_together() -> None:
 # The loop
 
 
-@pytest.mark.parametrize("name", ["learners", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gates", "budget"))])
+@pytest.mark.parametrize("name", slow_but(["learners"], ["learners", "gates", "budget"]))
 def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not(name: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"epochs": 2, "every": 2, "log_every": 2, "seed": 7, "rate": 1e-2}
     options["train"] = "all" if name == "budget" else "added"
