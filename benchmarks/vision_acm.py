@@ -31,7 +31,7 @@ from offramp import training
 from offramp.program import Program
 
 SHARES = (0.75, 0.6, 0.4, 0.25)
-OF_ONE = (0.75, 0.6, 0.5, 0.4, 0.25)  # of a model that serves them all
+OF_ONE = (0.75, 0.6, 0.5, 0.4, 0.3, 0.25)  # of a model that serves them all
 BOTH = (7, 9)  # exits of the model that has learners too
 NEVER = 2.0  # a confidence that none has
 WIDTHS = (0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.1)
