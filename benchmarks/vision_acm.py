@@ -175,7 +175,8 @@ class Students:
             for asked in OF_ONE:
                 fitting = [each for each in tried if each[1] <= asked + OVER and each[2] in sures]
                 if fitting:
-                    best = max(fitting, key=lambda each: each[:2])[-1]
+                    # Of those as right, where images leave soonest: that saves what learners do not.
+                    best = max(fitting, key=lambda each: (each[0], -each[2]))[-1]
                     say(f"{kind}: {asked} of the FLOPs with {best}")
                     found.append(Way(kind, loaded, _of_learners, best))
         return found
