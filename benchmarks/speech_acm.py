@@ -1,8 +1,9 @@
 """Does adaptive width pay in a speech encoder? Whisper base: at the same FLOPs, words and time in one row.
 
-The encoder's MLPs learn widths from 24 recordings that nobody transcribed: first each for itself, then gates, then all
-to make the states that the whole encoder makes. "static" has the same learners, trained for as many steps, and every
-frame takes as many. Frames of the silence behind a clip count too: the decoder reads them.
+The encoder's MLPs (``--sites``: or its projections, or both) learn widths from 24 recordings that nobody transcribed:
+first each for itself, then gates, then all to make the states that the whole encoder makes. "static" has the same
+learners, trained for as many steps, and every frame takes as many. Frames of the silence behind a clip count too: the
+decoder reads them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from offramp.program import Program
 from offramp.runtime.preprocess.audio import log_mel, read_wav, resample
 
 RESULTS = Path("benchmarks/results/speech_acm")
-PASS = "insert-acm{learners=4,least=0}"
 LEAST = 0.1  # the smallest width that is trained for
 SECOND = 16000  # samples
 FRAMES, FEATURES, HIDDEN, GATE, LEARNERS = 1500, 512, 2048, 16, 4
+SITES = {"mlp": (1, 2 * FEATURES * HIDDEN), "projections": (4, 4 * FEATURES**2)}  # of a block: how many, their FLOPs
 FIGURE = "adaptive 0.3"
 ADAPTIVE, STATIC = (0.75, 0.5, 0.4, 0.3, 0.25, 0.2), (0.75, 0.5, 0.25)
 
@@ -77,24 +78,33 @@ def captured() -> Program:
 class Students:
     """Encoders with learners, trained or read: the learners alone, then with gates, and with as many for each frame."""
 
-    def __init__(self, folder: Path, steps: int) -> None:
-        self.folder, self.steps, self.teacher = folder, steps, captured()
+    def __init__(self, folder: Path, steps: int, sites: Sequence[str]) -> None:
+        self.folder, self.steps, self.sites, self.teacher = folder, steps, sites, captured()
         same = training.WidthBudget(teacher=self.teacher, output="memory", distance="mse", low=LEAST)
         self._budget = replace(same, entropy=0.0, diversity=0.0)  # a batch is one recording
 
     def learnt(self, name: str) -> Program:
         """ "adaptive", "static", or the "learners" that both start from."""
-        program, path = offramp.apply(self.teacher, PASS), self.folder / f"{name}.safetensors"
+        passes = f"insert-acm{{sites={'|'.join(self.sites)},learners={LEARNERS}}}"
+        program, path = offramp.apply(self.teacher, passes), self.weights(name)
         if not path.exists():
             if name != "learners":
                 self.learnt("learners")
-                training.load_weights(program, self.folder / "learners.safetensors")
+                training.load_weights(program, self.weights("learners"))
             say(f"training {name}")
             getattr(self, f"_{name}")(program)
             self.folder.mkdir(parents=True, exist_ok=True)
             training.save_weights(program, path)
         training.load_weights(program, path)
         return program
+
+    def named(self, name: str) -> str:
+        """With the sites before it, where they are not the MLPs."""
+        return name if self.sites == ["mlp"] else f"{'-'.join(self.sites)}-{name}"
+
+    def weights(self, name: str) -> Path:
+        """The file of a student's weights."""
+        return self.folder / f"{self.named(name)}.safetensors"
 
     def _learners(self, program: Program) -> None:
         self._fit(program, training.LearnerDistillation(self.teacher), self.steps // 3, 5e-4)
@@ -126,11 +136,12 @@ class Students:
 
 
 class Way(NamedTuple):
-    """An encoder, and the policy that it runs with."""
+    """An encoder, the policy that it runs with, and its sites that have learners."""
 
     name: str
     chain: offramp.Chain
     policy: offramp.Policy | None = None
+    sites: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -165,8 +176,8 @@ def ways(students: Students, learners: Literal["dense", "grouped"] | None) -> li
     found = [Way("whole", bundle("whole", students.teacher, None, students.folder / "none"))]
     for name, widths in (("adaptive", ADAPTIVE), ("static", STATIC)):
         program = students.learnt(name)
-        loaded = bundle(name, program, learners, students.folder / f"{name}.safetensors")
-        found += [Way(f"{name} {width}", loaded, offramp.Width(width)) for width in widths]
+        loaded = bundle(students.named(name), program, learners, students.weights(name))
+        found += [Way(f"{name} {width}", loaded, offramp.Width(width), students.sites) for width in widths]
     return found
 
 
@@ -188,16 +199,19 @@ def ran(way: Way, clip: Clip, decoder: speech.Way) -> Run:
     tokens = decoded(Heard(result.outputs["memory"], ms), decoder).tokens
     if result.width is None:
         return Run(tokens, ms, 1.0, 1.0, 1.0)
-    taken = np.stack([counts[0] for counts in result.learners.values()]).mean(0) / LEARNERS  # of each frame
+    costs = [way.chain.manifest.learners[site].flops for site in result.learners]
+    counts = np.stack([taken[0] for taken in result.learners.values()])
+    taken = np.average(counts, 0, costs) / LEARNERS  # of each frame
     sounds = (clip.features != clip.features[..., -1:]).any((0, 1)).reshape(FRAMES, -1).any(-1)
     return Run(tokens, ms, result.width, float(taken[sounds].mean()), float(taken[~sounds].mean()))
 
 
-def share(width: float, gates: bool) -> float:
-    """The share of the blocks' FLOPs that is left with so much of the MLPs' hidden units."""
-    other, mlp = 4 * FEATURES**2 + 2 * FRAMES * FEATURES, 2 * FEATURES * HIDDEN
-    gate = FEATURES * GATE + GATE * (LEARNERS + 1) if gates else 0
-    return (other + gate + width * mlp) / (other + mlp)
+def share(width: float, sites: Sequence[str]) -> float:
+    """The share of the blocks' FLOPs, gates too, that is left with so much of those sites."""
+    every = 2 * FRAMES * FEATURES + sum(flops for _, flops in SITES.values())
+    split = sum(SITES[site][1] for site in sites)
+    gates = sum(SITES[site][0] for site in sites) * (FEATURES * GATE + GATE * (LEARNERS + 1))
+    return (every - split + gates + width * split) / every
 
 
 def row(way: Way, recordings: Sequence[Clip], runs: Sequence[Run], whole: Sequence[Run], words: Tokenizer) -> Row:
@@ -206,11 +220,11 @@ def row(way: Way, recordings: Sequence[Clip], runs: Sequence[Run], whole: Sequen
     errors = [word_errors(words.decode(run.tokens), clip.said) for clip, run in pairs if clip.said is not None]
     wrong = sum(distance(run.tokens, full.tokens) for run, full in zip(runs, whole, strict=True))
     width = statistics.mean(run.width for run in runs)
-    left = share(width, way.policy is not None)
+    left = share(width, way.sites)
     ratio = statistics.median(run.ms / full.ms for run, full in zip(runs, whole, strict=True))
     return {
         "encoder": way.name,
-        "MLP width": round(width, 3),
+        "width": round(width, 3),
         "speech": round(statistics.mean(run.spoken for run in runs), 3),
         "silence": round(statistics.mean(run.silent for run in runs), 3),
         "blocks' FLOPs": round(left, 3),
@@ -237,6 +251,7 @@ def main() -> None:
     """Train or read, measure, print one table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--weights", type=Path, default=RESULTS, help=f"trained weights ({RESULTS})")
+    parser.add_argument("--sites", nargs="+", choices=tuple(SITES), default=["mlp"], help="what has widths (mlp)")
     parser.add_argument("--steps", type=int, default=240, help="of training, each 30 s of sound (240)")
     parser.add_argument("--learners", choices=("dense", "grouped"), help="how learners run (what is faster)")
     parser.add_argument("--clips", type=int, help="how many recordings (32)")
@@ -244,7 +259,7 @@ def main() -> None:
     rounds(parser)
     args = parser.parse_args()
     recordings = clips()[: args.clips]
-    every = ways(Students(args.weights, args.steps), args.learners)
+    every = ways(Students(args.weights, args.steps, args.sites), args.learners)
     if args.figure:
         drawn(next(way for way in every if way.name == FIGURE), recordings[0], args.figure)
     decoder, words = writer()
@@ -256,7 +271,8 @@ def main() -> None:
         rows = zip(every, zip(*turns, strict=True), strict=True)
         whole = [runs[0] for runs in turns]
         measured.append([shown(row(way, recordings, runs, whole, words)) for way, runs in rows])
-    report("speech_acm", f"Whisper base, adaptive width in the encoder, {len(recordings)} recordings", spread(measured))
+    what = f"adaptive width in the encoder's {' and '.join(args.sites)}"
+    report("speech_acm", f"Whisper base, {what}, {len(recordings)} recordings", spread(measured))
 
 
 if __name__ == "__main__":
