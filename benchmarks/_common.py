@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import offramp
+from examples import train_language_adapters as recipe
 from offramp.bundle.manifest import Exit
 from offramp.export.partition import whole
 from offramp.export.translations import Translations
@@ -31,6 +32,7 @@ from offramp.runtime.engine.cores import physical_cores
 from offramp.runtime.policies.base import Rows
 
 BUILD = Path("build/benchmarks")
+TEXT = 4096
 Row = dict[str, Any]
 T = TypeVar("T")
 _EVERY = 10.0  # seconds between lines of progress
@@ -134,6 +136,13 @@ def report(name: str, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         "torch_threads": torch.get_num_threads(),
     }
     (BUILD / f"{name}.json").write_text(json.dumps({"title": title, "about": about, "rows": rows}, indent=1) + "\n")
+
+
+def rounded_by(precision: str, name: str = "smollm2") -> list[dict[str, Any]] | None:
+    """What SmolLM2's weights of 4 bits are rounded by: `TEXT` tokens of WikiText-2's validation text."""
+    if (precision, name) != ("int4", "smollm2"):
+        return None
+    return [{key: item.numpy() for key, item in batch.items()} for batch in recipe.batches("valid", TEXT)]
 
 
 def data(folder: str) -> Path:

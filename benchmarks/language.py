@@ -19,7 +19,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 import offramp
-from benchmarks._common import BUILD, Row, report, rounds, say, shown, spread, steps
+from benchmarks._common import BUILD, Row, report, rounded_by, rounds, say, shown, spread, steps
 from examples import train_language_adapters as recipe
 from offramp import zoo
 from offramp.bundle.manifest import Stack
@@ -169,6 +169,7 @@ def main() -> None:
         program,
         bundle,
         args.precision,
+        samples=rounded_by(args.precision),
         loss=None if short else LOSS,
         segments=1,
         generation=zoo.generation("smollm2"),

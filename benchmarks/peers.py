@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 import offramp
 from benchmarks import _chains, _ctranslate2, _genai, _one_session, _translate, sentiment, speech
-from benchmarks._common import BUILD, Row, report, say, steps
+from benchmarks._common import BUILD, Row, report, rounded_by, say, steps
 from benchmarks._peers import Took, installed, row, saved, turns
 from benchmarks._translate import Way
 from benchmarks._workers import Answer, Worker
@@ -58,6 +58,7 @@ def language(count: int) -> Iterator[Row]:
     program = functools.cache(lambda: offramp.apply(offramp.capture(*zoo.load("smollm2")), SCREENED))
     for precision in ("int4", "fp32"):
         options = {"segments": 1, "generation": zoo.generation("smollm2"), "files": files}
+        options |= {"samples": rounded_by(precision)}
         path = saved("smollm2", precision, program, **options)
         ways = [
             functools.partial(_chains.chain, path),

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 import offramp
 from benchmarks import _chains
-from benchmarks._common import BUILD, Row, alternate, data, report, rounds, say, shown, spread, steps
+from benchmarks._common import BUILD, Row, alternate, data, report, rounded_by, rounds, say, shown, spread, steps
 from benchmarks.sentiment import batches
 from benchmarks.speech import Clip, clips, word_errors
 from offramp import zoo
@@ -41,7 +41,8 @@ def bundles(name: str) -> dict[str, Path]:
     for precision, path in paths.items():
         say(f"exporting {name} in {precision}")
         loss = None if precision == "auto" else LOSS
-        offramp.save(program, path, precision, loss=loss, segments=PIECES[name], generation=generation)
+        options: dict[str, Any] = {"segments": PIECES[name], "generation": generation}
+        offramp.save(program, path, precision, samples=rounded_by(precision, name), loss=loss, **options)
     return paths
 
 

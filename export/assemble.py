@@ -74,11 +74,11 @@ def save(
         precision: of the weights: "fp32"; "fp16", in which they are stored, and computed with in fp32; "int8", in
             blocks where tokens come one by one, with activations in whole numbers too where a segment runs on many
             (encoders, models without caches); "int4", in blocks (tables of words, and heads that are tied to them, in
-            8 bits); one for each pattern of segments, of which the first that matches counts,
-            ``{"tail": "fp32", "decoder.*": "int4"}``, and fp32 for the others; or "auto", for each segment what is
-            fastest on this machine within ``loss`` and ``agreement``.
-        samples: inputs on which an encoded bundle is compared with the one in fp32, and which say how large the
-            features are that weights of 4 bits meet; the captured ones if left out. What the model is for is best.
+            8 bits, or by 1,024 tokens of samples in 4); one for each pattern of segments, of which the first that
+            matches counts, ``{"tail": "fp32", "decoder.*": "int4"}``, and fp32 for the others; or "auto", for each
+            segment what is fastest on this machine within ``loss`` and ``agreement``.
+        samples: inputs on which an encoded bundle is compared with the one in fp32, and by which weights of 4 bits are
+            rounded; the captured ones if left out. For 4 bits some thousand tokens of what the model is for are best.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
             values; if left out .05, and .3 where something is int4.
         agreement: the share of answers (the greatest of several classes), and of exits taken, that are to be the same

@@ -16,7 +16,7 @@ from offramp.export.agreement import Bounds, answers, changed, ways
 from offramp.export.encode import encoded, run_together
 from offramp.export.first_row import first_row, with_room
 from offramp.export.head_precision import tied
-from offramp.export.ranges import Ranges
+from offramp.export.rounding import Roundings
 from offramp.runtime.chain import Chain
 from offramp.runtime.engine.sessions import open_sessions
 from offramp.runtime.policies.base import Policy
@@ -35,7 +35,7 @@ def automatic(
     directory: Path,
     samples: Sequence[Mapping[str, Any]],
     bounds: Bounds,
-    ranges: Ranges,
+    roundings: Roundings,
     before: Sequence[Result],
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The encoding of each file, and what was measured, by file.
@@ -50,7 +50,7 @@ def automatic(
         directory: where that is.
         samples: inputs on which outputs are compared.
         bounds: what is to be kept.
-        ranges: of weights of 4 bits.
+        roundings: of weights of 4 bits.
         before: what the bundle in fp32 answers.
     """
     names = list(dict.fromkeys(segment.file for segment in manifest.segments.values()))
@@ -63,7 +63,7 @@ def automatic(
             place = Path(folder) / encoding
             place.mkdir()
             made = encoded(
-                manifest, directory, place, dict.fromkeys(names, encoding), encoding, ranges
+                manifest, directory, place, dict.fromkeys(names, encoding), encoding, roundings
             ).segments.values()
             sessions[encoding] = open_sessions(place, names, None, None)
             changes = {item.file for item in made if item.encoding == encoding}

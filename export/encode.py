@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -17,8 +18,8 @@ from offramp.bundle.manifest import WEIGHTS_FILE, Manifest, Stage
 from offramp.errors import ExportError
 from offramp.export.head_precision import heads_of, offsets, quantized_with_heads
 from offramp.export.patterns import in_use, listed, pattern_of, written
-from offramp.export.quantize import encoding_of, gathered, quantized
-from offramp.export.ranges import Ranges
+from offramp.export.quantize import Tables, encoding_of, gathered, quantized, turned
+from offramp.export.rounding import Array, Roundings
 from offramp.export.write import ALIGNMENT, hashed
 
 #: A precision of all segments, or of those whose names match a pattern; the first that matches counts.
@@ -27,6 +28,8 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 #: What is fastest where it is exported; of a whole bundle only.
 AUTO = "auto"
 _LEAST = 1024  # bytes: smaller arrays stay in their file
+#: Of samples, by which a head can be rounded to 4 bits with its table: by a few it is further off than by none.
+TOKENS = 1024
 
 
 def precision_of(precision: Precision, segment: str) -> str:
@@ -108,7 +111,7 @@ def _shared(manifest: Manifest, precision: Precision, file: str) -> ExportError:
 
 
 def encoded(
-    manifest: Manifest, source: Path, target: Path, wanted: Mapping[str, str], called: str, ranges: Ranges
+    manifest: Manifest, source: Path, target: Path, wanted: Mapping[str, str], called: str, roundings: Roundings
 ) -> Manifest:
     """Write the segments of the bundle at ``source`` to ``target``, with its weights encoded; the manifest of that.
 
@@ -118,17 +121,18 @@ def encoded(
         manifest: of the bundle at ``source``.
         source: the bundle in fp32.
         target: an empty directory.
-        wanted: the encoding of each file. One that has nothing for it gets what there is: a head that is tied to a
-            table has 8 bits where 4 were wanted. Screened heads have that of the file that makes their logits.
+        wanted: the encoding of each file. One that has nothing for it gets what there is. A table has 4 bits where all
+            who read it are to have 4, and a head tied to it met `TOKENS` of samples; 8 otherwise. Screened heads
+            have the encoding of the file that makes their logits.
         called: what the manifest calls that.
-        ranges: of weights of 4 bits.
+        roundings: of weights of 4 bits.
     """
-    tables, heads = _Tables(source, wanted), heads_of(manifest, source, wanted)
+    tables, heads = _Tables(source, wanted, roundings), heads_of(manifest, source, wanted)
     with (target / WEIGHTS_FILE).open("wb") as weights:
         writer = _Weights(weights)
         made = dict[str, str]()
         for file, encoding in wanted.items():
-            model, given = onnx.load(source / file), (tables.of(file), ranges.of(file))
+            model, given = onnx.load(source / file), (tables.of(file), roundings.of(file))
             if file in heads:
                 model, made[file] = quantized_with_heads(model, encoding, heads[file], tables.places[file], *given)
             else:
@@ -167,18 +171,30 @@ class _Tables:
     ``places`` says, by file and name, where all weights lie.
     """
 
-    def __init__(self, source: Path, wanted: Mapping[str, str]) -> None:
+    def __init__(self, source: Path, wanted: Mapping[str, str], roundings: Roundings) -> None:
         self.places = dict[str, dict[str, int]]()
-        self._tables = set[int]()
+        self._roundings = roundings
+        self._tables, self._eight = set[int](), set[int]()
+        self._products = dict[int, tuple[str, str]]()  # the file of one, and what it reads there
         for file, encoding in wanted.items():
             model = onnx.load(source / file, load_external_data=False)
             known = self.places[file] = offsets(model)
             if encoding != "fp32":
                 self._tables |= {known[name] for name in gathered(model) if name in known}
+            if encoding.startswith("int8"):
+                self._eight |= {*known.values()}
+            for name, read in turned(model).items():
+                if name in known:
+                    self._products.setdefault(known[name], (file, read))
 
-    def of(self, file: str) -> set[str]:
-        """Their names in a file."""
-        return {name for name, offset in self.places[file].items() if offset in self._tables}
+    def of(self, file: str) -> Tables:
+        """Those of a file."""
+        return {name: self._rounding(place) for name, place in self.places[file].items() if place in self._tables}
+
+    def _rounding(self, place: int) -> Callable[[Array, int], Array] | None:
+        file, read = self._products.get(place, ("", ""))
+        few = self._roundings.tokens(file, read) < TOKENS
+        return None if few or place in self._eight else partial(self._roundings.of(file), read)
 
 
 class _Weights:

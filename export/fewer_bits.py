@@ -17,7 +17,7 @@ from offramp.export.automatic import automatic
 from offramp.export.encode import AUTO, Precision, encoded, encodings_of, precisions, shown
 from offramp.export.observe import observed
 from offramp.export.patterns import check_patterns
-from offramp.export.ranges import Ranges
+from offramp.export.rounding import Roundings
 from offramp.runtime.chain import Chain
 
 #: How far outputs may be from fp32 where nobody says so, of their scale; and where something is int4.
@@ -55,14 +55,14 @@ def in_fewer_bits(
     try:
         before = answers(Chain(manifest, directory), samples)
         four = not precisions(precision).isdisjoint(("int4", AUTO))
-        ranges = Ranges(observed(manifest, directory, samples) if four else {})
+        roundings = Roundings(observed(manifest, directory, samples) if four else {})
         if precision == AUTO:
-            wanted, about = automatic(manifest, directory, samples, bounds, ranges, before)
+            wanted, about = automatic(manifest, directory, samples, bounds, roundings, before)
             called = f"auto ({', '.join(sorted(set(wanted.values())))})"
             manifest = replace(manifest, provenance={**manifest.provenance, "precision": about})
         else:
             wanted, called = encodings_of(manifest, precision), shown(precision)
-        found = encoded(manifest, directory, made, wanted, called, ranges)
+        found = encoded(manifest, directory, made, wanted, called, roundings)
         figures = changed(before, answers(Chain(found, made), samples))
         found = replace(found, validation={**manifest.validation, **figures})
         bounds.check(found, precision)

@@ -15,8 +15,8 @@ from onnx import helper
 
 from offramp.bundle.manifest import Exit, Manifest, Segment
 from offramp.bundle.measures import SCREENED
-from offramp.export.quantize import encoding_of, quantized
-from offramp.export.ranges import Within
+from offramp.export.quantize import Tables, encoding_of, quantized
+from offramp.export.rounding import Rounding
 
 
 @dataclass
@@ -89,8 +89,8 @@ def quantized_with_heads(
     encoding: str,
     head: Head,
     places: Mapping[str, int],
-    tables: Collection[str],
-    within: Within | None = None,
+    tables: Tables,
+    rounding: Rounding | None = None,
 ) -> tuple[onnx.ModelProto, str]:
     """As `quantized`, but for a head's weights; and what the others are.
 
@@ -100,27 +100,27 @@ def quantized_with_heads(
         head: what has another.
         places: where the model's weights lie.
         tables: as for `quantized`.
-        within: as for `quantized`.
+        rounding: as for `quantized`.
     """
     own = _own_weights(model, head.outputs)
     kinds = {copy: head.encodings.get(places.get(name, -1), head.other) for copy, name in own.items()}
-    tables = {*tables, *(copy for copy, name in own.items() if name in tables)}
-    model = _in_part(model, {item.name for item in model.graph.initializer} - kinds.keys(), encoding, tables, within)
+    tables = {**tables, **{copy: tables[name] for copy, name in own.items() if name in tables}}
+    model = _in_part(model, {item.name for item in model.graph.initializer} - kinds.keys(), encoding, tables, rounding)
     made = encoding_of(model)
     for kind in sorted({*kinds.values()}):
-        model = _in_part(model, {name for name, found in kinds.items() if found == kind}, kind, tables, within)
+        model = _in_part(model, {name for name, found in kinds.items() if found == kind}, kind, tables, rounding)
     return model, made
 
 
 def _in_part(
-    model: onnx.ModelProto, names: Collection[str], encoding: str, tables: Collection[str], within: Within | None
+    model: onnx.ModelProto, names: Collection[str], encoding: str, tables: Tables, rounding: Rounding | None
 ) -> onnx.ModelProto:
     """The model with these weights alone encoded: the others are inputs meanwhile, of which nobody knows the values."""
     others = [onnx.TensorProto.FromString(item.SerializeToString()) for item in _weights(model, names)]
     for item in _weights(model, names):
         model.graph.initializer.remove(item)
     model.graph.input.extend(helper.make_tensor_value_info(item.name, item.data_type, item.dims) for item in others)
-    model = quantized(model, encoding, tables, within)
+    model = quantized(model, encoding, tables, rounding)
     hidden = {item.name for item in others}
     for value in [value for value in model.graph.input if value.name in hidden]:
         model.graph.input.remove(value)

@@ -8,7 +8,7 @@ convolutions stay as they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,29 +19,32 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from offramp.export.ranges import Within
+from offramp.export.rounding import Rounding
 
 #: Weights that share a scale, by bits: one for 32 of 4 bits would be a fifth of the bytes, and of a token's time.
 _BLOCK = {4: 128, 8: 64}
+_ROW_BLOCKS = {4: (32, 16), 8: (64, 32, 16)}  # of tables: the first that divides a row
 _MICROSOFT = "com.microsoft"
 _LEAST = 1024  # bytes: smaller arrays stay as they are
 #: How the names of nodes begin whose products have 8 bits in fp32 and fp16 too, with bounds that have to hold.
 SCREENING = "screen"
+#: Tables, weights of which rows are gathered, by name: what rounds one, turned round, to 4 bits; None for one of 8.
+Tables = Mapping[str, Callable[[NDArray[np.float32], int], NDArray[np.float32]] | None]
 #: Operators that take a part of a weight: of ``nn.MultiheadAttention``, which has three in one, or of stacked experts.
 PARTS = ("Split", "Slice", "Gather")
 
 
 def quantized(
-    model: onnx.ModelProto, encoding: str, tables: Collection[str], within: Within | None = None
+    model: onnx.ModelProto, encoding: str, tables: Tables, rounding: Rounding | None = None
 ) -> onnx.ModelProto:
     """The model in one of the manifest's `ENCODINGS`, which may be made of the very model that is given.
 
     Args:
         model: with its weights inside.
         encoding: of its products.
-        tables: weights of which rows are gathered, here or in another file (see `gathered`). They have 8 bits in any
-            encoding, and so have products with them: a head that is tied to the words' table reads the same bytes.
-        within: what brings weights of 4 bits into their ranges; None leaves a range to its block's greatest weight.
+        tables: of which rows are gathered, here or in another file (see `gathered`). Products with them have their
+            bits in any encoding: a head that is tied to the words' table reads the same bytes.
+        rounding: of weights of 4 bits; None takes the nearest of steps that reach to a block's greatest weight.
     """
     if encoding == "fp32":
         return model
@@ -51,8 +54,8 @@ def quantized(
         model = _folded(_tables(_products(_folded(model, PARTS)), tables), (*PARTS, "Transpose"))
         if encoding == "int8-dynamic":
             return _dynamic(model)
-        if encoding == "int4" and within is not None:
-            _into_ranges(model, within)
+        if encoding == "int4" and rounding is not None:
+            _round(model, rounding)
         return _blocks(model, 4 if encoding == "int4" else 8)
 
 
@@ -84,6 +87,13 @@ def gathered(model: onnx.ModelProto) -> set[str]:
         and _is_table(node, tables[node.input[0]])
         and not _of_screening(node)
     }
+
+
+def turned(model: onnx.ModelProto) -> dict[str, str]:
+    """What the products read whose weights are tables turned round, by the tables' names."""
+    made = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "Transpose"}
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in made]
+    return {made[node.input[1]]: node.input[0] for node in products if not _of_screening(node)}
 
 
 def _is_table(node: onnx.NodeProto, weight: onnx.TensorProto) -> bool:
@@ -150,10 +160,10 @@ def _products(model: onnx.ModelProto) -> onnx.ModelProto:
     return _with_nodes(model, nodes)
 
 
-def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
-    """Tables in blocks of 8 bits: rows are gathered, and products with a table turned round read the same array."""
+def _tables(model: onnx.ModelProto, tables: Tables) -> onnx.ModelProto:
+    """Tables in blocks of 8 or 4 bits: rows are gathered, and products with one turned round read the same array."""
     graph = model.graph
-    weights = {item.name: item for item in graph.initializer if item.name in names}
+    weights = {item.name: item for item in graph.initializer if item.name in tables}
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     for at, node in enumerate(list(graph.node)):
         products = node.op_type == "MatMul" and turned.get(node.input[1]) in weights
@@ -164,10 +174,13 @@ def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
         else:
             continue
         rows, width = weights[name].dims
-        block = _block_of(width)
+        rounding = tables[name]
+        bits = 8 if rounding is None else 4
+        block = _block_of(width, bits)
         if f"{name}_blocks" not in weights:
-            packed, scales = packed_rows(numpy_helper.to_array(weights[name]))
-            for kind, array in (("blocks", packed), ("rows", packed.reshape(rows, width)), ("scales", scales)):
+            table = numpy_helper.to_array(weights[name])
+            packed, scales = packed_rows(table if rounding is None else rounding(table.T, block).T, bits)
+            for kind, array in (("blocks", packed), ("rows", packed.reshape(rows, -1)), ("scales", scales)):
                 weights[f"{name}_{kind}"] = numpy_helper.from_array(array, f"{name}_{kind}")
                 graph.initializer.append(weights[f"{name}_{kind}"])
         if products:
@@ -178,7 +191,7 @@ def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
                 domain=_MICROSOFT,
                 K=width,
                 N=rows,
-                bits=8,
+                bits=bits,
                 block_size=block,
                 accuracy_level=4,
             )
@@ -188,7 +201,7 @@ def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
                 [f"{name}_rows", node.input[1], f"{name}_scales"],
                 node.output,
                 domain=_MICROSOFT,
-                bits=8,
+                bits=bits,
                 block_size=block,
                 gather_axis=0,
                 quantize_axis=1,
@@ -199,26 +212,26 @@ def _tables(model: onnx.ModelProto, names: Collection[str]) -> onnx.ModelProto:
     return _without_unread(model)
 
 
-def _block_of(width: int) -> int:
+def _block_of(width: int, bits: int) -> int:
     """How many weights of a table's row share a scale; the width is a multiple of 16."""
-    return next(size for size in (_BLOCK[8], 32, 16) if width % size == 0)
+    return next(size for size in _ROW_BLOCKS[bits] if width % size == 0)
 
 
-def packed_rows(table: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """A table in 8 bits as ``MatMulNBits`` reads it: uint8 [rows, blocks, block], and scales float32 [rows, blocks].
+def packed_rows(table: NDArray[np.float32], bits: int = 8) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """A table as ``MatMulNBits`` reads it: uint8 [rows, blocks, bytes of a block], and scales float32 [rows, blocks].
 
-    Its ``width`` is a multiple of 16; a weight is its byte less 128, times its block's scale.
+    Its ``width`` is a multiple of 16; a weight of 8 bits is its byte less 128, times its block's scale.
     """
     with _quiet():
         from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
 
-        config = quantizer.DefaultWeightOnlyQuantConfig(_block_of(table.shape[1]), is_symmetric=True, bits=8)
+        config = quantizer.DefaultWeightOnlyQuantConfig(_block_of(table.shape[1], bits), is_symmetric=True, bits=bits)
         made = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(table.T))
     return made[0], made[1]
 
 
-def _into_ranges(model: onnx.ModelProto, within: Within) -> None:
-    """Bring the weights that products alone read into the ranges that 4 bits have for them."""
+def _round(model: onnx.ModelProto, rounding: Rounding) -> None:
+    """Round the weights that products alone read."""
     returned = {item.name for item in model.graph.output}
     readers: dict[str, list[onnx.NodeProto]] = {
         item.name: [] for item in model.graph.initializer if item.name not in returned
@@ -229,7 +242,7 @@ def _into_ranges(model: onnx.ModelProto, within: Within) -> None:
     for item in [item for item in model.graph.initializer if item.name in readers]:
         products = [node for node in readers[item.name] if node.op_type == "MatMul" and node.input[1] == item.name]
         if len(item.dims) == 2 and products and len(products) == len(readers[item.name]):
-            weight = within(products[0].input[0], numpy_helper.to_array(item), _BLOCK[4])
+            weight = rounding(products[0].input[0], numpy_helper.to_array(item), _BLOCK[4])
             item.CopyFrom(numpy_helper.from_array(weight, item.name))
 
 

@@ -193,7 +193,7 @@ def test_a_weight_that_a_segment_gives_stays_as_it_is(encoding: str) -> None:
     made = np.random.default_rng(0).normal(0, 0.1, (2, 64, 64)).astype(np.float32)
     del model.graph.initializer[:]
     model.graph.initializer.extend(onnx.numpy_helper.from_array(made[i], name) for i, name in enumerate("wv"))
-    session = opened(quantized(model, encoding, ()))
+    session = opened(quantized(model, encoding, {}))
     found, given = session.run(None, {"x": np.ones((2, 64), np.float32)})
     assert np.array_equal(given, made[0])
     assert np.abs(found - made[1].sum(0)).max() < 0.3
@@ -208,7 +208,7 @@ def test_no_sum_of_products_overflows(encoding: str) -> None:
     )
     del model.graph.initializer[:]
     model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones((64, 64), np.float32), "w"))
-    session = opened(quantized(model, encoding, ()))
+    session = opened(quantized(model, encoding, {}))
     for x in (np.ones((3, 64), np.float32), -np.ones((1, 64), np.float32)):
         np.testing.assert_allclose(session.run(None, {"x": x})[0], 64 * x, rtol=0.01)
 
@@ -287,7 +287,7 @@ def test_what_is_made_of_a_weight_is_one(encoding: str) -> None:
     model.graph.initializer.extend([*kept, *(onnx.numpy_helper.from_array(made[name], name) for name in made)])
     x = random.normal(0, 1, (5, 64)).astype(np.float32)
     (wanted,) = opened(model).run(None, {"x": x})
-    model = quantized(model, encoding, ())
+    model = quantized(model, encoding, {})
     assert not {"MatMul", "Gemm", "Split", "Slice", "Gather"} & {node.op_type for node in model.graph.node}
     (found,) = opened(model).run(None, {"x": x})
     assert 0 < np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)) < 0.3
@@ -361,11 +361,24 @@ def test_the_choice_gives_up_the_least_time() -> None:
     assert chosen(costs, losses, 0.0) == {"a": "fp32", "b": "fp32"}
 
 
-def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "tokens", "bits"),
+    [
+        ("int4", None, {8}),
+        ("int4", 1023, {8}),
+        ("int4", 1024, {4}),
+        ("int8", 1024, {8}),
+        ({"*tail": "int8", "*": "int4"}, 1024, {8}),
+        ({"*tail": "fp32", "*": "int4"}, 1024, {4}),
+    ],
+)
+def test_a_tied_head_is_stored_once(precision: Any, tokens: int | None, bits: set[int], tmp_path: Path) -> None:
+    """In 4 bits where enough tokens say how to round it, and nobody wants more of them."""
     torch.manual_seed(0)
     made = apply(offramp.capture(Tied().eval(), {"ids": torch.randint(500, (2, 12))}), "insert-exits,insert-cache")
-    offramp.save(made, tmp_path / "m.offramp", "int4", loss=1)
-    readers: dict[str, set[tuple[str, str]]] = {}
+    samples = None if tokens is None else [{"ids": np.random.default_rng(0).integers(500, size=(1, tokens))}]
+    offramp.save(made, tmp_path / "m.offramp", precision, loss=1, samples=samples)
+    readers: dict[str, set[tuple[str, str, int]]] = {}
     for file in (tmp_path / "m.offramp").glob("*.onnx"):
         graph = onnx.load(file, load_external_data=False).graph
         offsets = {
@@ -377,11 +390,14 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
         for node in graph.node:
             if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
                 weight = node.input[node.op_type == "MatMulNBits"]
+                (own,) = (item.i for item in node.attribute if item.name == "bits")
                 if weight in offsets:
-                    readers.setdefault(offsets[weight], set()).add((node.op_type, file.name))
-    (table,) = (found for found in readers.values() if "GatherBlockQuantized" in dict(found))
+                    readers.setdefault(offsets[weight], set()).add((node.op_type, file.name, own))
+    (table,) = (found for found in readers.values() if "GatherBlockQuantized" in {kind for kind, *_ in found})
     # one product, since each session packs its own copy of it; rows are read by the first part, and by the whole
-    assert sorted(kind for kind, _ in table) == ["GatherBlockQuantized", "GatherBlockQuantized", "MatMulNBits"]
+    heads = [] if isinstance(precision, dict) and precision["*tail"] == "fp32" else ["MatMulNBits"]
+    assert sorted(kind for kind, *_ in table) == ["GatherBlockQuantized", "GatherBlockQuantized", *heads]
+    assert {own for *_, own in table} == bits
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
