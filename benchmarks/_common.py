@@ -32,7 +32,7 @@ from offramp.runtime.engine.cores import physical_cores
 from offramp.runtime.policies.base import Rows
 
 BUILD = Path("build/benchmarks")
-TEXT = 4096
+TEXT = 4096  # tokens
 Row = dict[str, Any]
 T = TypeVar("T")
 _EVERY = 10.0  # seconds between lines of progress
