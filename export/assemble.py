@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -40,6 +40,7 @@ from offramp.program.graph import ancestors, results, source
 from offramp.program.learners import FORMS
 from offramp.program.program import Program, as_program
 from offramp.runtime import card
+from offramp.runtime.chain import Chain
 from offramp.runtime.policies.base import Policy
 from offramp.runtime.policies.builtin import from_dict
 
@@ -50,7 +51,7 @@ def save(
     path: str | os.PathLike[str],
     precision: Precision = "fp32",
     *,
-    samples: Sequence[Mapping[str, Any]] | None = None,
+    samples: Sequence[Mapping[str, Any]] | Callable[[Chain, Path], Sequence[Mapping[str, Any]]] | None = None,
     loss: float | None = None,
     agreement: float = 0.0,
     segments: int | None = None,
@@ -73,12 +74,13 @@ def save(
         path: the bundle's directory. One that holds a bundle is replaced, once the new one is valid.
         precision: of the weights: "fp32"; "fp16", in which they are stored, and computed with in fp32; "int8", in
             blocks where tokens come one by one, with activations in whole numbers too where a segment runs on many
-            (encoders, models without caches); "int4", in blocks (tables of words, and heads that are tied to them, in
-            8 bits, or by 1,024 tokens of samples in 4); one for each pattern of segments, of which the first that
-            matches counts, ``{"tail": "fp32", "decoder.*": "int4"}``, and fp32 for the others; or "auto", for each
-            segment what is fastest on this machine within ``loss`` and ``agreement``.
+            (encoders, models without caches); "int4", in blocks (heads that are tied to tables of words with
+            these in 8 bits, or by 512 tokens of samples in 4); one for each pattern of segments, of which the first
+            that matches counts, ``{"tail": "fp32", "decoder.*": "int4"}``, and fp32 for the others; or "auto", for
+            each segment what is fastest on this machine within ``loss`` and ``agreement``.
         samples: inputs on which an encoded bundle is compared with the one in fp32, and by which weights of 4 bits are
             rounded; the captured ones if left out. For 4 bits some thousand tokens of what the model is for are best.
+            Or what gives them, called with the chain in fp32 and the directory of its files.
         loss: how far its outputs may be from those, the root of the mean square of the differences over that of the
             values; if left out .05, and .3 where something is int4.
         agreement: the share of answers (the greatest of several classes), and of exits taken, that are to be the same
@@ -157,6 +159,8 @@ def save(
             figures = validate(program, manifest, directory, describer.origin, lowered, sessions)
         manifest = replace(manifest, validation=figures)
         if known != {"fp32"}:
+            if callable(samples):
+                samples = samples(Chain(manifest, directory), directory)
             taken = samples or [given(program, program.example_inputs)]
             sessions = None  # of files that are not there any more
             manifest = in_fewer_bits(manifest, directory, precision, taken, loss, agreement)

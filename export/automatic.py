@@ -36,7 +36,7 @@ def automatic(
     samples: Sequence[Mapping[str, Any]],
     bounds: Bounds,
     roundings: Roundings,
-    before: Sequence[Result],
+    before: Sequence[Sequence[Result]],
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """The encoding of each file, and what was measured, by file.
 

@@ -29,7 +29,9 @@ PRECISIONS = ("fp32", "fp16", "int8", "int4")
 AUTO = "auto"
 _LEAST = 1024  # bytes: smaller arrays stay in their file
 #: Of samples, by which a head can be rounded to 4 bits with its table: by a few it is further off than by none.
-TOKENS = 1024
+TOKENS = 512
+#: Rows of tables that are worth it to have 4 bits: those of positions and types are small, and all tokens meet them.
+WORDS = 4096
 
 
 def precision_of(precision: Precision, segment: str) -> str:
@@ -122,8 +124,8 @@ def encoded(
         source: the bundle in fp32.
         target: an empty directory.
         wanted: the encoding of each file. One that has nothing for it gets what there is. A table has 4 bits where all
-            who read it are to have 4, and a head tied to it met `TOKENS` of samples; 8 otherwise. Screened heads
-            have the encoding of the file that makes their logits.
+            who read it are to have 4, and it has `WORDS` rows, or where a head is tied to it, this met `TOKENS` of
+            samples; 8 otherwise. Screened heads have the encoding of the file that makes their logits.
         called: what the manifest calls that.
         roundings: of weights of 4 bits.
     """
@@ -174,7 +176,7 @@ class _Tables:
     def __init__(self, source: Path, wanted: Mapping[str, str], roundings: Roundings) -> None:
         self.places = dict[str, dict[str, int]]()
         self._roundings = roundings
-        self._tables, self._eight = set[int](), set[int]()
+        self._tables, self._eight, self._long = set[int](), set[int](), set[int]()
         self._products = dict[int, tuple[str, str]]()  # the file of one, and what it reads there
         for file, encoding in wanted.items():
             model = onnx.load(source / file, load_external_data=False)
@@ -183,6 +185,9 @@ class _Tables:
                 self._tables |= {known[name] for name in gathered(model) if name in known}
             if encoding.startswith("int8"):
                 self._eight |= {*known.values()}
+            self._long |= {
+                known[item.name] for item in model.graph.initializer if item.name in known and item.dims[0] >= WORDS
+            }
             for name, read in turned(model).items():
                 if name in known:
                     self._products.setdefault(known[name], (file, read))
@@ -192,9 +197,12 @@ class _Tables:
         return {name: self._rounding(place) for name, place in self.places[file].items() if place in self._tables}
 
     def _rounding(self, place: int) -> Callable[[Array, int], Array] | None:
-        file, read = self._products.get(place, ("", ""))
-        few = self._roundings.tokens(file, read) < TOKENS
-        return None if few or place in self._eight else partial(self._roundings.of(file), read)
+        if place in self._eight:
+            return None
+        if place not in self._products:
+            return self._roundings.alone if place in self._long else None
+        file, read = self._products[place]
+        return partial(self._roundings.of(file), read) if self._roundings.tokens(file, read) >= TOKENS else None
 
 
 class _Weights:

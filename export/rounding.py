@@ -59,6 +59,11 @@ class Roundings:
         """Of a file's products."""
         return partial(self._rounded, self._seen.get(file, {}))
 
+    def alone(self, weight: Array, block: int) -> Array:
+        """A weight that nothing is multiplied with: its range is chosen, all features being alike."""
+        groups = -(-len(weight) // GROUP)
+        return rounded(weight, Moments(np.tile(np.eye(GROUP, dtype=np.float32), (groups, 1, 1)), 1), block).weight()
+
     def tokens(self, file: str, read: str) -> int:
         """How many tokens of samples a product has met."""
         found = self._seen.get(file, {}).get(read)

@@ -347,9 +347,18 @@ def test_what_is_hidden_counts_for_nothing_and_what_breaks_is_no_number() -> Non
         return Result({"logits": np.array([values], np.float32)}, {}, {}, ())
 
     before = [result(3.0, 4.0, -np.inf)]
-    assert changed(before, [result(3.0, 4.5, -np.inf)])["encoding"] == pytest.approx(0.1)
-    assert np.isnan(changed(before, [result(np.nan, 4.0, -np.inf)])["encoding"])
+    assert changed([before], [[result(3.0, 4.5, -np.inf)]])["encoding"] == pytest.approx(0.1)
+    assert np.isnan(changed([before], [[result(np.nan, 4.0, -np.inf)]])["encoding"])
     assert Bounds(1.0).broken({"encoding": float("nan")}) == ["loss=1.0"]
+
+
+def test_a_sample_whose_values_are_near_zero_counts_as_little_as_they_do() -> None:
+    def results(*values: float) -> list[Result]:
+        return [Result({"logits": np.array([[value]], np.float32)}, {}, {}, ()) for value in values]
+
+    assert changed([results(5.0, 0.001)], [results(5.0, 0.501)])["encoding"] == pytest.approx(0.1, rel=1e-3)
+    ways = [results(5.0), results(1.0)], [results(5.0), results(2.0)]
+    assert changed(*ways)["encoding"] == pytest.approx(1.0)  # an exit's answers are its own
 
 
 def test_the_choice_gives_up_the_least_time() -> None:
@@ -365,11 +374,11 @@ def test_the_choice_gives_up_the_least_time() -> None:
     ("precision", "tokens", "bits"),
     [
         ("int4", None, {8}),
-        ("int4", 1023, {8}),
-        ("int4", 1024, {4}),
-        ("int8", 1024, {8}),
-        ({"*tail": "int8", "*": "int4"}, 1024, {8}),
-        ({"*tail": "fp32", "*": "int4"}, 1024, {4}),
+        ("int4", 511, {8}),
+        ("int4", 512, {4}),
+        ("int8", 512, {8}),
+        ({"*tail": "int8", "*": "int4"}, 512, {8}),
+        ({"*tail": "fp32", "*": "int4"}, 512, {4}),
     ],
 )
 def test_a_tied_head_is_stored_once(precision: Any, tokens: int | None, bits: set[int], tmp_path: Path) -> None:
@@ -398,6 +407,17 @@ def test_a_tied_head_is_stored_once(precision: Any, tokens: int | None, bits: se
     heads = [] if isinstance(precision, dict) and precision["*tail"] == "fp32" else ["MatMulNBits"]
     assert sorted(kind for kind, *_ in table) == ["GatherBlockQuantized", "GatherBlockQuantized", *heads]
     assert {own for *_, own in table} == bits
+
+
+@pytest.mark.parametrize(("precision", "words", "bits"), [("int4", 4096, 4), ("int4", 4095, 8), ("int8", 4096, 8)])
+def test_a_table_of_many_rows_has_4_bits(precision: str, words: int, bits: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Wide().eval()
+    module.embed = nn.Embedding(words, WIDE)
+    offramp.save(offramp.capture(module, {"ids": torch.randint(500, (2, 12))}), tmp_path / "m.offramp", precision)
+    files = [onnx.load(file, load_external_data=False) for file in (tmp_path / "m.offramp").glob("*.onnx")]
+    readers = [node for file in files for node in file.graph.node if node.op_type == "GatherBlockQuantized"]
+    assert {item.i for node in readers for item in node.attribute if item.name == "bits"} == {bits}
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

@@ -207,3 +207,12 @@ def test_what_products_of_weights_read(tmp_path: Path) -> None:
     with pytest.raises(offramp.OfframpError):
         observed(parts, tmp_path / "m.offramp", [{"ids": ids.astype(np.float32)}])
     assert sorted((tmp_path / "m.offramp").iterdir()) == files
+
+
+def test_rows_that_are_only_read_are_nearer_than_with_the_widest_range() -> None:
+    table = np.random.default_rng(0).standard_t(4, (FEATURES, WIDE)).astype(np.float32)
+    made = Roundings({}).alone(table, 32)
+    widest = table.reshape(-1, 32, WIDE)
+    step = np.take_along_axis(widest, np.abs(widest).argmax(1)[:, None], 1) / -8
+    nearest = (np.clip(np.rint(widest / step), -8, 7) * step).reshape(table.shape)
+    assert np.square(made - table).sum() < 0.95 * np.square(nearest - table).sum()

@@ -1,4 +1,4 @@
-"""Examples from a file, for ``offramp calibrate`` and ``offramp report``.
+"""Examples from a file, for ``offramp calibrate``, ``offramp report`` and ``offramp export``.
 
 =======  ======================================================================================================
 .npz     arrays named as the bundle's inputs, and perhaps ``labels``
@@ -26,6 +26,12 @@ if TYPE_CHECKING:
     from offramp.runtime import Chain
 
 FORMATS = (".npz", ".tsv", ".txt", ".jsonl")
+FILE = (
+    "examples: .npz (arrays named as the inputs, perhaps labels), .tsv (text, perhaps a label), .txt or .jsonl (text, "
+    "perhaps its pair, image and audio files, or inputs, perhaps label). Files are looked for from where FILE lies. A "
+    "first line of sentence, text, prompt or source in .tsv and .txt is skipped. A label is a class id or name; of a "
+    "bundle that generates, a text"
+)
 _HEADERS = ("sentence", "text", "prompt", "source")
 
 
@@ -37,10 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, required: bool) -> None:
         metavar="FILE",
         type=Path,
         required=required,
-        help="examples: .npz (arrays named as the inputs, perhaps labels), .tsv (text, perhaps a label), .txt or "
-        ".jsonl (text, perhaps its pair, image and audio files, or inputs, perhaps label). Files are looked for from "
-        f"where FILE lies. A first line of {', '.join(_HEADERS[:-1])} or {_HEADERS[-1]} in .tsv and .txt is skipped. A "
-        "label is a class id or name; of a bundle that generates, a text",
+        help=FILE,
     )
     parser.add_argument(
         "--max-new-tokens", metavar="N", type=_common.positive, help="of a bundle that generates, for each example"
@@ -63,6 +66,20 @@ def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> l
     Raises:
         InputError: the file cannot be read, or does not fit the bundle.
     """
+    rows = contents(file)
+    if file.suffix == ".npz":
+        return rows
+    written = any("text" in row or (chain.generates and isinstance(row.get("label"), str)) for row in rows)
+    tokenizer = _text.tokenizer_of(chain, bundle) if written else None
+    return [_example(chain, bundle, row, tokenizer, file.parent, truncate) for row in rows]
+
+
+def contents(file: Path) -> list[dict[str, Any]]:
+    """What a file says, before anything is known of a bundle: arrays, or a mapping for each line.
+
+    Raises:
+        InputError: the file cannot be read, or says nothing.
+    """
     if file.suffix not in FORMATS:
         raise InputError(f"data {file}: there are {', '.join(FORMATS)}")
     try:
@@ -75,9 +92,7 @@ def read(chain: Chain, bundle: Path, file: Path, *, truncate: bool = False) -> l
         raise InputError(f"data {file} cannot be read: {error}") from error
     if not rows:
         raise InputError(f"data {file} has no examples", hint="one on each line; a header is none")
-    written = any("text" in row or (chain.generates and isinstance(row.get("label"), str)) for row in rows)
-    tokenizer = _text.tokenizer_of(chain, bundle) if written else None
-    return [_example(chain, bundle, row, tokenizer, file.parent, truncate) for row in rows]
+    return rows
 
 
 def _arrays(file: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from offramp.cli import _common, _precision
+from offramp.cli import _common, _data, _precision
 from offramp.errors import InputError
 
 
@@ -22,6 +22,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, help="the bundle's directory")
     _common.pipeline_argument(parser, default="caches where the model generates")
     _precision.add_arguments(parser)
+    parser.add_argument(
+        "--samples",
+        metavar="FILE",
+        type=Path,
+        help="by which weights of 4 bits are rounded, and on which a bundle in fewer bits is compared with fp32: some "
+        f"thousand tokens of what the model is for; the captured inputs if left out; {_data.FILE}: what it is to write "
+        "(what it writes in fp32 if left out)",
+    )
     parser.add_argument(
         "--agreement",
         metavar="SHARE",
@@ -56,10 +64,13 @@ def run(args: argparse.Namespace) -> int:
     import offramp
     from offramp import models
     from offramp.bundle.precision import ANSWERS, ERROR, EXITS
-    from offramp.cli import _policy
+    from offramp.cli import _policy, _samples
     from offramp.passes.default import with_caches
 
     precision = _precision.read(args.precision)
+    if args.samples and precision == "fp32":
+        raise InputError("--samples: of a bundle in fp32 nothing is rounded or compared", hint="--precision int4")
+    samples = _samples.reader(args.samples) if args.samples else None
     policy = _policy.parse(args.policy).to_dict() if args.policy else None
     if missing := [str(file) for file in args.file or [] if not file.is_file()]:
         raise InputError(f"--file {', '.join(missing)}: there is no such file")
@@ -90,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
             program,
             args.output,
             precision,
+            samples=samples,
             loss=args.loss,
             agreement=args.agreement,
             segments=args.segments,
