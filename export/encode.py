@@ -185,9 +185,8 @@ class _Tables:
                 self._tables |= {known[name] for name in gathered(model) if name in known}
             if encoding.startswith("int8"):
                 self._eight |= {*known.values()}
-            self._long |= {
-                known[item.name] for item in model.graph.initializer if item.name in known and item.dims[0] >= WORDS
-            }
+            rows = {item.name: item.dims[0] for item in model.graph.initializer if item.dims}
+            self._long |= {place for name, place in known.items() if rows.get(name, 0) >= WORDS}
             for name, read in turned(model).items():
                 if name in known:
                     self._products.setdefault(known[name], (file, read))

@@ -421,6 +421,21 @@ def test_a_table_of_many_rows_has_4_bits(precision: str, words: int, bits: int, 
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_weight_that_is_one_number(precision: str, tmp_path: Path) -> None:
+    class Scaled(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) * self.scale
+
+    torch.manual_seed(0)
+    program = offramp.capture(Scaled().eval(), {"ids": torch.randint(500, (2, 12))})
+    assert 0 < offramp.save(program, tmp_path / "m.offramp", precision, loss=1)["encoding"] < 0.2
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_parts_of_a_weight_are_encoded(precision: str, tmp_path: Path) -> None:
     made = apply(captured(Crossed), "insert-cache")
     figures = offramp.save(made, tmp_path / "m.offramp", precision, loss=1)
