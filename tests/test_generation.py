@@ -989,6 +989,22 @@ def test_a_stream_that_is_left_leaves_nothing_behind(bundles: Get) -> None:
         assert [again.tokens(row) for row in (0, 1)] == [wanted.tokens(row) for row in (0, 1)]
 
 
+@pytest.mark.parametrize("target", ["ort", "portable", "device"])
+def test_what_broke_in_one_generation_does_not_break_the_next(target: str, tmp_path: Path) -> None:
+    model, last = tiny.seeded(tiny.Talker, 4), tiny.WORDS - 1
+    program = offramp.capture(model, {"input_ids": tiny.ids().clamp(max=last - 1)})
+    with torch.no_grad():
+        model.words.weight[last] = torch.nan
+    save(apply(program, "insert-cache"), tmp_path / "m", target="ort" if target == "ort" else "portable")
+    chain = Chain(*directory.read(tmp_path / "m"), _device=("cpu", 0) if target == "device" else None)
+    wanted = chain.generate({"input_ids": [[1, 2]]}, max_new_tokens=3).tokens[0]
+    broken = chain.generator({"input_ids": [[1, 2, 3, last]]}, offramp.Never())
+    with pytest.raises(ExecutionError, match="NaN"):
+        broken.next()
+    broken.end()
+    assert np.array_equal(chain.generate({"input_ids": [[1, 2]]}, max_new_tokens=3).tokens[0], wanted)
+
+
 def test_runs_side_by_side(bundles: Get) -> None:
     """Two streams of one chain, and one of another chain of the same bundle, token by token in turn."""
     made = bundles("talker")
