@@ -82,22 +82,22 @@ def answers(chain: Chain, samples: Sequence[Mapping[str, Any]]) -> list[list[Res
 def changed(before: Sequence[Sequence[Result]], after: Sequence[Sequence[Result]]) -> dict[str, float]:
     """What encoding changed, over what `answers` gives.
 
-    ``encoding`` is the worst output's root of the mean square of the differences, over that of its values, in all
-    samples; ``same answers`` the share of places where an output of classes has its greatest value in the same one;
-    ``same exits`` the share of rows that leave a stack after as many blocks, over thresholds from low to high of every
-    measure. What a bundle does not have is left out: outputs of several classes, exits with scores.
+    ``encoding`` is the worst output's root of the mean square of the differences, over that of its values (1 if they
+    are 0), in all samples; ``same answers`` the share of places where an output of classes has its greatest value in
+    the same one; ``same exits`` the share of rows that leave a stack after as many blocks, over thresholds from low to
+    high of every measure. What a bundle does not have is left out: outputs of several classes, exits with scores.
     """
     errors, same = [0.0], list[float]()
     scores: dict[tuple[str, str], list[list[NDArray[Any]]]] = defaultdict(list)
     for olds, news in zip(before, after, strict=True):
-        squares: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(2))  # of differences, and of values
+        squares: dict[str, NDArray[np.float64]] = defaultdict(lambda: np.zeros(3))  # differences, values, how many
         for old, new in zip(olds, news, strict=True):
             for name, value in old.outputs.items():
                 there = np.isfinite(value)  # what is hidden may be -inf
                 if value.dtype.kind != "f" or not there.any():
                     continue
                 apart = (new.outputs[name][there] - value[there]).astype(np.float64)
-                squares[name] += np.square(apart).sum(), np.square(value[there], dtype=np.float64).sum()
+                squares[name] += np.square(apart).sum(), np.square(value[there], dtype=np.float64).sum(), apart.size
                 if value.ndim > 1 and value.shape[-1] > 1:
                     same.append(float((new.outputs[name].argmax(-1) == value.argmax(-1)).mean()))
             for stack, exits in old.scores.items():
@@ -105,7 +105,7 @@ def changed(before: Sequence[Sequence[Result]], after: Sequence[Sequence[Result]
                     places = [place for place, found in exits.items() if measure in found]
                     pair = [[run.scores[stack][place][measure].reshape(-1) for place in places] for run in (old, new)]
                     scores[stack, measure].append([np.stack(found, 1) for found in pair])
-        errors += [float(np.sqrt(apart / (values or 1.0))) for apart, values in squares.values()]
+        errors += [float(np.sqrt(apart / (values or count))) for apart, values, count in squares.values()]
     figures = {ERROR: float(np.max(errors))}  # no number where one is none
     if same:
         figures[ANSWERS] = float(np.mean(same))

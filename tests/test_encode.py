@@ -359,6 +359,8 @@ def test_a_sample_whose_values_are_near_zero_counts_as_little_as_they_do() -> No
     assert changed([results(5.0, 0.001)], [results(5.0, 0.501)])["encoding"] == pytest.approx(0.1, rel=1e-3)
     ways = [results(5.0), results(1.0)], [results(5.0), results(2.0)]
     assert changed(*ways)["encoding"] == pytest.approx(1.0)  # an exit's answers are its own
+    zeros = results(0.0, 0.0, 0.0, 0.0)
+    assert changed([zeros], [results(0.5, 0.5, 0.5, 0.5)])["encoding"] == pytest.approx(0.5)
 
 
 def test_the_choice_gives_up_the_least_time() -> None:
