@@ -164,7 +164,7 @@ class Store:
         return self._array(name)
 
     def finite(self) -> bool:
-        """Whether the caches hold numbers only: what lies behind a row's length is multiplied by 0."""
+        """Whether the caches hold numbers only: what lies behind a row's length may be multiplied by 0."""
         return all(np.isfinite(self._array(name)).all() for name in self.cache.buffers)
 
     def rearrange(self, sources: Sequence[int]) -> None:

@@ -82,8 +82,8 @@ class GenerationPlan:
         return Store(self.manifest, slots, capacity, self._device, self._copied)
 
     def release(self, store: Store) -> None:
-        """Leave the memory of a generation to the next one, unless it has NaN where that one reads it."""
-        if self.cache.rowwise or store.finite():
+        """Leave the memory of a generation to the next one, unless NaN is in it."""
+        if store.finite():
             with self._lock:
                 self._spare = store
 
