@@ -23,6 +23,7 @@ from torch import Tensor
 
 import offramp
 from offramp.errors import SpecError, TrainingError
+from offramp.training import fit_options
 from offramp.training.fit_options import computes_bf16
 from offramp.training.fitting import fit
 from offramp.training.objective_module import ObjectiveModule, remember
@@ -244,7 +245,8 @@ def test_bf16_trains() -> None:
 def test_auto_is_bf16_where_the_processor_gains_by_it(
     capable: bool, wanted: Literal["bf16", "no"], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable, "avx512_bf16": True})
+    seconds = {torch.float32: 1.0, torch.bfloat16: 0.4 if capable else 0.9}
+    monkeypatch.setattr(fit_options, "_product_seconds", seconds.get)
     assert computes_bf16("cpu") is capable
     precisions: tuple[Literal["no", "auto", "bf16"], ...] = ("no", "auto", "bf16")
     curves = {
