@@ -989,8 +989,9 @@ def test_a_stream_that_is_left_leaves_nothing_behind(bundles: Get) -> None:
         assert [again.tokens(row) for row in (0, 1)] == [wanted.tokens(row) for row in (0, 1)]
 
 
+@pytest.mark.parametrize("asked", ["next", "logits"])
 @pytest.mark.parametrize("target", ["ort", "portable", "device"])
-def test_what_broke_in_one_generation_does_not_break_the_next(target: str, tmp_path: Path) -> None:
+def test_what_broke_in_one_generation_does_not_break_the_next(target: str, asked: str, tmp_path: Path) -> None:
     model, last = tiny.seeded(tiny.Talker, 4), tiny.WORDS - 1
     program = offramp.capture(model, {"input_ids": tiny.ids().clamp(max=last - 1)})
     with torch.no_grad():
@@ -1000,7 +1001,10 @@ def test_what_broke_in_one_generation_does_not_break_the_next(target: str, tmp_p
     wanted = chain.generate({"input_ids": [[1, 2]]}, max_new_tokens=3).tokens[0]
     broken = chain.generator({"input_ids": [[1, 2, 3, last]]}, offramp.Never())
     with pytest.raises(ExecutionError, match="NaN"):
-        broken.next()
+        getattr(broken, asked)()
+    broken.rewind(2)
+    with pytest.raises(InputError, match="was ended, or has failed"):
+        getattr(broken, asked)()
     broken.end()
     assert np.array_equal(chain.generate({"input_ids": [[1, 2]]}, max_new_tokens=3).tokens[0], wanted)
 

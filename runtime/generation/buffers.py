@@ -163,10 +163,6 @@ class Store:
         """The contents of a cache."""
         return self._array(name)
 
-    def finite(self) -> bool:
-        """Whether the caches hold numbers only: what lies behind a row's length may be multiplied by 0."""
-        return all(np.isfinite(self._array(name)).all() for name in self.cache.buffers)
-
     def rearrange(self, sources: Sequence[int]) -> None:
         """Slot ``i`` gets what slot ``sources[i]`` had, for as many slots as are named."""
         moved = [(to, at) for to, at in enumerate(sources) if to != at]

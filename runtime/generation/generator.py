@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.errors import InputError
+from offramp.errors import ExecutionError, InputError
 from offramp.runtime.generation.batching import Array
 from offramp.runtime.generation.decision import Wanted
 from offramp.runtime.generation.multistep import MOST
 from offramp.runtime.generation.results import StepResult
-from offramp.runtime.generation.sampling import Chooser
+from offramp.runtime.generation.sampling import Chooser, check_best
 from offramp.runtime.generation.session import Session
 from offramp.runtime.generation.tokens import Token
 from offramp.runtime.result import Timing
@@ -90,37 +91,46 @@ class Generator:
         self._ran.clear()
 
     def logits(self) -> NDArray[Any]:
-        """Of the token that follows each of `rows`, as the exit where it left has them: float [rows, vocabulary]."""
+        """Of the token that follows each of `rows`, as the exit where it left has them: float [rows, vocabulary].
+
+        Raises:
+            InputError: every row has ended.
+            ExecutionError: ONNX Runtime failed in a segment, or they are NaN or infinite: the generation has ended.
+        """
         self._settle()
         if not self.rows:
             raise InputError("every row has ended")
         if self._ran and any(item.pick is not None for item in self._ran[0].rows):
             self._again()  # an exit has picked the token without any: the last one runs once more
         self._several, self._each = False, 0.0
-        if not self._ran:
-            self._ran.extend(self._forward(Wanted()))
-        by_row = {self._session.rows[item.slot]: item.outputs[self._session.plan.output] for item in self._ran[0].rows}
-        return np.stack([by_row[row].reshape(-1) for row in self.rows])
+        with self._ended_by_failure():
+            if not self._ran:
+                self._ran.extend(self._forward(Wanted()))
+            outputs = {self._session.rows[item.slot]: item.outputs for item in self._ran[0].rows}
+            found = np.stack([outputs[row][self._session.plan.output].reshape(-1) for row in self.rows])
+            check_best(found.max(-1))
+        return found
 
     def next(self) -> list[Token]:
         """Choose the next token of each of `rows`, and append it; a row that ends with it is there no more.
 
         Raises:
             InputError: behind a `rewind` into a prompt that is more than its tokens a row went on otherwise.
-            ExecutionError: ONNX Runtime failed in a segment.
+            ExecutionError: ONNX Runtime failed in a segment, or logits are NaN or infinite: the generation has ended.
         """
         self._settle()
         session, limit = self._session, self._session.sampling.max_new_tokens
         if not session.rows:
             return []
         started = perf_counter()
-        if not self._ran:
-            # a Wanted that this object kept would keep this object, and all the memory of its generation
-            wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
-            self._ran.extend(self._forward(wanted, self._most))
-            self._each, started = (perf_counter() - started) * 1e3 / len(self._ran), perf_counter()
-        ran = self._ran.popleft()
-        chosen = self._chosen(ran)
+        with self._ended_by_failure():
+            if not self._ran:
+                # a Wanted that this object kept would keep this object, and all the memory of its generation
+                wanted = Wanted(accepts=self._accepts if self._chooser.batched else None)
+                self._ran.extend(self._forward(wanted, self._most))
+                self._each, started = (perf_counter() - started) * 1e3 / len(self._ran), perf_counter()
+            ran = self._ran.popleft()
+            chosen = self._chosen(ran)
         milliseconds = self._each + (perf_counter() - started) * 1e3
         records = []
         for item, token in zip(ran.rows, chosen, strict=True):
@@ -153,8 +163,17 @@ class Generator:
         self._ran.clear()
 
     def end(self) -> None:
-        """Leave this generation's memory to others; it cannot go on."""
+        """Leave this generation's memory to others, unless it failed; it cannot go on."""
         self._session.end()
+
+    @contextmanager
+    def _ended_by_failure(self) -> Iterator[None]:
+        """End the generation where the model fails: what its caches hold then, NaN say, is for nobody."""
+        try:
+            yield
+        except ExecutionError:
+            self._session.end(reused=False)
+            raise
 
     def _forward(self, wanted: Wanted, most: int = 1) -> Iterator[StepResult]:
         """Run what has been appended; what follows it is next, and then what follows that where more ran."""

@@ -82,10 +82,9 @@ class GenerationPlan:
         return Store(self.manifest, slots, capacity, self._device, self._copied)
 
     def release(self, store: Store) -> None:
-        """Leave the memory of a generation to the next one, unless NaN is in it."""
-        if store.finite():
-            with self._lock:
-                self._spare = store
+        """Leave the memory of a generation to the next one."""
+        with self._lock:
+            self._spare = store
 
     def once(self, inputs: Mapping[str, Any], prompts: Prompts, policy: Policy, width: Mapping[str, Array]) -> Ran:
         """Run what runs once for the inputs (an encoder).

@@ -70,10 +70,10 @@ class Chooser:
             ExecutionError: the model's logits have the wrong shape, or leave no choice.
         """
         _shaped(logits, self._vocabulary)
-        _check(logits.max(keepdims=True))
+        check_best(logits.max(keepdims=True))
         logits = self._allowed(self._processed(tokens, logits)[None], np.array([emitted]))[0]
         best = int(logits.argmax())
-        _check(logits[best : best + 1])
+        check_best(logits[best : best + 1])
         return best if self.sampling.temperature == 0 else self._drawn(row, *self._weights(logits))
 
     def choose_all(self, logits: NDArray[np.float32], emitted: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -83,7 +83,7 @@ class Chooser:
         _shaped(logits, emitted.size, self._vocabulary)
         logits = self._allowed(logits, emitted)
         chosen: NDArray[np.int64] = logits.argmax(-1)
-        _check(logits[np.arange(emitted.size), chosen])
+        check_best(logits[np.arange(emitted.size), chosen])
         return chosen
 
     def takes(self, token: int, emitted: int) -> bool:
@@ -137,7 +137,7 @@ class Chooser:
     ) -> NDArray[np.float32]:
         """Logits [texts, vocabulary] after processors and bans, for texts that have all emitted as many tokens."""
         _shaped(logits, len(texts), self._vocabulary)
-        _check(logits.max(-1))
+        check_best(logits.max(-1))
         rows = [self._processed(tokens, row) for tokens, row in zip(texts, logits, strict=True)]
         return self._allowed(np.stack(rows), np.full(len(rows), emitted))
 
@@ -242,7 +242,7 @@ def _shaped(logits: NDArray[np.float32], *shape: int) -> None:
         raise ExecutionError(f"the logits have the shape {list(logits.shape)}, expected {list(shape)}")
 
 
-def _check(best: NDArray[np.float32]) -> None:
-    """The highest logit of each row, a NaN where there is one."""
+def check_best(best: NDArray[np.float32]) -> None:
+    """Raise where the highest logit of a row, NaN where there is one among them, is no number."""
     if not np.isfinite(best).all():
         raise ExecutionError("the model's logits are NaN or infinite, or minus infinity for all that is not banned")

@@ -108,7 +108,7 @@ class Session:
         """
         started = perf_counter()
         if self._ended:
-            raise InputError("this generation was ended, and others may have its memory", hint="a new one")
+            raise InputError("this generation was ended, or has failed: it has no memory any more", hint="a new one")
         policies = self.policies if policies is None else policies
         count = len(tokens)
         lengths = self.decoder.seen[0, :count]
@@ -165,11 +165,11 @@ class Session:
             self._short = CACHES * store.capacity // max(1, caches)
             store.keep({FREELY: np.append(free, np.False_)})
 
-    def end(self) -> None:
-        """Leave this generation's memory to others; it cannot go on."""
-        if not self._ended:
-            self._ended = True
+    def end(self, *, reused: bool = True) -> None:
+        """Leave this generation's memory to others, if it is to be ``reused``; it cannot go on."""
+        if reused and not self._ended:
             self.plan.release(self.decoder.store)
+        self._ended = True
 
     def rearrange(self, sources: Sequence[int]) -> None:
         """Slot ``i`` gets what slot ``sources[i]`` had."""
