@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from offramp.errors import ExecutionError
 from offramp.runtime.engine import cores
 
 START = """
-import os, sys
+import os, sys, time
 import numpy as np
 import onnxruntime as ort
 import offramp
@@ -29,6 +30,7 @@ root, other = sys.argv[1], sys.argv[1] + "/tail.onnx"
 ids = {"ids": np.zeros((2, 3), np.int64)}
 
 def tasks():
+    time.sleep(0.1)  # the system counts a thread for a moment after it was joined
     return len(os.listdir("/proc/self/task"))
 
 def plain(per_session):
@@ -159,6 +161,30 @@ def test_one_session_for_each_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sessions, "_open", spy)
     offramp.load(bundles.classifier(tmp_path / "b", shared=True))
     assert sorted(opened) == ["block1.onnx", "prologue.onnx", "tail.onnx"]
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(2, 2), (1, 1)])
+def test_sessions_are_opened_side_by_side(
+    threads: int, at_once: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offramp.runtime.engine import sessions
+
+    opening, most = set[str](), 0
+
+    def slow(path: Path, *rest: Any) -> str:
+        nonlocal most
+        opening.add(path.name)
+        time.sleep(0.1)
+        most = max(most, len(opening))
+        opening.remove(path.name)
+        return path.name
+
+    monkeypatch.setattr(sessions, "_open", slow)
+    monkeypatch.setattr(sessions, "session_options", lambda threads: None)
+    files = [path.name for path in sorted(root.glob("*.onnx"))]
+    assert len(files) > 2
+    assert sessions.open_sessions(root, files, None, threads) == {name: name for name in files}
+    assert most == at_once
 
 
 def test_physical_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

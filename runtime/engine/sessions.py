@@ -12,6 +12,7 @@ import ctypes
 import logging
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral
 from pathlib import Path
 from time import perf_counter
@@ -103,7 +104,7 @@ def _share_arena() -> None:
 def open_sessions(
     root: Path, files: Iterable[str], providers: Providers | None, threads: int | None
 ) -> dict[str, ort.InferenceSession]:
-    """One session for each of the bundle's ``files``; ``providers=None`` means the CPU.
+    """One session for each of the bundle's ``files``; ``providers=None`` means the CPU, which opens several at a time.
 
     Raises:
         ExecutionError: a provider is not available or could not be set up, or see `session_options`.
@@ -115,18 +116,21 @@ def open_sessions(
     missing = [name for name in names if name not in available]
     if missing:
         raise ExecutionError(f"no provider {', '.join(missing)} here; available: {', '.join(available)}")
-    options = session_options(threads)
-    started = perf_counter()
-    sessions = {}
-    for file in files:
-        try:
-            sessions[file] = _open(root / file, options, wanted, names[0])
-        except _OtherPoolError:
-            if threads is not None:
-                raise
-            options = _of_other_pool()
-            sessions[file] = _open(root / file, options, wanted, names[0])
-        _trim()
+    files, started = list(files), perf_counter()
+    cores = threads or physical_cores() if names == [CPU] else 1  # a device's memory is for one after the other
+
+    def opened(options: ort.SessionOptions) -> dict[str, ort.InferenceSession]:
+        with ThreadPoolExecutor(cores) as pool:
+            found = pool.map(lambda file: _open(root / file, options, wanted, names[0]), files)
+            return dict(zip(files, found, strict=True))
+
+    try:
+        sessions = opened(session_options(threads))
+    except _OtherPoolError:
+        if threads is not None:
+            raise
+        sessions = opened(_of_other_pool())
+    _trim()
     log.info("opened %d sessions on %s in %.2f s", len(sessions), ", ".join(names), perf_counter() - started)
     return sessions
 
@@ -172,7 +176,7 @@ def _of_other_pool() -> ort.SessionOptions:
 
 
 def _trim() -> None:
-    """Give memory back that loading a session freed: each leaves holes that the next ones do not fill (glibc)."""
+    """Give memory back that loading sessions freed: they leave holes that what comes next does not fill (glibc)."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
